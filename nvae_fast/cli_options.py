@@ -1,0 +1,119 @@
+"""Command-line options made from the fields of the configuration classes, each with its unit and default."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from typing import Any
+
+from nvae_fast.training.config import TrainingConfig
+
+# Well-known names of the model's options, in the order they are shown, with their meaning and unit.
+MODEL_HELP: dict[str, str] = {
+    "dataset": "kind of images: sets size, channels and likelihood",
+    "image_size": "side of the images, in pixels, when it is not the dataset's",
+    "image_channels": "channels of the images (1 or 3), when they are not the dataset's",
+    "likelihood": "bernoulli, mixture_logistic or normal, when it is not the dataset's",
+    "num_channels_enc": "channels of the encoder at full resolution; doubled at every halving of the image",
+    "num_channels_dec": "channels of the decoder at full resolution; doubled at every halving of the image",
+    "num_latent_scales": "number of spatial scales with latent variables",
+    "num_groups_per_scale": "latent groups at the finest scale",
+    "ada_groups": "halve the number of groups from each scale to the next coarser one",
+    "min_groups_per_scale": "fewest groups of a scale, with --ada-groups",
+    "num_latent_per_group": "channels of the latent variable of a group",
+    "num_preprocess_blocks": "halvings of the image before the first scale",
+    "num_preprocess_cells": "cells in each of those blocks",
+    "num_postprocess_blocks": "doublings of the image after the last scale (as many as preprocess blocks)",
+    "num_postprocess_cells": "cells in each of those blocks",
+    "num_cell_per_cond_enc": "encoder cells a group",
+    "num_cell_per_cond_dec": "decoder cells a group",
+    "num_nf": "normalising-flow cells a group; 0 for none",
+    "use_se": "squeeze-and-excitation in every cell",
+    "res_dist": "posterior relative to the prior (residual normal distributions)",
+    "num_mixture_dec": "components of the mixture of logistics; 1 for a normal distribution",
+    "num_x_bits": "bits a pixel (5 or 8)",
+    "arch_instance": "cell architecture, such as res_mbconv",
+}
+
+
+def add_dataclass_options(
+    parser: argparse.ArgumentParser | argparse._ArgumentGroup,
+    cls: type,
+    texts: dict[str, str],
+    *,
+    units: dict[str, str] | None = None,
+    note: str = "",
+) -> None:
+    """One option per field; absent options are absent from the parsed namespace (so presets can differ).
+
+    texts: help by field name, fields not in it get no option. note: said after every default.
+    """
+    fields = {field.name: field for field in dataclasses.fields(cls)}
+    for name, text in texts.items():
+        if name not in fields:
+            continue
+        field = fields[name]
+        default = field.default if field.default is not dataclasses.MISSING else None
+        unit = (units or {}).get(name, "")
+        help_text = f"{text}{f' [{unit}]' if unit else ''} (default: {_show(default)}{note})"
+        option = "--" + name.replace("_", "-")
+        kind = str(field.type).split("|")[0].strip()
+        optional = "None" in str(field.type)
+        # argparse formats help with %, as in "100 %".
+        common: dict[str, Any] = {
+            "dest": name,
+            "default": argparse.SUPPRESS,
+            "help": help_text.replace("%", "%%"),
+        }
+        if kind == "bool":
+            parser.add_argument(option, action=argparse.BooleanOptionalAction, **common)
+            continue
+        convert = _optional(_CONVERTERS[kind]) if optional else _CONVERTERS[kind]
+        metavar = {"int": "N", "float": "X", "str": "NAME"}[kind]
+        parser.add_argument(option, type=convert, metavar=metavar, **common)
+
+
+def training_texts() -> tuple[dict[str, str], dict[str, str]]:
+    """Help texts and units of every TrainingConfig field."""
+    fields = dataclasses.fields(TrainingConfig)
+    texts = {field.name: field.metadata["help"] for field in fields}
+    units = {field.name: field.metadata["unit"] for field in fields}
+    return texts, units
+
+
+def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
+    """The options of these names that were on the command line."""
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def whole_number(text: str) -> int:
+    """An integer; 1_000 and 1e6 are understood."""
+    try:
+        return int(text)
+    except ValueError:
+        number = float(text)
+        if number != int(number):
+            raise
+        return int(number)
+
+
+whole_number.__name__ = "whole number"
+
+
+def _optional(convert: Any) -> Any:
+    def parse(text: str) -> Any:
+        return None if text.lower() == "none" else convert(text)
+
+    parse.__name__ = f"{convert.__name__} or none"
+    return parse
+
+
+_CONVERTERS: dict[str, Any] = {"int": whole_number, "float": float, "str": str}
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,40 @@
+"""Training and evaluation: objective, schedules, a step that can be undone, a loop that can be resumed.
+
+    from nvae_fast.training import balanced_kl, kl_coefficient, TrainingConfig, Trainer, evaluate
+
+`objective` and `schedule` are pure functions for one's own loop; `Step` is one optimizer step; `Trainer` is
+the whole of `python -m nvae_fast train`.
+"""
+
+from nvae_fast.training.checkpoint import CheckpointError, load_model
+from nvae_fast.training.config import TrainingConfig
+from nvae_fast.training.evaluate import Evaluation, evaluate, importance_bound
+from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
+from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
+from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
+from nvae_fast.training.run_folder import RunFolderError
+from nvae_fast.training.schedule import learning_rate
+from nvae_fast.training.step import Step, StepResult
+
+__all__ = [
+    "PRESETS",
+    "CheckpointError",
+    "Evaluation",
+    "RunFolderError",
+    "RunResult",
+    "Step",
+    "StepResult",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "TrainingPreset",
+    "annealed_lambda",
+    "balanced_kl",
+    "evaluate",
+    "importance_bound",
+    "kl_balance",
+    "kl_coefficient",
+    "learning_rate",
+    "load_model",
+    "preset",
+]

@@ -1,0 +1,345 @@
+"""The training loop: steps, metrics, checkpoints and pictures, and how a run stops and goes on.
+
+A run is a pure function of its configuration: every step's images, noise, learning rate and KL coefficient
+follow from the seed and the step number. A checkpoint therefore needs no more than parameters, optimizer, the
+step and the running averages, and a resumed run continues bit for bit.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nvae_fast.training import checkpoint, metrics, pictures, schedule, seeds
+from nvae_fast.training.config import TrainingConfig
+from nvae_fast.training.distributed import World
+from nvae_fast.training.evaluate import bits_per_dim, check_fit
+from nvae_fast.training.objective import annealed_lambda, kl_coefficient
+from nvae_fast.training.progress import Progress
+from nvae_fast.training.signals import StopRequest
+from nvae_fast.training.step import Step, StepResult, await_data, awaiting_data
+
+# With a time limit, the pace is judged by the median of so many steps, and not in the first part of the time,
+# when steps are slower than later on.
+_PACE_STEPS = 21
+_PACE_AFTER = 0.03
+
+
+class TrainingDiverged(RuntimeError):
+    """Too many steps in a row were not finite; the message gives advice and the last good checkpoint."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended: steps taken and skipped, the signal that stopped it early (None: it is finished)."""
+
+    step: int
+    skipped: int
+    signal: int | None
+    seconds: float
+
+
+class Trainer:
+    """Trains `model` on `dataset`, writing into `folder` (made by `run_folder.prepare`).
+
+    model: an NVAE whose parameters are initialised. dataset: an `ImageDataset` of its size and channels.
+    state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
+    again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
+    those the checkpoint was made with.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainingConfig,
+        dataset: Any,
+        folder: Path,
+        *,
+        world: World | None = None,
+        state: dict[str, Any] | None = None,
+        quiet: bool = False,
+        data: tuple[str | None, str | None] = (None, None),
+    ) -> None:
+        from nvae_fast.data import BatchLoader
+
+        self.world = world or World()
+        self.config = config
+        self.dataset = dataset
+        self.folder = folder
+        self.data = data
+        self.quiet = quiet or not self.world.is_main
+        check_fit(model.config, dataset)
+        self.loader = BatchLoader(
+            dataset,
+            config.batch_size,
+            seed=seeds.mix_seed(config.seed, seeds.DATA),
+            shuffle=True,
+            flip=config.horizontal_flip,
+            drop_last=True,
+            workers=config.workers,
+            rank=self.world.rank,
+            world_size=self.world.size,
+        )
+        self.steps_per_epoch = len(self.loader)
+        if self.steps_per_epoch == 0:
+            raise ValueError(
+                f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
+                f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
+            )
+        self.total_steps = config.total_steps(self.steps_per_epoch)
+        memory = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.model = model.to(self.world.device).to(memory_format=memory).train()
+        self._memory = memory
+        self.step_function = Step(self.model, config, self.world)
+        self.step = 0
+        self.position = 0.0
+        self.elapsed = 0.0
+        self.bad_in_a_row = 0
+        self.skipped = 0
+        self.averages = metrics.Averages()
+        self._log_mark = (0, 0.0)
+        if state is not None:
+            self._restore(state)
+        self._last_saved = self.step if state is not None else -1
+
+    def run(self) -> RunResult:
+        """Train to the end, or until a signal asks to stop; the last thing it does is to write a checkpoint.
+
+        Raises TrainingDiverged after `max_bad_steps` non-finite steps in a row, CheckpointError when a
+        checkpoint cannot be written. In both cases the checkpoints on disk are whole.
+        """
+        log = None
+        if self.world.is_main:
+            log = metrics.MetricsLog(
+                self.folder,
+                resume_step=self.step if self._last_saved >= 0 else None,
+                tensorboard=self.config.tensorboard,
+            )
+        progress = Progress("train", self.total_steps, quiet=self.quiet)
+        started = time.perf_counter() - self.elapsed
+        pace: deque[float] = deque(maxlen=_PACE_STEPS)
+        self._log_mark = (self.step, self.elapsed)
+        try:
+            with StopRequest() as stop:
+                if self._last_saved < 0:
+                    self.save()
+                batches = self._batches()
+                stopping = False
+                while not stopping and self.position < self.total_steps:
+                    begun = time.perf_counter()
+                    result, facts = self._take_step(next(batches))
+                    self._judge(result, progress)
+                    pace.append(time.perf_counter() - begun)
+                    self._advance(time.perf_counter() - started, statistics.median(pace))
+                    self._report(result, facts, log, progress)
+                    done = self.position >= self.total_steps
+                    if self.config.sample_every and self.step % self.config.sample_every == 0:
+                        self._pictures(f"samples-{self.step:07d}.png")
+                    stopping = bool(self.world.largest(float(stop.signal is not None))[0])
+                    if done or stopping or self.step % self.config.checkpoint_every == 0:
+                        self.save()
+                        pace.clear()
+                signal = stop.signal if stopping else None
+        finally:
+            progress.close()
+            if log is not None:
+                log.close()
+        return RunResult(self.step, self.skipped, signal, self.elapsed)
+
+    def save(self) -> None:
+        """Write a checkpoint of this moment (rank 0 only). Raises CheckpointError when it cannot."""
+        if self.step == self._last_saved or not self.world.is_main:
+            return
+        checkpoint.save(self.state(), self.folder)
+        self._last_saved = self.step
+
+    def state(self) -> dict[str, Any]:
+        """Everything needed to go on from here, as plain values and tensors."""
+        return {
+            "nvae_fast": _package_version(),
+            "torch": torch.__version__,
+            "model_config": self.model.config.to_dict(),
+            "training_config": self.config.to_dict(),
+            "model": self.model.state_dict(),
+            "awaiting_data": awaiting_data(self.model),
+            "optimizer": self.step_function.optimizer.state_dict(),
+            "progress": {
+                "step": self.step,
+                "epoch": self.step // self.steps_per_epoch,
+                "batch": self.step % self.steps_per_epoch,
+                "position": self.position,
+                "total_steps": self.total_steps,
+                "steps_per_epoch": self.steps_per_epoch,
+                "elapsed": self.elapsed,
+                "bad_in_a_row": self.bad_in_a_row,
+                "skipped": self.skipped,
+                "world_size": self.world.size,
+            },
+            "metrics": self.averages.state(),
+            "data": {
+                "source": self.data[0] or self.dataset.name,
+                "kind": self.data[1],
+                "name": self.dataset.name,
+                "images": len(self.dataset),
+                "image_size": self.dataset.image_size,
+                "channels": self.dataset.channels,
+            },
+            "rng": {"torch": torch.get_rng_state()},
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if "optimizer" not in state:
+            raise ValueError(
+                "this checkpoint holds a model only (from convert): evaluate and sample take it, "
+                "train --resume needs a checkpoint that training wrote"
+            )
+        images = state["data"]["images"]
+        if images != len(self.dataset):
+            raise ValueError(
+                f"the run to resume was trained on {images} images ({state['data']['name']}), "
+                f"the data given now ({self.dataset.name}) have {len(self.dataset)}: give the same --data"
+            )
+        progress = state["progress"]
+        if progress["steps_per_epoch"] != self.steps_per_epoch:
+            raise ValueError(
+                f"the run to resume has {progress['steps_per_epoch']} steps an epoch, now there would be "
+                f"{self.steps_per_epoch}: use the same --batch-size and number of processes "
+                f"({progress['world_size']})"
+            )
+        self.model.load_state_dict(state["model"])
+        await_data(self.model, state["awaiting_data"])
+        self.step_function.restore(state["optimizer"])
+        self.step = progress["step"]
+        self.position = progress["position"]
+        self.elapsed = progress["elapsed"]
+        self.bad_in_a_row = progress["bad_in_a_row"]
+        self.skipped = progress["skipped"]
+        self.averages = metrics.Averages(state["metrics"])
+        torch.set_rng_state(state["rng"]["torch"])
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Images from the current step on, epoch after epoch without end."""
+        epoch, start = divmod(self.step, self.steps_per_epoch)
+        while True:
+            yield from self.loader.epoch(epoch, start_batch=start)
+            epoch, start = epoch + 1, 0
+
+    def _take_step(self, x: Tensor) -> tuple[StepResult, dict[str, float]]:
+        config = self.config
+        coefficient = kl_coefficient(
+            self.position, self.total_steps, config.kl_anneal_portion, config.kl_const_portion
+        )
+        weight = annealed_lambda(coefficient, config.weight_decay_norm, config.lambda_initial())
+        rate = schedule.learning_rate(
+            self.position,
+            self.total_steps,
+            peak=config.learning_rate,
+            minimum=config.learning_rate_min,
+            warmup_steps=config.warmup_epochs * self.steps_per_epoch,
+        )
+        x = x.to(self.world.device, non_blocking=True).contiguous(memory_format=self._memory)
+        result = self.step_function(
+            x,
+            seed=seeds.mix_seed(config.seed, seeds.NOISE, self.step, self.world.rank),
+            coefficient=coefficient,
+            weight=weight,
+            learning_rate=rate,
+        )
+        return result, {"kl_coefficient": coefficient, "learning_rate": rate, "lambda": weight}
+
+    def _judge(self, result: StepResult, progress: Progress) -> None:
+        self.averages.add(result)
+        if not result.skipped:
+            self.bad_in_a_row = 0
+            return
+        self.bad_in_a_row += 1
+        self.skipped += 1
+        if not self.quiet:
+            progress.message(
+                f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite, "
+                f"step skipped ({self.bad_in_a_row} in a row, {self.skipped} in all)"
+            )
+        if self.bad_in_a_row >= self.config.max_bad_steps:
+            raise TrainingDiverged(self._advice())
+
+    def _advice(self) -> str:
+        advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
+        if self.config.autocast:
+            advice.append("leave out --autocast")
+        if not self.config.grad_clip:
+            advice.append("try --grad-clip")
+        kept = self.folder / checkpoint.NAME
+        return (
+            f"training stopped at step {self.step}: loss or gradient was not finite {self.bad_in_a_row} "
+            f"times in a row. What may help: {', '.join(advice)}. The last good checkpoint is {kept} "
+            f"(step {max(self._last_saved, 0)})"
+        )
+
+    def _advance(self, elapsed: float, pace: float) -> None:
+        limit = self.config.time_limit * 60 if self.config.time_limit is not None else None
+        elapsed, pace = self.world.largest(elapsed, pace) if limit is not None else (elapsed, pace)
+        self.elapsed = elapsed
+        self.step += 1
+        judged = limit if limit is None or elapsed > _PACE_AFTER * limit else None
+        self.position = schedule.advance(
+            self.position, self.total_steps, elapsed=elapsed, last=pace, limit=judged
+        )
+
+    def _report(
+        self, result: StepResult, facts: dict[str, float], log: metrics.MetricsLog | None, progress: Progress
+    ) -> None:
+        if log is None:
+            return
+        bits = bits_per_dim(result.reconstruction + result.kl, self.model.config.dims)
+        since_step, since_time = self._log_mark
+        speed = (self.step - since_step) * self._images() / max(self.elapsed - since_time, 1e-9)
+        text = f"loss {result.loss:.2f}  kl {result.kl:.2f}  bits/dim {bits:.4f}  {speed:.0f} images/s"
+        last = self.position >= self.total_steps
+        progress.update(min(self.position, self.total_steps), text, force=last)
+        if self.step % self.config.log_every and not last:
+            return
+        means = self.averages.means()
+        nats = None if means["kl"] is None else means["reconstruction"] + means["kl"]
+        log.write(
+            {
+                "step": self.step,
+                "epoch": round(self.step / self.steps_per_epoch, 4),
+                **means,
+                "bits_per_dim": None if nats is None else bits_per_dim(nats, self.model.config.dims),
+                **facts,
+                "images_per_second": round(speed, 2),
+                "skipped_steps": self.averages.skipped,
+                "seconds": round(self.elapsed, 3),
+            }
+        )
+        self.averages = metrics.Averages()
+        self._log_mark = (self.step, self.elapsed)
+
+    def _images(self) -> int:
+        return self.config.batch_size * self.world.size
+
+    def _pictures(self, name: str) -> None:
+        if not self.world.is_main:
+            return
+        pictures.write_samples(
+            self.model,
+            self.folder / name,
+            temperature=self.config.sample_temperature,
+            seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),
+            readjust_passes=0,
+        )
+        self.model.train()
+
+
+def _package_version() -> str:
+    import nvae_fast
+
+    return getattr(nvae_fast, "__version__", "unknown")

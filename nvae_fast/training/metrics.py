@@ -1,0 +1,121 @@
+"""What training reports: averages over a few steps, one JSON line each, and TensorBoard when asked."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from nvae_fast.training.checkpoint import atomic_file
+from nvae_fast.training.step import StepResult
+
+NAME = "metrics.jsonl"
+_AVERAGED = ("loss", "reconstruction", "kl", "spectral", "batch_norm", "grad_norm")
+
+
+class Averages:
+    """Means of the step results since the last line. Skipped steps are counted, not averaged."""
+
+    def __init__(self, state: dict[str, Any] | None = None) -> None:
+        state = state or {}
+        self.sums: dict[str, float] = dict(state.get("sums") or dict.fromkeys(_AVERAGED, 0.0))
+        self.steps: int = state.get("steps", 0)
+        self.skipped: int = state.get("skipped", 0)
+
+    def add(self, result: StepResult) -> None:
+        """Take in one step."""
+        if result.skipped:
+            self.skipped += 1
+            return
+        self.steps += 1
+        for name in _AVERAGED:
+            self.sums[name] += getattr(result, name)
+
+    def means(self) -> dict[str, float | None]:
+        """The averages; None where there was no step to average."""
+        return {name: self.sums[name] / self.steps if self.steps else None for name in _AVERAGED}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint, so that a resumed run writes the line it would have written."""
+        return {"sums": dict(self.sums), "steps": self.steps, "skipped": self.skipped}
+
+
+class MetricsLog:
+    """`metrics.jsonl` of a run folder: one JSON object a line, complete on disk as soon as it is written.
+
+    resume_step: keep only the lines up to this step (a killed run may have logged past its last checkpoint;
+    those steps are run again). None starts a new file. tensorboard: also write event files under
+    `tensorboard/`. Raises ImportError naming the extra when TensorBoard is asked for and missing.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        tensorboard: bool = False,
+    ) -> None:
+        self.path = Path(folder) / NAME
+        self._board = _board(Path(folder), resume_step) if tensorboard else None
+        if resume_step is not None and self.path.exists():
+            _keep_up_to(self.path, resume_step)
+        self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Append one line. Numbers JSON has no name for (inf, nan) are written as null."""
+        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            step = record.get("step", 0)
+            for key, value in record.items():
+                if isinstance(value, (int, float)) and key not in ("step", "epoch"):
+                    self._board.add_scalar(key, value, step)
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The lines of a metrics file (or of a run folder's); a line cut short by a crash is left out."""
+    file = Path(path)
+    file = file / NAME if file.is_dir() else file
+    return [json.loads(line) for line in _whole_lines(file)]
+
+
+def _whole_lines(file: Path) -> list[str]:
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            json.loads(line)
+        except ValueError:
+            continue
+        lines.append(line)
+    return lines
+
+
+def _keep_up_to(path: Path, step: int) -> None:
+    kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
+    with atomic_file(path) as handle:
+        handle.write("".join(line + "\n" for line in kept).encode())
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _board(folder: Path, resume_step: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "tensorboard is not installed: pip install nvae_fast[tensorboard], or leave --tensorboard out"
+        ) from error
+    purge = resume_step + 1 if resume_step is not None else None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)

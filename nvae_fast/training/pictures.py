@@ -1,0 +1,111 @@
+"""Pictures of what a model does: grids of samples, and of images above their reconstructions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from nvae_fast.training.seeds import mix_seed
+
+GRID = 64
+READJUST_BATCH = 16
+
+
+@torch.no_grad()
+def draw_images(
+    model: nn.Module,
+    count: int,
+    *,
+    temperature: float = 1.0,
+    seed: int = 0,
+    batch_size: int = 32,
+    pixels: str = "auto",
+    on_batch=None,
+) -> Tensor:
+    """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU. The model must be in evaluation mode.
+
+    temperature: multiplies every prior's sigma, and the likelihood's noise. seed: same seed and batch_size,
+    same images. pixels: "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean
+    of a Bernoulli (gray values say more than black and white dots) and draws otherwise. on_batch(done) is
+    called after every batch.
+    """
+    if pixels not in ("auto", "mean", "sample"):
+        raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
+    if pixels == "auto":
+        pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
+    parts = []
+    for start in range(0, count, batch_size):
+        size = min(batch_size, count - start)
+        logits = model.sample(size, temperature=temperature, seed=mix_seed(seed, start, 0))
+        likelihood = model.likelihood(logits)
+        if pixels == "mean":
+            images = likelihood.mean()
+        else:
+            images = likelihood.sample(temperature=temperature, seed=mix_seed(seed, start, 1))
+        parts.append(images.float().cpu())
+        if on_batch is not None:
+            on_batch(start + size)
+    if not parts:
+        config = model.config
+        return torch.zeros(0, config.channels, config.resolution, config.resolution)
+    return torch.cat(parts)
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module, *, keep_buffers: bool = False) -> Iterator[nn.Module]:
+    """The model in evaluation mode for a while; keep_buffers: put its buffers back afterwards as well."""
+    training = model.training
+    saved = [(b, b.detach().clone()) for b in model.buffers()] if keep_buffers else []
+    model.eval()
+    try:
+        yield model
+    finally:
+        with torch.no_grad():
+            for buffer, before in saved:
+                buffer.copy_(before)
+        model.train(training)
+
+
+def write_samples(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    count: int = GRID,
+    temperature: float = 1.0,
+    seed: int = 0,
+    readjust_passes: int = 0,
+) -> None:
+    """A PNG grid of images from the prior. The model comes out as it went in, statistics included."""
+    from nvae_fast.data import save_grid
+
+    with evaluation(model, keep_buffers=readjust_passes > 0):
+        if readjust_passes > 0:
+            model.readjust_batch_norm(
+                temperature, passes=readjust_passes, batch=READJUST_BATCH, seed=mix_seed(seed, 2)
+            )
+            model.eval()
+        images = draw_images(model, count, temperature=temperature, seed=seed)
+    save_grid(images, path)
+
+
+@torch.no_grad()
+def write_reconstructions(
+    model: nn.Module, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
+) -> None:
+    """A PNG grid in which every row of images (N,C,H,W, in [0,1]) has its reconstructions below it."""
+    from nvae_fast.data import save_grid
+
+    device = next(model.parameters()).device
+    with evaluation(model):
+        out = model(images.to(device), seed=mix_seed(seed, 3))
+        decoded = model.likelihood(out.logits).mean().float().cpu()
+    rows = []
+    for start in range(0, images.shape[0] - images.shape[0] % columns, columns):
+        rows += [images[start : start + columns].cpu().float(), decoded[start : start + columns]]
+    if not rows:
+        rows, columns = [images.cpu().float(), decoded], images.shape[0]
+    save_grid(torch.cat(rows), path, columns=columns)

@@ -1,0 +1,138 @@
+"""Training presets: the six published settings and the small one of `make demo`.
+
+A preset has two halves. The model's half lives in `nvae_fast.models` under the same name (`digits_demo` is
+defined here, being no published model); the training half, the data it expects and the number of GPUs the
+paper used are here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nvae_fast.training.config import TrainingConfig
+
+
+@dataclass(frozen=True)
+class TrainingPreset:
+    """One setting. `data` names a built-in set of images, or is None when the user must give a path."""
+
+    name: str
+    summary: str
+    training: TrainingConfig
+    data: str | None = None
+    model: dict[str, Any] | None = None
+
+    def model_config(self) -> Any:
+        """The NVAEConfig of this preset."""
+        import nvae_fast as nf
+
+        if self.model is not None:
+            return nf.NVAEConfig(**self.model)
+        return nf.NVAEConfig.preset(self.name)
+
+
+def preset(name: str) -> TrainingPreset:
+    """A preset by name. Raises ValueError listing the names when there is no such one."""
+    if name not in PRESETS:
+        raise ValueError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+# 32x32 digits from 8x8 scans: little detail, so one group at 8x8 and two at 16x16 are enough. Few wide cells
+# beat many narrow ones on two cores, and with 1,797 images the net must be small to be trained in two
+# minutes.
+_DIGITS_MODEL = {
+    "dataset": "digits",
+    "num_channels_enc": 16,
+    "num_channels_dec": 16,
+    "num_latent_scales": 2,
+    "num_groups_per_scale": 2,
+    "ada_groups": True,
+    "min_groups_per_scale": 1,
+    "num_latent_per_group": 8,
+    "num_preprocess_blocks": 1,
+    "num_preprocess_cells": 2,
+    "num_postprocess_blocks": 1,
+    "num_postprocess_cells": 2,
+    "num_cell_per_cond_enc": 1,
+    "num_cell_per_cond_dec": 1,
+    "num_nf": 0,
+    "use_se": True,
+    "res_dist": True,
+}
+
+PRESETS: dict[str, TrainingPreset] = {
+    entry.name: entry
+    for entry in (
+        TrainingPreset(
+            "digits_demo",
+            "a small model on the built-in digits, about two minutes on two CPU cores",
+            TrainingConfig(
+                max_steps=1000,
+                time_limit=None,
+                batch_size=32,
+                learning_rate=1e-2,
+                warmup_epochs=1.0,
+                weight_decay_norm=1e-2,
+                sample_readjust_passes=20,
+                checkpoint_every=250,
+            ),
+            data="digits",
+            model=_DIGITS_MODEL,
+        ),
+        TrainingPreset(
+            "mnist",
+            "MNIST, 28x28 binarised; published on 2 GPUs",
+            TrainingConfig(epochs=400, batch_size=200, weight_decay_norm=1e-2),
+        ),
+        TrainingPreset(
+            "cifar10",
+            "CIFAR-10; published on 8 GPUs",
+            TrainingConfig(epochs=400, batch_size=32, weight_decay_norm=1e-2, horizontal_flip=True),
+        ),
+        TrainingPreset(
+            "celeba_64",
+            "CelebA at 64x64; published on 8 GPUs",
+            TrainingConfig(epochs=90, batch_size=16, weight_decay_norm=1e-1, horizontal_flip=True),
+        ),
+        TrainingPreset(
+            "imagenet_32",
+            "ImageNet at 32x32; published on 24 GPUs",
+            TrainingConfig(
+                epochs=45,
+                batch_size=24,
+                warmup_epochs=1.0,
+                weight_decay_norm=1e-2,
+                weight_decay_norm_anneal=True,
+                weight_decay_norm_init=1.0,
+                horizontal_flip=True,
+            ),
+        ),
+        TrainingPreset(
+            "celeba_256",
+            "CelebA-HQ at 256x256, 5 bits; published on 24 GPUs",
+            TrainingConfig(
+                epochs=300,
+                batch_size=4,
+                weight_decay_norm=1e-2,
+                weight_decay_norm_anneal=True,
+                weight_decay_norm_init=1.0,
+                horizontal_flip=True,
+            ),
+        ),
+        TrainingPreset(
+            "ffhq",
+            "FFHQ at 256x256, 5 bits; published on 24 GPUs",
+            TrainingConfig(
+                epochs=200,
+                batch_size=4,
+                learning_rate=8e-3,
+                weight_decay_norm=1e-1,
+                weight_decay_norm_anneal=True,
+                weight_decay_norm_init=1.0,
+                horizontal_flip=True,
+            ),
+        ),
+    )
+}

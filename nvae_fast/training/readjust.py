@@ -1,0 +1,94 @@
+"""Batch-norm statistics re-estimated for sampling at a temperature, remembered beside the checkpoint.
+
+Re-estimating takes hundreds of sampling passes, and its result depends on nothing but the checkpoint,
+temperature, passes, batch and seed: these are the key of the file it is kept in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from nvae_fast.training import checkpoint
+
+_FORMAT = "nvae_fast.batch_norm_statistics"
+
+
+def readjust(
+    model: nn.Module,
+    source: Path | None,
+    *,
+    temperature: float,
+    passes: int,
+    batch: int = 16,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda text: None,
+) -> Path | None:
+    """Put readjusted batch-norm statistics into `model`, from the file beside `source` if it is there.
+
+    Otherwise the model's sampler is run (`passes` batches of `batch` images at `temperature`) and the file
+    written. source=None: never cached. Returns the file, None when there is none; report(text) tells what is
+    done. The model comes back in evaluation mode.
+    """
+    path = None
+    key: dict[str, Any] = {}
+    if source is not None:
+        key = {
+            "format": _FORMAT,
+            "checkpoint": checkpoint.file_hash(source),
+            "temperature": float(temperature),
+            "passes": passes,
+            "batch": batch,
+            "seed": seed,
+        }
+        name = f"{source.stem}.bn-t{temperature:g}-p{passes}-b{batch}-s{seed}-{key['checkpoint'][:16]}.pt"
+        path = source.with_name(name)
+        statistics = _read(path, key)
+        if statistics is not None and _fits(model, statistics):
+            model.load_state_dict({**model.state_dict(), **statistics})
+            model.eval()
+            report(f"batch-norm statistics from {path}")
+            return path
+    report(
+        f"readjusting batch-norm statistics: {passes} passes of {batch} images at temperature {temperature:g}"
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items() if _is_statistic(name)}
+    model.readjust_batch_norm(temperature, passes=passes, batch=batch, seed=seed)
+    model.eval()
+    if path is None:
+        return None
+    after = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in before}
+    try:
+        with checkpoint.atomic_file(path) as handle:
+            torch.save({**key, "statistics": after}, handle)
+    except OSError as error:
+        report(f"not kept for the next time: cannot write {path}: {error.strerror}")
+        return None
+    report(f"kept in {path}")
+    return path
+
+
+def _is_statistic(name: str) -> bool:
+    return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
+
+
+def _fits(model: nn.Module, statistics: dict[str, Any]) -> bool:
+    own = {name: value.shape for name, value in model.state_dict().items() if _is_statistic(name)}
+    return own == {name: value.shape for name, value in statistics.items()}
+
+
+def _read(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
+    """The statistics of a cache file, None when it is missing, damaged or another checkpoint's."""
+    if not path.exists():
+        return None
+    try:
+        document = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # a damaged cache is made again, whatever is wrong with it
+        return None
+    if not isinstance(document, dict) or any(document.get(name) != value for name, value in key.items()):
+        return None
+    return document.get("statistics")

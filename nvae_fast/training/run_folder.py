@@ -1,0 +1,75 @@
+"""The folder of a run: made, resumed or moved aside, never silently written over."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+from nvae_fast.training import checkpoint
+
+
+class RunFolderError(RuntimeError):
+    """The run folder is not in the state the command needs; the message says what to do."""
+
+
+def prepare(
+    path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
+) -> tuple[Path, str | None]:
+    """Make a run folder ready and return (folder, note), the note saying what was moved aside, or None.
+
+    resume: it must hold a checkpoint. overwrite: what is there is renamed to `<name>.replaced-<time>`,
+    nothing is deleted. Neither: it must not exist, or be empty. Raises RunFolderError before anything is
+    changed.
+    """
+    folder = Path(path)
+    if resume and overwrite:
+        raise RunFolderError("--resume and --overwrite exclude each other: give one of them")
+    if folder.exists() and not folder.is_dir():
+        raise RunFolderError(f"{folder} is a file; give a folder for the run")
+    occupied = folder.is_dir() and any(folder.iterdir())
+    if resume:
+        if not (folder / checkpoint.NAME).exists() and not (folder / checkpoint.PREVIOUS).exists():
+            raise RunFolderError(
+                f"nothing to resume: no {checkpoint.NAME} in {folder}; start without --resume, or check --out"
+            )
+        _check_writable(folder)
+        checkpoint.remove_leftovers(folder)
+        return folder, None
+    note = None
+    if occupied:
+        if not overwrite:
+            raise RunFolderError(
+                f"run folder {folder} is not empty: --resume continues that run, --overwrite moves it aside "
+                "first, --out names another folder"
+            )
+        aside = _free_name(folder)
+        os.rename(folder, aside)
+        note = f"moved the old {folder} to {aside}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunFolderError(f"cannot make run folder {folder}: {error.strerror}") from error
+    _check_writable(folder)
+    return folder, note
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out now, not at the first checkpoint an hour later."""
+    try:
+        with checkpoint.atomic_file(folder / ".write-test"):
+            pass
+        (folder / ".write-test").unlink()
+    except OSError as error:
+        raise RunFolderError(f"cannot write to run folder {folder}: {error.strerror}") from error
+
+
+def _free_name(folder: Path) -> Path:
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    base = folder.resolve()
+    candidate = base.with_name(f"{base.name}.replaced-{stamp}")
+    count = 1
+    while candidate.exists():
+        count += 1
+        candidate = base.with_name(f"{base.name}.replaced-{stamp}-{count}")
+    return candidate
