@@ -1,0 +1,107 @@
+"""Grids of images as PNG files, written with zlib alone and never half."""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+import tempfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+_GAP = 2  # pixels between images
+_GAP_VALUE = 128
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """The PNG file of uint8 (H,W) gray or (H,W,3) RGB pixels."""
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3):
+        raise ValueError(f"pixels: expected uint8 (H,W) or (H,W,3), got {pixels.dtype} {pixels.shape}")
+    height, width = pixels.shape[:2]
+    if not height or not width:
+        raise ValueError(f"pixels: expected at least one pixel, got {pixels.shape}")
+    rows = np.zeros(
+        (height, 1 + pixels[0].size), dtype=np.uint8
+    )  # each row starts with its filter type, 0 = none
+    rows[:, 1:] = pixels.reshape(height, -1)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
+    body = zlib.compress(rows.tobytes(), 6)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+
+
+def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+    """uint8 (H',W') or (H',W',3): images (N,C,H,W) in [0,1], C = 1 or 3, row by row, 2 gray pixels between.
+
+    A value v becomes floor(255 v + 1/2). `columns` None: ceil(sqrt(N)). Places left over in the last row
+    are gray.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor (N,C,H,W), got {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"images: expected (N,C,H,W) with C = 1 or 3 and nothing empty, got {tuple(images.shape)}"
+        )
+    if images.is_complex():
+        raise TypeError(f"images: expected real values in [0,1], got {images.dtype}")
+    if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
+        raise ValueError(f"columns: expected a positive integer or None, got {columns!r}")
+    values = images.detach().double().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"images: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
+        )
+    if values.min() < -1e-3 or values.max() > 1 + 1e-3:
+        raise ValueError(f"images: expected values in [0,1], got {values.min():.4g} to {values.max():.4g}")
+    pixels = np.floor(np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    count, height, width, channels = pixels.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = -(-count // columns)
+    shape = (rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels)
+    grid = np.full(shape, _GAP_VALUE, dtype=np.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (height + _GAP), (i % columns) * (width + _GAP)
+        grid[top : top + height, left : left + width] = picture
+    return grid if channels == 3 else grid[..., 0]
+
+
+def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None) -> None:
+    """Write `make_grid(images, columns)` to `path` as a PNG.
+
+    Written to a temporary file in the same folder and moved into place: a crash or a full disk leaves an
+    older file whole. Raises TypeError or ValueError for bad images and FileNotFoundError for a missing
+    folder, before anything is written.
+    """
+    data = encode_png(make_grid(images, columns))
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
+    if target.is_dir():
+        raise IsADirectoryError(f"path: {str(target)!r} is a folder, expected the name of a PNG file")
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, _mode(target))
+        os.replace(temporary, target)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _mode(target: Path) -> int:
+    """The permissions a plain open() would leave: the existing file's, else 0o666 less the umask."""
+    try:
+        return target.stat().st_mode & 0o777
+    except FileNotFoundError:
+        mask = os.umask(0)
+        os.umask(mask)
+        return 0o666 & ~mask

@@ -1,0 +1,138 @@
+"""From a name or a path to an `ImageDataset`: `open_dataset`, and the detection of what a path holds."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from . import arrays, builtin, cifar, folder, idx, lmdb_images
+from .dataset import ImageDataset, Source
+from .decode import looks_encoded
+
+logger = logging.getLogger("nvae_fast.data")
+
+Opener = Callable[[Path, str, "int | None", "int | None"], "tuple[Source, bool]"]
+_BUILTIN = {"digits": builtin.digits, "photos": builtin.photos}
+_OPENERS: dict[str, Opener] = {
+    "folder": folder.open_folder,
+    "npy": arrays.open_array,
+    "idx": idx.open_idx,
+    "cifar10": cifar.open_cifar10,
+    "lmdb": lmdb_images.open_lmdb,
+}
+KINDS = (*_BUILTIN, *_OPENERS)
+
+
+def open_dataset(
+    name_or_path: str | os.PathLike[str],
+    *,
+    split: str = "train",
+    image_size: int | None = None,
+    channels: int | None = None,
+    num_bits: int = 8,
+    kind: str | None = None,
+    binarize: bool | None = None,
+) -> ImageDataset:
+    """Open a built-in set by name or images from a path.
+
+    name_or_path: "digits", "photos" (built in; write "./digits" for a folder of that name), or a path to
+        "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
+        "npy"      a .npy or .npz of uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
+        "idx"      MNIST's IDX files, raw or .gz, one file or their folder
+        "cifar10"  CIFAR-10's binary version, its folder or one batch
+        "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
+    split: "train" or "test". A path that knows no splits gives all its images for both, and says so in the
+    log for "test".
+    image_size: pixels a side; None: what the source has. channels: 1 or 3; None: what the source has.
+    num_bits: 1..8 bits a pixel. kind: None detects it from the content.
+    binarize: a Bernoulli draw at every load; None: for one-channel images, whose likelihood is Bernoulli.
+
+    One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Raises FileNotFoundError or
+    ValueError that names the file, what was expected and what came; ModuleNotFoundError that names the pip
+    extra when a needed package is missing.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    for argument, value in (("image_size", image_size), ("channels", channels)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"{argument}: expected a positive integer or None, got {value!r}")
+    if channels not in (None, 1, 3):
+        raise ValueError(f"channels: expected 1, 3 or None, got {channels}")
+    if isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8:
+        raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)} or None, got {kind!r}")
+
+    name = os.fspath(name_or_path)
+    source: Source
+    if kind in _BUILTIN or (kind is None and name in _BUILTIN):
+        source = _BUILTIN[kind or name](split, image_size, channels)
+        own_split = True
+    else:
+        path = Path(name).expanduser()
+        if not path.exists():
+            raise FileNotFoundError(
+                f"name_or_path: no file or folder {name!r}; built in are {', '.join(_BUILTIN)}"
+            )
+        source, own_split = _OPENERS[kind or detect(path)](path, split, image_size, channels)
+    if split == "test" and not own_split:
+        logger.warning(
+            "%s has no splits: all of its %d images are given as the test split; "
+            "if you train on it too, keep a test set apart",
+            name,
+            len(source),
+        )
+    if binarize is None:
+        binarize = source.shape[0] == 1
+    return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+
+
+def detect(path: Path) -> str:
+    """The kind of source an existing path holds, by content. ValueError says what was looked for."""
+    return _detect_folder(path) if path.is_dir() else _detect_file(path)
+
+
+def _detect_folder(path: Path) -> str:
+    if any(lmdb_images.find_database(path, split) for split in ("train", "test")):
+        return "lmdb"
+    if any(
+        idx.find_file(path / sub, split)
+        for sub in ("", "MNIST/raw", "raw", "MNIST")
+        for split in ("train", "test")
+    ):
+        return "idx"
+    if cifar.find_folder(path) is not None:
+        return "cifar10"
+    if any(arrays.find_file(path, split) for split in ("train", "test")):
+        return "npy"
+    if folder.has_images(path):
+        return "folder"
+    raise ValueError(
+        f"{path}: nothing recognised in this folder. Looked for an LMDB (data.mdb, "
+        f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR-10 ({cifar.FILE_NAMES}), "
+        f"numpy files (train.npy, test.npy, or .npz) and images "
+        f"({', '.join(folder.SUFFIXES)}), these also in folders below"
+    )
+
+
+def _detect_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        head = file.read(32)
+    if head.startswith((b"\x93NUMPY", b"PK")):
+        return "npy"
+    if head.startswith((b"\0\0\x08", b"\x1f\x8b")) or "idx3-ubyte" in path.name:
+        return "idx"
+    if lmdb_images.is_database_file(head):
+        return "lmdb"
+    if path.suffix == ".bin":
+        return "cifar10"
+    if path.suffix in (".npy", ".npz"):
+        return "npy"
+    hint = " (a single image: give the folder it is in)" if looks_encoded(head) else ""
+    raise ValueError(
+        f"{path}: not recognised{hint}. Looked for the first bytes of a .npy or .npz, an IDX file (raw or "
+        f".gz), an LMDB file, or the name of a CIFAR-10 batch (.bin); "
+        f"it starts with {head[:8].hex() or 'nothing: the file is empty'}"
+    )
