@@ -29,7 +29,7 @@ def find_database(path: Path, split: str) -> tuple[Path, bool] | None:
         return path, False
     for name in SPLIT_NAMES[split]:
         for candidate in (path / f"{name}.lmdb", path / name):
-            if candidate.is_file() and candidate.suffix == ".lmdb" or (candidate / "data.mdb").is_file():
+            if (candidate.is_file() and candidate.suffix == ".lmdb") or (candidate / "data.mdb").is_file():
                 return candidate, True
     return None
 

@@ -18,7 +18,7 @@ _GAP_VALUE = 128
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """The PNG file of uint8 (H,W) gray or (H,W,3) RGB pixels."""
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or pixels.ndim == 3 and pixels.shape[2] == 3):
+    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels: expected uint8 (H,W) or (H,W,3), got {pixels.dtype} {pixels.shape}")
     height, width = pixels.shape[:2]
     if not height or not width:

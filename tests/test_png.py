@@ -1,0 +1,85 @@
+"""Grids of images as PNG files."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from data_files import (
+    random_pixels,
+)
+
+from nvae_fast.data import save_grid
+from nvae_fast.data.png import make_grid
+
+# ---------------------------------------------------------------- PNG grids
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_reads_back(tmp_path, channels):
+    image = pytest.importorskip("PIL.Image")
+    pixels = random_pixels(5, channels, 6, 4)
+    save_grid(torch.from_numpy(pixels).float() / 255, tmp_path / "grid.png", columns=3)
+    with image.open(tmp_path / "grid.png") as opened:
+        opened.verify()
+    with image.open(tmp_path / "grid.png") as opened:
+        assert opened.mode == ("L" if channels == 1 else "RGB")
+        got = np.asarray(opened).reshape(2 * 6 + 2, 3 * 4 + 2 * 2, channels)
+    for i in range(5):
+        top, left = i // 3 * 8, i % 3 * 6
+        assert np.array_equal(got[top : top + 6, left : left + 4], pixels[i].transpose(1, 2, 0))
+    assert (got[6:8] == 128).all()
+    assert (got[8:, 12:] == 128).all()
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_grid_shapes_and_types(tmp_path):
+    assert make_grid(torch.zeros(5, 1, 2, 2)).shape == (2 * 2 + 2, 3 * 2 + 4)
+    assert make_grid(torch.zeros(2, 3, 2, 2), columns=9).shape == (2, 2 * 2 + 2, 3)
+    x = torch.rand(4, 3, 8, 8).to(torch.bfloat16).requires_grad_()
+    save_grid(x.to(memory_format=torch.channels_last), tmp_path / "x.png")
+    assert make_grid(torch.tensor([1.0005, -0.0005]).view(1, 1, 1, 2)).tolist() == [[255, 0]]
+
+
+@pytest.mark.parametrize(
+    ("images", "columns", "error", "message"),
+    [
+        (torch.zeros(2, 2, 4, 4), None, ValueError, r"images: expected \(N,C,H,W\).* got \(2, 2, 4, 4\)"),
+        (torch.zeros(3, 4, 4), None, ValueError, r"got \(3, 4, 4\)"),
+        (torch.zeros(0, 3, 4, 4), None, ValueError, r"got \(0, 3, 4, 4\)"),
+        (torch.full((1, 1, 2, 2), 2.0), None, ValueError, r"expected values in \[0,1\], got 2 to 2"),
+        (torch.full((1, 1, 2, 2), float("nan")), None, ValueError, "4 of 4 values are not finite"),
+        (torch.zeros(1, 1, 2, 2), 0, ValueError, "columns: expected a positive integer or None, got 0"),
+        (np.zeros((1, 1, 2, 2)), None, TypeError, "images: expected a tensor .* got ndarray"),
+    ],
+)
+def test_grid_bad_input(tmp_path, images, columns, error, message):
+    target = tmp_path / "grid.png"
+    target.write_bytes(b"older")
+    with pytest.raises(error, match=message):
+        save_grid(images, target, columns=columns)
+    assert target.read_bytes() == b"older"
+    assert os.listdir(tmp_path) == ["grid.png"]
+
+
+def test_grid_write_is_atomic(tmp_path, monkeypatch):
+    target = tmp_path / "grid.png"
+    target.write_bytes(b"older")
+
+    def full(*arguments) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        save_grid(torch.zeros(1, 1, 2, 2), target)
+    assert target.read_bytes() == b"older"
+    assert os.listdir(tmp_path) == ["grid.png"]
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match=r"the folder .*nowhere' does not exist"):
+        save_grid(torch.zeros(1, 1, 2, 2), tmp_path / "nowhere" / "grid.png")
+    with pytest.raises(IsADirectoryError, match="is a folder"):
+        save_grid(torch.zeros(1, 1, 2, 2), tmp_path)
+    save_grid(torch.zeros(1, 1, 2, 2), target)
+    assert target.stat().st_mode & 0o777 == 0o644
