@@ -285,6 +285,19 @@ def test_folder_unreadable_files(tmp_path, caplog):
     assert len(dataset.skipped) == 3
 
 
+def test_folder_does_not_blame_files_for_the_process(tmp_path, monkeypatch):
+    image_folder(tmp_path)
+    dataset = open_dataset(tmp_path)
+
+    def exhausted(index: int) -> np.ndarray:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(dataset.source, "decode", exhausted)
+    with pytest.raises(OSError, match="Too many open files"):
+        dataset.batch([3], 0)
+    assert dataset.skipped == []
+
+
 def test_folder_with_only_unreadable_files(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"garbage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import threading
@@ -26,6 +27,7 @@ _MAGIC = (
     b"\0\0\0\x0cjP",
 )
 _CACHE_BYTES = 1 << 30  # decoded images are kept when the whole set fits into this many bytes
+_NOT_THE_FILES_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # the process is short of something: say so
 _REPORT_AT_MOST = 10  # unreadable images named one by one in the log; all of them are in `skipped`
 
 
@@ -127,6 +129,8 @@ class LazyImages:
             except (ModuleNotFoundError, MemoryError):
                 raise
             except Exception as error:  # Pillow's decoders raise many kinds, and none may end a long run
+                if isinstance(error, OSError) and error.errno in _NOT_THE_FILES_FAULT:
+                    raise
                 self.skip(candidate, f"{type(error).__name__}: {error}")
                 continue
             if self._cache is not None:
