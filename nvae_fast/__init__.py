@@ -1,0 +1,50 @@
+"""nvae_fast: NVAE, exact and fast, on today's PyTorch.
+
+Importing this package neither initialises CUDA nor imports triton.
+"""
+
+from nvae_fast import data, nn, training
+from nvae_fast._backend import backends, use_backend
+from nvae_fast._version import __version__
+from nvae_fast.models.config import NVAEConfig
+from nvae_fast.models.nvae import NVAE, NVAEOutput
+from nvae_fast.official import load_official, save_official
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.mixture_logistic import (
+    mixture_logistic_log_prob,
+    mixture_logistic_mean,
+    mixture_logistic_sample,
+)
+from nvae_fast.ops.normal_log_prob import normal_log_prob
+from nvae_fast.ops.normal_sample import normal_sample
+from nvae_fast.ops.philox import philox_normal
+from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops.weight_norm import weight_norm
+
+__all__ = [
+    "NVAE",
+    "NVAEConfig",
+    "NVAEOutput",
+    "ResidualNormal",
+    "__version__",
+    "backends",
+    "batch_norm_swish",
+    "data",
+    "depthwise_conv2d",
+    "load_official",
+    "mixture_logistic_log_prob",
+    "mixture_logistic_mean",
+    "mixture_logistic_sample",
+    "nn",
+    "normal_log_prob",
+    "normal_sample",
+    "philox_normal",
+    "residual_normal",
+    "save_official",
+    "squeeze_excite",
+    "training",
+    "use_backend",
+    "weight_norm",
+]

@@ -1,0 +1,96 @@
+"""Which kernel runs an op, and why.
+
+Every op has a reference (plain PyTorch, any device). A device may have one fused kernel besides: C++ on the CPU,
+Triton or CUDA C++ on the GPU. ``"auto"`` uses the fused kernel where there is one and the reference elsewhere;
+``"reference"`` uses plain PyTorch everywhere. The choice is process-wide, like ``torch.backends``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+CHOICES = ("auto", "reference")
+DEVICES = ("cpu", "cuda")
+
+_choice: str = "auto"
+# (op, device type) -> name of the fused kernel. Filled when an op is registered, so that asking is a dictionary
+# look-up that torch.compile can trace and guard on.
+_fused: dict[tuple[str, str], str] = {}
+# (op, device type) -> why there is no fused kernel.
+_absent: dict[tuple[str, str], str] = {}
+
+
+def _validated(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{source}: expected one of {', '.join(map(repr, CHOICES))}, got {choice!r}")
+    return choice
+
+
+_choice = _validated(os.environ.get("NVAE_FAST_BACKEND", "auto") or "auto", "environment variable NVAE_FAST_BACKEND")
+
+
+def forced_reference() -> bool:
+    """True while ``use_backend("reference")`` (or NVAE_FAST_BACKEND=reference) is in force."""
+    return _choice == "reference"
+
+
+def fused(op: str, device_type: str) -> bool:
+    """True when a call of ``op`` on ``device_type`` goes to a fused kernel."""
+    return _choice == "auto" and (op, device_type) in _fused
+
+
+@contextmanager
+def use_backend(choice: str) -> Iterator[None]:
+    """Use ``"auto"`` (fused kernels where they exist) or ``"reference"`` (plain PyTorch) inside the block.
+
+    Process-wide: other threads see it too. A backward pass follows the forward that made its graph.
+
+    Raises:
+        ValueError: ``choice`` is neither.
+    """
+    global _choice
+    previous = _choice
+    _choice = _validated(choice, "use_backend: choice")
+    try:
+        yield
+    finally:
+        _choice = previous
+
+
+def record(op: str, device_type: str, kernel: str | None, reason: str = "") -> None:
+    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none."""
+    key = (op, device_type)
+    if kernel is None:
+        _fused.pop(key, None)
+        _absent[key] = reason
+    else:
+        _absent.pop(key, None)
+        _fused[key] = kernel
+
+
+def triton_reason() -> str | None:
+    """None when Triton can be imported, else why not. Does not import it."""
+    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+
+
+def backends() -> dict[str, dict[str, str]]:
+    """What runs each op on each device: ``{op: {device: kernel}}``.
+
+    A value is the kernel's name (``"cpp"``, ``"triton"``, ``"cuda"``), or ``"reference (reason)"`` where plain
+    PyTorch runs and why.
+    """
+    ops = sorted({op for op, _ in (*_fused, *_absent)})
+    table: dict[str, dict[str, str]] = {}
+    for op in ops:
+        row = {}
+        for device in DEVICES:
+            if _choice == "reference":
+                row[device] = "reference (asked for: use_backend or NVAE_FAST_BACKEND)"
+            else:
+                kernel = _fused.get((op, device))
+                row[device] = kernel or f"reference ({_absent.get((op, device), 'no fused kernel yet')})"
+        table[op] = row
+    return table

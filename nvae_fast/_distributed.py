@@ -1,0 +1,55 @@
+"""Statistics over processes: the one place that talks to torch.distributed on behalf of the modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from nvae_fast.ops import _checks
+
+
+def world_size(group: Any = None) -> int:
+    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use."""
+    return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
+
+
+def average(tensors: Sequence[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
+    """Mean of each tensor over the processes of ``group`` (not differentiable)."""
+    n = world_size(group)
+    if n == 1:
+        return list(tensors)
+    packed = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(packed, group=group)
+    parts = (packed / n).split([t.numel() for t in tensors])
+    return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
+
+
+def merged_statistics(
+    x: torch.Tensor, group: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:
+    """Mean, biased variance (C,) and count of ``x`` (B, C, H, W) over every process of ``group``, differentiable;
+    None when there is only one process. Chan's formula, so that |mean| >> std loses no digits and unequal local
+    batches are weighted by their size."""
+    if world_size(group) == 1:
+        return None
+    from torch.distributed.nn.functional import all_gather
+
+    wide = x.to(_checks.accumulate_dtype(x.dtype))
+    local_count = x.numel() // max(x.shape[1], 1)
+    if local_count:
+        local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+    else:
+        local_mean = local_var = wide.sum((0, 2, 3))  # zeros that stay in the graph: every rank must take part
+    count = local_mean.new_full((1,), local_count)
+    packed = torch.cat([local_mean, local_var, count])
+    gathered = torch.stack(tuple(all_gather(packed, group=group if group is not None else dist.group.WORLD)))
+    channels = x.shape[1]
+    means, variances, counts = gathered[:, :channels], gathered[:, channels : 2 * channels], gathered[:, -1:].detach()
+    total = counts.sum()
+    share = counts / total
+    mean = (share * means).sum(0)
+    var = (share * (variances + (means - mean).square())).sum(0)
+    return mean, var, total

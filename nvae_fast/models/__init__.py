@@ -1,0 +1,1 @@
+"""The NVAE model, its configuration and its published settings."""

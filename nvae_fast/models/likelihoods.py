@@ -1,0 +1,98 @@
+"""Likelihoods of the decoder's output: log_prob, sample, mean (specification section 6). Images are in [0, 1]."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from nvae_fast.ops import _checks
+from nvae_fast.ops.philox import as_seed
+from nvae_fast.ops._squash import soft_clamp, unpack
+from nvae_fast.ops.mixture_logistic import (
+    mixture_logistic_log_prob,
+    mixture_logistic_mean,
+    mixture_logistic_sample,
+    uniform,
+)
+from nvae_fast.ops.normal_log_prob import normal_log_prob
+from nvae_fast.ops.normal_sample import normal_sample
+
+
+class Likelihood(Protocol):
+    """What :meth:`nvae_fast.NVAE.likelihood` returns."""
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        """Log-probability (log-density for the normal) of x (B, C, H, W) in [0, 1]: (B, H, W) in nats."""
+        ...
+
+    def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        """An image (B, C, H, W) in [0, 1]."""
+        ...
+
+    def mean(self) -> torch.Tensor:
+        """The mean image (B, C, H, W) in [0, 1]."""
+        ...
+
+
+class Bernoulli:
+    """Independent binary pixels with the given logits (B, C, H, W)."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        _checks.feature_map("Bernoulli", "logits", logits)
+        self.logits = logits.to(_checks.accumulate_dtype(logits.dtype))
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.shape("Bernoulli.log_prob", "x", x, tuple(self.logits.shape), self.logits)
+        return -F.binary_cross_entropy_with_logits(self.logits, x.to(self.logits.dtype), reduction="none").sum(1)
+
+    def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        _checks.temperature("Bernoulli.sample", temperature, zero=False)
+        u = uniform(as_seed(seed, self.logits.device), tuple(self.logits.shape), self.logits.dtype)
+        return (u < torch.sigmoid(self.logits / temperature)).to(self.logits.dtype)
+
+    def mean(self) -> torch.Tensor:
+        return torch.sigmoid(self.logits)
+
+
+class MixtureLogistic:
+    """Mixture of discretised logistics with parameters (B, 10 M, H, W)."""
+
+    def __init__(self, params: torch.Tensor, num_mixtures: int, num_bits: int) -> None:
+        self.params, self.num_mixtures, self.num_bits = params, num_mixtures, num_bits
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        return mixture_logistic_log_prob(self.params, x, num_mixtures=self.num_mixtures, num_bits=self.num_bits)
+
+    def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        return mixture_logistic_sample(self.params, num_mixtures=self.num_mixtures, temperature=temperature, seed=seed)
+
+    def mean(self) -> torch.Tensor:
+        return mixture_logistic_mean(self.params, num_mixtures=self.num_mixtures)
+
+
+class Normal:
+    """Independent normal pixels of ``2x - 1`` with packed raw parameters (B, 2C, H, W); no Jacobian."""
+
+    def __init__(self, params: torch.Tensor) -> None:
+        _checks.packed("Normal", "params", params)
+        self.params = params.to(_checks.accumulate_dtype(params.dtype))
+
+    def log_prob(self, x: torch.Tensor) -> torch.Tensor:
+        b, channels, h, w = self.params.shape
+        _checks.shape("Normal.log_prob", "x", x, (b, channels // 2, h, w), self.params)
+        # The room sums over pixels; one "pixel" per batch entry keeps them apart: (B, 2C, H, W) -> (B H W, 2C, 1, 1).
+        value = (2.0 * x.to(self.params.dtype) - 1.0).permute(0, 2, 3, 1).reshape(b * h * w, channels // 2, 1, 1)
+        params = self.params.permute(0, 2, 3, 1).reshape(b * h * w, channels, 1, 1)
+        return normal_log_prob(value, params).sum(1).view(b, h, w)
+
+    def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        return self._to_image(normal_sample(self.params, temperature=temperature, seed=seed))
+
+    def mean(self) -> torch.Tensor:
+        return self._to_image(soft_clamp(unpack(self.params)[0], 5.0))
+
+    @staticmethod
+    def _to_image(value: torch.Tensor) -> torch.Tensor:
+        return (value * 0.5 + 0.5).clamp(0.0, 1.0)

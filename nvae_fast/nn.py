@@ -1,0 +1,405 @@
+"""Modules of NVAE: they own parameters and call the ops. Everything here works in both memory formats.
+
+The cells follow NVAE (arXiv 2007.03898), section 3.1 and appendix A; ``stride`` is 1, 2 (downsample) or -1 (upsample by 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nvae_fast import _distributed
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops.weight_norm import weight_norm
+
+RESIDUAL_SCALE = 0.1
+STRIDES = (1, 2, -1)
+
+
+def _check_stride(name: str, stride: int) -> None:
+    if stride not in STRIDES:
+        raise ValueError(f"{name}: stride must be 1, 2 or -1 (upsample by 2), got {stride!r}")
+
+
+def set_process_group(module: nn.Module, group: Any) -> nn.Module:
+    """Let every batch norm (and data-dependent initialisation) in ``module`` merge statistics over ``group``.
+
+    ``group`` is a ``torch.distributed`` process group, or None for the default: the world when initialised.
+    Returns ``module``.
+    """
+    for part in module.modules():
+        if hasattr(part, "process_group"):
+            part.process_group = group
+    return module
+
+
+class WeightNormConv2d(nn.Module):
+    """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
+
+    ``mask`` (zeros and ones, shaped like the weight) makes it a masked convolution; the norm is that of the masked weight.
+    ``data_init`` sets ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
+    standard deviation 0.2; loading any state marks this as done.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        mask: torch.Tensor | None = None,
+        data_init: bool = False,
+    ) -> None:
+        super().__init__()
+        plain = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=bias)  # PyTorch's default initialisation
+        self.weight = plain.weight
+        self.register_parameter("bias", plain.bias)
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding = kernel_size // 2 * dilation
+        self.register_buffer("mask", None if mask is None else mask.to(plain.weight.dtype), persistent=False)
+        masked = plain.weight if mask is None else plain.weight * mask
+        norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
+        self.log_weight_norm = nn.Parameter(torch.log(norm + 0.01))
+        self.awaits_data = data_init
+        self.process_group: Any = None
+
+    def normalized_weight(self) -> torch.Tensor:
+        return weight_norm(self.weight, self.log_weight_norm, self.mask)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.awaits_data = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @torch.no_grad()
+    def _initialize_from(self, x: torch.Tensor) -> None:
+        weight = weight_norm(self.weight, torch.zeros_like(self.log_weight_norm), self.mask)
+        y = self._convolve(x, weight, None).to(self.weight.dtype)
+        std, mean = torch.std_mean(y, (0, 2, 3))
+        mean, std = _distributed.average((mean, std), self.process_group)
+        spread = 5.0 * std + 1e-5
+        self.bias.copy_(-mean / spread)
+        self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
+        self.awaits_data = False
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.awaits_data and self.training:
+            self._initialize_from(x)
+        return self._convolve(x, self.normalized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        c_out, c_in, k, _ = self.weight.shape
+        return f"{c_in * self.groups}, {c_out}, {k}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+
+
+class PlainConv2d(nn.Conv2d):
+    """Convolution without weight norm and bias, "same" padding: those inside the inverted residual."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1) -> None:
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
+        )
+
+    def normalized_weight(self) -> torch.Tensor:
+        return self.weight
+
+
+class BatchNormSwish(nn.Module):
+    """Batch norm (eps 1e-5, momentum 0.05) and an activation, ``"swish"`` by default; statistics merged over processes."""
+
+    def __init__(
+        self, channels: int, activation: str | None = "swish", *, eps: float = 1e-5, momentum: float = 0.05
+    ) -> None:
+        super().__init__()
+        self.activation, self.eps, self.momentum = activation, eps, momentum
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("num_batches_tracked", torch.tensor(0))
+        self.process_group: Any = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return batch_norm_swish(
+                x, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps, activation=self.activation
+            ).y
+        count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
+        merged = _distributed.merged_statistics(x, self.process_group)
+        if merged is None:
+            y, mean, var = batch_norm_swish(x, self.weight, self.bias, eps=self.eps, activation=self.activation)
+        else:
+            mean, var, count = merged
+            y = batch_norm_swish(x, self.weight, self.bias, mean, var, eps=self.eps, activation=self.activation).y
+        self._update(mean, var, count)
+        return y
+
+    @torch.no_grad()
+    def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
+        if isinstance(count, int) and count == 0:
+            return  # an empty batch says nothing
+        unbiased = var * (count / (count - 1))
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        self.num_batches_tracked += 1
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.numel()}, activation={self.activation!r}"
+
+
+class SqueezeExcite(nn.Module):
+    """Channel gate with ``max(C // 16, 4)`` hidden units; optionally adds the gated x, scaled, to a skip."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 16, 4)
+        self.reduce = nn.Linear(channels, hidden)
+        self.expand = nn.Linear(hidden, channels)
+
+    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None, residual_scale: float = 1.0) -> torch.Tensor:
+        return squeeze_excite(
+            x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias,
+            skip=skip, residual_scale=residual_scale,
+        )  # fmt: skip
+
+
+class ConvBlock(nn.Module):
+    """``[BN] -> activation -> [nearest x2] -> conv3x3`` with weight norm: the ops res_elu, res_bnelu, res_bnswish*."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        batch_norm: bool = True,
+        activation: str = "swish",
+        dilation: int = 1,
+    ) -> None:
+        super().__init__()
+        _check_stride("ConvBlock", stride)
+        self.norm = BatchNormSwish(in_channels, activation) if batch_norm else None
+        self.upsample = stride == -1
+        self.conv = WeightNormConv2d(
+            in_channels, out_channels, 3, stride=abs(stride), dilation=dilation, data_init=not batch_norm
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.elu(x) if self.norm is None else self.norm(x)
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample else x)
+
+
+class InvertedResidual(nn.Module):
+    """``[nearest x2] -> BN -> conv1x1 -> BN+swish -> conv KxK -> BN+swish -> conv1x1 -> BN``; depthwise when groups is 0."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int = 1,
+        *,
+        expansion: int,
+        kernel_size: int,
+        groups: int = 0,
+    ) -> None:
+        super().__init__()
+        _check_stride("InvertedResidual", stride)
+        hidden = in_channels * expansion
+        if groups and hidden % groups:
+            raise ValueError(f"InvertedResidual: groups={groups} must divide in_channels * expansion = {hidden}")
+        self.upsample = stride == -1
+        self.norm = BatchNormSwish(in_channels, None)
+        self.expand = PlainConv2d(in_channels, hidden, 1)
+        self.expand_norm = BatchNormSwish(hidden)
+        self.depthwise = PlainConv2d(hidden, hidden, kernel_size, stride=abs(stride), groups=groups or hidden)
+        self.depthwise_norm = BatchNormSwish(hidden)
+        self.project = PlainConv2d(hidden, out_channels, 1)
+        self.project_norm = BatchNormSwish(out_channels, None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.upsample:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+        h = self.expand_norm(self.expand(self.norm(x)))
+        conv = self.depthwise
+        if conv.groups == conv.in_channels:
+            h = depthwise_conv2d(h, conv.weight, stride=conv.stride[0])
+        else:
+            h = conv(h)
+        return self.project_norm(self.project(self.depthwise_norm(h)))
+
+
+class SkipDown(nn.Module):
+    """Stride-2 skip: swish, then four 1x1 convolutions, each on one of the four pixel phases, concatenated.
+
+    Taking the phase first and convolving with stride 1 equals a stride-2 convolution of the shifted input. oneDNN's weight
+    gradient of a strided 1x1 convolution in channels_last writes out of bounds below 16 channels (oneDNN issue 6035).
+    """
+
+    SHIFTS = ((0, 0), (1, 1), (0, 1), (1, 0))
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        quarter = out_channels // 4
+        widths = (quarter, quarter, quarter, out_channels - 3 * quarter)
+        self.convs = nn.ModuleList(WeightNormConv2d(in_channels, width, 1) for width in widths)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(x)
+        phases = (x[:, :, i::2, j::2] for i, j in self.SHIFTS)
+        return torch.cat([conv(phase) for conv, phase in zip(self.convs, phases, strict=True)], dim=1)
+
+
+class SkipUp(nn.Module):
+    """Upsampling skip: bilinear x2 with aligned corners, then a 1x1 convolution without bias."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
+
+
+class ResidualCell(nn.Module):
+    """``skip(x) + 0.1 * s`` with ``s = [squeeze-excite](ops(x))``."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, ops: Sequence[nn.Module], *, squeeze_excite: bool
+    ) -> None:
+        super().__init__()
+        _check_stride("ResidualCell", stride)
+        if stride == 1 and in_channels != out_channels:
+            raise ValueError(f"ResidualCell: stride 1 keeps the width, got {in_channels} -> {out_channels} channels")
+        self.ops = nn.ModuleList(ops)
+        self.se = SqueezeExcite(out_channels) if squeeze_excite else None
+        if stride == 1:
+            self.skip: nn.Module = nn.Identity()
+        else:
+            self.skip = (SkipDown if stride == 2 else SkipUp)(in_channels, out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        s = x
+        for op in self.ops:
+            s = op(s)
+        skip = self.skip(x)
+        return skip + RESIDUAL_SCALE * s if self.se is None else self.se(s, skip, RESIDUAL_SCALE)
+
+
+class InvertedResidualCell(ResidualCell):
+    """The whole inverted residual cell: :class:`InvertedResidual`, squeeze-and-excitation, skip + 0.1 s.
+
+    Args:
+        C_in, C_out: channels; equal when stride is 1.
+        expansion: E, hidden channels are E * C_in.
+        kernel_size: K, odd.
+        stride: 1, 2 or -1 (upsample by 2).
+        groups: of the KxK convolution; 0 means depthwise.
+        squeeze_excite: gate the result.
+    """
+
+    def __init__(
+        self,
+        C_in: int,
+        C_out: int,
+        expansion: int,
+        kernel_size: int,
+        stride: int = 1,
+        groups: int = 0,
+        squeeze_excite: bool = False,
+    ) -> None:
+        op = InvertedResidual(C_in, C_out, stride, expansion=expansion, kernel_size=kernel_size, groups=groups)
+        super().__init__(C_in, C_out, stride, [op], squeeze_excite=squeeze_excite)
+
+
+class EncoderCombiner(nn.Module):
+    """``bottom_up + conv1x1(top_down)``."""
+
+    def __init__(self, top_down_channels: int, bottom_up_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(top_down_channels, bottom_up_channels, 1)
+
+    def forward(self, bottom_up: torch.Tensor, top_down: torch.Tensor) -> torch.Tensor:
+        return bottom_up + self.conv(top_down)
+
+
+class DecoderCombiner(nn.Module):
+    """``conv1x1(concat(s, z))``."""
+
+    def __init__(self, channels: int, latent_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = WeightNormConv2d(channels + latent_channels, out_channels, 1)
+
+    def forward(self, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return self.conv(torch.cat([s, z.to(s.dtype)], dim=1))
+
+
+def causal_mask(out_channels: int, in_channels: int, kernel_size: int, *, strict: bool, mirrored: bool) -> torch.Tensor:
+    """Mask of a causal convolution in raster order, (C_out, C_in, K, K); ``in_channels=1`` with many outputs is depthwise.
+
+    Rows above and pixels to the left are visible; at the centre, output channel block i sees input blocks < i (strict)
+    or <= i, where the narrower side has one channel a block. A depthwise kernel sees its own channel unless strict.
+    ``mirrored`` flips both spatial directions.
+    """
+    mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
+    c = kernel_size // 2
+    mask[:, :, :c] = 1
+    mask[:, :, c, :c] = 1
+    if in_channels == 1 and out_channels > 1:
+        mask[:, :, c, c] = 0 if strict else 1
+    else:
+        blocks = min(in_channels, out_channels)
+        row = torch.arange(out_channels)[:, None] // (out_channels // blocks)
+        column = torch.arange(in_channels)[None] // (in_channels // blocks)
+        mask[:, :, c, c] = (column < row if strict else column <= row).float()
+    return mask.flip(2, 3) if mirrored else mask
+
+
+class AutoregressiveTransform(nn.Module):
+    """``z - m(z)`` with a causal m: masked conv3x3 (strict) -> ELU -> masked depthwise 5x5 -> ELU -> ELU -> masked conv1x1.
+
+    Its log-determinant is zero. NVAE (arXiv 2007.03898), section 3.2 and appendix A; specification section 5.
+    """
+
+    EXPANSION = 6
+
+    def __init__(self, latent_channels: int, *, mirrored: bool) -> None:
+        super().__init__()
+        z, hidden = latent_channels, latent_channels * self.EXPANSION
+        # With one latent channel a plain mask would look depthwise: the strict centre is then simply dark.
+        first = causal_mask(hidden, z, 3, strict=True, mirrored=mirrored)
+        spatial = causal_mask(hidden, 1, 5, strict=False, mirrored=mirrored)
+        last = causal_mask(z, hidden, 1, strict=False, mirrored=mirrored)
+        self.expand = WeightNormConv2d(z, hidden, 3, bias=False, mask=first)
+        self.depthwise = WeightNormConv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=spatial)
+        self.project = WeightNormConv2d(hidden, z, 1, mask=last)
+        with torch.no_grad():
+            self.project.log_weight_norm -= torch.log(torch.tensor(10.0))
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        h = F.elu(self.expand(z))
+        h = F.elu(F.elu(depthwise_conv2d(h, self.depthwise.normalized_weight().to(h.dtype))))
+        return z - self.project(h)
+
+
+class FlowCell(nn.Module):
+    """Two autoregressive transforms: in raster order, then mirrored."""
+
+    def __init__(self, latent_channels: int) -> None:
+        super().__init__()
+        self.raster = AutoregressiveTransform(latent_channels, mirrored=False)
+        self.mirrored = AutoregressiveTransform(latent_channels, mirrored=True)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.mirrored(self.raster(z))

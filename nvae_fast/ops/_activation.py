@@ -1,0 +1,15 @@
+"""The activations that may be fused into a normalisation or a convolution's load."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+ACTIVATIONS = (None, "swish", "elu")
+
+
+def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """``"swish"``: ``x * sigmoid(x)``; ``"elu"``: ``x if x > 0 else exp(x) - 1``; None: ``x``."""
+    if activation == "swish":
+        return F.silu(x)
+    return F.elu(x) if activation == "elu" else x

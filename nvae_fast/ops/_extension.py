@@ -1,0 +1,88 @@
+"""Loads the compiled extension ``nvae_fast._C``, and remembers why when there is none.
+
+Importing ``nvae_fast._C`` registers the C++ kernels with PyTorch's dispatcher; the schemas are defined in
+Python, one per room. Without the extension every op runs its reference, so nothing here ever raises.
+
+Environment:
+    NVAE_FAST_DISABLE_EXTENSION=1: behave as if the extension had not been built.
+    NVAE_FAST_CPU_CAPABILITY=baseline|avx2|avx512: the highest vector instructions the C++ kernels may use.
+        Read once; a level the processor lacks is lowered to what it has.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import warnings
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CAPABILITIES = ("baseline", "avx2", "avx512")
+
+# setup.py leaves this file beside the package when it had to do without the extension.
+_BUILD_REPORT = Path(__file__).resolve().parent.parent / "_build.json"
+
+_module: ModuleType | None = None
+_reason: str | None = None
+_tried = False
+
+
+def load() -> bool:
+    """Import the extension once; True when its kernels are registered. Never raises."""
+    global _module, _reason, _tried
+    if _tried:
+        return _module is not None
+    _tried = True
+    if os.environ.get("NVAE_FAST_DISABLE_EXTENSION", "") not in ("", "0"):
+        _reason = "the C++ extension is disabled by NVAE_FAST_DISABLE_EXTENSION"
+        return False
+    asked = os.environ.get("NVAE_FAST_CPU_CAPABILITY", "")
+    if asked and asked not in CAPABILITIES:
+        warnings.warn(
+            f"NVAE_FAST_CPU_CAPABILITY: expected one of {', '.join(CAPABILITIES)}, got {asked!r}; ignored",
+            stacklevel=2,
+        )
+    try:
+        _module = importlib.import_module("nvae_fast._C")
+    except ImportError as error:
+        _reason = _why(error)
+    except Exception as error:  # a broken binary must not take the package down: the reference still works
+        _reason = f"the C++ extension failed to load: {type(error).__name__}: {error}"
+    return _module is not None
+
+
+def _why(error: ImportError) -> str:
+    if not isinstance(error, ModuleNotFoundError):
+        return f"the C++ extension failed to load: {error}"
+    try:
+        failure = json.loads(_BUILD_REPORT.read_text(encoding="utf-8"))["reason"]
+        return f"the C++ extension was not built: {failure}"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "the C++ extension is not built; run `python setup.py build_ext --inplace` or reinstall"
+
+
+def reason() -> str | None:
+    """Why the extension is absent, or None when it is loaded."""
+    load()
+    return _reason
+
+
+def info() -> dict[str, Any]:
+    """What was built and what is in use.
+
+    Returns a dict with ``loaded``, ``reason`` (None when loaded) and, when loaded: ``path``,
+    ``cpu_capability`` (in use), ``cpu_capabilities`` (compiled in), ``cuda`` (bool: CUDA sources compiled
+    in), ``cuda_archs`` (list), ``torch_target`` (the oldest PyTorch the binary is made for) and, with CUDA
+    sources and a visible GPU, ``cuda_device`` (whether the binary holds code for the current GPU; asking
+    initialises CUDA).
+    """
+    if not load() or _module is None:
+        return {"loaded": False, "reason": _reason}
+    facts: dict[str, Any] = {"loaded": True, "reason": None, "path": _module.__file__, **_module.info()}
+    if facts["cuda"]:
+        import torch
+
+        facts["cuda_device"] = _module.device_check() if torch.cuda.is_available() else "no visible GPU"
+    return facts

@@ -1,0 +1,133 @@
+"""One helper that makes an op out of a room's parts: schema, checks, reference, fake and autograd in one call.
+
+An op of this package is a custom operator ``torch.ops.nvae_fast.<name>``. Its default kernel is the room's reference;
+the C++ extension and the Triton launchers add kernels for their device. The public function of a room calls the
+returned :class:`Room`, which checks the arguments and then runs either the operator (a fused kernel exists for that
+device) or the reference itself, which autograd and torch.compile then see as ordinary PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from nvae_fast import _backend
+from nvae_fast.ops import _extension
+
+NAMESPACE = "nvae_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def _as_tuple(value: Any) -> tuple[torch.Tensor, ...]:
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+class Room:
+    """A checked, dispatching op. Call it with the operator's arguments in schema order."""
+
+    def __init__(self, name: str, check: Callable[..., None], reference: Callable[..., Any]) -> None:
+        self.name = name
+        self.check = check
+        self.reference = reference
+        self.operator = getattr(getattr(torch.ops, NAMESPACE), name)
+
+    def __call__(self, *args: Any) -> Any:
+        self.check(*args)
+        if _backend.fused(self.name, args[0].device.type):
+            return self.operator(*args)
+        return self.reference(*args)
+
+
+def room(
+    name: str,
+    schema: str,
+    *,
+    check: Callable[..., None],
+    reference: Callable[..., Any],
+    differentiable: Sequence[int],
+    fake: Callable[..., Any] | None = None,
+    backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
+    gpu: Callable[..., Any] | None = None,
+) -> Room:
+    """Register ``nvae_fast::<name>``.
+
+    Args:
+        name: the op's one name.
+        schema: arguments and returns, ``"(Tensor x, ...) -> Tensor"``. The first argument is a tensor whose device decides.
+        check: raises ValueError/TypeError for bad arguments; runs before anything is computed, in the fake too.
+        reference: plain PyTorch, the default kernel, and what the fused kernels are tested against.
+        differentiable: positions of the arguments that receive gradients.
+        fake: shapes of the outputs; by default the reference run on fake tensors.
+        backward: ``backward(grads, *args) -> gradients of the differentiable arguments`` of the fused kernels; by default
+            the reference is recomputed and differentiated.
+        gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
+    """
+    qualified = f"{NAMESPACE}::{name}"
+    LIBRARY.define(name + schema)
+
+    def default_kernel(*args: Any) -> Any:
+        outputs = reference(*args)
+        return tuple(outputs) if isinstance(outputs, tuple) else outputs
+
+    def checked_fake(*args: Any) -> Any:
+        check(*args)
+        return (fake or default_kernel)(*args)
+
+    LIBRARY.impl(name, default_kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, checked_fake, lib=LIBRARY)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+
+    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{name}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
+            )
+        saved = iter(ctx.saved_tensors)
+        args = [
+            next(saved) if tensor else constant for tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+        ]
+        result: list[torch.Tensor | None] = [None] * len(args)
+        wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
+        if wanted and any(grad is not None for grad in grads):
+            gradients = (backward or recompute)(grads, *args)
+            for i, gradient in zip(differentiable, gradients, strict=True):
+                result[i] = gradient if i in wanted else None
+        return tuple(result)
+
+    def recompute(grads: Sequence[torch.Tensor | None], *args: Any) -> list[torch.Tensor | None]:
+        values = list(args)
+        with torch.enable_grad():
+            for i in differentiable:
+                if isinstance(values[i], torch.Tensor):
+                    values[i] = values[i].detach().requires_grad_(True)
+            outputs = _as_tuple(reference(*values))
+        leaves = [values[i] for i in differentiable if isinstance(values[i], torch.Tensor)]
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+        found = iter(
+            torch.autograd.grad([o for o, _ in pairs], leaves, [g for _, g in pairs], allow_unused=True)
+            if pairs
+            else [None] * len(leaves)
+        )
+        return [next(found) if isinstance(values[i], torch.Tensor) else None for i in differentiable]
+
+    torch.library.register_autograd(qualified, run_backward, setup_context=setup_context, lib=LIBRARY)
+
+    for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
+        device = key.lower()
+        if _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
+            _backend.record(name, device, kernel)
+        elif gpu is not None and key == "CUDA" and _backend.triton_reason() is None:
+            LIBRARY.impl(name, gpu, "CUDA")
+            _backend.record(name, device, "triton")
+        elif gpu is not None and key == "CUDA":
+            _backend.record(name, device, None, _backend.triton_reason() or "")
+        else:
+            _backend.record(name, device, None, _extension.reason() or "PyTorch's own kernels are used for this op")
+    return Room(name, check, reference)

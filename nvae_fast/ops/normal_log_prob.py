@@ -1,0 +1,64 @@
+"""Log-density of a squashed normal, summed over pixels.
+
+``log p(z) = sum_hw( -((z - mu) / sigma)^2 / 2 - log(2 pi) / 2 - log sigma )`` with ``mu = c(raw_mu)``,
+``sigma = exp(c(raw_log_sigma)) + sigma_floor``, ``c(t) = clamp * tanh(t / clamp)``. The flow path of NVAE
+(arXiv 2007.03898, section 3.2) needs it for the prior at the transformed z.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvae_fast.ops import _checks
+from nvae_fast.ops._register import room
+from nvae_fast.ops._squash import LOG_SQRT_2PI, squash, unpack
+
+
+def normal_log_prob(
+    z: torch.Tensor,
+    params: torch.Tensor | None = None,
+    *,
+    clamp: float | None = 5.0,
+    sigma_floor: float = 0.01,
+) -> torch.Tensor:
+    """Log-density of ``z`` (B, Z, H, W) in nats, (B, Z), float32 (float64 for float64 z).
+
+    Args:
+        z: where to evaluate.
+        params: packed raw parameters (B, 2Z, H, W); None means raw zeros (mu 0, sigma 1 + sigma_floor).
+        clamp, sigma_floor: as in :func:`nvae_fast.residual_normal`.
+
+    Differentiable in z and params.
+
+    Raises:
+        TypeError: an argument is not a floating tensor.
+        ValueError: a shape, device or value does not fit.
+    """
+    return _room(z, params, clamp, sigma_floor)
+
+
+def _check(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float) -> None:
+    _checks.feature_map("normal_log_prob", "z", z)
+    if params is not None:
+        b, channels, h, w = z.shape
+        _checks.shape("normal_log_prob", "params", params, (b, 2 * channels, h, w), z)
+    _checks.squashing("normal_log_prob", clamp, sigma_floor)
+
+
+def _reference(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float) -> torch.Tensor:
+    value = z.to(_checks.accumulate_dtype(z.dtype))
+    if params is None:
+        raw_mu = raw_log_sigma = torch.zeros_like(value)
+    else:
+        raw_mu, raw_log_sigma = unpack(params)
+    mu, sigma = squash(raw_mu, raw_log_sigma, clamp, sigma_floor)
+    return (-0.5 * ((value - mu) / sigma).square() - LOG_SQRT_2PI - sigma.log()).sum((2, 3))
+
+
+_room = room(
+    "normal_log_prob",
+    "(Tensor z, Tensor? params, float? clamp, float sigma_floor) -> Tensor",
+    check=_check,
+    reference=_reference,
+    differentiable=(0, 1),
+)

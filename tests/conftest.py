@@ -1,0 +1,43 @@
+"""Test settings that every file shares."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# Two test processes on two cores: more threads than that only get in each other's way.
+if os.environ.get("PYTEST_XDIST_WORKER"):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=["contiguous", "channels_last"])
+def memory_format(request: pytest.FixtureRequest) -> torch.memory_format:
+    return {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[request.param]
+
+
+@pytest.fixture(autouse=True)
+def _deterministic() -> None:
+    """Every test starts from one seed, and TF32 stays off: the tolerances are those of fp32."""
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> object:
+    """Fresh memory holds NaN, so that a kernel that leaves an element unwritten is caught."""
+    before = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = before
