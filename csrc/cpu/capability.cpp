@@ -1,0 +1,37 @@
+#include "../capability.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <initializer_list>
+
+namespace nvae {
+
+static Capability detect() {
+  Capability best = Capability::baseline;
+#ifdef NVAE_HAVE_X86
+  __builtin_cpu_init();
+  // Every processor with AVX2 and FMA also converts half precision (F16C).
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    best = Capability::avx2;
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      best = Capability::avx512;
+  }
+#endif
+  if (const char* asked = std::getenv("NVAE_FAST_CPU_CAPABILITY")) {
+    for (Capability c : {Capability::baseline, Capability::avx2})
+      if (!std::strcmp(asked, capability_name(c)) && c < best) best = c;
+  }
+  return best;
+}
+
+Capability capability() {
+  static const Capability chosen = detect();
+  return chosen;
+}
+
+const char* capability_name(Capability c) {
+  return c == Capability::avx512 ? "avx512" : c == Capability::avx2 ? "avx2" : "baseline";
+}
+
+}  // namespace nvae
