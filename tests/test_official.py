@@ -22,6 +22,14 @@ def small() -> nf.NVAEConfig:
     return nf.NVAEConfig.from_official(Record("mnist_tiny").args)
 
 
+def assert_same_state(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    """Bitwise, dtypes included."""
+    assert actual.keys() == expected.keys()
+    for key, value in expected.items():
+        assert actual[key].dtype == value.dtype, key
+        assert torch.equal(actual[key], value), key
+
+
 def write(path: Path, model: nf.NVAE, **changes: object) -> Path:
     """A checkpoint as the official code writes it, with entries replaced (or dropped, by None)."""
     document = {
@@ -46,10 +54,7 @@ def test_recorded_keys_are_ours(name: str) -> None:
     model = nf.NVAE(nf.NVAEConfig.from_official(record.args))
     model.load_official_state_dict(state)
     exported = model.official_state_dict()
-    assert exported.keys() == state.keys()
-    for key, value in state.items():
-        assert exported[key].dtype == value.dtype
-        assert torch.equal(exported[key], value), key
+    assert_same_state(exported, state)
     parameters = dict(model.official_named_parameters())
     assert parameters.keys() <= state.keys()
     assert len(parameters) == len(list(model.parameters()))
@@ -64,8 +69,7 @@ def test_file_round_trip_is_bitwise(name: str, tmp_path: Path) -> None:
     back = nf.load_official(tmp_path / "a.pt")
     assert back.config == model.config
     assert not back.training
-    for key, value in model.official_state_dict().items():
-        assert torch.equal(back.official_state_dict()[key], value), key
+    assert_same_state(back.official_state_dict(), model.official_state_dict())
     document = torch.load(tmp_path / "a.pt", weights_only=False)
     assert set(document) == {
         "epoch", "state_dict", "optimizer", "global_step", "args", "arch_instance", "scheduler", "grad_scalar",
@@ -82,7 +86,7 @@ def test_every_architecture_round_trips(small: nf.NVAEConfig, arch: str) -> None
     state = model.official_state_dict()
     assert not any("spectral" in key or "mask" in key for key in state)
     other.load_official_state_dict(state)
-    assert all(torch.equal(value, other.official_state_dict()[key]) for key, value in state.items())
+    assert_same_state(other.official_state_dict(), state)
 
 
 def test_key_patterns(small: nf.NVAEConfig) -> None:
@@ -106,7 +110,7 @@ def test_missing_surplus_and_misshapen_keys_are_named(small: nf.NVAEConfig) -> N
     state["enc0.1.bias"] = torch.zeros(3)
     with pytest.raises(ValueError, match=r"missing keys: stem\.weight; surplus keys: stem\.wieght; .*enc0\.1\.bias.*\(3,\)"):
         model.load_official_state_dict(state)
-    assert all(torch.equal(v, model.official_state_dict()[k]) for k, v in before.items()), "something was written"
+    assert_same_state(model.official_state_dict(), before)  # nothing was written
     with pytest.raises(TypeError, match=r"not tensors: stem\.weight"):
         model.load_official_state_dict({**before, "stem.weight": 3})
 
