@@ -65,7 +65,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
         if world.is_main:
             run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
         world.barrier()
-        state = checkpoint.load(folder)
+        state = checkpoint.load_training(folder)
         config = _resumed_config(state, training_given, say)
         model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
@@ -228,7 +228,7 @@ def convert(arguments: argparse.Namespace) -> int:
     model = nf.load_official(source)
     document = {
         "nvae_fast": getattr(nf, "__version__", "unknown"),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "model_config": model.config.to_dict(),
         "model": model.state_dict(),
         "converted_from": source.name,
@@ -371,7 +371,7 @@ def _versions() -> dict[str, str]:
     versions = {
         "nvae_fast": getattr(nf, "__version__", "unknown"),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "cuda": torch.version.cuda or "not in this PyTorch",
         "numpy": np.__version__,
     }

@@ -65,11 +65,12 @@ def save(
     """Write `state` as the newest checkpoint of a run folder; the one there becomes `checkpoint-previous.pt`.
 
     state: plain values and tensors; `format` and `version` are added. Returns the path written.
-    Raises CheckpointError when it cannot be written; the newest one that was there is then still there,
-    unchanged.
+    Raises TypeError for a value that `load` would refuse, CheckpointError when it cannot be written; the
+    newest one that was there is then still there, unchanged.
     """
     target = Path(folder) / name
     document = {"format": FORMAT, "version": VERSION, **state}
+    _check_plain(document, "checkpoint")
 
     def keep() -> None:
         if keep_previous and target.exists():
@@ -103,7 +104,11 @@ def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
         raise CheckpointError(f"{file} is not a checkpoint of nvae_fast")
     try:
         document = torch.load(file, map_location=map_location, weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"checkpoint {file} holds more than tensors and plain values, which could run code: refused"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"checkpoint {file} cannot be read: {_reason(error)}{advice}") from error
     missing = [key for key in _REQUIRED if key not in document] if isinstance(document, dict) else _REQUIRED
     if missing:
@@ -112,6 +117,17 @@ def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
         raise CheckpointError(
             f"checkpoint {file} has format version {document['version']}, this nvae_fast reads up to "
             f"{VERSION}: use a newer nvae_fast"
+        )
+    return document
+
+
+def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `load`, for a checkpoint to resume from. Raises CheckpointError when it holds a model only."""
+    document = load(path)
+    if "optimizer" not in document:
+        raise CheckpointError(
+            f"checkpoint {resolve(path)} holds a model only (from convert): evaluate and sample take it, "
+            "resuming needs one that training wrote"
         )
     return document
 
@@ -226,6 +242,19 @@ def _sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Find out when writing, not when the run must be resumed, that something cannot be read back."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_plain(key, f"key {key!r} of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    elif value is not None and type(value) not in (bool, int, float, str, torch.Tensor, torch.nn.Parameter):
+        raise TypeError(f"{where} must be a tensor or a plain value, got {type(value).__name__}")
 
 
 def _advice(file: Path) -> str:

@@ -165,7 +165,7 @@ class Trainer:
         """Everything needed to go on from here, as plain values and tensors."""
         return {
             "nvae_fast": _package_version(),
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "model_config": self.model.config.to_dict(),
             "training_config": self.config.to_dict(),
             "model": self.model.state_dict(),
@@ -196,11 +196,6 @@ class Trainer:
         }
 
     def _restore(self, state: dict[str, Any]) -> None:
-        if "optimizer" not in state:
-            raise ValueError(
-                "this checkpoint holds a model only (from convert): evaluate and sample take it, "
-                "train --resume needs a checkpoint that training wrote"
-            )
         images = state["data"]["images"]
         if images != len(self.dataset):
             raise ValueError(

@@ -39,27 +39,24 @@ def preset(name: str) -> TrainingPreset:
     return PRESETS[name]
 
 
-# 32x32 digits from 8x8 scans: little detail, so one group at 8x8 and two at 16x16 are enough. Few wide cells
-# beat many narrow ones on two cores, and with 1,797 images the net must be small to be trained in two
-# minutes.
+# Two halvings before the first latent scale keep nearly all work at 8x8 and 4x4; the digits are upscaled 8x8
+# scans, so nothing is lost by it. Two groups at 8x8 on top of one at 4x4 are enough for samples that look
+# like digits.
 _DIGITS_MODEL = {
     "dataset": "digits",
-    "num_channels_enc": 16,
-    "num_channels_dec": 16,
+    "num_channels_enc": 8,
+    "num_channels_dec": 8,
     "num_latent_scales": 2,
     "num_groups_per_scale": 2,
     "ada_groups": True,
     "min_groups_per_scale": 1,
     "num_latent_per_group": 8,
-    "num_preprocess_blocks": 1,
-    "num_preprocess_cells": 2,
-    "num_postprocess_blocks": 1,
-    "num_postprocess_cells": 2,
+    "num_preprocess_blocks": 2,
+    "num_preprocess_cells": 1,
+    "num_postprocess_blocks": 2,
+    "num_postprocess_cells": 1,
     "num_cell_per_cond_enc": 1,
     "num_cell_per_cond_dec": 1,
-    "num_nf": 0,
-    "use_se": True,
-    "res_dist": True,
 }
 
 PRESETS: dict[str, TrainingPreset] = {

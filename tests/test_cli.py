@@ -1,0 +1,340 @@
+"""The commands as a user types them: results, files, exit codes, one-line errors, complete help."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nvae_fast as nf
+from nvae_fast import cli, cli_options
+from nvae_fast.training import TrainingConfig, checkpoint, metrics
+
+MODEL = [
+    "--num_channels_enc", "4", "--num_channels_dec", "4", "--num_latent_scales", "1",
+    "--num_groups_per_scale=2",
+    "--num_latent_per_group", "2", "--num_preprocess_blocks", "1", "--num_postprocess_blocks", "1",
+    "--num-preprocess-cells", "1", "--num-postprocess-cells", "1",
+]  # fmt: skip
+SHORT = ["--max-steps", "4", "--batch-size", "4", "--log-every", "2", "--threads", "1", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run of four steps, made once; tests only read it."""
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.main(["train", "--data", "digits", "--out", str(folder), *MODEL, *SHORT]) == 0
+    return folder
+
+
+def failing(capsys, *words: str) -> str:
+    """The one line of error of a command that must fail with exit code 2."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in words]) == 2
+    captured = capsys.readouterr()
+    lines = [line for line in captured.err.splitlines() if line]
+    assert lines, "no message"
+    assert lines[-1].startswith("nvae_fast: error: ")
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+# ---------------------------------------------------------------------------- help
+
+
+def actions() -> list[tuple[str, argparse.Action]]:
+    (commands,) = [a for a in cli.make_parser()._actions if isinstance(a, argparse._SubParsersAction)]
+    return [(name, action) for name, parser in commands.choices.items() for action in parser._actions]
+
+
+def test_every_option_has_help_with_its_default():
+    seen = set()
+    for command, action in actions():
+        if isinstance(action, argparse._HelpAction):
+            continue
+        name = f"{command} {action.option_strings or action.dest}"
+        assert action.help, name
+        if action.option_strings:
+            assert "default: " in action.help, name
+            if action.default not in (argparse.SUPPRESS, None, False):
+                assert f"default: {action.default}" in action.help.replace("default: 1)", "default: 1.0)"), (
+                    name
+                )
+        seen.add((command, action.dest))
+    for field in dataclasses.fields(TrainingConfig):
+        assert ("train", field.name) in seen
+    for field in dataclasses.fields(nf.NVAEConfig):
+        assert ("train", field.name) in seen
+
+
+def test_help_shows_the_real_defaults_and_units():
+    text = {action.dest: action.help for command, action in actions() if command == "train"}
+    assert "(default: 0.01; a preset" in text["learning_rate"]
+    assert "[minutes]" in text["time_limit"]
+    assert "(default: none" in text["time_limit"]
+    assert "[steps]" in text["checkpoint_every"]
+    assert "(default: yes" in text["channels_last"]
+    config = nf.NVAEConfig()
+    assert f"(default: {config.num_latent_per_group};" in text["num_latent_per_group"]
+
+
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "convert", "info"])
+def test_help_prints(command, capsys):
+    assert cli.main([command, "--help"]) == 0
+    assert "usage: nvae_fast" in capsys.readouterr().out
+
+
+def test_module_runs_as_a_program():
+    command = [sys.executable, "-m", "nvae_fast", "trian"]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=120)
+    assert done.returncode == 2
+    assert re.fullmatch(r"nvae_fast: error: .*invalid choice: 'trian'.*\n", done.stderr)
+
+
+# ---------------------------------------------------------------------------- train
+
+
+def test_train_leaves_a_whole_run(run):
+    names = {f.name for f in run.iterdir()}
+    assert {"checkpoint.pt", "metrics.jsonl", "config.json", "samples.png", "reconstructions.png"} <= names
+    assert [line["step"] for line in metrics.read_metrics(run)] == [2, 4]
+    for name in ("samples.png", "reconstructions.png"):
+        assert (run / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    config = json.loads((run / "config.json").read_text())
+    assert config["model"]["num_channels_enc"] == 4
+    assert config["training"]["max_steps"] == 4
+    assert config["data"]["source"] == "digits"
+
+
+def test_train_refuses_an_existing_run_and_moves_it_aside_when_told(run, tmp_path, capsys):
+    before = (run / "checkpoint.pt").read_bytes()
+    assert "is not empty: --resume" in failing(capsys, "train", "--out", run, *MODEL, *SHORT)
+    assert (run / "checkpoint.pt").read_bytes() == before
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "note.txt").write_text("precious")
+    assert cli.main(["train", "--out", str(mine), "--overwrite", *MODEL, *SHORT, "--max-steps", "1"]) == 0
+    (aside,) = tmp_path.glob("mine.replaced-*")
+    assert (aside / "note.txt").read_text() == "precious"
+
+
+def test_resume_continues_and_guards_the_settings(tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert cli.main(["train", "--out", str(folder), *MODEL, *SHORT]) == 0
+    resume = ["train", "--out", folder, "--resume"]
+    assert "--batch-size cannot change when a run is resumed: it has 4, 8" in failing(
+        capsys, *resume, "--batch-size", "8"
+    )
+    assert "num_channels_enc=4, 16 was asked for" in failing(capsys, *resume, "--num-channels-enc", "16")
+    assert "the model cannot change" in failing(capsys, *resume, "--preset", "mnist")
+    assert "exclude each other" in failing(capsys, *resume, "--overwrite")
+    assert cli.main([*map(str, resume), "--max-steps", "6"]) == 0
+    assert "--max-steps changes from 4 to 6" in capsys.readouterr().err
+    assert checkpoint.load(folder)["progress"]["step"] == 6
+    assert [line["step"] for line in metrics.read_metrics(folder)] == [2, 4, 6]
+    assert "nothing to resume" in failing(capsys, "train", "--out", tmp_path / "none", "--resume")
+    assert not (tmp_path / "none").exists()
+
+
+def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for name in ("checkpoint.pt", "checkpoint-previous.pt"):
+        (folder / name).write_bytes((run / name).read_bytes())
+    data = (folder / "checkpoint.pt").read_bytes()
+    (folder / "checkpoint.pt").write_bytes(data[:1000])
+    line = failing(capsys, "train", "--out", folder, "--resume")
+    assert "truncated or damaged; use the previous one" in line
+    assert "checkpoint-previous.pt" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["train", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["train", "--batch-size", "many"], "argument --batch-size: invalid whole number value: 'many'"),
+        (["train", "--learning-rate", "nan"], "learning_rate must be finite"),
+        (["train", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+        (["train", "--preset", "nope"], "invalid choice: 'nope'"),
+        (["train", "--preset", "cifar10"], "preset cifar10 needs --data"),
+        (["train", "--data", "/does/not/exist"], "/does/not/exist"),
+        (["train", "--arch-instance", "nope"], "arch_instance"),
+        (["train", "--device", "tpu"], "device must be auto, cpu, cuda"),
+        (["train", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["train", "--batch-size", "5000"], "5000"),
+        (["train", "--data", "photos", "--data-kind", "xyz"], "kind"),
+        (["evaluate", "/does/not/exist"], "no checkpoint at /does/not/exist"),
+        (["sample", "x.pt", "--temperature", "-1"], "--temperature must be greater than 0, got -1"),
+        (["sample", "x.pt", "-n", "0"], "--number must be at least 1, got 0"),
+        (["convert", "x.pt"], "the following arguments are required: target"),
+        ([], "the following arguments are required: command"),
+    ],
+)
+def test_bad_arguments_are_one_line_and_write_nothing(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert message in failing(capsys, *words)
+    assert not list(tmp_path.iterdir())
+
+
+def test_debug_shows_the_traceback(capsys):
+    assert cli.main(["evaluate", "/does/not/exist", "--debug"]) == 2
+    error = capsys.readouterr().err
+    assert "Traceback" in error
+    assert error.splitlines()[-1].startswith("nvae_fast: error: no checkpoint")
+
+
+# ---------------------------------------------------------------------------- evaluate
+
+
+def test_evaluate_table_and_json(run, tmp_path, capsys):
+    words = [
+        "evaluate",
+        str(run),
+        "--samples",
+        "2",
+        "--max-images",
+        "8",
+        "--batch-size",
+        "4",
+        "--threads",
+        "1",
+    ]
+    assert cli.main(words) == 0
+    table = capsys.readouterr().out
+    assert "8 images of digits (test)" in table
+    assert re.search(r"negative ELBO +\d+\.\d{4} +\d\.\d{5}", table)
+    assert cli.main([*words, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["samples"] == 2
+    assert report["images"] == 8
+    assert f"{report['negative_elbo']:.4f}" in table
+    target = tmp_path / "report.json"
+    assert cli.main([*words, "--json", str(target), "--seed", "1"]) == 0
+    other = json.loads(target.read_text())
+    assert other.keys() == report.keys()
+    assert other["negative_log_likelihood"] != report["negative_log_likelihood"]
+
+
+def test_evaluate_on_other_data(run, tmp_path, capsys):
+    wrong = tmp_path / "wrong.npy"
+    np.save(wrong, np.zeros((3, 32, 32, 3), np.uint8))
+    assert str(wrong) in failing(capsys, "evaluate", run, "--data", wrong)
+    right = tmp_path / "right.npy"
+    np.save(right, np.random.default_rng(0).integers(0, 256, (5, 32, 32), dtype=np.uint8))
+    assert cli.main(["evaluate", str(run), "--data", str(right), "--quiet"]) == 0
+    assert "5 images" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------- sample
+
+
+def test_sample_writes_a_grid_and_an_array_that_data_reads(run, tmp_path, capsys):
+    grid, array = tmp_path / "s.png", tmp_path / "s.npy"
+    words = ["sample", str(run), "-n", "6", "--batch-size", "4", "--out", str(grid), "--npy", str(array)]
+    assert cli.main([*words, "--seed", "3", "--temperature", "0.8"]) == 0
+    pixels = np.load(array)
+    assert pixels.shape == (6, 32, 32, 1)
+    assert pixels.dtype == np.uint8
+    assert len(nf.data.open_dataset(array)) == 6
+    first = grid.read_bytes()
+    assert "exists already: --overwrite replaces it" in failing(capsys, *words)
+    assert grid.read_bytes() == first
+    assert cli.main([*words, "--seed", "3", "--temperature", "0.8", "--overwrite"]) == 0
+    assert grid.read_bytes() == first
+    assert cli.main([*words, "--seed", "4", "--temperature", "0.8", "--overwrite"]) == 0
+    assert grid.read_bytes() != first
+
+
+def test_readjusted_statistics_are_kept_beside_the_checkpoint(run, tmp_path, capsys, monkeypatch):
+    source = tmp_path / "model.pt"
+    source.write_bytes((run / "checkpoint.pt").read_bytes())
+    words = ["sample", str(source), "-n", "4", "--out", str(tmp_path / "s.png"), "--overwrite", "--readjust"]
+    words += ["--readjust-passes", "2"]
+    assert cli.main(words[:-3]) == 0
+    plain = (tmp_path / "s.png").read_bytes()
+    assert cli.main(words) == 0
+    first = (tmp_path / "s.png").read_bytes()
+    assert first != plain
+    (cache,) = tmp_path.glob("model.bn-t1-p2-*.pt")
+    calls = []
+    real = nf.NVAE.readjust_batch_norm
+    monkeypatch.setattr(
+        nf.NVAE, "readjust_batch_norm", lambda self, *a, **k: (calls.append(1), real(self, *a, **k))[1]
+    )
+    assert cli.main(words) == 0
+    assert not calls
+    assert (tmp_path / "s.png").read_bytes() == first
+    cache.write_bytes(cache.read_bytes()[:500])  # a damaged cache is made again
+    assert cli.main(words) == 0
+    assert len(calls) == 1
+    assert (tmp_path / "s.png").read_bytes() == first
+    assert cli.main([*words, "--temperature", "0.5"]) == 0
+    assert len(calls) == 2
+    assert len(list(tmp_path.glob("model.bn-*.pt"))) == 2
+
+
+# ---------------------------------------------------------------------------- convert
+
+
+def test_convert_there_and_back(run, tmp_path, capsys):
+    official, ours = tmp_path / "official.pt", tmp_path / "ours.pt"
+    assert cli.main(["convert", str(run), str(official)]) == 0
+    assert checkpoint.sniff(official) == "other"
+    assert "exists already" in failing(capsys, "convert", run, official)
+    assert cli.main(["convert", str(official), str(ours)]) == 0
+    start, end = checkpoint.load(run), checkpoint.load(ours)
+    assert start["model_config"] == end["model_config"]
+    for name, value in start["model"].items():
+        if torch.is_tensor(value) and not name.startswith("spectral."):
+            assert torch.equal(value, end["model"][name]), name
+    reports = []
+    for file in (run, official, ours):
+        capsys.readouterr()
+        words = ["evaluate", str(file), "--data", "digits", "--max-images", "4", "--json", "--quiet"]
+        assert cli.main(words) == 0
+        reports.append(json.loads(capsys.readouterr().out)["negative_log_likelihood"])
+    assert reports[1] == pytest.approx(reports[0], rel=1e-5)
+    assert reports[2] == pytest.approx(reports[0], rel=1e-5)
+    assert "give --data" in failing(capsys, "evaluate", ours)
+    resumed = tmp_path / "resumed"
+    resumed.mkdir()
+    (resumed / "checkpoint.pt").write_bytes(ours.read_bytes())
+    assert "holds a model only" in failing(capsys, "train", "--resume", "--out", resumed)
+
+
+# ---------------------------------------------------------------------------- info
+
+
+def test_info_says_what_runs_where(capsys):
+    assert cli.main(["info"]) == 0
+    text = capsys.readouterr().out
+    for word in ("nvae_fast", torch.__version__, "residual_normal", "extension", "cpu"):
+        assert word in text
+    assert cli.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"].keys() == nf.backends().keys()
+    assert report["extension"]["loaded"] or report["extension"]["reason"]
+
+
+def test_numbers_may_be_written_large():
+    assert cli_options.whole_number("1e6") == 1_000_000
+    assert cli_options.whole_number("1_000") == 1000
+    with pytest.raises(ValueError):
+        cli_options.whole_number("1.5")
