@@ -1,7 +1,7 @@
 // float functions on Vec<float>, written once over the primitives of the three instruction sets.
 //
-// Largest error found over every seventh float32 input (tests/test_vec.py repeats a thinner sweep and asserts the
-// bounds), in units in the last place of the exact result:
+// Largest error found over every seventh float32 input (tests/test_vec.py repeats a thinner sweep and asserts
+// the bounds), in units in the last place of the exact result:
 //
 //                  AVX-512, AVX2   baseline    bound
 //   exp                     1.01       0.98     1.25

@@ -295,13 +295,13 @@ def _normal_cuda(
 def _words_cuda(seed: torch.Tensor, n_blocks: int, first_block: int) -> torch.Tensor:
     from nvae_fast.kernels import philox as kernels
 
-    return kernels.philox_words(seed, n_blocks, first_block, 0)
+    return kernels.philox_words_of(seed, n_blocks, first_block, 0)
 
 
 def _split_cuda(seed: torch.Tensor, n: int) -> torch.Tensor:
     from nvae_fast.kernels import philox as kernels
 
-    words = kernels.philox_words(seed, n, 0, SPLIT)
+    words = kernels.philox_words_of(seed, n, 0, SPLIT)
     return words[:, 0] | ((words[:, 1] & 0x7FFFFFFF) << 32)
 
 

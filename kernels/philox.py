@@ -1,0 +1,192 @@
+"""Philox4x32-10 words and normals in Triton; the definition is the docstring of nvae_fast/ops/philox.py.
+
+For other kernels: ``philox_words(seed, block)`` and ``philox_normals4(seed, block)``, device functions that
+take the seed as an int64 scalar and int64 or int32 block numbers, and return four tensors (the four elements
+of each block). ``philox_normal`` and ``philox_words_of`` launch kernels that only draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCKS = 256  # Philox blocks a program: 8 elements a thread, two 16-byte float32 stores
+# Said explicitly, because Triton's default differs between versions.
+_FUSION = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """Ten rounds: four uint32 counter words of one shape, two uint32 key words -> four words."""
+    m0: tl.constexpr = 0xD2511F53
+    m1: tl.constexpr = 0xCD9E8D57
+    for _ in tl.static_range(10):
+        hi0 = tl.umulhi(m0, c0)
+        hi1 = tl.umulhi(m1, c2)
+        lo0 = tl.mul(m0, c0, sanitize_overflow=False)
+        lo1 = tl.mul(m1, c2, sanitize_overflow=False)
+        c0 = hi1 ^ c1 ^ k0
+        c2 = hi0 ^ c3 ^ k1
+        c1 = lo1
+        c3 = lo0
+        k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
+        k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def philox_words(seed, block, stream: tl.constexpr = 0):
+    """Words of ``block`` in the stream of ``seed`` (int64 scalar); ``stream``: the third counter word."""
+    c0 = block.to(tl.uint32)
+    c1 = (block.to(tl.int64) >> 32).to(tl.uint32)
+    c2 = tl.zeros_like(c0) + stream
+    return philox4x32(c0, c1, c2, tl.zeros_like(c0), seed.to(tl.uint32), (seed >> 32).to(tl.uint32))
+
+
+@triton.jit
+def box_muller(w0, w1):
+    """Two uint32 words -> two float32 normals."""
+    u = (w0.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
+    r = tl.sqrt_rn(-2.0 * tl.log(u))
+    # cos and sin of 2 pi w1 / 2^32: quarter turns in integers, then polynomials in t = angle / (pi/2).
+    turned = tl.add(w1, 0x20000000, sanitize_overflow=False)
+    t = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 9.313225746154785e-10  # 2^-30
+    q = t * t
+    s = tl.fma(q, -0.0046024806797504425, 0.07968035340309143)
+    s = tl.fma(tl.fma(s, q, -0.6459634900093079), q, -4.878174308942107e-08)
+    s = tl.fma(t, 1.5707963705062866, s * t)
+    c = tl.fma(q, 0.0008944862638600171, -0.020855596289038658)
+    c = tl.fma(tl.fma(tl.fma(c, q, 0.25366854667663574), q, -1.2337005138397217), q, 1.0)
+    quarter = (turned >> 30).to(tl.int32)
+    odd = (quarter & 1) != 0
+    cosine = tl.where(odd, s, c)
+    sine = tl.where(odd, c, s)
+    cosine = tl.where((quarter == 1) | (quarter == 2), -cosine, cosine)
+    sine = tl.where(quarter >= 2, -sine, sine)
+    return r * cosine, r * sine
+
+
+@triton.jit
+def philox_normals4(seed, block):
+    """Elements 4 block .. 4 block + 3 of the stream of ``seed`` (int64 scalar): four float32 tensors."""
+    w0, w1, w2, w3 = philox_words(seed, block)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def interleave4(z0, z1, z2, z3, SIZE: tl.constexpr):
+    """(SIZE,) each -> (4 SIZE,): element 4 i + k is z_k[i]."""
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (4 * SIZE,))
+
+
+@triton.jit
+def normal_kernel(out, seed, count, BLOCKS: tl.constexpr):
+    """Elements 0 .. count - 1, contiguous."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    z0, z1, z2, z3 = philox_normals4(tl.load(seed), first + tl.arange(0, BLOCKS))
+    z = interleave4(z0, z1, z2, z3, BLOCKS)
+    element = first * 4 + tl.arange(0, 4 * BLOCKS)
+    tl.store(out + element, z.to(out.dtype.element_ty), mask=element < count)
+
+
+@triton.jit
+def normal_channels_last_kernel(out, seed, lanes, channels, quads, BLOCKS: tl.constexpr, WIDE: tl.constexpr):
+    """(n, c, 4 quads pixels) stored channels_last. Lane (n * quads + quad) * channels + c makes one block:
+    four pixels of one channel, so that neighbouring lanes store to neighbouring addresses.
+    """
+    first = tl.program_id(0)
+    if WIDE:
+        first = first.to(tl.int64)
+    lane = first * BLOCKS + tl.arange(0, BLOCKS)
+    row = lane // channels
+    c = lane - row * channels
+    n = row // quads
+    block = (n * channels + c) * quads + (row - n * quads)
+    z0, z1, z2, z3 = philox_normals4(tl.load(seed), block)
+    place = out + row * 4 * channels + c
+    inside = lane < lanes
+    tl.store(place, z0.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + channels, z1.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + 2 * channels, z2.to(out.dtype.element_ty), mask=inside)
+    tl.store(place + 3 * channels, z3.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normal_channels_last_odd_kernel(
+    out, seed, count, channels, pixels, BLOCKS: tl.constexpr, WIDE: tl.constexpr
+):
+    """The same for any number of pixels: a lane per element, each making its whole block."""
+    first = tl.program_id(0)
+    if WIDE:
+        first = first.to(tl.int64)
+    place = first * BLOCKS + tl.arange(0, BLOCKS)
+    row = place // channels
+    c = place - row * channels
+    n = row // pixels
+    element = (n * channels + c) * pixels + (row - n * pixels)
+    z0, z1, z2, z3 = philox_normals4(tl.load(seed), element >> 2)
+    k = element & 3
+    z = tl.where(k < 2, tl.where(k == 0, z0, z1), tl.where(k == 2, z2, z3))
+    tl.store(out + place, z.to(out.dtype.element_ty), mask=place < count)
+
+
+@triton.jit
+def words_kernel(out, seed, count, first_block, STREAM: tl.constexpr, BLOCKS: tl.constexpr):
+    """Words of ``count`` blocks from ``first_block`` on, (count, 4), widened to int64."""
+    i = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    w0, w1, w2, w3 = philox_words(tl.load(seed), i + first_block, STREAM)
+    inside = i < count
+    tl.store(out + 4 * i, w0.to(tl.int64), mask=inside)
+    tl.store(out + 4 * i + 1, w1.to(tl.int64), mask=inside)
+    tl.store(out + 4 * i + 2, w2.to(tl.int64), mask=inside)
+    tl.store(out + 4 * i + 3, w3.to(tl.int64), mask=inside)
+
+
+def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
+    # Triton launches on the current device.
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def philox_normal(
+    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool, blocks: int = _BLOCKS
+) -> torch.Tensor:
+    """Launch one kernel that fills a new tensor of ``size`` on the device of ``seed``."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    out = torch.empty(size, dtype=dtype, device=seed.device, memory_format=memory_format)
+    count = out.numel()
+    if count == 0:
+        return out
+    channels, pixels = (size[1], math.prod(size[2:])) if channels_last else (1, count)
+    wide = count > 2**31 - 4 * blocks
+    with _on(seed):
+        if channels == 1 or pixels == 1:
+            normal_kernel[(triton.cdiv(count, 4 * blocks),)](out, seed, count, BLOCKS=blocks, **_FUSION)
+        elif pixels % 4 == 0:
+            normal_channels_last_kernel[(triton.cdiv(count // 4, blocks),)](
+                out, seed, count // 4, channels, pixels // 4, BLOCKS=blocks, WIDE=wide, **_FUSION
+            )
+        else:
+            normal_channels_last_odd_kernel[(triton.cdiv(count, blocks),)](
+                out, seed, count, channels, pixels, BLOCKS=blocks, WIDE=wide, **_FUSION
+            )
+    return out
+
+
+def philox_words_of(
+    seed: torch.Tensor, count: int, first_block: int, stream: int, blocks: int = _BLOCKS
+) -> torch.Tensor:
+    """Words (count, 4) as int64 on the device of ``seed``."""
+    out = torch.empty((count, 4), dtype=torch.int64, device=seed.device)
+    if count:
+        with _on(seed):
+            words_kernel[(triton.cdiv(count, blocks),)](
+                out, seed, count, first_block, STREAM=stream, BLOCKS=blocks, **_FUSION
+            )
+    return out
