@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from nvae_fast.ops.philox import as_seed
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -63,6 +65,14 @@ def temperature(op: str, value: float, *, zero: bool) -> None:
     """``value`` is a finite number > 0 (>= 0 when ``zero`` is allowed)."""
     if not (isinstance(value, (int, float)) and 0 <= value < math.inf) or (value == 0 and not zero):
         raise ValueError(f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {value!r}")
+
+
+def seed(op: str, value: Any, device: torch.device) -> torch.Tensor:
+    """``value`` as a 0-d int64 tensor on ``device``; None takes a fresh one from its default generator."""
+    try:
+        return as_seed(value, device)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{op}: {str(error).removeprefix('seed: ')}") from None
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

@@ -25,7 +25,6 @@ import torch.nn.functional as F
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._register import room
-from nvae_fast.ops.philox import as_seed
 from nvae_fast.ops.philox import philox_words, split_seed
 
 MIN_LOG_SCALE = -7.0
@@ -72,7 +71,7 @@ def mixture_logistic_sample(
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     _check_params("mixture_logistic_sample", params, num_mixtures)
-    return _sample(params, as_seed(seed, params.device), num_mixtures, temperature)
+    return _sample(params, _checks.seed("mixture_logistic_sample", seed, params.device), num_mixtures, temperature)
 
 
 def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> torch.Tensor:

@@ -11,7 +11,6 @@ import torch
 from nvae_fast.ops import _checks
 from nvae_fast.ops._register import room
 from nvae_fast.ops._squash import check_noise, draw_like, squash, unpack
-from nvae_fast.ops.philox import as_seed
 
 
 def normal_sample(
@@ -41,7 +40,7 @@ def normal_sample(
     if noise is not None and seed is not None:
         raise ValueError("normal_sample: give either noise or seed, not both")
     _checks.packed("normal_sample", "params", params)
-    seed_tensor = as_seed(seed, params.device) if noise is None else None
+    seed_tensor = _checks.seed("normal_sample", seed, params.device) if noise is None else None
     return _room(params, noise, seed_tensor, temperature, clamp, sigma_floor)
 
 

@@ -23,7 +23,6 @@ import torch
 from nvae_fast.ops import _checks
 from nvae_fast.ops._register import room
 from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, squash, unpack
-from nvae_fast.ops.philox import as_seed
 
 
 class ResidualNormal(NamedTuple):
@@ -70,7 +69,7 @@ def residual_normal(
     if noise is not None and seed is not None:
         raise ValueError("residual_normal: give either noise or seed, not both")
     _checks.packed("residual_normal", "posterior", posterior)
-    seed_tensor = as_seed(seed, posterior.device) if noise is None else None
+    seed_tensor = _checks.seed("residual_normal", seed, posterior.device) if noise is None else None
     return ResidualNormal(*_room(posterior, prior, noise, seed_tensor, residual, clamp, sigma_floor))
 
 
