@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+import nvae_fast as nf
+from nvae_fast import _backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -22,6 +26,19 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(params=["contiguous", "channels_last"])
 def memory_format(request: pytest.FixtureRequest) -> torch.memory_format:
     return {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}[request.param]
+
+
+@pytest.fixture(params=["operator", "reference"])
+def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A test's ops run once as operators (the fused kernels where there are any, with the operators' own autograd) and once
+    as plain PyTorch."""
+    if request.param == "reference":
+        with nf.use_backend("reference"):
+            yield request.param
+    else:
+        every = {(op, device): "operator" for op in nf.backends() for device in _backend.DEVICES}
+        monkeypatch.setattr(_backend, "_fused", every)
+        yield request.param
 
 
 @pytest.fixture(autouse=True)

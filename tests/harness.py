@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 DATA = Path(__file__).parent / "data"
@@ -66,3 +69,137 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, t
         error = (actual[key].double() - expected[key].double()).norm()
         bound = 5e-4 * max(expected[key].double().norm(), 1e-4 * total)
         assert error <= bound, f"gradient of {key}: error {error:.3g} exceeds {bound:.3g}"
+
+
+# What the files of the rooms share. An op is given as a function of named tensors, ``function(**tensors)``.
+
+Tensors = dict[str, torch.Tensor]
+HALF = (torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, *HALF)
+
+
+def place(tensors: Tensors, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device) -> Tensors:
+    """Floating tensors in ``dtype``, the four-dimensional ones in ``memory_format``, all on ``device``."""
+    placed = {}
+    for name, value in tensors.items():
+        value = value.to(device, dtype if value.is_floating_point() else value.dtype)
+        placed[name] = value.contiguous(memory_format=memory_format) if value.dim() == 4 else value
+    return placed
+
+
+def strided(t: torch.Tensor) -> torch.Tensor:
+    """The same values with a gap after each and the dimensions stored in reverse order."""
+    reverse = tuple(range(t.dim()))[::-1]
+    return torch.stack((t, torch.full_like(t, float("nan"))), dim=-1).permute(*reverse, t.dim()).contiguous()[
+        ..., 0
+    ].permute(*reverse)
+
+
+def _upstream(output: torch.Tensor, index: int) -> torch.Tensor:
+    """A gradient that is exact in every dtype: quarters between -2 and 2."""
+    generator = torch.Generator().manual_seed(index)
+    quarters = torch.randint(-8, 9, tuple(output.shape), generator=generator)
+    return (quarters / 4).to(output)
+
+
+def evaluate(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> Tensors:
+    """Outputs and gradients by name: ``"output 0"``, ..., ``"grad x"``, ...; the upstream gradients are always the same."""
+    leaves = {name: value.detach().requires_grad_(name in differentiable) for name, value in tensors.items()}
+    outputs = function(**leaves)
+    outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
+    found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    roots = [(output, _upstream(output, i)) for i, output in enumerate(outputs) if output.requires_grad]
+    if differentiable:
+        gradients = torch.autograd.grad(
+            [root for root, _ in roots], [leaves[n] for n in differentiable], [g for _, g in roots], allow_unused=True
+        )
+        for name, gradient in zip(differentiable, gradients, strict=True):
+            found[f"grad {name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient
+    return found
+
+
+def assert_same(actual: Tensors, expected: Tensors, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert actual[name].dtype == expected[name].dtype, name
+        assert_close(actual[name], expected[name], tolerance, name)
+
+
+def assert_accurate(
+    function: Callable[..., Any],
+    formula: Callable[..., Any],
+    tensors: Tensors,
+    differentiable: Sequence[str],
+    *,
+    eager: Callable[..., Any] | None = None,
+    factor: float = 2.0,
+) -> None:
+    """Every output and gradient of ``function`` is as near the truth, ``formula`` in float64 on the same inputs, as
+    ``factor`` times what plain PyTorch (``eager``, by default the formula) loses in the dtype of the inputs, or
+    ``factor`` times what rounding the truth to that dtype loses. Where plain PyTorch overflows, only the latter counts."""
+    actual = evaluate(function, tensors, differentiable)
+    native = evaluate(eager or formula, tensors, differentiable)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
+    truth = evaluate(formula, wide, differentiable)
+    assert actual.keys() == truth.keys()
+    for name, expected in truth.items():
+        unavoidable = relative_error(expected.to(actual[name].dtype), expected)
+        lost = relative_error(native[name], expected) if torch.isfinite(native[name]).all() else 0.0
+        bound = factor * max(lost, unavoidable, torch.finfo(torch.float32).eps)
+        assert_close(actual[name], expected, bound, f"{name} in {actual[name].dtype}")
+
+
+def assert_indifferent_to_layout(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> None:
+    """Strided inputs give what contiguous ones give."""
+    assert_same(
+        evaluate(function, {name: strided(t) for name, t in tensors.items()}, differentiable),
+        evaluate(function, tensors, differentiable),
+        2e-6,
+    )
+
+
+def assert_repeatable(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> None:
+    """Two runs are equal bit for bit."""
+    first, second = (evaluate(function, tensors, differentiable) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), f"{name} differs between two runs"
+
+
+def assert_empty_works(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> Tensors:
+    """With a batch of none: outputs and gradients of the right shapes, zero for what is shared by the batch."""
+    found = evaluate(function, tensors, differentiable)
+    for name in differentiable:
+        assert found[f"grad {name}"].shape == tensors[name].shape
+        assert not found[f"grad {name}"].any(), f"grad {name}"
+    return found
+
+
+def assert_gradcheck(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> None:
+    """Gradients against finite differences, in float64."""
+
+    def of_leaves(*leaves: torch.Tensor) -> Any:
+        outputs = function(**{**tensors, **dict(zip(differentiable, leaves, strict=True))})
+        outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
+        return tuple(output for output in outputs if output.requires_grad)
+
+    leaves = [tensors[name].double().requires_grad_() for name in differentiable]
+    assert torch.autograd.gradcheck(of_leaves, leaves)
+
+
+def assert_opcheck(op: str, *args: Any, differentiable: Sequence[int] = ()) -> None:
+    """All of PyTorch's own tests of an operator, with gradients asked for where it has any."""
+    leaves = [a.detach().clone().requires_grad_() if i in differentiable else a for i, a in enumerate(args)]
+    torch.library.opcheck(getattr(torch.ops.nvae_fast, op), tuple(leaves))
+
+
+def assert_no_double_backward(op: str, output: torch.Tensor, leaf: torch.Tensor) -> None:
+    """``output`` came from the operator: ``create_graph=True`` says what to do instead of giving wrong numbers."""
+    with pytest.raises(RuntimeError, match=f"{op}: double backward is not supported; use .*reference"):
+        torch.autograd.grad(output.sum(), leaf, create_graph=True)
+
+
+def assert_compiles(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> None:
+    """``torch.compile(fullgraph=True)`` gives what eager gives."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True)
+    assert_same(evaluate(compiled, tensors, differentiable), evaluate(function, tensors, differentiable), 2e-6)
