@@ -1,0 +1,376 @@
+"""Whole training steps (forward, loss, regularisers, backward, Adamax) and sampling, of the published
+settings.
+
+On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast; on a CPU, scaled down
+in width, groups and batch so that a step takes about a second, in float32. The two settings at 256 pixels are
+alike and stand for one row; on a CPU its images are 64 pixels.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+import nvae_fast as nf
+from benchmarks import measure
+from benchmarks.gate import relative_error
+from benchmarks.providers import FORMAT_NAMES, MEMORY_FORMATS, OURS, cudnn_benchmark, time_limit
+from benchmarks.timing import Clock, WallClock, interleave
+from nvae_fast.training import Step, TrainingConfig
+
+CASES = {
+    "training_step": "forward, loss, regularisers, backward and Adamax",
+    "sampling": "images from the prior",
+}
+ROOM = "model"
+SEED, TEMPERATURE, COEFFICIENT, REGULARIZER = 5, 0.7, 0.5, 1e-2
+LEARNING_RATE = 1e-5  # so small that the weights of all providers stay where the gate saw them
+
+# Relative error norms against float64: (loss or logits, all gradients as one vector). bfloat16 has 8 bits,
+# and some forty layers of it lie between the image and the first gradient.
+TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (3e-2, 0.5)}
+
+_SMALL: dict[str, dict[str, Any]] = {
+    "mnist": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 4},
+    "cifar10": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 4},
+    "celeba_64": {"num_channels_enc": 8, "num_channels_dec": 8, "num_groups_per_scale": 4},
+    "imagenet_32": {"num_channels_enc": 24, "num_channels_dec": 24, "num_groups_per_scale": 3},
+    "celeba_256": {
+        "num_channels_enc": 4,
+        "num_channels_dec": 4,
+        "num_groups_per_scale": 2,
+        "min_groups_per_scale": 1,
+        "image_size": 64,
+    },
+}
+_SMALL_BATCH = {"mnist": 16, "cifar10": 8, "celeba_64": 4, "imagenet_32": 8, "celeba_256": 2}
+_TINY: dict[str, Any] = {
+    "num_channels_enc": 4,
+    "num_channels_dec": 4,
+    "num_latent_scales": 1,
+    "num_groups_per_scale": 2,
+    "num_latent_per_group": 4,
+    "num_preprocess_cells": 1,
+    "num_postprocess_cells": 1,
+    "num_cell_per_cond_enc": 1,
+    "num_cell_per_cond_dec": 1,
+    "ada_groups": False,
+}
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A setting to measure: its name, configuration, batch and precision."""
+
+    preset: str
+    config: Any
+    batch: int
+    precision: str
+
+    @property
+    def label(self) -> str:
+        c = self.config
+        return f"{self.preset} B{self.batch} {c.resolution}px {c.num_channels_dec}ch {c.num_groups} groups"
+
+
+def workloads(device: torch.device, *, quick: bool = False, tiny: bool = False) -> list[Workload]:
+    """What is measured on ``device``. quick: one scaled-down setting; tiny: one for tests."""
+    if tiny or quick:
+        changes = _TINY if tiny else {**_SMALL["mnist"], "num_channels_enc": 8, "num_channels_dec": 8}
+        config = nf.NVAEConfig.preset("mnist").replace(**changes)
+        return [Workload("mnist", config, 2 if tiny else 8, "float32")]
+    rows = []
+    for name, changes in _SMALL.items():
+        config = nf.NVAEConfig.preset(name)
+        if device.type == "cuda":
+            rows.append(Workload(name, config, nf.training.preset(name).training.batch_size, "bfloat16"))
+        else:
+            rows.append(Workload(name, config.replace(**changes), _SMALL_BATCH[name], "float32"))
+    return rows
+
+
+class RandnNoise(nn.Module):
+    """A model that takes its noise from ``torch.randn``, or from ``given``: what plain PyTorch would do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+        self.given: list[torch.Tensor] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("inner"), name)
+
+    def _noise(self, n: int) -> list[torch.Tensor]:
+        if self.given is not None:
+            return self.given
+        device = self.inner.top_feature.device
+        return [torch.randn(n, *shape, device=device) for shape in self.inner.config.z_shapes]
+
+    def forward(self, x: torch.Tensor, seed: Any = None) -> Any:
+        return self.inner(x, noise=self._noise(x.shape[0]))
+
+    def sample(self, n: int, temperature: float = 1.0, seed: Any = None) -> torch.Tensor:
+        return self.inner.sample(n, temperature, noise=self._noise(n))
+
+
+@dataclass
+class Contender:
+    """One provider of a whole model in one memory format; absent with a reason, or bound to its own model."""
+
+    provider: str
+    memory_format: str
+    backend: str = "reference"
+    plain_noise: bool = False
+    compiled: bool = False
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.provider} {FORMAT_NAMES[self.memory_format]}"
+
+    @contextmanager
+    def context(self, device: torch.device) -> Iterator[None]:
+        with nf.use_backend(self.backend), cudnn_benchmark(device.type == "cuda"):
+            yield
+
+
+def contenders(device: torch.device, compile_reason: str) -> list[Contender]:
+    """Reference, plain PyTorch noise ("library"), torch.compile of that, and this package's kernels."""
+    with nf.use_backend("auto"):
+        fused = [op for op, row in nf.backends().items() if not row[device.type].startswith("reference")]
+    ours = "" if fused else f"no op has a kernel of its own on {device.type}"
+    found = []
+    for memory_format in MEMORY_FORMATS:
+        found.append(Contender("reference", memory_format))
+        found.append(Contender("library", memory_format, plain_noise=True))
+        found.append(
+            Contender("torch.compile", memory_format, plain_noise=True, compiled=True, reason=compile_reason)
+        )
+        found.append(Contender(OURS, memory_format, backend="auto", reason=ours))
+    return found
+
+
+class Bench:
+    """One setting on one device: the model to copy, an image batch, the float64 truth."""
+
+    def __init__(self, workload: Workload, device: torch.device) -> None:
+        self.workload, self.device = workload, device
+        torch.manual_seed(SEED)
+        c = workload.config
+        self.model = nf.NVAE(c).to(device)
+        images = torch.rand(workload.batch, c.channels, c.resolution, c.resolution)
+        images = images.round() if c.likelihood_name == "bernoulli" else (images * 255).round() / 255
+        self.images = images.to(device)
+        self.noise = [torch.randn(workload.batch, *shape).to(device) for shape in c.z_shapes]
+
+    def build(self, contender: Contender | None = None, *, double: bool = False) -> nn.Module:
+        """A copy of the model, as the contender has it."""
+        model: nn.Module = copy.deepcopy(self.model)
+        if double:
+            model = model.double()
+            # The spectral estimate is a float32 power iteration whatever the weights are.
+            model.spectral.float().register_forward_pre_hook(
+                lambda _, args: ({name: weight.float() for name, weight in args[0].items()},)
+            )
+        if contender is not None:
+            model = model.to(memory_format=MEMORY_FORMATS[contender.memory_format])
+            if contender.plain_noise:
+                model = RandnNoise(model)
+        return model
+
+    def step(self, model: nn.Module, *, double: bool = False) -> Step:
+        autocast = "bf16" if self.workload.precision == "bfloat16" and not double else None
+        return Step(model, TrainingConfig(autocast=autocast, weight_decay_norm=REGULARIZER))
+
+
+class TrainingRun:
+    """A training step of one contender (None: the float64 truth)."""
+
+    def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
+        double = contender is None
+        self.model = bench.build(contender, double=double)
+        if given_noise:
+            _give_noise(self, bench, contender, double)
+        self.model.train()
+        self.step = bench.step(self.model, double=double)
+        layout = MEMORY_FORMATS[contender.memory_format] if contender else torch.contiguous_format
+        self.images = bench.images.to(torch.float64 if double else torch.float32).contiguous(
+            memory_format=layout
+        )
+        if contender is not None and contender.compiled:
+            self.step.objective = torch.compile(self.step.objective, dynamic=False)
+
+    def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss, all gradients as one vector)."""
+        loss, _ = self.step.objective(self.images, SEED, COEFFICIENT, REGULARIZER)
+        gradients = torch.autograd.grad(loss, self.step.parameters, allow_unused=True)
+        return loss.detach(), torch.cat([g.flatten() for g in gradients if g is not None])
+
+    def __call__(self) -> None:
+        result = self.step(
+            self.images, seed=SEED, coefficient=COEFFICIENT, weight=REGULARIZER, learning_rate=LEARNING_RATE
+        )
+        if result.skipped:
+            raise FloatingPointError("the loss or its gradient is not finite")
+
+
+class SamplingRun:
+    """Drawing images with one contender (None: the float64 truth)."""
+
+    def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
+        double = contender is None
+        self.model = bench.build(contender, double=double).eval()
+        if given_noise:
+            _give_noise(self, bench, contender, double)
+        self.batch, self.device = bench.workload.batch, bench.device
+        self.autocast = bench.workload.precision == "bfloat16" and not double
+        self._sample: Callable[..., torch.Tensor] = self.model.sample
+        if contender is not None and contender.compiled:
+            self._sample = torch.compile(self.model.sample, dynamic=False)
+
+    @torch.no_grad()
+    def logits(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            logits = self._sample(self.batch, TEMPERATURE, seed=SEED)
+        return logits if logits.dtype == torch.float64 else logits.float()
+
+    def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logits, nothing): which image is drawn from them is a discrete choice."""
+        logits = self.logits()
+        return logits, logits.new_zeros(1)
+
+    @torch.no_grad()
+    def __call__(self) -> None:
+        self.model.likelihood(self.logits()).sample(temperature=TEMPERATURE, seed=SEED)
+
+
+def _give_noise(run: Any, bench: Bench, contender: Contender | None, double: bool) -> None:
+    """The same noise for the truth and for a contender with a generator of its own."""
+    if not isinstance(run.model, RandnNoise):
+        run.model = RandnNoise(run.model)
+    run.model.given = [eps.double() if double else eps for eps in bench.noise]
+
+
+_RUNS = {"training_step": TrainingRun, "sampling": SamplingRun}
+
+
+def measure_model(
+    workload: Workload,
+    device: torch.device,
+    *,
+    cases: list[str],
+    compile_reason: str,
+    compile_limit: float,
+    seconds: float,
+    min_rounds: int = 3,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Gate and time ``workload``; one row for each case and contender, in the schema of ``report``."""
+    bench = Bench(workload, device)
+    rows: list[dict[str, Any]] = []
+    for case in cases:
+        say(f"{case}  {workload.label}  {workload.precision}")
+        rows += _measure(case, bench, compile_reason, compile_limit, seconds, min_rounds)
+        torch._dynamo.reset()
+    return rows
+
+
+def _measure(
+    case: str, bench: Bench, compile_reason: str, compile_limit: float, seconds: float, min_rounds: int
+) -> list[dict[str, Any]]:
+    workload, device, make = bench.workload, bench.device, _RUNS[case]
+    with nf.use_backend("reference"):
+        truths = {given: make(bench, None, given_noise=given).gate() for given in (False, True)}
+    rows, runs = {}, {}
+    for contender in contenders(device, compile_reason):
+        row: dict[str, Any] = {
+            "case": case,
+            "room": ROOM,
+            "workload": workload.label,
+            "dtype": workload.precision,
+            "provider": contender.provider,
+            "memory_format": FORMAT_NAMES[contender.memory_format],
+            "status": "absent" if contender.reason else "ok",
+            "reason": contender.reason,
+            "passes": {},
+        }
+        rows[contender.name] = row
+        if contender.reason:
+            continue
+        try:
+            with (
+                contender.context(device),
+                time_limit(compile_limit if contender.compiled else 0, "compilation"),
+            ):
+                actual = make(bench, contender, given_noise=contender.plain_noise).gate()
+                row["gate"] = _judge(actual, truths[contender.plain_noise], workload.precision)
+                row["status"], row["reason"] = row["gate"].pop("status"), row["gate"].pop("reason")
+                if row["status"] != "ok":
+                    continue
+                run = make(bench, contender, given_noise=False)
+                run()  # compiles, tries algorithms, and makes the optimizer's state
+                run()
+            row |= _costs(run, contender, device)
+            runs[contender.name] = _sampler(run, contender, device, case)
+        except Exception as error:
+            # A compiler that gives up is worth knowing, but no fault of ours.
+            row["status"] = "absent" if contender.compiled else "failed"
+            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+    times, failures = interleave(runs, WallClock(device), seconds=seconds, warmup=1, min_rounds=min_rounds)
+    for name, error in failures.items():
+        rows[name]["status"], rows[name]["reason"] = "failed", error
+    for name, laps in times.items():
+        for lap, series in laps.items():
+            summary = series.summary()
+            summary["images_per_s"] = 1e3 * workload.batch / summary["median_ms"]
+            rows[name]["passes"][lap] = summary
+    return list(rows.values())
+
+
+def _judge(actual: Any, expected: Any, precision: str) -> dict[str, Any]:
+    names = ("loss or logits", "gradient")
+    errors = {name: relative_error(a, e) for name, a, e in zip(names, actual, expected, strict=True)}
+    wrong = [
+        f"{name}: relative error {errors[name]:.2g} (allowed {tolerance:.2g})"
+        for name, tolerance in zip(names, TOLERANCES[precision], strict=True)
+        if not errors[name] <= tolerance
+    ]
+    return {
+        "tolerance": max(TOLERANCES[precision]),
+        "errors": errors,
+        "status": "failed" if wrong else "ok",
+        "reason": "; ".join(wrong),
+    }
+
+
+def _costs(run: Callable[[], None], contender: Contender, device: torch.device) -> dict[str, Any]:
+    with contender.context(device):
+        costs: dict[str, Any] = {"peak_bytes": measure.peak_bytes(run, device)}
+        if device.type == "cuda":
+            costs["kernel_launches"] = measure.kernel_launches(run)
+        elif not contender.compiled:
+            costs["operator_calls"] = measure.operator_calls(run)
+    return costs
+
+
+def _sampler(
+    run: Callable[[], None], contender: Contender, device: torch.device, case: str
+) -> Callable[[Clock], None]:
+    lap = {"training_step": "step", "sampling": "sample"}[case]
+
+    def sample(clock: Clock) -> None:
+        with contender.context(device):
+            clock.start()
+            run()
+            clock.lap(lap)
+
+    return sample

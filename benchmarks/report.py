@@ -1,0 +1,383 @@
+"""Results: the document and its JSON file, the console table, the plots, and the README's table.
+
+``python -m benchmarks.report --readme`` rewrites the table between the markers in README.md from
+benchmarks/results/*.json; ``--check`` changes nothing and fails when the table is stale.
+
+A document holds ``schema``, ``machine``, ``versions``, ``commit`` and whether the code was ``modified``
+since, ``date``, ``settings``, ``ceilings`` and ``rows``. A row is one provider in one memory format on one
+workload: ``status`` "ok", "absent" or "failed" with its ``reason``, the gate's ``errors`` and ``tolerance``,
+and for every pass the median, quartiles and minimum in milliseconds, ``gb_per_s`` against the bytes the pass
+must move, ``copy_fraction`` of the copy bandwidth measured in the same run; ``peak_bytes``,
+``operator_calls`` (CPU) or ``kernel_launches`` (GPU) of all passes together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SCHEMA = 1
+HEAD = ("machine", "versions", "commit", "modified", "date", "settings", "ceilings")
+ROW = ("case", "room", "workload", "dtype", "provider", "memory_format", "status", "reason", "passes")
+STATUSES = ("ok", "absent", "failed")
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+COLUMNS = (
+    "op",
+    "shape",
+    "dtype",
+    "eager",
+    "eager channels_last",
+    "compile",
+    "library",
+    "nvae_fast",
+    "speed-up",
+    "of copy bandwidth",
+)
+NONE = "\N{EN DASH}"
+EXPLANATION = f"""\
+Milliseconds of all passes of an op (forward and backward), medians; in brackets half the distance between the
+quartiles. `eager` is the reference, plain PyTorch; `compile` and `library` are torch.compile of it and the
+best route PyTorch offers, in the faster memory format, as is `nvae_fast`; {NONE} means not measured. Speed-up
+is over the fastest of the others. Every number passed the correctness gate first."""
+OURS = "nvae_fast"
+COLOURS = {
+    "reference": "#9aa5b1",
+    "library": "#5b8db8",
+    "torch.compile": "#c9a227",
+    OURS: "#2e8b57",
+    "copy": "#dddddd",
+}
+PYTORCH = ("reference", "torch.compile", "library")
+
+
+def document(head: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Head and rows as one validated document."""
+    result = {"schema": SCHEMA, **head, "rows": rows}
+    validate(result, "results")
+    return result
+
+
+def validate(results: Any, source: str) -> None:
+    """Raises ValueError naming ``source`` and what is missing or wrong."""
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        found = results.get("schema") if isinstance(results, dict) else type(results).__name__
+        raise ValueError(f"{source}: expected a results document with schema {SCHEMA}, got {found!r}")
+    missing = [key for key in (*HEAD, "rows") if key not in results]
+    if missing:
+        raise ValueError(f"{source}: missing {', '.join(missing)}")
+    for index, row in enumerate(results["rows"]):
+        missing = [key for key in ROW if key not in row]
+        if missing:
+            raise ValueError(f"{source}: row {index}: missing {', '.join(missing)}")
+        if row["status"] not in STATUSES:
+            raise ValueError(
+                f"{source}: row {index}: status must be one of {STATUSES}, got {row['status']!r}"
+            )
+        if row["status"] == "ok" and not row["passes"]:
+            raise ValueError(f"{source}: row {index}: status is ok, but nothing was timed")
+
+
+def failed(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows whose gate was red or that broke down."""
+    return [row for row in results["rows"] if row["status"] == "failed"]
+
+
+# ------------------------------------------------------------------------------------------------------ JSON
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A results file, validated.
+
+    Raises:
+        ValueError: it is none. OSError: it cannot be read.
+    """
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from None
+    validate(results, str(path))
+    return results
+
+
+def write_json(results: dict[str, Any], path: Path) -> None:
+    """Write a results file whole or not at all."""
+    validate(results, "results")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _replace(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+
+
+def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
+    """Refuse, before anything is measured, to lose results that this run would not replace.
+
+    Raises:
+        ValueError: the file holds other cases, or is something else, and ``overwrite`` is not set.
+    """
+    if path.is_dir():
+        raise ValueError(f"--json {path}: is a directory, expected a file")
+    if not path.exists() or overwrite:
+        return
+    try:
+        kept = {row["case"] for row in read_json(path)["rows"]} - set(cases)
+    except ValueError as error:
+        raise ValueError(
+            f"--json: would replace a file that holds no results ({error}); add --overwrite"
+        ) from None
+    if kept:
+        raise ValueError(
+            f"--json {path}: holds cases this run does not measure ({', '.join(sorted(kept))}); "
+            "choose another file, or add --overwrite"
+        )
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
+        os.chmod(temporary, mode)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+# --------------------------------------------------------------------------------------------------- console
+
+
+def groups(results: dict[str, Any]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows by (case, workload, dtype), in the order of measurement."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        found.setdefault((row["case"], row["workload"], row["dtype"]), []).append(row)
+    return found
+
+
+def total_ms(row: dict[str, Any]) -> float:
+    """All passes of a row: the sum of their medians, milliseconds."""
+    return sum(timed["median_ms"] for timed in row["passes"].values())
+
+
+def console(results: dict[str, Any]) -> str:
+    """A table for each workload."""
+    lines = [headline(results)]
+    for (case, workload, dtype), rows in groups(results).items():
+        lines += ["", f"{case}  {workload}  {dtype}"]
+        told: set[tuple[str, str]] = set()
+        for row in rows:
+            name = f"{row['provider']} {row['memory_format']}" if row["provider"] != "copy" else "copy"
+            if row["status"] != "ok":
+                if (row["provider"], row["reason"]) not in told:
+                    told.add((row["provider"], row["reason"]))
+                    lines.append(f"  {row['provider']:<28}{row['status']}: {row['reason']}")
+                continue
+            cells = [f"{lap} {_timed(timed)}" for lap, timed in row["passes"].items()]
+            if row.get("peak_bytes") is not None:
+                cells.append(f"{row['peak_bytes'] / 2**20:.1f} MiB peak")
+            cells += [f"{row[key]} {what}" for key, what in _COUNTS.items() if row.get(key) is not None]
+            lines.append(f"  {name:<28}" + "   ".join(cells))
+    return "\n".join(lines)
+
+
+_COUNTS = {"operator_calls": "operator calls", "kernel_launches": "kernel launches"}
+
+
+def _timed(timed: dict[str, Any]) -> str:
+    spread = f"[{timed['lower_quartile_ms']:.3f} {timed['upper_quartile_ms']:.3f}]"
+    text = f"{timed['median_ms']:9.3f} ms {spread}"
+    if "gb_per_s" in timed:
+        text += f" {timed['gb_per_s']:7.2f} GB/s {100 * timed['copy_fraction']:4.0f}% of copy"
+    if "matmul_fraction" in timed:
+        text += f" {100 * timed['matmul_fraction']:3.0f}% of matmul"
+    if "images_per_s" in timed:
+        text += f" {timed['images_per_s']:8.1f} images/s"
+    return text
+
+
+def headline(results: dict[str, Any]) -> str:
+    """Machine, versions, commit and day in a line."""
+    m, v = results["machine"], results["versions"]
+    where = m.get("gpu") or f"{m['processor']}, {m['threads']} threads"
+    versions = f"nvae_fast {v['nvae_fast']}, torch {v['torch']}"
+    commit = f"commit {results['commit']}" if results["commit"] else "no commit"
+    changed = " with local changes" if results["modified"] else ""
+    return f"{m['name']}: {where}; {versions}; {commit}{changed}; {results['date'][:10]}"
+
+
+# ----------------------------------------------------------------------------------------------------- plots
+
+
+def plot_path(asked: str | None, json_path: Path | None, machine_name: str) -> Path | None:
+    """Where the plot goes; None when none is asked for (``asked`` None; empty means the default place).
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    if asked is None:
+        return None
+    try:
+        import matplotlib  # noqa: F401  asked for now, not after minutes of measuring
+    except ImportError:
+        raise ImportError("--plot needs matplotlib: pip install nvae_fast[plot]") from None
+    if asked == "":
+        return json_path.with_suffix(".png") if json_path is not None else RESULTS / f"{machine_name}.png"
+    path = Path(asked)
+    if path.is_dir() or path.suffix == "":
+        return path / f"{machine_name}.png"
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {path}: expected a directory or a .png, .svg or .pdf file")
+    return path
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Bars of the time of all passes, a panel for each workload, spread as whiskers."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels = {key: [row for row in rows if row["status"] == "ok"] for key, rows in groups(results).items()}
+    panels = {key: rows for key, rows in panels.items() if rows}
+    if not panels:
+        raise ValueError("nothing to plot: no provider was timed")
+    columns = min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    figure = Figure(figsize=(6.0 * columns, 2.6 * lines), layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, ((case, workload, dtype), rows) in enumerate(panels.items()):
+        axes = figure.add_subplot(lines, columns, index + 1)
+        names = [
+            row["provider"] if row["provider"] == "copy" else f"{row['provider']} {row['memory_format']}"
+            for row in rows
+        ]
+        medians = [total_ms(row) for row in rows]
+        below = [
+            m - sum(t["lower_quartile_ms"] for t in row["passes"].values())
+            for m, row in zip(medians, rows, strict=True)
+        ]
+        above = [
+            sum(t["upper_quartile_ms"] for t in row["passes"].values()) - m
+            for m, row in zip(medians, rows, strict=True)
+        ]
+        whiskers = [[max(b, 0.0) for b in below], [max(a, 0.0) for a in above]]
+        axes.barh(
+            names, medians, xerr=whiskers, color=[COLOURS.get(row["provider"], "#888888") for row in rows]
+        )
+        axes.invert_yaxis()
+        axes.set_title(f"{case}\n{workload} {dtype}", fontsize=9)
+        axes.set_xlabel(" + ".join(rows[0]["passes"]) + ", ms", fontsize=8)
+        axes.tick_params(labelsize=7)
+    figure.suptitle(headline(results), fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
+    figure.savefig(temporary, dpi=110)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------- README
+
+
+def readme_table(documents: list[dict[str, Any]]) -> str:
+    """The README's results in Markdown. Every number in it stands in a results file."""
+    if not documents:
+        return "No measurements are committed yet: `make bench` makes them."
+    parts = [EXPLANATION]
+    for results in documents:
+        parts += ["", f"**{headline(results)}**", "", *_markdown(results)]
+    return "\n".join(parts)
+
+
+def _markdown(results: dict[str, Any]) -> list[str]:
+    lines = [
+        f"| {' | '.join(COLUMNS)} |",
+        f"|{'---|' * 3}{'---:|' * (len(COLUMNS) - 3)}",
+    ]
+    for (case, workload, dtype), rows in groups(results).items():
+        timed = [row for row in rows if row["status"] == "ok" and row["provider"] != "copy"]
+        if not timed:
+            continue
+        eager = [row for row in timed if row["provider"] == "reference"]
+        first = _fastest(row for row in eager if row["memory_format"] == "NCHW")
+        second = _fastest(row for row in eager if row["memory_format"] == "channels_last")
+        compiled = _fastest(row for row in timed if row["provider"] == "torch.compile")
+        library = _fastest(row for row in timed if row["provider"] == "library")
+        ours = _fastest(row for row in timed if row["provider"] == OURS)
+        others = _fastest(row for row in timed if row["provider"] in PYTORCH)
+        speedup = f"{total_ms(others) / total_ms(ours):.2f}x" if ours and others else NONE
+        cells = [
+            case,
+            workload,
+            dtype,
+            *map(_cell, (first, second, compiled, library, ours)),
+            speedup,
+            _share(ours),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    return min(rows, key=total_ms, default=None)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return NONE
+    spread = sum(t["upper_quartile_ms"] - t["lower_quartile_ms"] for t in row["passes"].values()) / 2
+    return f"{total_ms(row):.3g} [{spread:.1g}]"
+
+
+def _share(row: dict[str, Any] | None) -> str:
+    if row is None or any("copy_fraction" not in timed for timed in row["passes"].values()):
+        return NONE
+    return " / ".join(f"{100 * timed['copy_fraction']:.0f}%" for timed in row["passes"].values())
+
+
+def with_table(readme: str, table: str, source: str = "README.md") -> str:
+    """``readme`` with what stands between the markers replaced.
+
+    Raises:
+        ValueError: there is not exactly one pair of markers.
+    """
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"{source}: expected one {BEGIN} followed by one {END}")
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{table}\n\n{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, 1 for a stale README, 2 for wrong arguments or files."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The README's results table.")
+    p.add_argument(
+        "--readme", nargs="?", type=Path, const=ROOT / "README.md", metavar="PATH", help="rewrite its table"
+    )
+    p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON files are")
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 when the table is stale")
+    arguments = p.parse_args(argv)
+    readme = arguments.readme or ROOT / "README.md"
+    if arguments.readme is None and not arguments.check:
+        p.error("give --readme, --check or both")
+    try:
+        documents = [read_json(path) for path in sorted(arguments.results.glob("*.json"))]
+        old = readme.read_text(encoding="utf-8")
+        new = with_table(old, readme_table(documents), str(readme))
+    except (ValueError, OSError) as error:
+        p.error(str(error))
+    if arguments.check:
+        if old != new:
+            print(f"{readme}: the results table is stale; run python -m benchmarks.report --readme")
+        return int(old != new)
+    if old != new:
+        _replace(readme, new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

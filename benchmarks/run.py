@@ -1,0 +1,386 @@
+"""The driver: correctness gate first, then every provider in turn, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import machine, measure, model, report
+from benchmarks.case import Case, Shape, load_cases, select
+from benchmarks.gate import Gate
+from benchmarks.providers import (
+    FORMAT_NAMES,
+    Candidate,
+    Execution,
+    absent_reason,
+    build_inputs,
+    candidates,
+    time_limit,
+)
+from benchmarks.timing import Clock, clock_for, interleave
+
+
+@dataclass
+class Settings:
+    """How long and how much.
+
+    seconds: measuring time of one shape of one op; model_seconds: of one setting. compile_seconds:
+    compilation time for the whole run, shared evenly by the cases; compile_limit: for one whole model. scale:
+    which list of shapes.
+    """
+
+    device: torch.device
+    scale: str
+    seconds: float
+    model_seconds: float
+    compile_seconds: float
+    compile_limit: float
+    all_shapes_compiled: bool = False
+    min_rounds: int = 3
+
+    @property
+    def quick(self) -> bool:
+        return self.scale in ("quick", "tiny")
+
+
+def settings_for(device: torch.device, *, quick: bool = False, tiny: bool = False) -> Settings:
+    """The defaults: a few minutes on two cores or on a GPU; quick: under a minute."""
+    if tiny:
+        return Settings(device, "tiny", 0.0, 0.0, 0.0, 0.0, min_rounds=1)
+    if quick:
+        return Settings(device, "quick", 0.2, 1.0, 0.0, 0.0)
+    return Settings(device, device.type, 1.0, 4.0, compile_seconds=120.0, compile_limit=60.0)
+
+
+class CompileBudget:
+    """Compilation time is bounded over the run; what one case leaves over, the next may use."""
+
+    def __init__(self, settings: Settings, cases: int) -> None:
+        self._settings, self._cases = settings, max(cases, 1)
+        self.spent = 0.0
+        self.started = 0
+
+    def reason(self, first_shape: bool) -> str:
+        """Why the next workload is not compiled; empty when it is."""
+        s = self._settings
+        if s.compile_seconds <= 0:
+            return "torch.compile is left out of a quick run" if s.quick else "--compile-seconds 0"
+        if not first_shape and not s.all_shapes_compiled:
+            return "only a case's first shape is compiled (--compile-all-shapes)"
+        if self.spent > s.compile_seconds * self.started / self._cases:
+            return (
+                f"the compilation time of this run, {s.compile_seconds:.0f} s, is spent (--compile-seconds)"
+            )
+        return ""
+
+    def limit(self) -> float:
+        """Seconds one compilation may take."""
+        return max(self._settings.compile_seconds / 2, 1.0)
+
+
+def measure_case(
+    case: Case,
+    settings: Settings,
+    ceilings: dict[str, float],
+    budget: CompileBudget,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """Every shape and dtype of ``case``: one row for each provider and memory format."""
+    rows: list[dict[str, Any]] = []
+    dtypes = case.dtypes if settings.device.type == "cuda" else case.dtypes[:1]
+    for dtype in dtypes:
+        for index, shape in enumerate(case.shapes[settings.scale]):
+            say(f"{case.name}  {case.label(shape)}  {str(dtype).removeprefix('torch.')}")
+            providers = candidates(
+                case, shape, settings.device, compile_reason=budget.reason(first_shape=index == 0)
+            )
+            rows += measure_workload(case, shape, dtype, providers, settings, ceilings, budget)
+            torch._dynamo.reset()
+    return rows
+
+
+def measure_workload(
+    case: Case,
+    shape: Shape,
+    dtype: torch.dtype,
+    providers: list[Candidate],
+    settings: Settings,
+    ceilings: dict[str, float],
+    budget: CompileBudget,
+) -> list[dict[str, Any]]:
+    """Gate ``providers``, then time those that passed, with a copy of the same bytes among them."""
+    device = settings.device
+    inputs = build_inputs(case, shape, dtype, device)
+    gate = Gate(case, inputs, case.noise(shape) if case.noise else None, dtype)
+    rows: dict[str, dict[str, Any]] = {}
+    samples: dict[str, Callable[[Clock], None]] = {}
+    for provider in providers:
+        row = _row(case, shape, dtype, provider)
+        rows[provider.name] = row
+        if provider.run is None:
+            row["status"], row["reason"] = "absent", provider.reason
+            continue
+        started = time.perf_counter()
+        try:
+            with time_limit(budget.limit() if provider.compiled else 0, "compilation"):
+                verdict = gate.judge(provider)
+                row["gate"] = {"tolerance": verdict.tolerance, "errors": verdict.errors}
+                if not verdict.passed:
+                    row["status"], row["reason"] = "failed", verdict.reason
+                    continue
+                execution = Execution(
+                    case, provider.run, inputs, dtype=dtype, memory_format=provider.memory_format
+                )
+                with provider.context(device):
+                    execution.both()
+            row |= _costs(execution, provider, device)
+            samples[provider.name] = _sampler(execution, provider, device)
+        except Exception as error:
+            # A compiler that gives up is worth knowing, but no fault of ours.
+            row["status"] = "absent" if provider.compiled else "failed"
+            row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        finally:
+            if provider.compiled:
+                budget.spent += time.perf_counter() - started
+    work = case.work(shape, torch.empty((), dtype=dtype).element_size())
+    copies = {name: measure.copy_buffers(w.bytes, device) for name, w in work.items()}
+    samples["copy"] = _copy_sampler(copies)
+    rows["copy"] = _row(case, shape, dtype, Candidate("copy", "contiguous", None))
+    times, failures = interleave(
+        samples, clock_for(device), seconds=settings.seconds, min_rounds=settings.min_rounds
+    )
+    for name, error in failures.items():
+        rows[name]["status"], rows[name]["reason"] = "failed", error
+    copy_rate = {
+        name: 1e-6 * work[name].bytes / series.summary()["median_ms"]
+        for name, series in times["copy"].items()
+    }
+    for name, laps in times.items():
+        for lap, series in laps.items():
+            summary = series.summary()
+            summary["gb_per_s"] = 1e-6 * work[lap].bytes / summary["median_ms"]
+            summary["copy_fraction"] = summary["gb_per_s"] / ceilings.get("copy_gb_per_s", copy_rate[lap])
+            if work[lap].flops and name != "copy":
+                summary["gflops"] = 1e-6 * work[lap].flops / summary["median_ms"]
+                summary["matmul_fraction"] = summary["gflops"] / ceilings["matmul_gflops"]
+            rows[name]["passes"][lap] = summary
+    return list(rows.values())
+
+
+def _row(case: Case, shape: Shape, dtype: torch.dtype, provider: Candidate) -> dict[str, Any]:
+    return {
+        "case": case.name,
+        "room": case.room,
+        "workload": case.label(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "provider": provider.provider,
+        "memory_format": FORMAT_NAMES[provider.memory_format],
+        "status": "ok",
+        "reason": "",
+        "note": f"{case.library.name}: {case.library.note}".rstrip(": ")
+        if provider.library and case.library
+        else "",
+        "passes": {},
+    }
+
+
+def _costs(execution: Execution, provider: Candidate, device: torch.device) -> dict[str, Any]:
+    """Peak memory and operator calls (CPU) or kernel launches (GPU) of forward and backward together."""
+    with provider.context(device):
+        costs: dict[str, Any] = {"peak_bytes": measure.peak_bytes(execution.both, device)}
+        if device.type == "cuda":
+            costs["kernel_launches"] = measure.kernel_launches(execution.both)
+        elif not provider.compiled:
+            costs["operator_calls"] = measure.operator_calls(execution.both)
+    return costs
+
+
+def _sampler(execution: Execution, provider: Candidate, device: torch.device) -> Callable[[Clock], None]:
+    def sample(clock: Clock) -> None:
+        with provider.context(device):
+            clock.start()
+            outputs = execution.forward()
+            clock.lap("forward")
+            if execution.differentiable:
+                execution.backward(outputs)
+                clock.lap("backward")
+
+    return sample
+
+
+def _copy_sampler(copies: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Callable[[Clock], None]:
+    def sample(clock: Clock) -> None:
+        clock.start()
+        for name, (source, target) in copies.items():
+            target.copy_(source)
+            clock.lap(name)
+
+    return sample
+
+
+def run(names: list[str], settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measure the cases ``names`` and return a results document (see ``report``)."""
+    cases = load_cases()
+    started = time.perf_counter()
+    document = machine.describe(settings.device)
+    ceilings = measure.ceilings(settings.device)
+    rows: list[dict[str, Any]] = []
+    ops = [name for name in names if name in cases]
+    whole = [name for name in names if name in model.CASES]
+    budget = CompileBudget(settings, len(ops))
+    for name in ops:
+        budget.started += 1
+        rows += measure_case(cases[name], settings, ceilings, budget, say)
+    if whole:
+        settings_list = model.workloads(
+            settings.device, quick=settings.scale == "quick", tiny=settings.scale == "tiny"
+        )
+        for index, workload in enumerate(settings_list):
+            reason = ""
+            if settings.compile_limit <= 0:
+                reason = "torch.compile is left out of a quick run" if settings.quick else "--compile-limit 0"
+            elif index and not settings.all_shapes_compiled:
+                reason = "only the first setting is compiled (--compile-all-shapes)"
+            rows += model.measure_model(
+                workload,
+                settings.device,
+                cases=whole,
+                compile_reason=reason,
+                compile_limit=settings.compile_limit,
+                seconds=settings.model_seconds / len(whole),
+                min_rounds=settings.min_rounds,
+                say=say,
+            )
+    document["settings"] = {"scale": settings.scale, "seconds": settings.seconds, "tf32": False}
+    document["ceilings"] = {name: round(value, 2) for name, value in ceilings.items()}
+    document["run_seconds"] = round(time.perf_counter() - started, 1)
+    return report.document(document, rows)
+
+
+def available() -> dict[str, str]:
+    """Every case that can be asked for, and its room."""
+    return {name: case.room for name, case in load_cases().items()} | dict.fromkeys(model.CASES, model.ROOM)
+
+
+def listing(device: torch.device) -> str:
+    """The cases, what they are, their shapes, and whether this package has its own kernel for them on
+    ``device``."""
+    lines = []
+    for case in load_cases().values():
+        reason = absent_reason(case.op, device)
+        ours = f"nvae_fast absent: {reason}" if reason else "nvae_fast present"
+        library = case.library.name if case.library else "none"
+        shapes = ", ".join(case.label(shape) for shape in case.shapes[device.type])
+        lines += [
+            f"{case.name}  ({case.room})  {case.summary}",
+            f"    {shapes}",
+            f"    library: {library}; {ours}",
+        ]
+    for name, summary in model.CASES.items():
+        labels = ", ".join(workload.label for workload in model.workloads(device))
+        lines += [f"{name}  ({model.ROOM})  {summary}", f"    {labels}"]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Check every provider of every op against the float64 reference, then time them side by "
+        "side. Exit status 1 when a provider computes something wrong.",
+    )
+    p.add_argument(
+        "cases", nargs="*", metavar="case", help="cases or rooms to measure (default: all; see --list)"
+    )
+    p.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda when there is a GPU"
+    )
+    p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    p.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    p.add_argument(
+        "--plot", nargs="?", const="", metavar="PATH_OR_DIR",
+        help="draw the results as PNG there; without a path beside the JSON, or in benchmarks/results",
+    )  # fmt: skip
+    p.add_argument(
+        "--quick", action="store_true", help="one small shape a case, no torch.compile: under a minute"
+    )
+    p.add_argument(
+        "--seconds", type=float, help="measuring time of one shape, seconds (default 1, quick 0.2)"
+    )
+    p.add_argument(
+        "--compile-seconds",
+        type=float,
+        help="torch.compile time in all for single ops, seconds (default 120, quick 0)",
+    )
+    p.add_argument(
+        "--compile-limit",
+        type=float,
+        help="torch.compile time for one whole model, seconds (default 60, quick 0)",
+    )
+    p.add_argument(
+        "--compile-all-shapes", action="store_true", help="compile every shape, not only a case's first"
+    )
+    p.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace a results file even if it holds cases this run leaves out",
+    )
+    p.add_argument("--list", action="store_true", help="list the cases and exit")
+    p.add_argument(
+        "--machine-name", action="store_true", help="print this machine's name for a results file and exit"
+    )
+    return p
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit status: 0, 1 for a red gate, 2 for wrong arguments."""
+    p = parser()
+    arguments = p.parse_args(argv)
+    try:
+        device = machine.resolve_device(arguments.device)
+        if arguments.machine_name:
+            print(machine.machine_name(device))
+            return 0
+        if arguments.list:
+            print(listing(device))
+            return 0
+        names = select(arguments.cases, available())
+        plot = report.plot_path(arguments.plot, arguments.json, machine.machine_name(device))
+        if arguments.json is not None:
+            report.check_target(arguments.json, names, overwrite=arguments.overwrite)
+        if arguments.threads is not None:
+            if arguments.threads < 1:
+                raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
+            torch.set_num_threads(arguments.threads)
+    except (ValueError, ImportError, OSError) as error:
+        p.error(str(error))
+    settings = settings_for(device, quick=arguments.quick)
+    for name in ("seconds", "compile_seconds", "compile_limit"):
+        value = getattr(arguments, name)
+        if value is not None:
+            if value < 0:
+                p.error(f"--{name.replace('_', '-')} must not be negative, got {value:g}")
+            setattr(settings, name, value)
+    settings.all_shapes_compiled = arguments.compile_all_shapes
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+    results = run(names, settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print(report.console(results))
+    if arguments.json is not None:
+        report.write_json(results, arguments.json)
+        print(f"results: {arguments.json}")
+    if plot is not None:
+        report.plot(results, plot)
+        print(f"plot: {plot}")
+    red = report.failed(results)
+    for row in red:
+        print(
+            f"RED {row['case']} {row['workload']} {row['provider']} {row['memory_format']}: {row['reason']}"
+        )
+    return 1 if red else 0
