@@ -25,8 +25,10 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
@@ -85,28 +87,39 @@ def compiler() -> list[str]:
     raise Unavailable(f"no C++ compiler was found ({named or 'c++, g++, clang++'})")
 
 
-def cuda_toolkit(torch_has_cuda: bool) -> tuple[Path, list[str]] | None:
-    """(folder, architectures) of the CUDA toolkit to use, or None."""
-    if enabled("NVAE_FAST_NO_CUDA") or not (torch_has_cuda or enabled("NVAE_FAST_FORCE_CUDA")):
+class Cuda(NamedTuple):
+    nvcc: str
+    home: Path  # the toolkit's folder, with include/ and lib64/
+    archs: list[str]
+
+
+def cuda_toolkit(torch_has_cuda: bool) -> Cuda | None:
+    """The CUDA compiler to use, or None when csrc/cuda is to be left out."""
+    forced = enabled("NVAE_FAST_FORCE_CUDA")
+    if enabled("NVAE_FAST_NO_CUDA") or not (torch_has_cuda or forced):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if not found or not os.path.exists(found):
-        if enabled("NVAE_FAST_FORCE_CUDA"):
+        if forced:
             raise Unavailable("NVAE_FAST_FORCE_CUDA is set but nvcc was not found (CUDA_HOME, PATH)")
         return None
-    nvcc = Path(found).resolve()
-    known = subprocess.run(
-        [nvcc, "--list-gpu-code"], capture_output=True, text=True, check=False
-    ).stdout.split()
+    # nvcc may be a wrapper elsewhere; a dry run says where its toolkit is.
+    dry = subprocess.run(
+        [found, "--dryrun", "-c", "-x", "cu", os.devnull], capture_output=True, text=True, check=False
+    )
+    top = re.search(r"^#\$ TOP=(.*)$", dry.stdout + dry.stderr, re.MULTILINE)
+    folder = Path(top[1]).resolve() if top else Path(found).resolve().parent.parent
+    listed = subprocess.run([found, "--list-gpu-code"], capture_output=True, text=True, check=False)
+    known = listed.stdout.split()
     wanted = [a for a in re.split(r"[,;\s]+", os.environ.get("NVAE_FAST_CUDA_ARCHS", CUDA_ARCHS)) if a]
     bad = [a for a in wanted if not re.fullmatch(r"sm_\d+[af]?", a)]
     if bad:
         raise SystemExit(f"NVAE_FAST_CUDA_ARCHS: expected names such as sm_90a, got {', '.join(bad)}")
     archs = [a for a in wanted if not known or re.sub("[af]$", "", a) in known]
     if not archs:
-        raise Unavailable(f"{nvcc} compiles for none of {', '.join(wanted)}")
-    return nvcc.parent.parent, archs
+        raise Unavailable(f"{found} compiles for none of {', '.join(wanted)}")
+    return Cuda(found, folder, archs)
 
 
 def jobs() -> int:
@@ -121,10 +134,43 @@ def jobs() -> int:
     return max(1, min(cores, int(free / MEMORY_PER_JOB)))
 
 
-def quote(words: list[str]) -> str:
-    return " ".join(
-        word if re.fullmatch(r"\$\w+", word) else shlex.quote(word).replace("$", "$$") for word in words
-    )
+class NinjaFile:
+    """The text of build.ninja: how each source of csrc/ is compiled, and the link."""
+
+    def __init__(self, cxx: list[str]) -> None:
+        self.objects: list[str] = []
+        self.lines: list[str] = []
+        self.rule("cxx", [*cxx, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depends=True)
+        self.rule("link", [*cxx, "$flags", "$in", "$libs", "-o", "$out"])
+
+    @staticmethod
+    def words(values: Sequence[str | Path]) -> str:
+        """For the shell, with ninja's own dollar signs doubled; $in and the like stay."""
+        shell = (
+            v if re.fullmatch(r"\$\w+(\.d)?", v) else shlex.quote(v).replace("$", "$$")
+            for v in map(str, values)
+        )
+        return " ".join(shell)
+
+    @staticmethod
+    def path(value: str | Path) -> str:
+        return re.sub(r"([$ :])", r"$\1", str(value))
+
+    def rule(self, name: str, command: Sequence[str | Path], depends: bool = False) -> None:
+        self.lines += [f"rule {name}", f"  command = {self.words(command)}", "  description = $out"]
+        if depends:
+            self.lines += ["  depfile = $out.d", "  deps = gcc"]
+
+    def compile(self, source: Path, name: str, rule: str, flags: Sequence[str | Path]) -> None:
+        self.objects.append(f"{name}.o")
+        self.lines += [f"build {name}.o: {rule} {self.path(source)}", f"  flags = {self.words(flags)}"]
+
+    def link(self, target: Path, flags: Sequence[str], libraries: Sequence[str]) -> None:
+        self.lines += [f"build {self.path(target)}: link {' '.join(self.objects)}"]
+        self.lines += [f"  flags = {self.words(flags)}", f"  libs = {self.words(libraries)}"]
+
+    def text(self) -> str:
+        return "\n".join(self.lines) + "\n"
 
 
 class NinjaBuild(build_ext):
@@ -161,96 +207,62 @@ class NinjaBuild(build_ext):
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.ninja_file(cxx, torch, cuda_toolkit(torch_has_cuda), target)
-        (folder / "build.ninja").write_text("\n".join(lines) + "\n", encoding="utf-8")
-        ninja = [shutil.which("ninja")] if shutil.which("ninja") else [sys.executable, "-m", "ninja"]
-        if len(ninja) > 1 and find_spec("ninja") is None:
+        ninja_file = self.ninja_file(cxx, torch, cuda_toolkit(torch_has_cuda), target)
+        (folder / "build.ninja").write_text(ninja_file.text(), encoding="utf-8")
+        program = shutil.which("ninja")
+        if program is None and find_spec("ninja") is None:
             raise Unavailable("ninja was not found")
+        ninja = [program] if program else [sys.executable, "-m", "ninja"]
         subprocess.run([*ninja, "-C", str(folder), "-j", str(jobs())], check=True)
 
-    def ninja_file(
-        self, cxx: list[str], torch: Path, cuda: tuple[Path, list[str]] | None, target: Path
-    ) -> list[str]:
-        target_version = f"(({TORCH_TARGET[0]}ULL << 56) | ({TORCH_TARGET[1]}ULL << 48))"
+    def ninja_file(self, cxx: list[str], torch: Path, cuda: Cuda | None, target: Path) -> NinjaFile:
+        out = NinjaFile(cxx)
         includes = [f"-I{CSRC}", f"-isystem{torch / 'include'}"]
         includes += [f"-isystem{path}" for path in dict.fromkeys(self.include_dirs) if path]
-        common = [*FLAGS, *includes, "-DNVAE_HAVE_X86"] if X86 else [*FLAGS, *includes]
-        binding = [f"-DTORCH_TARGET_VERSION={target_version}", f'-DNVAE_TORCH_TARGET="{TARGET_NAME}"']
+        common = [*FLAGS, *includes]
+        if X86:
+            common.append("-DNVAE_HAVE_X86")
+        binding = [f"-DTORCH_TARGET_VERSION=(({TORCH_TARGET[0]}ULL << 56) | ({TORCH_TARGET[1]}ULL << 48))"]
+        binding.append(f'-DNVAE_TORCH_TARGET="{TARGET_NAME}"')
         if cuda:
-            binding += [
-                "-DNVAE_HAVE_CUDA",
-                f'-DNVAE_CUDA_ARCHS="{",".join(cuda[1])}"',
-                f"-I{cuda[0] / 'include'}",
-            ]
+            binding += ["-DNVAE_HAVE_CUDA", f'-DNVAE_CUDA_ARCHS="{",".join(cuda.archs)}"']
+            binding.append(f"-isystem{cuda.home / 'include'}")
         extra = shlex.split(os.environ.get("CXXFLAGS", ""))
-        lines = [
-            "rule cxx",
-            f"  command = {quote(cxx)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  description = $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {quote(cxx)} $flags $in $libs -o $out",
-            "  description = $out",
-        ]
-        objects = []
-
-        def compile_one(source: Path, name: str, rule: str, flags: list[str]) -> None:
-            objects.append(f"{name}.o")
-            lines.append(f"build {name}.o: {rule} {str(source).replace(' ', '$ ')}")
-            lines.append(f"  flags = {quote(flags)}")
 
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
             if source.name.endswith(".vec.cpp"):
                 for level, (name, flags) in enumerate(CAPABILITIES.items() if X86 else [("baseline", [])]):
-                    defined = [f"-DNVAE_CAPABILITY={level}"]
-                    compile_one(
-                        source, f"{source.name[:-8]}.{name}", "cxx", [*common, *flags, *defined, *extra]
-                    )
+                    flags = [*common, *flags, f"-DNVAE_CAPABILITY={level}", *extra]
+                    out.compile(source, f"{source.name[:-8]}.{name}", "cxx", flags)
             else:
-                compile_one(source, f"{source.parent.name}.{source.stem}", "cxx", [*common, *binding, *extra])
+                out.compile(source, f"{source.parent.name}.{source.stem}", "cxx", [*common, *binding, *extra])
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"]
         if cuda:
-            home, archs = cuda
-            lines += [
-                "rule nvcc",
-                f"  command = {quote([str(home / 'bin' / 'nvcc')])} $flags -MD -MF $out.d -c $in -o $out",
-            ]
-            lines += ["  depfile = $out.d", "  deps = gcc"]
-            flags = [
-                "-std=c++17",
-                "-O3",
-                "--expt-relaxed-constexpr",
-                "-Xcompiler",
-                "-fPIC,-fvisibility=hidden",
-                f"-I{CSRC}",
-            ]
-            for arch in archs:
-                flags += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
-            # PTX of the newest plain architecture lets later GPUs run it too.
-            plain = [a.replace("sm", "compute") for a in archs if a[-1].isdigit()]
-            if plain:
-                flags += ["-gencode", f"arch={plain[-1]},code={plain[-1]}"]
-            for source in sorted(CSRC.glob("cuda/*.cu")):
-                compile_one(source, f"cuda.{source.stem}.cu", "nvcc", flags)
-            for source in sorted(CSRC.glob("cuda/*.cpp")):
-                compile_one(source, f"cuda.{source.stem}", "cxx", [*common, *binding, *extra])
-            lib = next(
-                (home / d for d in ("lib64", "lib") if (home / d / "libcudart_static.a").exists()),
-                home / "lib64",
+            out.rule(
+                "nvcc", [cuda.nvcc, "$flags", "-MD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depends=True
             )
-            libraries += [f"-L{lib}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        shared = ["-shared", "-fPIC", "-fvisibility=hidden", "-Wl,--as-needed", "-Wl,-z,relro,-z,now", "-s"]
+            flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
+            flags += ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
+            for arch in cuda.archs:
+                flags += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
+            # PTX of the newest architecture that is not for one chip only lets later GPUs run it too.
+            portable = [a.replace("sm", "compute") for a in cuda.archs if a[-1].isdigit()]
+            if portable:
+                flags += ["-gencode", f"arch={portable[-1]},code={portable[-1]}"]
+            for source in sorted(CSRC.glob("cuda/*.cu")):
+                out.compile(source, f"cuda.{source.stem}.cu", "nvcc", flags)
+            for source in sorted(CSRC.glob("cuda/*.cpp")):
+                out.compile(source, f"cuda.{source.stem}", "cxx", [*common, *binding, *extra])
+            # The static runtime: the binary then does not depend on the minor version of PyTorch's own.
+            folders = [cuda.home / name for name in ("lib64", "lib")]
+            libraries += [f"-L{f}" for f in folders if f.is_dir()]
+            libraries += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         if sys.platform == "darwin":
-            shared = ["-shared", "-fPIC", "-undefined", "dynamic_lookup"]
-        path = str(target).replace(" ", "$ ")
-        lines += [
-            f"build {path}: link {' '.join(objects)}",
-            f"  flags = {quote(shared)}",
-            f"  libs = {quote(libraries)}",
-        ]
-        lines.append(f"default {path}")
-        return lines
+            shared = ["-shared", "-undefined", "dynamic_lookup"]
+        else:
+            shared = ["-shared", "-Wl,--as-needed", "-Wl,-z,relro,-z,now", "-s"]
+        out.link(target, shared, libraries)
+        return out
 
 
 setup(

@@ -25,6 +25,7 @@ struct PhiloxKey {
   uint64_t second0, second2, second3;  // round 2: xored into words 0 and 2, word 3
   uint64_t upper;
 
+  PhiloxKey() = default;
   NVAE_INLINE explicit PhiloxKey(uint64_t seed, uint32_t upper_half = 0, uint32_t stream = 0) {
     uint32_t a = static_cast<uint32_t>(seed), b = static_cast<uint32_t>(seed >> 32);
     for (int i = 0; i < 10; ++i) {
@@ -112,10 +113,10 @@ class NormalStream {
       // Block numbers keep their upper half for 2^34 elements: nearly always, one turn of this loop.
       const uint64_t upper = first >> 34, left = ((upper + 1) << 34) - first;
       const int64_t n = static_cast<uint64_t>(count) < left ? count : static_cast<int64_t>(left);
-      if (upper == key_.upper)
-        run(key_, first, n, out);
-      else
-        run(PhiloxKey(seed_, static_cast<uint32_t>(upper)), first, n, out);
+      PhiloxKey other;
+      const bool usual = upper == key_.upper;
+      if (!usual) other = PhiloxKey(seed_, static_cast<uint32_t>(upper));
+      run(usual ? key_ : other, first, n, out);
       first += static_cast<uint64_t>(n);
       count -= n;
       out += n;

@@ -31,15 +31,19 @@ class Usage:
 
 
 def _usages(ptxas_output: str) -> list[Usage]:
-    frames = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads",
-    ptxas_output) registers = re.findall(r"Used (\d+) registers", ptxas_output) assert len(frames) ==
-    len(registers), f"ptxas said something new:\n{ptxas_output}" return [
+    memory = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    frames = re.findall(memory, ptxas_output)
+    registers = re.findall(r"Used (\d+) registers", ptxas_output)
+    assert len(frames) == len(registers), f"ptxas said something new:\n{ptxas_output}"
+    return [
         Usage(int(r), int(stores) + int(loads), int(stack))
         for r, (stack, stores, loads) in zip(registers, frames, strict=True)
     ]
 
 
-def triton_usage(kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int) -> tuple[Usage, str]:
+def triton_usage(
+    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int
+) -> tuple[Usage, str]:
     """Compile a ``@triton.jit`` kernel for an NVIDIA capability (80, 90, ...); returns its usage and its PTX.
 
     ``signature`` gives the type of each argument that is no constant ("*fp32", "i32", ...). Pointers and
@@ -60,9 +64,12 @@ def triton_usage(kernel: Any, signature: dict[str, str], constants: dict[str, An
     )
     ptx = compiled.asm["ptx"]
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / ("ptxas-blackwell" if capability >= 100 and (tools / "ptxas-blackwell").exists() else
-    "ptxas") target = re.search(r"^\.target (\S+?),?\s", ptx, re.MULTILINE) assert target is not None with
-    tempfile.TemporaryDirectory() as folder:
+    ptxas = tools / "ptxas-blackwell"  # the newer of the two where there are two
+    if not ptxas.exists():
+        ptxas = tools / "ptxas"
+    target = re.search(r"^\.target (\S+?),?\s", ptx, re.MULTILINE)
+    assert target is not None
+    with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
         command = [str(ptxas), "-v", f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -80,10 +87,11 @@ def nvcc_usages(source: Path, arch: str) -> list[Usage]:
     if nvcc is None:
         pytest.skip("nvcc is not installed")
     with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", "-Xptxas", "-v", "-Xcompiler",
-        "-Wall,-Wextra"] command += [f"-I{ROOT / 'csrc'}", "-gencode", f"arch={arch.replace('sm',
-        'compute')},code={arch}"] command += ["-c", str(source), "-o", str(Path(folder) / "object.o")] done =
-        subprocess.run(command, capture_output=True, text=True, check=False)
+        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
+        command += ["-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
+        command += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
+        command += ["-c", str(source), "-o", str(Path(folder) / "object.o")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     output = done.stdout + done.stderr
     assert "warning" not in output, output

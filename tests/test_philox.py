@@ -20,8 +20,17 @@ from nvae_fast.ops.philox import new_seed, philox_normal, philox_words, split_se
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = [(0,), (1,), (2,), (3,), (5,), (1023,), (3, 5, 7, 9)]
-MAPS = [(3, 5, 7, 9), (2, 20, 16, 16), (2, 37, 13, 13), (3, 100, 4, 4), (2, 33, 8, 17), (2, 3, 0, 4), (4, 6,
-1, 1)] SEEDS = [0, 1, -1, 2**64 - 2, 2**63, 123456789012345678] TOLERANCE = 1e-6
+MAPS = [
+    (3, 5, 7, 9),
+    (2, 20, 16, 16),
+    (2, 37, 13, 13),
+    (3, 100, 4, 4),
+    (2, 33, 8, 17),
+    (2, 3, 0, 4),
+    (4, 6, 1, 1),
+]
+SEEDS = [0, 1, -1, 2**64 - 2, 2**63, 123456789012345678]
+TOLERANCE = 1e-6
 
 
 def exact_normals(words: torch.Tensor) -> torch.Tensor:
@@ -70,7 +79,7 @@ def test_known_answers(counter: str, key: str, expected: str) -> None:
 
 def test_known_answer_of_the_operator(device: torch.device) -> None:
     words = philox_words(torch.zeros((), dtype=torch.int64, device=device), 1)
-    assert [f"{int(word):08x}" for word in words[0]] == "6627e8d5 e169c58d bc57ac4c 9b00dbd8".split()
+    assert [f"{int(word):08x}" for word in words[0]] == ["6627e8d5", "e169c58d", "bc57ac4c", "9b00dbd8"]
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -118,7 +127,9 @@ def test_many_normals_against_float64(device: torch.device) -> None:
 
 @pytest.mark.parametrize("size", MAPS)
 @pytest.mark.parametrize("dtype", philox.DTYPES)
-def test_layouts_and_dtypes(size: tuple[int, ...], dtype: torch.dtype, device: torch.device, route: str) -> None:
+def test_layouts_and_dtypes(
+    size: tuple[int, ...], dtype: torch.dtype, device: torch.device, route: str
+) -> None:
     seed = philox.as_seed(5, device)
     plain = philox_normal(size, seed)
     for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -322,15 +333,19 @@ def test_elements_blocks_and_seeds_are_uncorrelated() -> None:
         (TypeError, "seed must be an int or a 0-d int64 tensor, got float", {"seed": 1.5}),
         (TypeError, "seed must be an int or a 0-d int64 tensor, got bool", {"seed": True}),
         (TypeError, "seed must be an int or a 0-d int64 tensor, got str", {"seed": "7"}),
-        (TypeError, "a seed tensor must be int64, got torch.int32", {"seed": torch.tensor(1,
-        dtype=torch.int32)}), (ValueError, r"a seed tensor must be 0-d, got shape \(2,\)", {"seed":
-        torch.tensor([1, 2])}), (ValueError, "seed tensor must be on meta, got cpu", {"seed": torch.tensor(1),
-        "device": "meta"}), (TypeError, "size must be a sequence of ints, got int", {"size": 5}), (TypeError,
-        "size must hold ints, got float", {"size": (2, 2.0)}), (ValueError, r"no negative extent, got \(2,
-        -1\)", {"size": (2, -1)}), (TypeError, "dtype must be one of .* got torch.int32", {"dtype":
-        torch.int32}), (ValueError, "channels_last needs four dimensions", {"memory_format":
-        torch.channels_last}), (ValueError, "memory_format must be", {"memory_format":
-        torch.preserve_format}),
+        (
+            TypeError,
+            "a seed tensor must be int64, got torch.int32",
+            {"seed": torch.tensor(1, dtype=torch.int32)},
+        ),
+        (ValueError, r"a seed tensor must be 0-d, got shape \(2,\)", {"seed": torch.tensor([1, 2])}),
+        (ValueError, "seed tensor must be on meta, got cpu", {"seed": torch.tensor(1), "device": "meta"}),
+        (TypeError, "size must be a sequence of ints, got int", {"size": 5}),
+        (TypeError, "size must hold ints, got float", {"size": (2, 2.0)}),
+        (ValueError, r"no negative extent, got \(2, -1\)", {"size": (2, -1)}),
+        (TypeError, "dtype must be one of .* got torch.int32", {"dtype": torch.int32}),
+        (ValueError, "channels_last needs four dimensions", {"memory_format": torch.channels_last}),
+        (ValueError, "memory_format must be", {"memory_format": torch.preserve_format}),
     ],
 )
 def test_bad_arguments(error: type[Exception], message: str, arguments: dict) -> None:
@@ -348,7 +363,7 @@ def test_bad_counts() -> None:
 
 
 def test_bad_arguments_of_the_operator() -> None:
-    with pytest.raises(RuntimeError, match="seed must be a 0-d int64 tensor|seed"):
+    with pytest.raises(RuntimeError, match="seed must be a 0-d int64 tensor"):
         torch.ops.nvae_fast.philox_normal([4], torch.tensor([1.0, 2.0]), torch.float32, False)
 
 
