@@ -123,6 +123,9 @@ def _reference(
     if not stats:
         empty = y.new_empty(0, dtype=_checks.accumulate_dtype(y.dtype))
         return y, empty, empty.clone()
+    if y.numel() == 0:  # nothing has mean 0 and spread 0, so that merging by counts never meets a NaN
+        zero = y.to(_checks.accumulate_dtype(y.dtype)).sum((0, 2, 3))
+        return y, zero, zero.clone()
     var, mean = torch.var_mean(y.to(_checks.accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
     return y, mean, var * (y.numel() // max(y.shape[1], 1))
 
