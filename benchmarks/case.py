@@ -65,6 +65,7 @@ class Case:
         use).
     tolerances: relative error norm allowed, per dtype. outliers: fraction of elements that may differ freely,
         for outputs with a discrete choice in them, where a tie may fall either way.
+    uncompiled: why torch.compile is not tried (empty: it is).
     """
 
     name: str
@@ -85,6 +86,7 @@ class Case:
         default_factory=lambda: {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
     )
     outliers: float = 0.0
+    uncompiled: str = ""
     room: str = ""
 
     def label(self, shape: Shape) -> str:

@@ -9,10 +9,11 @@ alike and stand for one row; on a CPU its images are 64 pixels.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -36,11 +37,10 @@ LEARNING_RATE = 1e-5  # so small that the weights of all providers stay where th
 # and some forty layers of it lie between the image and the first gradient.
 TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (3e-2, 0.5)}
 
+# In order of measurement: where time is short, the last ones are skipped.
 _SMALL: dict[str, dict[str, Any]] = {
     "mnist": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 4},
     "cifar10": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 4},
-    "celeba_64": {"num_channels_enc": 8, "num_channels_dec": 8, "num_groups_per_scale": 4},
-    "imagenet_32": {"num_channels_enc": 24, "num_channels_dec": 24, "num_groups_per_scale": 3},
     "celeba_256": {
         "num_channels_enc": 4,
         "num_channels_dec": 4,
@@ -48,6 +48,8 @@ _SMALL: dict[str, dict[str, Any]] = {
         "min_groups_per_scale": 1,
         "image_size": 64,
     },
+    "celeba_64": {"num_channels_enc": 8, "num_channels_dec": 8, "num_groups_per_scale": 4},
+    "imagenet_32": {"num_channels_enc": 24, "num_channels_dec": 24, "num_groups_per_scale": 3},
 }
 _SMALL_BATCH = {"mnist": 16, "cifar10": 8, "celeba_64": 4, "imagenet_32": 8, "celeba_256": 2}
 _TINY: dict[str, Any] = {
@@ -143,7 +145,7 @@ class Contender:
             yield
 
 
-def contenders(device: torch.device, compile_reason: str) -> list[Contender]:
+def contenders(device: torch.device) -> list[Contender]:
     """Reference, plain PyTorch noise ("library"), torch.compile of that, and this package's kernels."""
     with nf.use_backend("auto"):
         fused = [op for op, row in nf.backends().items() if not row[device.type].startswith("reference")]
@@ -152,9 +154,7 @@ def contenders(device: torch.device, compile_reason: str) -> list[Contender]:
     for memory_format in MEMORY_FORMATS:
         found.append(Contender("reference", memory_format))
         found.append(Contender("library", memory_format, plain_noise=True))
-        found.append(
-            Contender("torch.compile", memory_format, plain_noise=True, compiled=True, reason=compile_reason)
-        )
+        found.append(Contender("torch.compile", memory_format, plain_noise=True, compiled=True))
         found.append(Contender(OURS, memory_format, backend="auto", reason=ours))
     return found
 
@@ -263,15 +263,25 @@ def _give_noise(run: Any, bench: Bench, contender: Contender | None, double: boo
 _RUNS = {"training_step": TrainingRun, "sampling": SamplingRun}
 
 
+class Budget(Protocol):
+    """How much compilation time is left (see ``run.CompileBudget``)."""
+
+    spent: float
+
+    @property
+    def left(self) -> float: ...
+    def reason(self, *, first: bool) -> str: ...
+
+
 def measure_model(
     workload: Workload,
     device: torch.device,
     *,
     cases: list[str],
-    compile_reason: str,
-    compile_limit: float,
+    compile_budget: Budget,
+    compiled: bool,
     seconds: float,
-    min_rounds: int = 3,
+    min_rounds: int,
     say: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Gate and time ``workload``; one row for each case and contender, in the schema of ``report``."""
@@ -279,19 +289,23 @@ def measure_model(
     rows: list[dict[str, Any]] = []
     for case in cases:
         say(f"{case}  {workload.label}  {workload.precision}")
-        rows += _measure(case, bench, compile_reason, compile_limit, seconds, min_rounds)
+        rows += _measure(case, bench, compile_budget, compiled, seconds, min_rounds)
         torch._dynamo.reset()
     return rows
 
 
 def _measure(
-    case: str, bench: Bench, compile_reason: str, compile_limit: float, seconds: float, min_rounds: int
+    case: str, bench: Bench, budget: Budget, compiled: bool, seconds: float, min_rounds: int
 ) -> list[dict[str, Any]]:
     workload, device, make = bench.workload, bench.device, _RUNS[case]
     with nf.use_backend("reference"):
         truths = {given: make(bench, None, given_noise=given).gate() for given in (False, True)}
-    rows, runs = {}, {}
-    for contender in contenders(device, compile_reason):
+    rows: dict[str, dict[str, Any]] = {}
+    samples: dict[str, Callable[[Clock], None]] = {}
+    for contender in contenders(device):
+        reason = contender.reason
+        if contender.compiled:
+            reason = budget.reason(first=compiled)
         row: dict[str, Any] = {
             "case": case,
             "room": ROOM,
@@ -299,17 +313,18 @@ def _measure(
             "dtype": workload.precision,
             "provider": contender.provider,
             "memory_format": FORMAT_NAMES[contender.memory_format],
-            "status": "absent" if contender.reason else "ok",
-            "reason": contender.reason,
+            "status": "absent" if reason else "ok",
+            "reason": reason,
             "passes": {},
         }
         rows[contender.name] = row
-        if contender.reason:
+        if reason:
             continue
+        started = time.perf_counter()
         try:
             with (
                 contender.context(device),
-                time_limit(compile_limit if contender.compiled else 0, "compilation"),
+                time_limit(max(budget.left, 1.0) if contender.compiled else 0, "compilation"),
             ):
                 actual = make(bench, contender, given_noise=contender.plain_noise).gate()
                 row["gate"] = _judge(actual, truths[contender.plain_noise], workload.precision)
@@ -320,12 +335,15 @@ def _measure(
                 run()  # compiles, tries algorithms, and makes the optimizer's state
                 run()
             row |= _costs(run, contender, device)
-            runs[contender.name] = _sampler(run, contender, device, case)
+            samples[contender.name] = _sampler(run, contender, device, case)
         except Exception as error:
             # A compiler that gives up is worth knowing, but no fault of ours.
             row["status"] = "absent" if contender.compiled else "failed"
             row["reason"] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-    times, failures = interleave(runs, WallClock(device), seconds=seconds, warmup=1, min_rounds=min_rounds)
+        finally:
+            if contender.compiled:
+                budget.spent += time.perf_counter() - started
+    times, failures = interleave(samples, WallClock(device), seconds=seconds, warmup=1, min_rounds=min_rounds)
     for name, error in failures.items():
         rows[name]["status"], rows[name]["reason"] = "failed", error
     for name, laps in times.items():

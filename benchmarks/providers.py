@@ -85,6 +85,7 @@ def candidates(
     """Every provider of ``case``. ``compile_reason``: why torch.compile is left out (empty: it is not)."""
     found = []
     ours_absent = absent_reason(case.op, device)
+    compile_reason = compile_reason or case.uncompiled
     for memory_format in case.memory_formats:
         found.append(Candidate("reference", memory_format, case.run))
         run = None if compile_reason else _compiled(case, shape, device)

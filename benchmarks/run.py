@@ -29,11 +29,12 @@ from benchmarks.timing import Clock, clock_for, interleave
 
 @dataclass
 class Settings:
-    """How long and how much.
+    """How long and how much, in seconds.
 
-    seconds: measuring time of one shape of one op; model_seconds: of one setting. compile_seconds:
-    compilation time for the whole run, shared evenly by the cases; compile_limit: for one whole model. scale:
-    which list of shapes.
+    seconds: measuring time of one shape of one op; model_seconds: of one setting in one case.
+    compile_seconds: compilation time of all ops together, shared evenly by the cases; model_compile_seconds:
+        of all whole models.
+    models_until: settings that would start later than this after the first are skipped. scale: which shapes.
     """
 
     device: torch.device
@@ -41,9 +42,10 @@ class Settings:
     seconds: float
     model_seconds: float
     compile_seconds: float
-    compile_limit: float
+    model_compile_seconds: float
+    models_until: float
     all_shapes_compiled: bool = False
-    min_rounds: int = 3
+    min_rounds: int = 5
 
     @property
     def quick(self) -> bool:
@@ -53,36 +55,41 @@ class Settings:
 def settings_for(device: torch.device, *, quick: bool = False, tiny: bool = False) -> Settings:
     """The defaults: a few minutes on two cores or on a GPU; quick: under a minute."""
     if tiny:
-        return Settings(device, "tiny", 0.0, 0.0, 0.0, 0.0, min_rounds=1)
+        return Settings(device, "tiny", 0.0, 0.0, 0.0, 0.0, 0.0, min_rounds=1)
     if quick:
-        return Settings(device, "quick", 0.2, 1.0, 0.0, 0.0)
-    return Settings(device, device.type, 1.0, 4.0, compile_seconds=120.0, compile_limit=60.0)
+        return Settings(device, "quick", 0.2, 0.5, 0.0, 0.0, 0.0, min_rounds=3)
+    if device.type == "cuda":
+        return Settings(device, "cuda", 0.4, 2.0, 100.0, 60.0, 120.0)
+    return Settings(device, "cpu", 0.8, 3.0, 150.0, 60.0, 120.0)
 
 
 class CompileBudget:
-    """Compilation time is bounded over the run; what one case leaves over, the next may use."""
+    """Compilation time is bounded over the run. Each of ``cases`` gets an equal share; what one leaves over,
+    the next may use."""
 
-    def __init__(self, settings: Settings, cases: int) -> None:
-        self._settings, self._cases = settings, max(cases, 1)
+    def __init__(self, seconds: float, cases: int, *, quick: bool, option: str) -> None:
+        self._seconds, self._cases, self._quick, self._option = seconds, max(cases, 1), quick, option
+        self._started = 0
         self.spent = 0.0
-        self.started = 0
 
-    def reason(self, first_shape: bool) -> str:
-        """Why the next workload is not compiled; empty when it is."""
-        s = self._settings
-        if s.compile_seconds <= 0:
-            return "torch.compile is left out of a quick run" if s.quick else "--compile-seconds 0"
-        if not first_shape and not s.all_shapes_compiled:
-            return "only a case's first shape is compiled (--compile-all-shapes)"
-        if self.spent > s.compile_seconds * self.started / self._cases:
-            return (
-                f"the compilation time of this run, {s.compile_seconds:.0f} s, is spent (--compile-seconds)"
-            )
+    def next_case(self) -> None:
+        """A case begins: its share is added to what may be spent."""
+        self._started += 1
+
+    @property
+    def left(self) -> float:
+        """Seconds the next compilation may take."""
+        return self._seconds * self._started / self._cases - self.spent
+
+    def reason(self, *, first: bool) -> str:
+        """Why the next workload is not compiled; empty when it is. first: of its case."""
+        if self._seconds <= 0:
+            return "torch.compile is left out of a quick run" if self._quick else f"{self._option} 0"
+        if not first:
+            return "only the first shape is compiled (--compile-all-shapes)"
+        if self.left <= 1:
+            return f"the time for compilation, {self._seconds:.0f} s, is spent ({self._option})"
         return ""
-
-    def limit(self) -> float:
-        """Seconds one compilation may take."""
-        return max(self._settings.compile_seconds / 2, 1.0)
 
 
 def measure_case(
@@ -98,9 +105,8 @@ def measure_case(
     for dtype in dtypes:
         for index, shape in enumerate(case.shapes[settings.scale]):
             say(f"{case.name}  {case.label(shape)}  {str(dtype).removeprefix('torch.')}")
-            providers = candidates(
-                case, shape, settings.device, compile_reason=budget.reason(first_shape=index == 0)
-            )
+            reason = budget.reason(first=index == 0 or settings.all_shapes_compiled)
+            providers = candidates(case, shape, settings.device, compile_reason=reason)
             rows += measure_workload(case, shape, dtype, providers, settings, ceilings, budget)
             torch._dynamo.reset()
     return rows
@@ -129,7 +135,7 @@ def measure_workload(
             continue
         started = time.perf_counter()
         try:
-            with time_limit(budget.limit() if provider.compiled else 0, "compilation"):
+            with time_limit(max(budget.left, 1.0) if provider.compiled else 0, "compilation"):
                 verdict = gate.judge(provider)
                 row["gate"] = {"tolerance": verdict.tolerance, "errors": verdict.errors}
                 if not verdict.passed:
@@ -172,6 +178,32 @@ def measure_workload(
                 summary["matmul_fraction"] = summary["gflops"] / ceilings["matmul_gflops"]
             rows[name]["passes"][lap] = summary
     return list(rows.values())
+
+
+def measure_models(cases: list[str], settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Whole training steps and sampling of as many settings as time allows."""
+    rows: list[dict[str, Any]] = []
+    budget = CompileBudget(
+        settings.model_compile_seconds, 1, quick=settings.quick, option="--model-compile-seconds"
+    )
+    budget.next_case()
+    started = time.perf_counter()
+    choice = model.workloads(settings.device, quick=settings.scale == "quick", tiny=settings.scale == "tiny")
+    for index, workload in enumerate(choice):
+        if index and time.perf_counter() - started > settings.models_until:
+            say(f"skipped: {workload.label} (--models-until {settings.models_until:.0f})")
+            continue
+        rows += model.measure_model(
+            workload,
+            settings.device,
+            cases=cases,
+            compile_budget=budget,
+            compiled=index == 0 or settings.all_shapes_compiled,
+            seconds=settings.model_seconds,
+            min_rounds=settings.min_rounds,
+            say=say,
+        )
+    return rows
 
 
 def _row(case: Case, shape: Shape, dtype: torch.dtype, provider: Candidate) -> dict[str, Any]:
@@ -234,30 +266,14 @@ def run(names: list[str], settings: Settings, say: Callable[[str], None] = print
     rows: list[dict[str, Any]] = []
     ops = [name for name in names if name in cases]
     whole = [name for name in names if name in model.CASES]
-    budget = CompileBudget(settings, len(ops))
+    budget = CompileBudget(
+        settings.compile_seconds, len(ops), quick=settings.quick, option="--compile-seconds"
+    )
     for name in ops:
-        budget.started += 1
+        budget.next_case()
         rows += measure_case(cases[name], settings, ceilings, budget, say)
     if whole:
-        settings_list = model.workloads(
-            settings.device, quick=settings.scale == "quick", tiny=settings.scale == "tiny"
-        )
-        for index, workload in enumerate(settings_list):
-            reason = ""
-            if settings.compile_limit <= 0:
-                reason = "torch.compile is left out of a quick run" if settings.quick else "--compile-limit 0"
-            elif index and not settings.all_shapes_compiled:
-                reason = "only the first setting is compiled (--compile-all-shapes)"
-            rows += model.measure_model(
-                workload,
-                settings.device,
-                cases=whole,
-                compile_reason=reason,
-                compile_limit=settings.compile_limit,
-                seconds=settings.model_seconds / len(whole),
-                min_rounds=settings.min_rounds,
-                say=say,
-            )
+        rows += measure_models(whole, settings, say)
     document["settings"] = {"scale": settings.scale, "seconds": settings.seconds, "tf32": False}
     document["ceilings"] = {name: round(value, 2) for name, value in ceilings.items()}
     document["run_seconds"] = round(time.perf_counter() - started, 1)
@@ -311,17 +327,22 @@ def parser() -> argparse.ArgumentParser:
         "--quick", action="store_true", help="one small shape a case, no torch.compile: under a minute"
     )
     p.add_argument(
-        "--seconds", type=float, help="measuring time of one shape, seconds (default 1, quick 0.2)"
+        "--seconds", type=float, help="measuring time of one shape, seconds (default 0.8, GPU 0.4, quick 0.2)"
     )
     p.add_argument(
         "--compile-seconds",
         type=float,
-        help="torch.compile time in all for single ops, seconds (default 120, quick 0)",
+        help="torch.compile time in all for single ops, seconds (default 150, GPU 100, quick 0)",
     )
     p.add_argument(
-        "--compile-limit",
+        "--model-compile-seconds",
         type=float,
-        help="torch.compile time for one whole model, seconds (default 60, quick 0)",
+        help="torch.compile time in all for whole models, seconds (default 60, quick 0)",
+    )
+    p.add_argument(
+        "--models-until",
+        type=float,
+        help="skip the settings that would start later than this after the first, seconds (default 120)",
     )
     p.add_argument(
         "--compile-all-shapes", action="store_true", help="compile every shape, not only a case's first"
@@ -361,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         p.error(str(error))
     settings = settings_for(device, quick=arguments.quick)
-    for name in ("seconds", "compile_seconds", "compile_limit"):
+    for name in ("seconds", "compile_seconds", "model_compile_seconds", "models_until"):
         value = getattr(arguments, name)
         if value is not None:
             if value < 0:

@@ -138,7 +138,7 @@ def test_a_wrong_provider_turns_the_gate_red_and_is_not_timed(wrong, message: st
         candidates(case, shape, CPU, compile_reason="no"),
         settings,
         {"matmul_gflops": 1.0},
-        run.CompileBudget(settings, 1),
+        run.CompileBudget(0.0, 1, quick=True, option="--x"),
     )
     red = [row for row in rows if row["status"] == "failed"]
     assert {row["provider"] for row in red} == {"library"}
@@ -168,13 +168,29 @@ def test_a_provider_that_raises_is_failed_but_a_compiler_that_gives_up_is_absent
         Candidate("library", "contiguous", breaks),
         Candidate("torch.compile", "contiguous", breaks, compiled=True),
     ]
-    budget = run.CompileBudget(settings, 1)
+    budget = run.CompileBudget(0.0, 1, quick=True, option="--x")
     rows = run.measure_workload(
         case, shape, torch.float32, providers, settings, {"matmul_gflops": 1.0}, budget
     )
     statuses = {row["provider"]: row["status"] for row in rows}
     assert statuses == {"library": "failed", "torch.compile": "absent", "copy": "ok"}
     assert all("cannot do it" in row["reason"] for row in rows if row["provider"] != "copy")
+
+
+def test_compilation_time_is_shared_by_the_cases():
+    budget = run.CompileBudget(30.0, 3, quick=False, option="--compile-seconds")
+    budget.next_case()
+    assert budget.left == pytest.approx(10)
+    assert budget.reason(first=True) == ""
+    assert "only the first shape" in budget.reason(first=False)
+    budget.spent = 25.0
+    assert "30 s, is spent (--compile-seconds)" in budget.reason(first=True)
+    budget.next_case()
+    assert budget.reason(first=True)
+    budget.next_case()
+    assert budget.left == pytest.approx(5)
+    assert budget.reason(first=True) == ""
+    assert run.CompileBudget(0.0, 1, quick=False, option="--o").reason(first=True) == "--o 0"
 
 
 def test_random_numbers_of_another_generator_are_judged_by_their_moments():
@@ -275,16 +291,12 @@ def test_a_wrong_model_turns_its_gate_red(monkeypatch: pytest.MonkeyPatch):
     def skewed(self, n, temperature=1.0, noise=None, seed=None):
         return original(self, n, temperature * (1.0 if noise is None else 1.2), noise, seed)
 
-    bench_rows = model.contenders
-
-    def only_library(device, reason):
-        return [c for c in bench_rows(device, reason) if c.provider == "library"]
-
-    monkeypatch.setattr(model, "contenders", only_library)
     workload = model.workloads(CPU, tiny=True)[0]
     bench = model.Bench(workload, CPU)
     truth = model.SamplingRun(bench, None, given_noise=True).gate()
-    contender = only_library(CPU, "")[0]
+    contender = next(c for c in model.contenders(CPU) if c.provider == "library")
+    exact = model.SamplingRun(bench, contender, given_noise=True).gate()
+    assert model._judge(exact, truth, "float32")["status"] == "ok"
     monkeypatch.setattr(nf.NVAE, "sample", skewed)
     actual = model.SamplingRun(bench, contender, given_noise=True).gate()
     assert model._judge(actual, truth, "float32")["status"] == "failed"

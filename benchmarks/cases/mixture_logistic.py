@@ -87,6 +87,8 @@ CASES = (
         work=_one_way,
         tolerances={torch.float32: 1e-4},
         outliers=2e-4,
+        # Measured: over 100 s for one shape and memory format, then still not done.
+        uncompiled="the compiler inlines the integer arithmetic of the Philox reference and takes minutes",
     ),
     Case(
         name="mixture_logistic_mean",
