@@ -50,9 +50,10 @@ def _check(weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tens
 def _reference(
     weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float
 ) -> torch.Tensor:
-    masked = weight if mask is None else weight * mask
+    wide = _checks.accumulate_dtype(weight.dtype)
+    masked = weight.to(wide) if mask is None else weight.to(wide) * mask.to(wide)
     norm = torch.linalg.vector_norm(masked, dim=(1, 2, 3), keepdim=True)  # its gradient at 0 is 0, not NaN
-    return torch.exp(log_weight_norm) * (masked / (norm + eps))
+    return (torch.exp(log_weight_norm.to(wide)) * (masked / (norm + eps))).to(weight.dtype)
 
 
 _room = room(
