@@ -177,23 +177,22 @@ class NinjaBuild(build_ext):
     """Writes build.ninja for csrc/ and runs it: flags for each file, and only what changed is compiled."""
 
     def run(self) -> None:
-        report = ROOT / "nvae_fast" / "_build.json"
+        # A reason for having no extension is left where the package looks for it: in sources and build.
+        reports = [folder / "nvae_fast" / "_build.json" for folder in (ROOT, ROOT / self.build_lib)]
         required = enabled("NVAE_FAST_REQUIRE_EXTENSION") or "build_ext" in sys.argv
-        report.unlink(missing_ok=True)
+        for report in reports:
+            report.unlink(missing_ok=True)
         try:
             super().run()
         except (Unavailable, subprocess.CalledProcessError) as error:
-            reason = (
-                f"the compiler failed ({error})"
-                if isinstance(error, subprocess.CalledProcessError)
-                else str(error)
-            )
+            failed = isinstance(error, subprocess.CalledProcessError)
+            reason = f"the compiler failed ({error})" if failed else str(error)
             if required:
                 raise SystemExit(f"nvae_fast: the C++ extension cannot be built: {reason}") from error
             print(f"warning: nvae_fast: installing without the C++ extension: {reason}", file=sys.stderr)
-            for folder in {ROOT / "nvae_fast", Path(self.build_lib) / "nvae_fast"}:
-                if folder.is_dir():
-                    (folder / report.name).write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
+            for report in reports:
+                if report.parent.is_dir():
+                    report.write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
             self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
@@ -266,6 +265,7 @@ class NinjaBuild(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     # The sources are found by NinjaBuild; py_limited_api gives the file its abi3 name.
     ext_modules=[Extension("nvae_fast._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},

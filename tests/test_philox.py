@@ -223,12 +223,12 @@ for i, seed in enumerate((0, -3, 2**63 + 9)):
 s = philox.as_seed(21)
 for size in ((1,), (5,), (1023,)):
     out[f"flat{size[0]}"] = kernels.philox_normal(size, s, torch.float32, False, blocks=128)
-for name, size in (("odd", (3, 5, 7, 9)), ("even", (2, 20, 4, 6)), ("one", (4, 6, 1, 1)), ("grey", (2, 1, 5,
-5))):
-    for channels_last in (False, True):
-        z = kernels.philox_normal(size, s, torch.float32, channels_last, blocks=128)
-        assert z.is_contiguous(memory_format=torch.channels_last if channels_last else
-        torch.contiguous_format) out[f"{name}{int(channels_last)}"] = z.contiguous()
+sizes = {"odd": (3, 5, 7, 9), "even": (2, 20, 4, 6), "one": (4, 6, 1, 1), "grey": (2, 1, 5, 5)}
+for name, size in sizes.items():
+    for channels_last, layout in enumerate((torch.contiguous_format, torch.channels_last)):
+        z = kernels.philox_normal(size, s, torch.float32, bool(channels_last), blocks=128)
+        assert z.is_contiguous(memory_format=layout)
+        out[f"{name}{channels_last}"] = z.contiguous()
 out["half"] = kernels.philox_normal((77,), s, torch.float16, False, blocks=128)
 assert kernels.philox_normal((2, 0, 3, 3), s, torch.float32, True).shape == (2, 0, 3, 3)
 np.savez(sys.argv[1], **{k: v.numpy() for k, v in out.items()})
