@@ -78,7 +78,7 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse
     return parser
 
 
-def _machine(parser: argparse.ArgumentParser) -> None:
+def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
         "--device",
@@ -86,13 +86,14 @@ def _machine(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="auto, cpu, cuda or cuda:<index> (default: auto, which is a GPU when there is one)",
     )
-    group.add_argument(
-        "--threads",
-        type=cli_options.whole_number,
-        default=None,
-        metavar="N",
-        help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
-    )
+    if threads:
+        group.add_argument(
+            "--threads",
+            type=cli_options.whole_number,
+            default=None,
+            metavar="N",
+            help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
+        )
     group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 
@@ -135,7 +136,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="when --out holds a run, rename that folder and start anew (default: no)",
     )
-    _machine(parser)
+    _machine(parser, threads=False)
     texts, units = cli_options.training_texts()
     training = parser.add_argument_group("training")
     cli_options.add_dataclass_options(training, TrainingConfig, texts, units=units, note=_FROM_PRESET)

@@ -38,12 +38,19 @@ _RESUME_FREE = {
     "tensorboard",
 }
 # What may change but changes what comes out, so that the user is told.
-_RESUME_TOLD = {"epochs", "max_steps", "learning_rate", "learning_rate_min", "grad_clip", "autocast"}
+_RESUME_TOLD = {
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "learning_rate_min",
+    "grad_clip",
+    "autocast",
+    "threads",
+}
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train a model or continue a run; see `python -m nvae_fast train --help`."""
-    _threads(arguments)
     world = distributed.start_world(arguments.device)
     try:
         return _train(arguments, world)
@@ -81,6 +88,8 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
             raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
         folder = Path(arguments.out or f"runs/{chosen.name}")
     dataset = _open(data, kind, "train", model_config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
 
     torch.manual_seed(config.seed)
     model = nf.NVAE(model_config)
@@ -105,8 +114,8 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
             f"{folder / checkpoint.NAME}, continue with --resume --out {folder}"
         )
         return 128 + result.signal
-    if world.is_main:
-        _final_pictures(trainer, data, kind)
+    _final_pictures(trainer, data, kind)
+    world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
 
@@ -240,7 +249,7 @@ def convert(arguments: argparse.Namespace) -> int:
 
 def info(arguments: argparse.Namespace) -> int:
     """Print versions, devices and the backend of every operation."""
-    report = {
+    report: dict[str, Any] = {
         "versions": _versions(),
         "machine": {
             "platform": platform.platform(),
@@ -310,11 +319,13 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
     config, model = trainer.config, trainer.model
     pictures.write_samples(
         model,
-        trainer.folder / "samples.png",
+        trainer.folder / "samples.png" if trainer.world.is_main else None,
         temperature=config.sample_temperature,
         seed=seeds.mix_seed(config.seed, seeds.SAMPLES),
         readjust_passes=config.sample_readjust_passes,
     )
+    if not trainer.world.is_main:
+        return
     try:
         dataset = _open(data, kind, "test", model.config)
     except (ValueError, OSError):

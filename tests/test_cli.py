@@ -24,7 +24,9 @@ MODEL = [
     "--num_latent_per_group", "2", "--num_preprocess_blocks", "1", "--num_postprocess_blocks", "1",
     "--num-preprocess-cells", "1", "--num-postprocess-cells", "1",
 ]  # fmt: skip
-SHORT = ["--max-steps", "4", "--batch-size", "4", "--log-every", "2", "--threads", "1", "--device", "cpu"]
+SHORT = [
+    "--max-steps", "4", "--batch-size", "4", "--log-every", "2", "--threads", "1", "--time-limit", "none",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -177,7 +179,8 @@ def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys)
         (["train", "--data", "/does/not/exist"], "/does/not/exist"),
         (["train", "--arch-instance", "nope"], "arch_instance"),
         (["train", "--device", "tpu"], "device must be auto, cpu, cuda"),
-        (["train", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["train", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["sample", "x.pt", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["train", "--batch-size", "5000"], "5000"),
         (["train", "--data", "photos", "--data-kind", "xyz"], "kind"),
         (["evaluate", "/does/not/exist"], "no checkpoint at /does/not/exist"),

@@ -16,9 +16,12 @@ import shutil
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 FORMAT = "nvae_fast.checkpoint"
 VERSION = 1
@@ -183,7 +186,7 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 def load_model(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
-) -> tuple[torch.nn.Module, dict[str, Any]]:
+) -> tuple[NVAE, dict[str, Any]]:
     """A model in evaluation mode from our checkpoint or an official one, and what is known about it.
 
     Returns (model, facts); facts has "path", "kind" ("nvae_fast" or "official") and, for ours, "data" (what
@@ -204,7 +207,7 @@ def load_model(
     return model.to(map_location).eval(), facts
 
 
-def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> torch.nn.Module:
+def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
     """The model a checkpoint describes, its state loaded. Raises CheckpointError naming what differs."""
     import nvae_fast as nf
 

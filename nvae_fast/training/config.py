@@ -28,7 +28,7 @@ class TrainingConfig:
     time_limit: float | None = _option(
         None,
         "training time, resumed parts included; when it is too short for all steps the schedules run "
-        "faster, so that they still end where they should",
+        "faster, so that they still end where they should (such a run depends on the machine's pace)",
         unit="minutes",
     )
     batch_size: int = _option(32, "images in a step, on every process", unit="images")
@@ -55,7 +55,10 @@ class TrainingConfig:
     )
     horizontal_flip: bool = _option(False, "mirror every second image, at random")
     seed: int = _option(0, "seed of initialisation, noise and data order (0 to 2^63-1)")
-    workers: int = _option(0, "extra threads or processes that read images", unit="workers")
+    workers: int = _option(0, "extra threads that read images", unit="threads")
+    threads: int | None = _option(
+        None, "CPU threads of PyTorch; none leaves PyTorch's choice. Resuming keeps it", unit="threads"
+    )
     max_bad_steps: int = _option(
         10, "steps in a row with a non-finite loss or gradient before training stops", unit="steps"
     )
@@ -75,7 +78,15 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             self._check_type(field.name, getattr(self, field.name), str(field.type))
-        for name in ("epochs", "max_steps", "batch_size", "max_bad_steps", "checkpoint_every", "log_every"):
+        for name in (
+            "epochs",
+            "max_steps",
+            "batch_size",
+            "threads",
+            "max_bad_steps",
+            "checkpoint_every",
+            "log_every",
+        ):
             self._check_least(name, 1)
         for name in (
             "warmup_epochs",
@@ -153,7 +164,7 @@ class TrainingConfig:
     def _check_type(self, name: str, value: Any, annotation: str) -> None:
         if value is None and "None" in annotation:
             return
-        kinds = {"int": int, "float": (int, float), "bool": bool, "str": str}
+        kinds: dict[str, Any] = {"int": int, "float": (int, float), "bool": bool, "str": str}
         kind = annotation.split("|")[0].strip()
         wrong_bool = isinstance(value, bool) and kind != "bool"
         if wrong_bool or not isinstance(value, kinds[kind]):

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvae_fast.training import seeds
 from nvae_fast.training.objective import full_precision
 from nvae_fast.training.pictures import evaluation
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 # A latent channel is in use when it carries more than this many nats an image on average.
 ACTIVE_CHANNEL_NATS = 0.1
@@ -76,7 +79,7 @@ class OnlineLogMeanExp:
 
 @torch.no_grad()
 def importance_bound(
-    model: nn.Module, x: Tensor, samples: int, *, seed: int = 0, autocast: str | None = None
+    model: NVAE, x: Tensor, samples: int, *, seed: int = 0, autocast: str | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """The bound on log p(x) of every image, (B,) float64, from `samples` draws; model in evaluation mode.
 
@@ -109,7 +112,7 @@ def importance_bound(
 
 
 def evaluate(
-    model: nn.Module,
+    model: NVAE,
     dataset: Any,
     *,
     samples: int = 1,
@@ -133,7 +136,11 @@ def evaluate(
     if total == 0:
         raise ValueError(f"evaluate: {dataset.name} has no images")
     device = next(model.parameters()).device
-    bound, recon, kl, channels = 0.0, 0.0, 0.0, 0.0
+    # Sums over the images: numbers to begin with, tensors after the first batch.
+    bound: Any = 0.0
+    recon: Any = 0.0
+    kl: Any = 0.0
+    channels: Any = 0.0
     data_seed = seeds.mix_seed(seed, seeds.DATA)
     with evaluation(model):
         for start in range(0, total, batch_size):

@@ -13,10 +13,10 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvae_fast.training import checkpoint, metrics, pictures, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
@@ -26,6 +26,9 @@ from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
 from nvae_fast.training.step import Step, StepResult, await_data, awaiting_data
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 # With a time limit, the pace is judged by the median of so many steps, and not in the first part of the time,
 # when steps are slower than later on.
@@ -58,7 +61,7 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: NVAE,
         config: TrainingConfig,
         dataset: Any,
         folder: Path,
@@ -96,7 +99,7 @@ class Trainer:
             )
         self.total_steps = config.total_steps(self.steps_per_epoch)
         memory = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model = model.to(self.world.device).to(memory_format=memory).train()
+        self.model: NVAE = to_format(model.to(self.world.device), memory).train()
         self._memory = memory
         self.step_function = Step(self.model, config, self.world)
         self.step = 0
@@ -302,7 +305,8 @@ class Trainer:
         if self.step % self.config.log_every and not last:
             return
         means = self.averages.means()
-        nats = None if means["kl"] is None else means["reconstruction"] + means["kl"]
+        kl, reconstruction = means["kl"], means["reconstruction"]
+        nats = None if kl is None or reconstruction is None else reconstruction + kl
         log.write(
             {
                 "step": self.step,
@@ -332,6 +336,12 @@ class Trainer:
             readjust_passes=0,
         )
         self.model.train()
+
+
+def to_format(model: NVAE, memory: torch.memory_format) -> NVAE:
+    """The model with its weights in a memory format; 1x1 weights and biases are the same in both."""
+    # PyTorch accepts memory_format alone, its type hints do not know that.
+    return model.to(memory_format=memory)  # type: ignore[call-overload]
 
 
 def _package_version() -> str:

@@ -61,7 +61,8 @@ class MetricsLog:
         self._board = _board(Path(folder), resume_step) if tensorboard else None
         if resume_step is not None and self.path.exists():
             _keep_up_to(self.path, resume_step)
-        self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")
+        # Open for the whole run: `close` ends it.
+        self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
         """Append one line. Numbers JSON has no name for (inf, nan) are written as null."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nvae_fast.training.seeds import mix_seed
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 GRID = 64
 READJUST_BATCH = 16
@@ -17,14 +21,14 @@ READJUST_BATCH = 16
 
 @torch.no_grad()
 def draw_images(
-    model: nn.Module,
+    model: NVAE,
     count: int,
     *,
     temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
     pixels: str = "auto",
-    on_batch=None,
+    on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
     """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU. The model must be in evaluation mode.
 
@@ -56,7 +60,7 @@ def draw_images(
 
 
 @contextlib.contextmanager
-def evaluation(model: nn.Module, *, keep_buffers: bool = False) -> Iterator[nn.Module]:
+def evaluation(model: NVAE, *, keep_buffers: bool = False) -> Iterator[NVAE]:
     """The model in evaluation mode for a while; keep_buffers: put its buffers back afterwards as well."""
     training = model.training
     saved = [(b, b.detach().clone()) for b in model.buffers()] if keep_buffers else []
@@ -71,15 +75,19 @@ def evaluation(model: nn.Module, *, keep_buffers: bool = False) -> Iterator[nn.M
 
 
 def write_samples(
-    model: nn.Module,
-    path: str | os.PathLike[str],
+    model: NVAE,
+    path: str | os.PathLike[str] | None,
     *,
     count: int = GRID,
     temperature: float = 1.0,
     seed: int = 0,
     readjust_passes: int = 0,
 ) -> None:
-    """A PNG grid of images from the prior. The model comes out as it went in, statistics included."""
+    """A PNG grid of images from the prior. The model comes out as it went in, statistics included.
+
+    Readjusting merges statistics over all processes, so each of them must take part; path=None writes
+    nothing.
+    """
     from nvae_fast.data import save_grid
 
     with evaluation(model, keep_buffers=readjust_passes > 0):
@@ -88,13 +96,13 @@ def write_samples(
                 temperature, passes=readjust_passes, batch=READJUST_BATCH, seed=mix_seed(seed, 2)
             )
             model.eval()
-        images = draw_images(model, count, temperature=temperature, seed=seed)
-    save_grid(images, path)
+        if path is not None:
+            save_grid(draw_images(model, count, temperature=temperature, seed=seed), path)
 
 
 @torch.no_grad()
 def write_reconstructions(
-    model: nn.Module, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
+    model: NVAE, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
 ) -> None:
     """A PNG grid in which every row of images (N,C,H,W, in [0,1]) has its reconstructions below it."""
     from nvae_fast.data import save_grid

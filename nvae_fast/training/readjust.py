@@ -8,18 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from nvae_fast.training import checkpoint
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 _FORMAT = "nvae_fast.batch_norm_statistics"
 
 
 def readjust(
-    model: nn.Module,
+    model: NVAE,
     source: Path | None,
     *,
     temperature: float,
@@ -76,7 +78,7 @@ def _is_statistic(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
-def _fits(model: nn.Module, statistics: dict[str, Any]) -> bool:
+def _fits(model: NVAE, statistics: dict[str, Any]) -> bool:
     own = {name: value.shape for name, value in model.state_dict().items() if _is_statistic(name)}
     return own == {name: value.shape for name, value in statistics.items()}
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import balanced_kl, full_precision
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 # Adamax divides by a running maximum of |gradient|; 1e-3 keeps rarely used weights from taking huge steps.
 ADAMAX_EPS = 1e-3
@@ -34,13 +38,15 @@ class StepResult:
 class Objective(nn.Module):
     """The whole loss as one module, so that DistributedDataParallel sees every use of a parameter."""
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, world: World) -> None:
+    def __init__(self, model: NVAE, config: TrainingConfig, world: World) -> None:
         super().__init__()
         self.model = model
         self.config = config
         self.world = world
 
-    def forward(self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor):
+    def forward(
+        self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         """(loss, [loss, reconstruction, kl, spectral, batch_norm]); the first carries the gradient."""
         enabled = self.config.autocast == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled):
@@ -69,7 +75,7 @@ class Step:
     they were before it.
     """
 
-    def __init__(self, model: nn.Module, config: TrainingConfig, world: World | None = None) -> None:
+    def __init__(self, model: NVAE, config: TrainingConfig, world: World | None = None) -> None:
         self.world = world or World()
         self.model = model
         self.config = config
@@ -77,15 +83,7 @@ class Step:
         self.optimizer = make_optimizer(self.parameters, config)
         objective: nn.Module = Objective(model, config, self.world)
         if self.world.size > 1:
-            ids = [self.world.device.index] if self.world.device.type == "cuda" else None
-            # Batch norm merges its statistics itself and the spectral vectors move alike on every process, so
-            # buffers need no broadcast. A single-group model has a parameter that is never used.
-            objective = nn.parallel.DistributedDataParallel(
-                objective,
-                device_ids=ids,
-                broadcast_buffers=False,
-                find_unused_parameters=model.config.num_groups == 1,
-            )
+            objective = _data_parallel(objective, self.world, unused=model.config.is_vanilla)
         self.objective = objective
         self._buffers = [b for b in model.buffers() if b is not None]
         self._saved = [torch.empty_like(b) for b in self._buffers]
@@ -113,7 +111,8 @@ class Step:
             self.optimizer.step()
             self._first = None
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(*host, skipped=bool(bad))
+        loss_value, reconstruction, kl, spectral, batch_norm, grad_norm = host
+        return StepResult(loss_value, reconstruction, kl, spectral, batch_norm, grad_norm, skipped=bool(bad))
 
     def restore(self, optimizer_state: dict[str, Any]) -> None:
         """Continue from a saved optimizer state; the model's own state was loaded before."""
@@ -141,10 +140,26 @@ class Step:
             self._first.bring_back()
 
 
+def _data_parallel(objective: nn.Module, world: World, *, unused: bool) -> nn.Module:
+    """`objective` with gradients averaged over processes. unused: some parameters get no gradient."""
+    # Strides of 1x1 weights have two spellings, and the name of the option below is changing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
+        # Batch norm merges its statistics itself and the spectral vectors move alike on every process:
+        # buffers need no broadcast.
+        return nn.parallel.DistributedDataParallel(
+            objective,
+            device_ids=[world.device.index] if world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=unused,
+        )
+
+
 class _Beginning:
     """Parameters and module flags before the first step."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: NVAE) -> None:
         self.model = model
         self.parameters = [p.detach().clone() for p in model.parameters()]
         self.awaiting = awaiting_data(model)
@@ -158,12 +173,12 @@ class _Beginning:
         await_data(self.model, self.awaiting)
 
 
-def awaiting_data(model: nn.Module) -> list[str]:
+def awaiting_data(model: NVAE) -> list[str]:
     """Names of the modules whose data-dependent initialisation is still to come."""
     return [name for name, module in model.named_modules() if getattr(module, "awaits_data", False)]
 
 
-def await_data(model: nn.Module, names: list[str]) -> None:
+def await_data(model: NVAE, names: list[str]) -> None:
     """Let these modules be initialised by the next batch. (Loading a state marks all of them as done.)"""
     for name in names:
         setattr(model.get_submodule(name), "awaits_data", True)  # noqa: B010  no attribute of nn.Module
