@@ -15,54 +15,92 @@ namespace NVAE_ISA {
 
 constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
-NVAE_INLINE VecD tanh_of(VecD x) { return tanh(x); }
-// Network outputs are of the size of 1, and raw / clamp nearly always lies within [-1, 1]: there an odd
-// polynomial does (0.93 units in the last place), and the general function runs only for a vector that has a
-// lane outside.
-NVAE_INLINE VecF tanh_of(VecF x) {
-  const VecF square = x * x;
-  VecF p(-0x1.7803d8p-12f);
-  p = fma(p, square, VecF(0x1.2db66ep-9f));
-  p = fma(p, square, VecF(-0x1.0466f8p-7f));
-  p = fma(p, square, VecF(0x1.600bc0p-6f));
-  p = fma(p, square, VecF(-0x1.b96286p-5f));
-  p = fma(p, square, VecF(0x1.110be6p-3f));
-  p = fma(p, square, VecF(-0x1.55553cp-2f));
-  const VecF inner = fma(p, square * x, x);
-  const Mask inside = abs(x) <= VecF(1.f);
-  if (all(inside)) return inner;
-  return select(inside, inner, tanh(x));
+// clamp tanh(raw / clamp). Network outputs are of the size of 1, so raw nearly always lies within [-clamp, clamp]: there it
+// is raw plus an odd polynomial (the result is good to 0.93 units in the last place of tanh), with clamp folded into the
+// coefficients; only a vector with a lane outside also runs the general function.
+template <class V>
+struct SoftClamp;
+template <>
+struct SoftClamp<VecF> {
+  static constexpr int kTerms = 7;
+  float clamp, inverse, coefficient[kTerms];
+  NVAE_INLINE explicit SoftClamp(double c) : clamp(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {
+    const double tanh_terms[kTerms] = {-0x1.55553cp-2, 0x1.110be6p-3, -0x1.b96286p-5, 0x1.600bc0p-6,
+                                       -0x1.0466f8p-7, 0x1.2db66ep-9, -0x1.7803d8p-12};
+    double power = 1.0;
+    for (int i = 0; i < kTerms; ++i) {
+      power /= c * c;
+      coefficient[i] = static_cast<float>(tanh_terms[i] * power);
+    }
+  }
+  // u = clamp tanh(raw / clamp) and t = tanh(raw / clamp), which the derivative 1 - t^2 wants with all its digits.
+  NVAE_INLINE VecF operator()(VecF raw, VecF& t) const {
+    const VecF square = raw * raw;
+    VecF p(coefficient[kTerms - 1]);
+    for (int i = kTerms - 2; i >= 0; --i) p = fma(p, square, VecF(coefficient[i]));
+    const VecF inner = fma(p, square * raw, raw);
+    const Mask inside = abs(raw) <= VecF(clamp);
+    t = inner * VecF(inverse);
+    if (__builtin_expect(all(inside), 1)) return inner;
+    const VecF outer = tanh(raw * VecF(inverse));
+    t = select(inside, t, outer);
+    return select(inside, inner, VecF(clamp) * outer);
+  }
+};
+template <>
+struct SoftClamp<VecD> {
+  double clamp, inverse;
+  NVAE_INLINE explicit SoftClamp(double c) : clamp(c), inverse(1.0 / c) {}
+  NVAE_INLINE VecD operator()(VecD raw, VecD& t) const {
+    t = tanh(raw / VecD(clamp));
+    return VecD(clamp) * t;
+  }
+};
+
+NVAE_INLINE VecD exp_moderate(VecD x) { return exp(x); }
+// exp for |x| <= 80 or NaN: no overflow to look after. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+NVAE_INLINE VecF exp_moderate(VecF x) {
+  const VecF magic(12582912.f), shifted = fma(x, VecF(0x1.715476p+0f), magic), n = shifted - magic;
+  const VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), x));
+  return exp_reduced(r) * from_bits(shift_left<23>(bits(shifted)) + Bits(0x3f800000u));
 }
 
 template <class V>
 struct Squasher {
-  bool clamped;
-  V clamp, inverse, floor;
+  using S = typename V::Scalar;
+  bool clamped, moderate;
+  SoftClamp<V> bend;
+  S floor;
 
   NVAE_INLINE explicit Squasher(const Squash& s)
       : clamped(s.clamped),
-        clamp(static_cast<typename V::Scalar>(s.clamp)),
-        inverse(static_cast<typename V::Scalar>(s.clamped ? 1.0 / s.clamp : 1.0)),
-        floor(static_cast<typename V::Scalar>(s.floor)) {}
+        moderate(s.clamped && s.clamp <= 80.0),
+        bend(s.clamped ? s.clamp : 1.0),
+        floor(static_cast<S>(s.floor)) {}
 
-  NVAE_INLINE V soft_clamp(V raw) const { return clamped ? clamp * tanh_of(raw * inverse) : raw; }
-  // The value, and its derivative with respect to raw.
+  // The clamped value, and its derivative with respect to raw (free when it is not used).
   NVAE_INLINE V soft_clamp(V raw, V& slope) const {
-    if (!clamped) {
-      slope = V(1);
-      return raw;
-    }
-    const V t = tanh_of(raw * inverse);
-    slope = fnma(t, t, V(1));
-    return clamp * t;
+    slope = V(S(1));
+    if (!clamped) return raw;
+    V t;
+    const V u = bend(raw, t);
+    slope = fnma(t, t, slope);
+    return u;
   }
-  NVAE_INLINE V mu(V raw) const { return soft_clamp(raw); }
+  NVAE_INLINE V exponential(V u) const { return moderate ? exp_moderate(u) : exp(u); }
   NVAE_INLINE V mu(V raw, V& slope) const { return soft_clamp(raw, slope); }
-  NVAE_INLINE V sigma(V raw) const { return exp(soft_clamp(raw)) + floor; }
   NVAE_INLINE V sigma(V raw, V& slope) const {
-    const V e = exp(soft_clamp(raw, slope));
+    const V e = exponential(soft_clamp(raw, slope));
     slope = slope * e;
-    return e + floor;
+    return e + V(floor);
+  }
+  NVAE_INLINE V mu(V raw) const {
+    V slope;
+    return mu(raw, slope);
+  }
+  NVAE_INLINE V sigma(V raw) const {
+    V slope;
+    return sigma(raw, slope);
   }
 };
 

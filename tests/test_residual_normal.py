@@ -29,7 +29,7 @@ from torch.distributions import Normal, kl_divergence
 import nvae_fast as nf
 
 NAMES = ("posterior", "prior", "noise")
-SIZES = [(2, 3, 4, 4), (1, 1, 1, 1), (3, 5, 7, 11), (1, 2, 13, 1)]
+SIZES = [(2, 3, 4, 4), (61, 1, 1, 1), (3, 5, 7, 11), (1, 2, 13, 1)]
 
 
 def inputs(size: tuple[int, int, int, int] = (2, 3, 4, 5), spread: float = 1.0) -> Tensors:

@@ -40,6 +40,26 @@ class Room:
         return self.reference(*args)
 
 
+def operator(
+    name: str,
+    schema: str,
+    *,
+    default: Callable[..., Any],
+    fake: Callable[..., Any],
+    gpu: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """Register ``nvae_fast::<name>`` without autograd (the backward kernel of a room) and return it.
+
+    ``default`` is its formula in plain PyTorch, ``gpu`` the launcher of a Triton kernel.
+    """
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, default, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    if gpu is not None and _backend.triton_reason() is None:
+        LIBRARY.impl(name, gpu, "CUDA")
+    return getattr(getattr(torch.ops, NAMESPACE), name)
+
+
 def room(
     name: str,
     schema: str,
@@ -60,8 +80,8 @@ def room(
         reference: plain PyTorch, the default kernel, and what the fused kernels are tested against.
         differentiable: positions of the arguments that receive gradients.
         fake: shapes of the outputs; by default the reference run on fake tensors.
-        backward: ``backward(grads, *args) -> gradients of the differentiable arguments`` of the fused kernels; by default
-            the reference is recomputed and differentiated.
+        backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
+            positions ``wanted`` are used; by default the reference is recomputed and differentiated.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
     """
     qualified = f"{NAMESPACE}::{name}"
@@ -96,7 +116,7 @@ def room(
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         if wanted and any(grad is not None for grad in grads):
-            gradients = (backward or recompute)(grads, *args)
+            gradients = backward(grads, wanted, *args) if backward else recompute(grads, *args)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)

@@ -29,10 +29,19 @@ def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def memory_format(t: torch.Tensor) -> torch.memory_format:
-    """channels_last when ``t`` is laid out so and not also contiguous, else contiguous."""
-    if t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) and not t.is_contiguous():
+    """The format of maps that belong to packed parameters: channels_last when the channels of ``t`` are adjacent and there
+    is more than one pixel (csrc/cpu/packed.h has the same rule)."""
+    if t.stride(1) == 1 and t.shape[2] * t.shape[3] > 1:
         return torch.channels_last
     return torch.contiguous_format
+
+
+def empty_map(packed: torch.Tensor, channels: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """An uninitialised (B, channels, H, W) on the device and in the memory format of ``packed``."""
+    b, _, h, w = packed.shape
+    return torch.empty(
+        (b, channels, h, w), dtype=dtype or packed.dtype, device=packed.device, memory_format=memory_format(packed)
+    )
 
 
 def draw_like(packed: torch.Tensor, noise: torch.Tensor | None, seed: torch.Tensor | None) -> torch.Tensor:

@@ -67,10 +67,13 @@ def mixture_logistic_sample(
         num_mixtures: M. temperature: > 0.
         seed: int or 0-d int64 tensor of the Philox stream; None takes one from the device's default generator.
 
+    Not differentiable.
+
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     _check_params("mixture_logistic_sample", params, num_mixtures)
+    params = params.detach()
     return _sample(params, _checks.seed("mixture_logistic_sample", seed, params.device), num_mixtures, temperature)
 
 
@@ -126,7 +129,7 @@ def _unpack(
 def _log_prob_reference(params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int) -> torch.Tensor:
     logits, means, log_scales, c = _unpack(params, num_mixtures)
     levels = 2**num_bits - 1
-    value = (2.0 * x.to(logits.dtype) - 1.0)[:, :, None]
+    value = (2.0 * x.detach().to(logits.dtype) - 1.0)[:, :, None]
     red, green = value[:, 0], value[:, 1]
     shift = torch.stack(
         (torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green), dim=1
@@ -150,10 +153,13 @@ def _log_prob_reference(params: torch.Tensor, x: torch.Tensor, num_mixtures: int
 
 
 def uniform(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Uniform draws strictly inside (0, 1), symmetric: the middle of one of 2^24 cells, word by word of the stream."""
+    """Uniform draws strictly inside (0, 1), symmetric: the middle of one of 2^23 cells, word by word of the stream.
+
+    With 2^24 cells the middle of the last one would round to 1 in float32.
+    """
     count = math.prod(shape)
     words = philox_words(seed, -(-count // 4)).reshape(-1)[:count].reshape(shape)
-    return ((words >> 8).to(dtype) + 0.5) * 2.0**-24
+    return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
 
 
 def _sample_reference(

@@ -16,13 +16,14 @@ equation 2 exactly. ``prior=None`` is the first group: raw zeros, hence sigma_p 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._register import room
-from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, squash, unpack
+from nvae_fast.ops._register import operator, room
+from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, empty_map, soft_clamp, squash, unpack
 
 
 class ResidualNormal(NamedTuple):
@@ -116,6 +117,125 @@ def _reference(
     return z.to(posterior.dtype), kl.sum((2, 3)), log_q.sum((2, 3)), log_p.sum((2, 3))
 
 
+def _fake(
+    posterior: torch.Tensor,
+    prior: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    residual: bool,
+    clamp: float | None,
+    sigma_floor: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    z = empty_map(posterior, posterior.shape[1] // 2)
+    sums = [z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype)) for _ in range(3)]
+    return z, *sums
+
+
+def _backward_formula(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    grad_log_q: torch.Tensor | None,
+    grad_log_p: torch.Tensor | None,
+    posterior: torch.Tensor,
+    prior: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    residual: bool,
+    clamp: float | None,
+    sigma_floor: float,
+    need_posterior: bool,
+    need_prior: bool,
+    need_noise: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients from the inputs and the seed alone; every fused backward kernel computes this.
+
+    With ``d = (mu_q - mu_p) / sigma_p``, ``r = sigma_q / sigma_p``, ``w = (z - mu_p) / sigma_p`` and the upstream gradients
+    ``g_z, g_kl, g_q, g_p``; ``s = g_z - g_p w / sigma_p`` is what reaches z::
+
+        mu_q:    s + g_kl d / sigma_p              sigma_q: s eps - g_q / sigma_q + g_kl (r / sigma_p - 1 / sigma_q)
+        mu_p:    (g_p w - g_kl d) / sigma_p        sigma_p: (g_p (w^2 - 1) + g_kl (1 - d^2 - r^2)) / sigma_p
+        eps:     s sigma_q - g_q eps
+
+    and through the squashing: d mu / d raw = 1 - (mu / clamp)^2, d sigma / d raw = (sigma - floor)(1 - (u / clamp)^2) at the
+    clamped log sigma u. The residual form adds the posterior's raw gradients to the prior's.
+    """
+    raw_mu_q, raw_log_sigma_q = unpack(posterior)
+    raw_mu_p, raw_log_sigma_p = (torch.zeros_like(raw_mu_q),) * 2 if prior is None else unpack(prior)
+    if residual and prior is not None:
+        raw_mu_q, raw_log_sigma_q = raw_mu_q + raw_mu_p, raw_log_sigma_q + raw_log_sigma_p
+
+    def slope(u: torch.Tensor) -> torch.Tensor | float:
+        return 1.0 if clamp is None else 1.0 - (u / clamp).square()
+
+    mu_p, u_p = soft_clamp(raw_mu_p, clamp), soft_clamp(raw_log_sigma_p, clamp)
+    mu_q, u_q = soft_clamp(raw_mu_q, clamp), soft_clamp(raw_log_sigma_q, clamp)
+    sigma_p, sigma_q = u_p.exp() + sigma_floor, u_q.exp() + sigma_floor
+    eps = draw_like(posterior, noise, seed)
+
+    def sums(grad: torch.Tensor | None) -> torch.Tensor | float:
+        return 0.0 if grad is None else grad.to(eps.dtype)[:, :, None, None]
+
+    g_kl, g_q, g_p = sums(grad_kl), sums(grad_log_q), sums(grad_log_p)
+    d, r = (mu_q - mu_p) / sigma_p, sigma_q / sigma_p
+    w = (mu_q - mu_p + sigma_q * eps) / sigma_p
+    s = (0.0 if grad_z is None else grad_z.to(eps.dtype)) - g_p * w / sigma_p
+    to_mu_q = (s + g_kl * d / sigma_p) * slope(mu_q)
+    to_log_sigma_q = (s * eps - g_q / sigma_q + g_kl * (r / sigma_p - 1 / sigma_q)) * u_q.exp() * slope(u_q)
+    to_mu_p = (g_p * w - g_kl * d) / sigma_p * slope(mu_p)
+    to_log_sigma_p = (g_p * (w.square() - 1) + g_kl * (1 - d.square() - r.square())) / sigma_p * u_p.exp() * slope(u_p)
+    if residual:
+        to_mu_p, to_log_sigma_p = to_mu_p + to_mu_q, to_log_sigma_p + to_log_sigma_q
+    results = _backward_fake(
+        grad_z, grad_kl, grad_log_q, grad_log_p, posterior, prior, noise, seed, residual, clamp, sigma_floor,
+        need_posterior, need_prior, need_noise,
+    )  # fmt: skip
+    gradients = (torch.cat([to_mu_q, to_log_sigma_q], 1), torch.cat([to_mu_p, to_log_sigma_p], 1), s * sigma_q - g_q * eps)
+    return tuple(out.copy_(g) if out.dim() == 4 else out for out, g in zip(results, gradients, strict=True))
+
+
+def _backward_fake(
+    grad_z: torch.Tensor | None,
+    grad_kl: torch.Tensor | None,
+    grad_log_q: torch.Tensor | None,
+    grad_log_p: torch.Tensor | None,
+    posterior: torch.Tensor,
+    prior: torch.Tensor | None,
+    noise: torch.Tensor | None,
+    seed: torch.Tensor | None,
+    residual: bool,
+    clamp: float | None,
+    sigma_floor: float,
+    need_posterior: bool,
+    need_prior: bool,
+    need_noise: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    channels = posterior.shape[1]
+    nothing = posterior.new_empty(0)
+    return (
+        empty_map(posterior, channels) if need_posterior else nothing,
+        empty_map(posterior, channels) if need_prior and prior is not None else posterior.new_empty(0),
+        empty_map(posterior, channels // 2, noise.dtype)
+        if need_noise and noise is not None
+        else posterior.new_empty(0, dtype=posterior.dtype if noise is None else noise.dtype),
+    )
+
+
+_backward_operator = operator(
+    "residual_normal_backward",
+    "(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, Tensor posterior, Tensor? prior,"
+    " Tensor? noise, Tensor? seed, bool residual, float? clamp, float sigma_floor, bool need_posterior,"
+    " bool need_prior, bool need_noise) -> (Tensor, Tensor, Tensor)",
+    default=_backward_formula,
+    fake=_backward_fake,
+)
+
+
+def _backward(
+    grads: Sequence[torch.Tensor | None], wanted: Sequence[int], *args: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _backward_operator(*grads, *args, 0 in wanted, 1 in wanted, 2 in wanted)
+
+
 _room = room(
     "residual_normal",
     "(Tensor posterior, Tensor? prior, Tensor? noise, Tensor? seed, bool residual, float? clamp, float sigma_floor)"
@@ -123,4 +243,6 @@ _room = room(
     check=_check,
     reference=_reference,
     differentiable=(0, 1, 2),
+    fake=_fake,
+    backward=_backward,
 )
