@@ -1,0 +1,164 @@
+"""The house is in order: every room has its operator, fake, autograd, tests and benchmark, and says what runs it."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nvae_fast as nf
+from nvae_fast import _backend
+from nvae_fast.ops._register import Room
+
+ROOT = Path(__file__).parent.parent
+ROOMS = sorted(path.stem for path in (ROOT / "nvae_fast" / "ops").glob("*.py") if not path.stem.startswith("_"))
+OPERATORS = sorted(
+    name.removeprefix("nvae_fast::").partition(".")[0]
+    for name in torch._C._dispatch_get_all_op_names()
+    if name.startswith("nvae_fast::")
+)
+PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: nothing to differentiate
+
+
+def rooms_of(name: str) -> list[Room]:
+    return [value for value in vars(importlib.import_module(f"nvae_fast.ops.{name}")).values() if isinstance(value, Room)]
+
+
+EVERY_ROOM = [room for name in ROOMS for room in rooms_of(name)]
+
+
+def test_there_are_rooms() -> None:
+    assert set(ROOMS) >= {
+        "philox",
+        "residual_normal",
+        "normal_sample",
+        "normal_log_prob",
+        "depthwise_conv2d",
+        "batch_norm_swish",
+        "squeeze_excite",
+        "weight_norm",
+        "mixture_logistic",
+    }
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_every_room_is_complete(name: str) -> None:
+    assert name == "philox" or rooms_of(name), f"nvae_fast/ops/{name}.py registers no operator"
+    assert (ROOT / "tests" / f"test_{name}.py").is_file(), f"tests/test_{name}.py is missing"
+    assert (ROOT / "benchmarks" / "cases" / f"{name}.py").is_file(), f"benchmarks/cases/{name}.py is missing"
+    module = importlib.import_module(f"nvae_fast.ops.{name}")
+    assert module.__doc__, "a room begins with its formula"
+
+
+def test_every_operator_belongs_to_a_room() -> None:
+    of_rooms = {room.name for room in EVERY_ROOM} | PHILOX
+    of_rooms |= {f"{name}_backward" for name in of_rooms}
+    assert set(OPERATORS) <= of_rooms
+
+
+@pytest.mark.parametrize("room", EVERY_ROOM, ids=lambda room: room.name)
+def test_every_operator_is_registered_in_full(room: Room) -> None:
+    qualified = f"nvae_fast::{room.name}"
+    assert room.operator is getattr(torch.ops.nvae_fast, room.name)
+    schema = room.operator.default._schema
+    assert not schema.is_mutable, "ops are functional"
+    for key in ("CPU", "CUDA"):
+        assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(qualified, key), f"no {key} kernel"
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(qualified, "Autograd"), "no autograd"
+    assert torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None, "no fake"
+
+
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n in PHILOX or n.endswith("_backward")])
+def test_helper_operators_have_a_fake(name: str) -> None:
+    assert torch._library.simple_registry.singleton.find(f"nvae_fast::{name}").fake_impl.kernel is not None
+
+
+def test_backends_lists_every_op_with_a_kernel_or_a_reason() -> None:
+    table = nf.backends()
+    assert set(table) == {room.name for room in EVERY_ROOM} | {"philox"}
+    for op, row in table.items():
+        assert set(row) == {"cpu", "cuda"}, op
+        for device, backend in row.items():
+            known = backend in ("cpp", "triton", "cuda")
+            assert known or (backend.startswith("reference (") and len(backend) > len("reference ()")), (op, device, backend)
+
+
+def test_use_backend_works_and_restores() -> None:
+    def cpu() -> str:
+        return nf.backends()["residual_normal"]["cpu"]
+
+    before = cpu()
+    with nf.use_backend("reference"):
+        assert cpu().startswith("reference (asked for")
+        assert not _backend.fused("residual_normal", "cpu")
+        with nf.use_backend("auto"):
+            assert cpu() == before
+        assert _backend.forced_reference()
+    assert cpu() == before
+    with pytest.raises(KeyError), nf.use_backend("reference"):
+        raise KeyError("the choice is restored after an exception too")
+    assert not _backend.forced_reference()
+    with pytest.raises(ValueError, match="use_backend: choice: expected one of 'auto', 'reference', got 'cuda'"), nf.use_backend("cuda"):
+        pass
+    assert not _backend.forced_reference()
+
+
+def test_a_call_goes_where_backends_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """"auto" runs the operator where a fused kernel is recorded, "reference" never does."""
+    calls = []
+    (room,) = rooms_of("weight_norm")
+    monkeypatch.setattr(room, "operator", lambda *args: calls.append("operator") or args[0])
+    monkeypatch.setitem(_backend._fused, ("weight_norm", "cpu"), "cpp")
+    weight, norm = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
+    nf.weight_norm(weight, norm)
+    assert calls == ["operator"]
+    with nf.use_backend("reference"):
+        nf.weight_norm(weight, norm)
+    assert calls == ["operator"]
+
+
+def in_a_fresh_process(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_environment_chooses_the_backend() -> None:
+    """And importing initialises neither CUDA nor triton."""
+    code = (
+        "import sys, torch, nvae_fast; assert 'triton' not in sys.modules;"
+        "assert not torch.cuda.is_initialized();"
+        "print(nvae_fast.backends()['residual_normal']['cpu'])"
+    )
+    done = in_a_fresh_process(code, NVAE_FAST_BACKEND="reference")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("reference (asked for")
+
+
+def test_environment_is_validated() -> None:
+    done = in_a_fresh_process("import nvae_fast", NVAE_FAST_BACKEND="fastest")
+    assert done.returncode != 0
+    assert "NVAE_FAST_BACKEND: expected one of 'auto', 'reference', got 'fastest'" in done.stderr
+
+
+def test_without_the_extension_everything_still_runs() -> None:
+    code = (
+        "import torch, nvae_fast as nf; out = nf.residual_normal(torch.zeros(1, 2, 2, 2), seed=1); print(float(out.kl));"
+        "print(nf.backends()['residual_normal']['cpu'])"
+    )
+    done = in_a_fresh_process(code, NVAE_FAST_DISABLE_EXTENSION="1", NVAE_FAST_BACKEND="")
+    assert done.returncode == 0, done.stderr
+    kl, backend = done.stdout.splitlines()
+    assert float(kl) == 0.0
+    assert backend.startswith("reference (")
+    assert "disabled" in backend
