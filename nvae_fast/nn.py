@@ -84,9 +84,16 @@ class WeightNormConv2d(nn.Module):
     def _initialize_from(self, x: torch.Tensor) -> None:
         weight = weight_norm(self.weight, torch.zeros_like(self.log_weight_norm), self.mask)
         y = self._convolve(x, weight, None).to(self.weight.dtype)
-        std, mean = torch.std_mean(y, (0, 2, 3))
-        mean, std = _distributed.average((mean, std), self.process_group)
-        spread = 5.0 * std + 1e-5
+        has_spread = y.numel() // max(y.shape[1], 1) > 1
+        if has_spread:
+            std, mean = torch.std_mean(y, (0, 2, 3))
+        elif _distributed.world_size(self.process_group) == 1:
+            return  # the next batch initialises
+        else:  # every process takes part, and the average is over those that have a spread
+            std = mean = y.new_zeros(y.shape[1])
+        share = mean.new_full((1,), float(has_spread))
+        mean, std, share = _distributed.average((mean, std, share), self.process_group)
+        mean, spread = mean / share, 5.0 * std / share + 1e-5
         self.bias.copy_(-mean / spread)
         self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
         self.awaits_data = False
