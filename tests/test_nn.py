@@ -1,0 +1,492 @@
+"""The modules: cells against the recorded numbers, skips, flows, data-dependent initialisation, batch norm over processes."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import Record, assert_close, assert_same_gradients, relative_error
+from torch import nn
+
+import nvae_fast as nf
+from nvae_fast.nn import (
+    AutoregressiveTransform,
+    BatchNormSwish,
+    ConvBlock,
+    FlowCell,
+    InvertedResidual,
+    InvertedResidualCell,
+    ResidualCell,
+    SkipDown,
+    SkipUp,
+    SqueezeExcite,
+    WeightNormConv2d,
+    causal_mask,
+)
+
+# Cells
+
+CELLS = {
+    "mconv_e6k5g0_s1": (8, 8, 1, 6, 5),
+    "mconv_e3k5g0_s2": (8, 16, 2, 3, 5),
+    "mconv_e6k5g0_s-1": (8, 4, -1, 6, 5),
+    "mconv_e6k11g0_s1": (6, 6, 1, 6, 11),
+}
+
+
+def official_names(stride: int) -> dict[str, str]:
+    """Specification section 8: positions shift by one behind the upsampling."""
+    first = 1 if stride == -1 else 0
+    return {
+        "norm": f"conv.{first}.bn",
+        "expand": f"conv.{first + 1}.conv.0",
+        "expand_norm": f"conv.{first + 1}.conv.1",
+        "depthwise": f"conv.{first + 2}.conv.0",
+        "depthwise_norm": f"conv.{first + 2}.conv.1",
+        "project": f"conv.{first + 3}",
+        "project_norm": f"conv.{first + 4}.bn",
+    }
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_recorded_cell(name: str, route: str, memory_format: torch.memory_format, device: torch.device) -> None:
+    record = Record("ops", f"cell/{name}/")
+    c_in, c_out, stride, expansion, kernel_size = CELLS[name]
+    cell = InvertedResidual(c_in, c_out, stride, expansion=expansion, kernel_size=kernel_size)
+    theirs = {key: f"{official_names(stride)[key.partition('.')[0]]}.{key.partition('.')[2]}" for key in cell.state_dict()}
+    cell.load_state_dict({key: record[f"state/{official}"] for key, official in theirs.items()})
+    cell.to(device, memory_format=memory_format).train()
+
+    x = record["x"].to(device, memory_format=memory_format).requires_grad_()
+    y = cell(x)
+    y.backward(record["grad_y"].to(device))
+    assert_close(y, record["y"], 1e-5, "y")
+    gradients = {theirs[key]: parameter.grad.cpu() for key, parameter in cell.named_parameters()}
+    assert_same_gradients({"x": x.grad.cpu(), **gradients}, {"x": record["grad_x"], **record.under("grad/")})
+    ours = {official: key for key, official in theirs.items()}
+    for official, value in record.under("state_after/").items():
+        assert_close(cell.state_dict()[ours[official]], value, 5e-6, official)
+    assert_close(cell.eval()(x), record["eval_y"], 1e-5, "eval_y")
+
+
+NORM = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
+
+
+@pytest.mark.parametrize("stride, skip", [(1, []), (2, ["skip.convs.%d." % i for i in range(4)]), (-1, ["skip.conv."])])
+def test_state_dict_keys(stride: int, skip: list[str]) -> None:
+    """Names in a user's checkpoint: they do not change."""
+    cell = InvertedResidualCell(8, {1: 8, 2: 16, -1: 4}[stride], 3, 5, stride, squeeze_excite=True)
+    expected = [f"ops.0.{conv}.weight" for conv in ("expand", "depthwise", "project")]
+    expected += [
+        f"ops.0.{norm}.{key}" for norm in ("norm", "expand_norm", "depthwise_norm", "project_norm") for key in NORM
+    ]
+    expected += [f"se.{linear}.{key}" for linear in ("reduce", "expand") for key in ("weight", "bias")]
+    leaves = ["weight", "log_weight_norm"] + ([] if stride == -1 else ["bias"])
+    expected += [prefix + key for prefix in skip for key in leaves]
+    assert sorted(cell.state_dict()) == sorted(expected)
+    again = InvertedResidualCell(8, {1: 8, 2: 16, -1: 4}[stride], 3, 5, stride, squeeze_excite=True)
+    again.load_state_dict(cell.state_dict())
+    x = torch.randn(2, 8, 4, 4)
+    assert torch.equal(again.eval()(x), cell.eval()(x))
+
+
+@pytest.mark.parametrize("squeeze_excite", [False, True])
+@pytest.mark.parametrize("stride, c_out", [(1, 8), (2, 16), (-1, 4)])
+@pytest.mark.parametrize("groups", [0, 8])
+def test_cell_is_skip_plus_a_tenth(stride: int, c_out: int, groups: int, squeeze_excite: bool, route: str) -> None:
+    cell = InvertedResidualCell(8, c_out, 3, 5, stride, groups, squeeze_excite).double().eval()
+    x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
+    (op,) = cell.ops
+    h = op.norm(F.interpolate(x, scale_factor=2) if stride == -1 else x)
+    h = F.conv2d(h, op.expand.weight)
+    h = F.silu(h / (1 + 1e-5) ** 0.5)
+    h = F.conv2d(h, op.depthwise.weight, stride=abs(stride), padding=2, groups=groups or 24)
+    h = F.silu(h / (1 + 1e-5) ** 0.5)
+    s = F.conv2d(h, op.project.weight) / (1 + 1e-5) ** 0.5
+    if squeeze_excite:
+        gate = torch.sigmoid(cell.se.expand(F.relu(cell.se.reduce(s.mean((2, 3))))))
+        s = s * gate[:, :, None, None]
+    assert_close(cell(x), cell.skip(x) + 0.1 * s, 1e-12)
+
+
+@pytest.mark.parametrize("channels, hidden", [(4, 4), (64, 4), (80, 5), (512, 32)])
+def test_squeeze_excite_width(channels: int, hidden: int) -> None:
+    assert SqueezeExcite(channels).reduce.weight.shape == (hidden, channels)
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("stride", [1, 2, -1])
+@pytest.mark.parametrize("norm, activation", [(True, "swish"), (True, "elu"), (False, "elu")])
+def test_conv_block(norm: bool, activation: str, stride: int, dilation: int, route: str) -> None:
+    block = ConvBlock(6, 5, stride, batch_norm=norm, activation=activation, dilation=dilation).double().eval()
+    x = torch.randn(2, 6, 6, 8, dtype=torch.float64)
+    h = x / (1 + 1e-5) ** 0.5 if norm else x
+    h = F.silu(h) if activation == "swish" else F.elu(h)
+    h = F.interpolate(h, scale_factor=2) if stride == -1 else h
+    weight = block.conv.weight
+    norms = weight.square().sum((1, 2, 3), keepdim=True).sqrt()
+    weight = block.conv.log_weight_norm.exp() * weight / (norms + 1e-5)
+    expected = F.conv2d(h, weight, block.conv.bias, stride=abs(stride), padding=dilation, dilation=dilation)
+    assert_close(block(x), expected, 1e-12)
+    assert_close(block.conv.log_weight_norm, torch.log(norms + 0.01), 1e-6, "at construction: log(norm + 0.01)")
+
+
+@pytest.mark.parametrize("c_out", [16, 18])
+def test_skip_down(c_out: int, route: str) -> None:
+    """swish, then four stride-2 1x1 convolutions of the input shifted by (0,0), (1,1), (0,1), (1,0)."""
+    skip = SkipDown(8, c_out).double()
+    x = torch.randn(2, 8, 6, 10, dtype=torch.float64)
+    parts = []
+    for conv, (rows, columns) in zip(skip.convs, ((0, 0), (1, 1), (0, 1), (1, 0)), strict=True):
+        shifted = F.silu(x)[:, :, rows:, columns:]
+        parts.append(F.conv2d(shifted, conv.normalized_weight(), conv.bias, stride=2))
+    assert_close(skip(x), torch.cat(parts, dim=1), 1e-12)
+    assert skip(x).shape == (2, c_out, 3, 5)
+
+
+def test_skip_up(route: str) -> None:
+    """Bilinear x2 with aligned corners, in one dimension written out: output i reads position i (n - 1) / (2 n - 1)."""
+    skip = SkipUp(6, 3).double()
+
+    def matrix(n: int) -> torch.Tensor:
+        position = torch.arange(2 * n, dtype=torch.float64) * (n - 1) / (2 * n - 1)
+        return torch.clamp(1 - (position[:, None] - torch.arange(n)).abs(), min=0)
+
+    x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
+    upsampled = matrix(4) @ x @ matrix(5).T
+    assert skip.conv.bias is None
+    assert_close(skip(x), torch.einsum("oi,bihw->bohw", skip.conv.normalized_weight()[..., 0, 0], upsampled), 1e-12)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: ResidualCell(8, 8, 3, [], squeeze_excite=False), "stride must be 1, 2 or -1 .*got 3"),
+        (lambda: InvertedResidualCell(8, 16, 3, 5), "stride 1 keeps the width, got 8 -> 16 channels"),
+        (lambda: InvertedResidualCell(8, 8, 3, 5, groups=7), r"groups=7 must divide in_channels \* expansion = 24"),
+        (lambda: ConvBlock(8, 8, 0), "stride must be 1, 2 or -1 .*got 0"),
+    ],
+)
+def test_errors(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# Flows
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("z", [1, 2, 3])
+def test_causal_masks(z: int, mirrored: bool) -> None:
+    """Tap by tap, from specification section 5."""
+    kinds = ((6 * z, z, 3, True, False), (6 * z, 1, 5, False, True), (z, 6 * z, 1, False, False))
+    for c_out, c_in, k, strict, depthwise in kinds:
+        mask = causal_mask(c_out, c_in, k, strict=strict, mirrored=mirrored)
+        centre = k // 2
+        for o, i, u, v in itertools.product(range(c_out), range(c_in), range(k), range(k)):
+            row, column = (k - 1 - u, k - 1 - v) if mirrored else (u, v)
+            if (row, column) == (centre, centre):
+                out_block, in_block = (o if c_out == z else o // 6), (i if c_in == z else i // 6)
+                seen = depthwise or (in_block < out_block if strict else in_block <= out_block)
+            else:
+                seen = row < centre or (row == centre and column < centre)
+            assert bool(mask[o, i, u, v]) == seen, (c_out, c_in, o, i, u, v)
+
+
+def jacobian(module: nn.Module, z: torch.Tensor) -> torch.Tensor:
+    """In raster order of pixels, channels of a pixel together: (H W Z, H W Z)."""
+    _, channels, height, width = z.shape
+    full = torch.autograd.functional.jacobian(module, z)[0, :, :, :, 0]
+    n = channels * height * width
+    return full.permute(1, 2, 0, 4, 5, 3).reshape(n, n)
+
+
+@pytest.mark.parametrize("mirrored", [False, True])
+@pytest.mark.parametrize("z", [1, 3])
+def test_flow_is_autoregressive(z: int, mirrored: bool, route: str) -> None:
+    """Triangular with a unit diagonal: the log-determinant is zero. And every earlier variable is seen."""
+    transform = AutoregressiveTransform(z, mirrored=mirrored).double()
+    with torch.no_grad():
+        for conv in (transform.expand, transform.depthwise, transform.project):
+            conv.log_weight_norm += 1.0
+    found = jacobian(transform, torch.randn(1, z, 4, 5, dtype=torch.float64))
+    pixels = 20
+    if mirrored:  # the order of pixels turns round, that of channels stays
+        order = torch.arange(pixels * z).view(pixels, z).flip(0).flatten()
+        found = found[order][:, order]
+    assert torch.equal(found.diagonal(), torch.ones(pixels * z, dtype=torch.float64))
+    assert not found.triu(1).any()
+    assert abs(float(torch.linalg.slogdet(found).logabsdet)) < 1e-12
+    previous = found.diagonal(-z)  # the same channel of the pixel before, in the same row
+    inner = torch.arange(pixels * z - z) // z % 5 != 4
+    assert previous[inner].all(), "the pixel to the left is seen"
+    if z > 1:
+        within = found.diagonal(-1)[torch.arange(pixels * z - 1) % z != z - 1]
+        assert within.all(), "earlier channels of the same pixel are seen"
+
+
+def test_flow_cell_runs_both_orders(route: str) -> None:
+    cell = FlowCell(2).double()
+    z = torch.randn(1, 2, 4, 4, dtype=torch.float64)
+    assert_close(cell(z), cell.mirrored(cell.raster(z)), 0.0)
+    found = jacobian(cell, z)
+    assert found.triu(1).any()
+    assert found.tril(-1).any()
+    assert abs(float(torch.linalg.slogdet(found).logabsdet)) < 1e-10
+
+
+def test_flow_starts_near_the_identity() -> None:
+    """The last convolution's initial log_weight_norm is lowered by log 10; all norms are of the masked weights."""
+    transform = AutoregressiveTransform(4, mirrored=False)
+    for conv, shift in ((transform.expand, 0.0), (transform.depthwise, 0.0), (transform.project, 2.302585)):
+        norms = (conv.weight * conv.mask).square().sum((1, 2, 3), keepdim=True).sqrt()
+        assert_close(conv.log_weight_norm, torch.log(norms + 0.01) - shift, 1e-6)
+    assert transform.expand.bias is None
+    assert transform.depthwise.bias is None
+    assert "mask" not in " ".join(transform.state_dict())
+
+
+# Data-dependent initialisation
+
+
+def test_data_dependent_initialisation(route: str) -> None:
+    """Mean 0 and standard deviation 0.2 for the first training batch, once."""
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").train()
+    x = 3 * torch.randn(8, 6, 10, 10) + 1
+    y = block(x)
+    assert y.mean((0, 2, 3)).abs().max() < 1e-5
+    assert (y.std((0, 2, 3)) - 0.2).abs().max() < 1e-4
+    before = {key: value.clone() for key, value in block.state_dict().items()}
+    assert relative_error(block(2 * x), y) > 0.1
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, before[key]), "only the first batch initialises"
+
+
+def test_initialisation_waits_for_training(route: str) -> None:
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").eval()
+    before = block.conv.bias.clone()
+    block(torch.randn(8, 6, 10, 10))
+    assert torch.equal(block.conv.bias, before)
+    block.train()(torch.randn(8, 6, 10, 10))
+    assert not torch.equal(block.conv.bias, before)
+
+
+def test_loading_a_state_marks_initialisation_as_done(route: str) -> None:
+    source = ConvBlock(6, 5, batch_norm=False, activation="elu")
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu")
+    block.load_state_dict(source.state_dict())
+    block.train()(torch.randn(8, 6, 10, 10))
+    for key, value in block.state_dict().items():
+        assert torch.equal(value, source.state_dict()[key])
+
+
+def test_only_the_elu_cells_convolutions_are_data_initialised() -> None:
+    assert not ConvBlock(6, 5).conv.awaits_data
+    assert not ConvBlock(6, 5, activation="elu").conv.awaits_data
+    assert not WeightNormConv2d(6, 5, 1).awaits_data
+
+
+@pytest.mark.parametrize("size", [(0, 6, 10, 10), (1, 6, 1, 1)])
+def test_initialisation_needs_a_spread(size: tuple, route: str) -> None:
+    """A batch that has none is no reason to write NaN into the parameters: the next one initialises."""
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").train()
+    block(torch.randn(size))
+    assert all(torch.isfinite(p).all() for p in block.parameters())
+    y = block(torch.randn(8, 6, 10, 10))
+    assert (y.std((0, 2, 3)) - 0.2).abs().max() < 1e-4
+
+
+# Batch norm
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_batch_norm_against_pytorch(dtype: torch.dtype, route: str, memory_format: torch.memory_format) -> None:
+    ours, theirs = BatchNormSwish(5, None).to(dtype), nn.BatchNorm2d(5, momentum=0.05).to(dtype)
+    with torch.no_grad():
+        ours.weight.copy_(torch.tensor([1.0, -0.5, 2.0, -3.0, 0.1]))
+        ours.bias.normal_()
+    theirs.load_state_dict(ours.state_dict())
+    tolerance = 1e-12 if dtype == torch.float64 else 2e-6
+    for _ in range(3):
+        x = (2 * torch.randn(4, 5, 3, 7, dtype=dtype) + 1).contiguous(memory_format=memory_format)
+        upstream = torch.randn(4, 5, 3, 7, dtype=dtype)
+        results = []
+        for module in (ours, theirs):
+            module.zero_grad()
+            leaf = x.clone().requires_grad_()
+            y = module(leaf)
+            y.backward(upstream)
+            results.append((y, leaf.grad, module.weight.grad, module.bias.grad))
+        for a, e in zip(*results, strict=True):
+            assert_close(a, e, tolerance)
+        for key in ("running_mean", "running_var"):
+            assert_close(getattr(ours, key), getattr(theirs, key), tolerance, key)
+        assert ours.num_batches_tracked == theirs.num_batches_tracked
+    assert_close(ours.eval()(x), theirs.eval()(x), tolerance)
+    assert ours.num_batches_tracked == 3
+
+
+def test_batch_norm_with_an_empty_batch(route: str) -> None:
+    module = BatchNormSwish(5).train()
+    before = {key: value.clone() for key, value in module.state_dict().items()}
+    assert module(torch.zeros(0, 5, 4, 4)).shape == (0, 5, 4, 4)
+    for key, value in module.state_dict().items():
+        assert torch.equal(value, before[key])
+
+
+# Several processes
+
+SHARES = {"unequal": (3, 5), "empty": (0, 8)}
+
+
+def make_cell(dtype: torch.dtype) -> nn.Module:
+    """A cell with negative gammas, the same in every process."""
+    torch.manual_seed(3)
+    cell = InvertedResidualCell(6, 6, 3, 5, squeeze_excite=True).to(dtype).train()
+    with torch.no_grad():
+        for module in cell.modules():
+            if isinstance(module, BatchNormSwish):
+                module.weight.normal_()
+                module.bias.normal_()
+    return cell
+
+
+def one_pass(cell: nn.Module, part: slice, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x, upstream = (torch.randn(8, 6, 5, 7, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in range(2))
+    x = (x * 3 + 20).requires_grad_()
+    y = cell(x)
+    (y * upstream).sum().backward()
+    return {
+        "y": y.detach(),
+        "grad x": x.grad,
+        **{f"grad {key}": parameter.grad for key, parameter in cell.named_parameters()},
+        **{f"state {key}": value.clone() for key, value in cell.state_dict().items() if "running" in key},
+    }
+
+
+def worker(rank: int, directory: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
+    results: dict[Any, Any] = {}
+    for name, shares in SHARES.items():
+        part = slice(0, shares[0]) if rank == 0 else slice(shares[0], 8)
+        for dtype in (torch.float32, torch.float64):
+            results[name, dtype] = one_pass(make_cell(dtype), part, dtype)
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    cell = nf.nn.set_process_group(make_cell(torch.float64), alone)
+    results["own group"] = one_pass(cell, slice(0, 3) if rank == 0 else slice(3, 8), torch.float64)
+
+    torch.manual_seed(5)
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double().train()
+    x = torch.randn(8, 6, 9, 9, dtype=torch.float64) * torch.linspace(1, 3, 8, dtype=torch.float64)[:, None, None, None]
+    block(x[rank::2])
+    results["initialised"] = {key: value.clone() for key, value in block.state_dict().items()}
+    torch.manual_seed(5)
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double().train()
+    block(x[:0] if rank == 0 else x)
+    results["initialised by one"] = {key: value.clone() for key, value in block.state_dict().items()}
+    torch.save(results, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
+    directory = tmp_path_factory.mktemp("gloo")
+    torch.multiprocessing.spawn(worker, args=(str(directory),), nprocs=2)
+    return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("shares", SHARES)
+def test_two_processes_are_one(shares: str, dtype: torch.dtype, tolerance: float, two_processes: list[dict]) -> None:
+    """Values, gradients and running statistics of merged batches equal those of one process on the whole batch."""
+    whole = one_pass(make_cell(dtype), slice(0, 8), dtype)
+    parts = [found[shares, dtype] for found in two_processes]
+    total = torch.cat([whole[key].flatten() for key in whole if key.startswith("grad") and key != "grad x"]).norm()
+    for key, expected in whole.items():
+        if key in ("y", "grad x"):
+            assert_close(torch.cat([part[key] for part in parts]), expected, tolerance, key)
+        elif key.startswith("grad"):
+            merged = sum(part[key] for part in parts)
+            error = float((merged - expected).norm() / max(expected.norm(), 0.05 * total))
+            assert error <= tolerance, f"{key}: {error:.3g}"  # some are analytically zero
+        else:
+            for part in parts:
+                assert_close(part[key], expected, tolerance, key)
+            assert torch.equal(parts[0][key], parts[1][key]), "every process holds the same statistics"
+
+
+def test_statistics_of_a_given_group(two_processes: list[dict]) -> None:
+    """A process whose group is itself computes as if it were alone."""
+    for found, part in zip(two_processes, (slice(0, 3), slice(3, 8)), strict=True):
+        for key, expected in one_pass(make_cell(torch.float64), part, torch.float64).items():
+            assert_close(found["own group"][key], expected, 1e-12, key)
+
+
+def test_initialisation_averages_over_processes(two_processes: list[dict]) -> None:
+    torch.manual_seed(5)
+    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double()
+    x = torch.randn(8, 6, 9, 9, dtype=torch.float64) * torch.linspace(1, 3, 8, dtype=torch.float64)[:, None, None, None]
+    weight = block.conv.weight / (block.conv.weight.square().sum((1, 2, 3), keepdim=True).sqrt() + 1e-5)
+    outputs = [F.conv2d(F.elu(x[rank::2]), weight, padding=1) for rank in range(2)]
+    mean = sum(y.mean((0, 2, 3)) for y in outputs) / 2
+    spread = 5 * sum(y.std((0, 2, 3)) for y in outputs) / 2
+    for found in two_processes:
+        assert_close(found["initialised"]["conv.bias"], -mean / (spread + 1e-5), 1e-10)
+        assert_close(found["initialised"]["conv.log_weight_norm"].flatten(), -torch.log(spread + 1e-5), 1e-10)
+    block.train()(x)
+    for found in two_processes:
+        for key, value in found["initialised by one"].items():
+            assert_close(value, block.state_dict()[key], 1e-10, f"{key}: a process without images does not count")
+
+
+def test_set_process_group_reaches_every_module() -> None:
+    group = object()
+    cell = ResidualCell(4, 4, 1, [ConvBlock(4, 4), ConvBlock(4, 4, batch_norm=False, activation="elu")], squeeze_excite=False)
+    assert nf.nn.set_process_group(cell, group) is cell
+    merging = [m for m in cell.modules() if isinstance(m, (BatchNormSwish, WeightNormConv2d))]
+    assert len(merging) == 3
+    assert all(module.process_group is group for module in merging)
+
+
+# Autocast and compilation
+
+
+@pytest.mark.parametrize("stride, c_out", [(1, 8), (2, 16), (-1, 4)])
+def test_autocast(stride: int, c_out: int, route: str) -> None:
+    """Half precision inside, close to fp32 outside, gradients finite and in the parameters' dtype."""
+    cell = InvertedResidualCell(8, c_out, 3, 5, stride, squeeze_excite=True).train()
+    x = torch.randn(4, 8, 8, 8)
+    expected = cell(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = cell(x)
+        y.float().square().mean().backward()
+    assert relative_error(y, expected) < 0.03
+    for parameter in cell.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert torch.isfinite(parameter.grad).all()
+
+
+def test_compiles(device: torch.device) -> None:
+    """The whole cell in training mode, running statistics included, in one graph."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    eager = InvertedResidualCell(4, 4, 2, 3, squeeze_excite=True).to(device).train()
+    other = InvertedResidualCell(4, 4, 2, 3, squeeze_excite=True).to(device).train()
+    other.load_state_dict(eager.state_dict())
+    compiled = torch.compile(other, fullgraph=True, backend="aot_eager")  # "inductor" takes 40 seconds
+    x = torch.randn(2, 4, 5, 5, device=device)
+    for module in (eager, compiled):
+        module(x).square().sum().backward()
+    for (key, a), (_, e) in zip(other.named_parameters(), eager.named_parameters(), strict=True):
+        assert (a.grad - e.grad).norm() <= 1e-4 * (e.grad.norm() + 1), key
+    for key, value in eager.state_dict().items():
+        if "running" in key:
+            assert_close(other.state_dict()[key], value, 1e-6, key)
+    assert int(other.state_dict()["ops.0.norm.num_batches_tracked"]) == 1
