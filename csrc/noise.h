@@ -1,5 +1,6 @@
 // The noise of a kernel: given as a tensor, or drawn from a seed. Include it in csrc/cpu/<op>.vec.cpp files.
 #pragma once
+#include "maps.h"
 #include "philox.h"
 
 namespace nvae {
@@ -35,9 +36,8 @@ NVAE_INLINE void store_as(VecD v, void* out, Dtype dtype, int64_t at, int n) {
 
 class NoiseSource {
  public:
-  // given: a dense tensor in the layout of the sample, or null to draw from seed.
-  NoiseSource(uint64_t seed, const void* given, Dtype dtype)
-      : seed_(seed), given_(given), dtype_(dtype), stream_(seed), key_(seed) {}
+  explicit NoiseSource(const Noise& noise)
+      : given_(noise.data), dtype_(noise.dtype), stream_(noise.seed), key_(noise.seed) {}
 
   // Elements first .. first + count - 1, memory order of a contiguous sample.
   template <class S>
@@ -124,7 +124,6 @@ class NoiseSource {
     }
   }
 
-  uint64_t seed_;
   const void* given_;
   Dtype dtype_;
   NormalStream stream_;

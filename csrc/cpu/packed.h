@@ -1,9 +1,11 @@
 // Layouts of feature maps for the kernels that take packed parameters (B, 2Z, H, W) and maps (B, Z, H, W).
 #pragma once
+#include <memory>
+#include <optional>
 #include <vector>
 
 #include "../checks.h"
-#include "residual_normal.h"
+#include "../maps.h"
 
 namespace nvae {
 
@@ -46,5 +48,83 @@ inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tenso
   if (fits) return {t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
   return packed_view(dense(t, channels_last, hold), channels_last, hold);
 }
+
+// The shape of the map (B, Z, H, W) that belongs to packed parameters (B, 2Z, H, W), or of a map itself.
+inline MapShape shape_of(const Tensor& t, int64_t channels) {
+  MapShape m;
+  m.batches = t.size(0);
+  m.channels = channels;
+  m.pixels = t.size(2) * t.size(3);
+  m.channels_last = is_channels_last(t);
+  return m;
+}
+
+inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<Tensor>& noise,
+                      const std::optional<Tensor>& seed, bool channels_last, std::vector<Tensor>& hold) {
+  STD_TORCH_CHECK(noise.has_value() != seed.has_value(), op, ": give either noise or seed");
+  Noise n;
+  if (noise) {
+    check_map(op, "noise", *noise, packed);
+    n.dtype = dtype_of(op, noise->scalar_type());
+    n.data = dense(*noise, channels_last, hold).const_data_ptr();
+  } else {
+    n.seed = seed_of(op, *seed);
+  }
+  return n;
+}
+
+// An upstream gradient in the layout and dtype of its map.
+inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last, std::vector<Tensor>& hold) {
+  const Tensor same = grad.scalar_type() == type ? grad : torch::stable::to(grad, type);
+  return dense(same, channels_last, hold).const_data_ptr();
+}
+// An upstream gradient of sums (B, Z), null when there is none.
+inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vector<Tensor>& hold) {
+  if (!grad) return nullptr;
+  hold.push_back(torch::stable::contiguous(torch::stable::to(*grad, ScalarType::Double)));
+  return hold.back().const_data_ptr<double>();
+}
+
+inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type, bool channels_last) {
+  return need ? empty_map(like, channels, type, channels_last)
+              : torch::stable::empty({0}, type, std::nullopt, like.device());
+}
+
+// Runs kernel(begin, end) over the tasks of a map, in threads that have at least 4096 elements each.
+template <class F>
+void for_tasks(const MapShape& m, F kernel) {
+  const int64_t elements = m.span() * m.lanes();
+  torch::stable::parallel_for(0, m.tasks(), 4096 / (elements ? elements : 1) + 1, kernel);
+}
+
+// The second stage of sums: partial[(task * kinds + kind) * lanes + channel] -> one (B, Z) tensor a kind. Spans are added
+// in order, whatever thread made them: two runs agree bit for bit.
+class PartialSums {
+ public:
+  PartialSums(const MapShape& m, int kinds)
+      : m_(m), kinds_(kinds), partial_(new double[static_cast<size_t>(m.tasks() * kinds * m.lanes()) + 1]) {}
+  double* data() { return partial_.get(); }
+  Tensor total(int kind, Dtype dtype, const Tensor& like) const {
+    const ScalarType type = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+    const Tensor out = torch::stable::empty({m_.batches, m_.channels}, type, std::nullopt, like.device());
+    void* data = out.mutable_data_ptr();
+    const int64_t lanes = m_.lanes(), spans = m_.spans();
+    for (int64_t row = 0; row < m_.rows(); ++row) {
+      const int64_t first = row / lanes * spans, lane = row % lanes;
+      double sum = 0;
+      for (int64_t s = 0; s < spans; ++s) sum += partial_[((first + s) * kinds_ + kind) * lanes + lane];
+      if (dtype == Dtype::f64)
+        static_cast<double*>(data)[row] = sum;
+      else
+        static_cast<float*>(data)[row] = static_cast<float>(sum);
+    }
+    return out;
+  }
+
+ private:
+  MapShape m_;
+  int kinds_;
+  std::unique_ptr<double[]> partial_;
+};
 
 }  // namespace nvae

@@ -3,7 +3,7 @@
 // writes z; the backward pass reads the same inputs, draws the same noise and writes both gradients.
 #include "residual_normal.h"
 
-#include "../noise.h"
+#include "map_loops.h"
 
 namespace nvae {
 namespace NVAE_ISA {
@@ -97,27 +97,6 @@ struct Model {
   }
 };
 
-template <class V, class T>
-NVAE_INLINE V load(const T* p, int n) {
-  return n == V::size ? V::load(p) : V::load(p, n);
-}
-template <class V, class T>
-NVAE_INLINE void store(V v, T* p, int n) {
-  if (n == V::size)
-    v.store(p);
-  else
-    v.store(p, n);
-}
-// The first n lanes; the others become `rest`.
-template <class V>
-NVAE_INLINE V keep(V v, int n, typename V::Scalar rest) {
-  if (n == V::size) return v;
-  typename V::Scalar lanes[V::size];
-  v.store(lanes);
-  for (int j = n; j < V::size; ++j) lanes[j] = rest;
-  return V::load(lanes);
-}
-
 // Lane-wise sums of kl, log_q and log_p. The sum of logarithms is the logarithm of the product: a few elements share one.
 template <class V>
 class Sums {
@@ -167,224 +146,126 @@ class Sums {
   int per_log_, count_;
 };
 
-// Pointers to the four raw parameters and z-like maps at one place, and what one pixel more adds to each.
-template <class T>
-struct Cursor {
-  const T *mu_q, *ls_q, *mu_p, *ls_p;
-  int64_t step_q, step_p;
-  Cursor(const ResidualNormalArgs& a, int64_t b, int64_t c, int64_t p) {
-    const T* q = static_cast<const T*>(a.posterior.data);
-    mu_q = q + b * a.posterior.batch + c * a.posterior.channel + p * a.posterior.pixel;
-    ls_q = mu_q + a.channels * a.posterior.channel;
-    step_q = a.posterior.pixel;
-    mu_p = ls_p = nullptr;
-    step_p = 0;
-    if (a.prior.data) {
-      mu_p = static_cast<const T*>(a.prior.data) + b * a.prior.batch + c * a.prior.channel + p * a.prior.pixel;
-      ls_p = mu_p + a.channels * a.prior.channel;
-      step_p = a.prior.pixel;
+// The terms of n lanes at element i of a stretch; writes z.
+template <class V, class T>
+struct Forward {
+  const ResidualNormalArgs& a;
+  Model<V> model;
+  explicit Forward(const ResidualNormalArgs& args) : a(args), model(args) {}
+
+  NVAE_INLINE typename Model<V>::Terms at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, T* z, int n) const {
+    V mu_p{}, log_sigma_p{};
+    if (p.mu) {
+      mu_p = load<V>(p.mu + i * p.step, n);
+      log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
     }
+    const auto terms =
+        model.forward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n), mu_p, log_sigma_p, eps);
+    store(terms.z, z, n);
+    return terms;
   }
 };
 
-// Calls run(task, first, count, eps) for each task: a span of one row whose noise stands in eps. Short rows share a draw.
-template <class V, class F>
-static void for_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end, F run) {
-  typename V::Scalar eps[ResidualNormalArgs::kSpan];
-  const NoiseSource noise(a.seed, a.noise, a.noise_dtype);
-  const int64_t spans = a.spans();
-  if (spans > 1) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task % spans * a.kSpan;
-      const int64_t count = a.pixels - first < a.kSpan ? a.pixels - first : a.kSpan;
-      noise.fill(task / spans * a.pixels + first, count, eps);
-      run(task, task / spans, first, count, eps);
-    }
-    return;
-  }
-  const int64_t rows = a.kSpan / a.pixels;
-  for (int64_t task = begin; task < end; task += rows) {
-    const int64_t n = end - task < rows ? end - task : rows;
-    noise.fill(task * a.pixels, n * a.pixels, eps);
-    for (int64_t i = 0; i < n; ++i) run(task + i, task + i, 0, a.pixels, eps + i * a.pixels);
-  }
-}
-
 template <class V, class T>
 static void forward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  const Model<V> model(a);
-  for_rows<V>(a, begin, end, [&](int64_t task, int64_t row, int64_t first, int64_t count, const typename V::Scalar* eps) {
-    const Cursor<T> at(a, row / a.channels, row % a.channels, first);
-    T* z = static_cast<T*>(a.z) + row * a.pixels + first;
-    Sums<V> sums(model.per_log);
-    const auto terms = [&](int64_t i, int n) {
-      V mu_p(typename V::Scalar(0)), ls_p(typename V::Scalar(0));
-      if (at.mu_p) {
-        mu_p = load<V>(at.mu_p + i, n);
-        ls_p = load<V>(at.ls_p + i, n);
-      }
-      const auto t =
-          model.forward(load<V>(at.mu_q + i, n), load<V>(at.ls_q + i, n), mu_p, ls_p, load<V>(eps + i, n));
-      store(t.z, z + i, n);
-      return t;
-    };
+  const Forward<V, T> forward(a);
+  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
+    Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+    q.step = p.step = 1;  // known to the compiler
+    T* z = static_cast<T*>(a.z) + s.map;
+    Sums<V> sums(forward.model.per_log);
     int64_t i = 0;
-    for (; i + V::size <= count; i += V::size) sums.add(terms(i, V::size));
-    if (i < count) sums.add(terms(i, static_cast<int>(count - i)), static_cast<int>(count - i));
+    for (; i + V::size <= s.count; i += V::size)
+      sums.add(forward.at(q, p, i, V::load(s.eps + i), z + i, V::size));
+    if (const int n = static_cast<int>(s.count - i))
+      sums.add(forward.at(q, p, i, V::load(s.eps + i, n), z + i, n), n);
     sums.finish();
-    double* out = a.partial + task * a.kSums;
-    const double constant = kLogSqrt2Pi * static_cast<double>(count);
-    out[0] = sum(sums.kl);
-    out[1] = sum(sums.log_q) - constant;
-    out[2] = sum(sums.log_p) - constant;
+    const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
+    leave_row(sums.kl, 0.0, a.partial, s.task, a.kSums, 0);
+    leave_row(sums.log_q, constant, a.partial, s.task, a.kSums, 1);
+    leave_row(sums.log_p, constant, a.partial, s.task, a.kSums, 2);
   });
 }
 
-// Writes the gradients of n lanes; grads point at the first lane of mu_q, and the others follow at fixed distances.
 template <class V, class T>
-struct GradientWriter {
-  T *posterior, *prior;
-  int64_t log_sigma;  // elements from mu to log sigma
-  void* eps;
-  Dtype eps_dtype;
-  int64_t eps_at;
-  NVAE_INLINE void write(const typename Model<V>::Gradients& g, int64_t at, int64_t eps_offset, int n) const {
-    if (posterior) {
-      store(g.mu_q, posterior + at, n);
-      store(g.ls_q, posterior + at + log_sigma, n);
+static void forward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
+  const Forward<V, T> forward(a);
+  for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
+    const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+    T* z = static_cast<T*>(a.z) + s.map;
+    Sums<V> sums(forward.model.per_log);
+    for (int64_t i = 0; i < s.count; ++i)
+      sums.add(forward.at(q, p, i, V::load(s.eps + i * V::size), z + i * a.channels, n));
+    sums.finish();
+    const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
+    leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
+    leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
+    leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+  });
+}
+
+// The gradients of n lanes at element i of a stretch, written where they belong.
+template <class V, class T>
+struct Backward {
+  const ResidualNormalArgs& a;
+  Model<V> model;
+  explicit Backward(const ResidualNormalArgs& args) : a(args), model(args) {}
+
+  struct Upstream {
+    V kl, log_q, log_p;
+  };
+  // map and packed: of the first lane, in dense maps and dense packed parameters; log_sigma: from mu to log sigma there.
+  NVAE_INLINE void at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, const Upstream& up, int64_t map,
+                      int64_t packed, int64_t log_sigma, int n) const {
+    V mu_p{}, log_sigma_p{}, grad_z(typename V::Scalar(0));
+    if (p.mu) {
+      mu_p = load<V>(p.mu + i * p.step, n);
+      log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
     }
-    if (prior) {
-      store(g.mu_p, prior + at, n);
-      store(g.ls_p, prior + at + log_sigma, n);
+    if (a.grad_z) grad_z = load<V>(static_cast<const T*>(a.grad_z) + map, n);
+    const auto g = model.backward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n), mu_p,
+                                  log_sigma_p, eps, grad_z, up.kl, up.log_q, up.log_p);
+    if (T* out = static_cast<T*>(a.grad_posterior)) {
+      store(g.mu_q, out + packed, n);
+      store(g.ls_q, out + packed + log_sigma, n);
     }
-    if (eps) store_as(g.eps, eps, eps_dtype, eps_at + eps_offset, n);
+    if (T* out = static_cast<T*>(a.grad_prior)) {
+      store(g.mu_p, out + packed, n);
+      store(g.ls_p, out + packed + log_sigma, n);
+    }
+    if (a.grad_noise) store_as(g.eps, a.grad_noise, a.noise.dtype, map, n);
   }
 };
 
 template <class V, class T>
 static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  using S = typename V::Scalar;
-  const Model<V> model(a);
-  for_rows<V>(a, begin, end, [&](int64_t, int64_t row, int64_t first, int64_t count, const S* eps) {
-    const int64_t b = row / a.channels, c = row % a.channels;
-    const Cursor<T> at(a, b, c, first);
-    const int64_t dense = (b * 2 * a.channels + c) * a.pixels + first, z_at = row * a.pixels + first;
-    const GradientWriter<V, T> writer{a.grad_posterior ? static_cast<T*>(a.grad_posterior) + dense : nullptr,
-                                      a.grad_prior ? static_cast<T*>(a.grad_prior) + dense : nullptr,
-                                      a.channels * a.pixels,
-                                      a.grad_noise,
-                                      a.noise_dtype,
-                                      z_at};
-    const T* grad_z = a.grad_z ? static_cast<const T*>(a.grad_z) + z_at : nullptr;
-    const V g_kl(a.grad_kl ? static_cast<S>(a.grad_kl[row]) : S(0));
-    const V g_log_q(a.grad_log_q ? static_cast<S>(a.grad_log_q[row]) : S(0));
-    const V g_log_p(a.grad_log_p ? static_cast<S>(a.grad_log_p[row]) : S(0));
-    for (int64_t i = 0; i < count; i += V::size) {
-      const int n = count - i < V::size ? static_cast<int>(count - i) : V::size;
-      V mu_p(0), ls_p(0);
-      if (at.mu_p) {
-        mu_p = load<V>(at.mu_p + i, n);
-        ls_p = load<V>(at.ls_p + i, n);
-      }
-      const auto g = model.backward(load<V>(at.mu_q + i, n), load<V>(at.ls_q + i, n), mu_p, ls_p,
-                                    load<V>(eps + i, n), grad_z ? load<V>(grad_z + i, n) : V(0), g_kl, g_log_q,
-                                    g_log_p);
-      writer.write(g, i, i, n);
-    }
+  const Backward<V, T> backward(a);
+  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
+    Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+    q.step = p.step = 1;
+    const typename Backward<V, T>::Upstream up{row_gradient<V>(a.grad_kl, s.row), row_gradient<V>(a.grad_log_q, s.row),
+                                               row_gradient<V>(a.grad_log_p, s.row)};
+    const int64_t log_sigma = a.channels * a.pixels;
+    int64_t i = 0;
+    for (; i + V::size <= s.count; i += V::size)
+      backward.at(q, p, i, V::load(s.eps + i), up, s.map + i, s.packed + i, log_sigma, V::size);
+    if (const int n = static_cast<int>(s.count - i))
+      backward.at(q, p, i, V::load(s.eps + i, n), up, s.map + i, s.packed + i, log_sigma, n);
   });
-}
-
-// channels_last: calls run(task, b, c, n, first, count, eps) for every block of V::size channels of every task; the
-// noise of pixel first + i stands in eps + i * V::size.
-template <class V, class F>
-static void for_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end, F run) {
-  alignas(64) typename V::Scalar eps[ResidualNormalArgs::kPixels * V::size];
-  const NoiseSource noise(a.seed, a.noise, a.noise_dtype);
-  const int64_t spans = a.spans();
-  for (int64_t task = begin; task < end; ++task) {
-    const int64_t b = task / spans, first = task % spans * a.kPixels;
-    const int64_t count = a.pixels - first < a.kPixels ? a.pixels - first : a.kPixels;
-    for (int64_t c = 0; c < a.channels; c += V::size) {
-      const int n = a.channels - c < V::size ? static_cast<int>(a.channels - c) : V::size;
-      noise.fill_channels(b, c, n, a.channels, a.pixels, first, count, eps);
-      run(task, b, c, n, first, count, eps);
-    }
-  }
-}
-
-template <class V, class T>
-static void forward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  using S = typename V::Scalar;
-  const Model<V> model(a);
-  for_channels<V>(a, begin, end,
-                  [&](int64_t task, int64_t b, int64_t c, int n, int64_t first, int64_t count, const S* eps) {
-                    Cursor<T> at(a, b, c, first);
-                    T* z = static_cast<T*>(a.z) + (b * a.pixels + first) * a.channels + c;
-                    Sums<V> sums(model.per_log);
-                    for (int64_t i = 0; i < count; ++i) {
-                      V mu_p(S(0)), ls_p(S(0));
-                      if (at.mu_p) {
-                        mu_p = load<V>(at.mu_p + i * at.step_p, n);
-                        ls_p = load<V>(at.ls_p + i * at.step_p, n);
-                      }
-                      const auto t =
-                          model.forward(load<V>(at.mu_q + i * at.step_q, n), load<V>(at.ls_q + i * at.step_q, n),
-                                        mu_p, ls_p, V::load(eps + i * V::size));
-                      store(t.z, z + i * a.channels, n);
-                      sums.add(t);
-                    }
-                    sums.finish();
-                    const double constant = kLogSqrt2Pi * static_cast<double>(count);
-                    const V all[3] = {sums.kl, sums.log_q, sums.log_p};
-                    for (int k = 0; k < 3; ++k) {
-                      S lanes[V::size];
-                      all[k].store(lanes);
-                      double* out = a.partial + (task * a.kSums + k) * a.channels + c;
-                      for (int j = 0; j < n; ++j) out[j] = lanes[j] - (k ? constant : 0.0);
-                    }
-                  });
-}
-
-template <class V>
-NVAE_INLINE V load_sums(const double* grads, int64_t at, int n) {
-  typename V::Scalar lanes[V::size] = {};
-  if (grads)
-    for (int j = 0; j < n; ++j) lanes[j] = static_cast<typename V::Scalar>(grads[at + j]);
-  return V::load(lanes);
 }
 
 template <class V, class T>
 static void backward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  using S = typename V::Scalar;
-  const Model<V> model(a);
-  for_channels<V>(a, begin, end,
-                  [&](int64_t, int64_t b, int64_t c, int n, int64_t first, int64_t count, const S* eps) {
-                    Cursor<T> at(a, b, c, first);
-                    const int64_t pixel = b * a.pixels + first, dense = pixel * 2 * a.channels + c,
-                                  z_at = pixel * a.channels + c, row = b * a.channels + c;
-                    const GradientWriter<V, T> writer{
-                        a.grad_posterior ? static_cast<T*>(a.grad_posterior) + dense : nullptr,
-                        a.grad_prior ? static_cast<T*>(a.grad_prior) + dense : nullptr,
-                        a.channels,
-                        a.grad_noise,
-                        a.noise_dtype,
-                        z_at};
-                    const T* grad_z = a.grad_z ? static_cast<const T*>(a.grad_z) + z_at : nullptr;
-                    const V g_kl = load_sums<V>(a.grad_kl, row, n), g_log_q = load_sums<V>(a.grad_log_q, row, n),
-                            g_log_p = load_sums<V>(a.grad_log_p, row, n);
-                    for (int64_t i = 0; i < count; ++i) {
-                      V mu_p(0), ls_p(0);
-                      if (at.mu_p) {
-                        mu_p = load<V>(at.mu_p + i * at.step_p, n);
-                        ls_p = load<V>(at.ls_p + i * at.step_p, n);
-                      }
-                      const auto g = model.backward(
-                          load<V>(at.mu_q + i * at.step_q, n), load<V>(at.ls_q + i * at.step_q, n), mu_p, ls_p,
-                          V::load(eps + i * V::size), grad_z ? load<V>(grad_z + i * a.channels, n) : V(0), g_kl,
-                          g_log_q, g_log_p);
-                      writer.write(g, i * 2 * a.channels, i * a.channels, n);
-                    }
-                  });
+  const Backward<V, T> backward(a);
+  for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
+    const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+    const typename Backward<V, T>::Upstream up{channel_gradients<V>(a.grad_kl, s.row, n),
+                                               channel_gradients<V>(a.grad_log_q, s.row, n),
+                                               channel_gradients<V>(a.grad_log_p, s.row, n)};
+    for (int64_t i = 0; i < s.count; ++i)
+      backward.at(q, p, i, V::load(s.eps + i * V::size), up, s.map + i * a.channels, s.packed + i * 2 * a.channels,
+                  a.channels, n);
+  });
 }
 
 template <class V, class T>
