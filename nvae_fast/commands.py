@@ -184,7 +184,6 @@ def sample(arguments: argparse.Namespace) -> int:
             Path(facts["path"]),
             temperature=arguments.temperature,
             passes=arguments.readjust_passes,
-            seed=arguments.seed,
             report=say,
         )
     progress = Progress("sample", arguments.number, unit="image", quiet=arguments.quiet)

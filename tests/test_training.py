@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from nvae_fast.training import (
 )
 from nvae_fast.training.evaluate import OnlineLogMeanExp
 from nvae_fast.training.objective import kl_alpha
+from nvae_fast.training.signals import StopRequest
 
 DATA = Path(__file__).parent / "data"
 
@@ -717,6 +719,23 @@ def test_two_processes_train_one_model(tmp_path):
 
 
 # ---------------------------------------------------------------------------- evaluation
+
+
+def test_second_interrupt_aborts_at_once():
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.signal == signal.SIGINT
+        assert stop.exit_code == 130
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_tensorboard_missing_is_said_before_anything_is_written(tmp_path, digits, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(ImportError, match=r"pip install nvae_fast\[tensorboard\]"):
+        trainer(tmp_path, digits, TINY_TRAINING.replace(tensorboard=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_online_log_mean_exp():

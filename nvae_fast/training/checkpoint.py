@@ -187,24 +187,27 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 def load_model(
     path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
 ) -> tuple[NVAE, dict[str, Any]]:
-    """A model in evaluation mode from our checkpoint or an official one, and what is known about it.
+    """A model in evaluation mode, in channels_last, from our checkpoint or an official one.
 
-    Returns (model, facts); facts has "path", "kind" ("nvae_fast" or "official") and, for ours, "data" (what
-    it was trained on), "step" and "epoch".
+    Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official") and, for ours,
+    "data" (what it was trained on), "step" and "epoch".
     """
     import nvae_fast as nf
 
     file = resolve(path)
     if sniff(file) == "other":
         model = nf.load_official(file)
-        return model.to(map_location).eval(), {"path": str(file), "kind": "official"}
+        return to_format(model.to(map_location), torch.channels_last).eval(), {
+            "path": str(file),
+            "kind": "official",
+        }
     document = load(file, map_location="cpu")
     model = model_from(document, file)
     progress = document.get("progress", {})
     facts: dict[str, Any] = {"path": str(file), "kind": "nvae_fast"}
     facts.update({key: progress[key] for key in ("step", "epoch") if key in progress})
     facts["data"] = document.get("data", {})
-    return model.to(map_location).eval(), facts
+    return to_format(model.to(map_location), torch.channels_last).eval(), facts
 
 
 def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
@@ -217,6 +220,12 @@ def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {file} does not fit this nvae_fast: {error}") from error
     return model
+
+
+def to_format(model: NVAE, memory: torch.memory_format) -> NVAE:
+    """The model with its weights in a memory format."""
+    # PyTorch accepts memory_format alone, its type hints do not know that.
+    return model.to(memory_format=memory)  # type: ignore[call-overload]
 
 
 def _keep_as(current: Path, previous: Path) -> None:

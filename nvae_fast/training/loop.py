@@ -80,6 +80,8 @@ class Trainer:
         self.data = data
         self.quiet = quiet or not self.world.is_main
         check_fit(model.config, dataset)
+        if config.tensorboard:
+            metrics.require_tensorboard()
         self.loader = BatchLoader(
             dataset,
             config.batch_size,
@@ -99,7 +101,7 @@ class Trainer:
             )
         self.total_steps = config.total_steps(self.steps_per_epoch)
         memory = torch.channels_last if config.channels_last else torch.contiguous_format
-        self.model: NVAE = to_format(model.to(self.world.device), memory).train()
+        self.model: NVAE = checkpoint.to_format(model.to(self.world.device), memory).train()
         self._memory = memory
         self.step_function = Step(self.model, config, self.world)
         self.step = 0
@@ -301,7 +303,9 @@ class Trainer:
         speed = (self.step - since_step) * self._images() / max(self.elapsed - since_time, 1e-9)
         text = f"loss {result.loss:.2f}  kl {result.kl:.2f}  bits/dim {bits:.4f}  {speed:.0f} images/s"
         last = self.position >= self.total_steps
-        progress.update(min(self.position, self.total_steps), text, force=last)
+        # A time limit makes the schedule run ahead of the steps; then only the part that is done is certain.
+        count = str(self.step) if self.position != self.step else None
+        progress.update(min(self.position, self.total_steps), text, count=count, force=last)
         if self.step % self.config.log_every and not last:
             return
         means = self.averages.means()
@@ -336,12 +340,6 @@ class Trainer:
             readjust_passes=0,
         )
         self.model.train()
-
-
-def to_format(model: NVAE, memory: torch.memory_format) -> NVAE:
-    """The model with its weights in a memory format; 1x1 weights and biases are the same in both."""
-    # PyTorch accepts memory_format alone, its type hints do not know that.
-    return model.to(memory_format=memory)  # type: ignore[call-overload]
 
 
 def _package_version() -> str:

@@ -1,4 +1,10 @@
-"""What training reports: averages over a few steps, one JSON line each, and TensorBoard when asked."""
+"""What training reports: averages over a few steps, one JSON line each, and TensorBoard when asked.
+
+A line of `metrics.jsonl`: `step` (steps done) and `epoch`; the means since the last line of `loss`,
+`reconstruction` and `kl` (nats an image), `spectral` and `batch_norm` (the regularisers, without lambda) and
+`grad_norm`; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
+step; `skipped_steps` since the last line; `images_per_second`; `seconds` of training so far.
+"""
 
 from __future__ import annotations
 
@@ -111,12 +117,17 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _board(folder: Path, resume_step: int | None) -> Any:
+def require_tensorboard() -> Any:
+    """TensorBoard's writer class. Raises ImportError naming the pip extra when it is not installed."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
             "tensorboard is not installed: pip install nvae_fast[tensorboard], or leave --tensorboard out"
         ) from error
+    return SummaryWriter
+
+
+def _board(folder: Path, resume_step: int | None) -> Any:
     purge = resume_step + 1 if resume_step is not None else None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+    return require_tensorboard()(str(folder / "tensorboard"), purge_step=purge)

@@ -83,7 +83,8 @@ def kl_balance(kl: Tensor, config: HasGroups, *, average: Callable[[Tensor], Ten
     if average is not None:
         size = average(size)
     size = size + KL_BALANCE_OFFSET
-    alpha = torch.tensor(kl_alpha(config), dtype=size.dtype).to(size.device, non_blocking=True)
+    # Filled on the device: a copy from the host could not be captured in a CUDA graph.
+    alpha = torch.cat([size.new_full((1,), value) for value in kl_alpha(config)])
     gamma = size / alpha * size.sum()
     return gamma / gamma.mean()
 

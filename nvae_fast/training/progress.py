@@ -31,8 +31,11 @@ class Progress:
         self._started = time.monotonic()
         self._first: float | None = None
 
-    def update(self, done: float, text: str = "", *, force: bool = False) -> None:
-        """Show that `done` parts are done; shown at most every few seconds unless forced."""
+    def update(self, done: float, text: str = "", *, count: str | None = None, force: bool = False) -> None:
+        """Show that `done` parts are done; shown at most every few seconds unless forced.
+
+        count: shown in place of "done/total".
+        """
         now = time.monotonic()
         if self._first is None:
             self._first = done
@@ -44,7 +47,7 @@ class Progress:
         part = min(max(done / self.total, 0.0), 1.0)
         filled = round(part * BAR_WIDTH)
         bar = "#" * filled + "-" * (BAR_WIDTH - filled)
-        line = f"{self.label} [{bar}] {part:4.0%} {self.unit} {int(done)}/{self.total}"
+        line = f"{self.label} [{bar}] {part:4.0%} {self.unit} {count or f'{int(done)}/{self.total}'}"
         if text:
             line += f"  {text}"
         fresh = done - self._first

@@ -1,7 +1,7 @@
 """Batch-norm statistics re-estimated for sampling at a temperature, remembered beside the checkpoint.
 
 Re-estimating takes hundreds of sampling passes, and its result depends on nothing but the checkpoint,
-temperature, passes, batch and seed: these are the key of the file it is kept in.
+temperature, passes and batch: these are the key of the file it is kept in.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
 
 _FORMAT = "nvae_fast.batch_norm_statistics"
+# One seed for all: statistics over thousands of images hardly depend on it, and so one file serves every
+# sample.
+_SEED = 0
 
 
 def readjust(
@@ -27,7 +30,6 @@ def readjust(
     temperature: float,
     passes: int,
     batch: int = 16,
-    seed: int = 0,
     report: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
     """Put readjusted batch-norm statistics into `model`, from the file beside `source` if it is there.
@@ -45,9 +47,8 @@ def readjust(
             "temperature": float(temperature),
             "passes": passes,
             "batch": batch,
-            "seed": seed,
         }
-        name = f"{source.stem}.bn-t{temperature:g}-p{passes}-b{batch}-s{seed}-{key['checkpoint'][:16]}.pt"
+        name = f"{source.stem}.bn-t{temperature:g}-p{passes}-b{batch}-{key['checkpoint'][:16]}.pt"
         path = source.with_name(name)
         statistics = _read(path, key)
         if statistics is not None and _fits(model, statistics):
@@ -59,7 +60,7 @@ def readjust(
         f"readjusting batch-norm statistics: {passes} passes of {batch} images at temperature {temperature:g}"
     )
     before = {name: value.clone() for name, value in model.state_dict().items() if _is_statistic(name)}
-    model.readjust_batch_norm(temperature, passes=passes, batch=batch, seed=seed)
+    model.readjust_batch_norm(temperature, passes=passes, batch=batch, seed=_SEED)
     model.eval()
     if path is None:
         return None
