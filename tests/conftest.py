@@ -30,8 +30,8 @@ def memory_format(request: pytest.FixtureRequest) -> torch.memory_format:
 
 @pytest.fixture(params=["operator", "reference"])
 def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A test's ops run once as operators (the fused kernels where there are any, with the operators' own autograd) and once
-    as plain PyTorch."""
+    """A test's ops run once as operators (the fused kernels where there are any, with the operators' own
+    autograd) and once as plain PyTorch."""
     if request.param == "reference":
         with nf.use_backend("reference"):
             yield request.param

@@ -33,7 +33,9 @@ class Record:
     def under(self, prefix: str) -> dict[str, torch.Tensor]:
         """Every entry below ``prefix``, by the rest of its key."""
         full = self.prefix + prefix
-        return {k[len(full) :]: self[k[len(self.prefix) :]] for k in _archive(self.name) if k.startswith(full)}
+        return {
+            k[len(full) :]: self[k[len(self.prefix) :]] for k in _archive(self.name) if k.startswith(full)
+        }
 
     def sub(self, prefix: str) -> Record:
         return Record(self.name, self.prefix + prefix)
@@ -44,7 +46,8 @@ class Record:
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """``||actual - expected|| / ||expected||`` in float64 (the norm of the difference where expected is all zero)."""
+    """``||actual - expected|| / ||expected||`` in float64 (the norm of the difference where expected is all
+    zero)."""
     actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     assert torch.isfinite(actual).all(), "not finite"
@@ -78,7 +81,9 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 
 
-def place(tensors: Tensors, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device) -> Tensors:
+def place(
+    tensors: Tensors, dtype: torch.dtype, memory_format: torch.memory_format, device: torch.device
+) -> Tensors:
     """Floating tensors in ``dtype``, the four-dimensional ones in ``memory_format``, all on ``device``."""
     placed = {}
     for name, value in tensors.items():
@@ -90,9 +95,12 @@ def place(tensors: Tensors, dtype: torch.dtype, memory_format: torch.memory_form
 def strided(t: torch.Tensor) -> torch.Tensor:
     """The same values with a gap after each and the dimensions stored in reverse order."""
     reverse = tuple(range(t.dim()))[::-1]
-    return torch.stack((t, torch.full_like(t, float("nan"))), dim=-1).permute(*reverse, t.dim()).contiguous()[
-        ..., 0
-    ].permute(*reverse)
+    return (
+        torch.stack((t, torch.full_like(t, float("nan"))), dim=-1)
+        .permute(*reverse, t.dim())
+        .contiguous()[..., 0]
+        .permute(*reverse)
+    )
 
 
 def _upstream(output: torch.Tensor, index: int) -> torch.Tensor:
@@ -103,7 +111,8 @@ def _upstream(output: torch.Tensor, index: int) -> torch.Tensor:
 
 
 def evaluate(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> Tensors:
-    """Outputs and gradients by name: ``"output 0"``, ..., ``"grad x"``, ...; the upstream gradients are always the same."""
+    """Outputs and gradients by name: ``"output 0"``, ..., ``"grad x"``, ...; the upstream gradients are
+    always the same."""
     leaves = {name: value.detach().requires_grad_(name in differentiable) for name, value in tensors.items()}
     outputs = function(**leaves)
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else tuple(outputs)
@@ -111,7 +120,10 @@ def evaluate(function: Callable[..., Any], tensors: Tensors, differentiable: Seq
     roots = [(output, _upstream(output, i)) for i, output in enumerate(outputs) if output.requires_grad]
     if differentiable:
         gradients = torch.autograd.grad(
-            [root for root, _ in roots], [leaves[n] for n in differentiable], [g for _, g in roots], allow_unused=True
+            [root for root, _ in roots],
+            [leaves[n] for n in differentiable],
+            [g for _, g in roots],
+            allow_unused=True,
         )
         for name, gradient in zip(differentiable, gradients, strict=True):
             found[f"grad {name}"] = torch.zeros_like(leaves[name]) if gradient is None else gradient
@@ -135,11 +147,11 @@ def assert_accurate(
     factor: float = 2.0,
     vector_floor: float = 0.0,
 ) -> None:
-    """Every output and gradient of ``function`` is as near the truth, ``formula`` in float64 on the same inputs, as
-    ``factor`` times what plain PyTorch (``eager``, by default the formula) loses in the dtype of the inputs, or
-    ``factor`` times what rounding the truth to that dtype loses; ``vector_floor`` allows at least that much in
-    one-dimensional results, a few sums each, where plain PyTorch is sometimes right by luck. Where it overflows, it does
-    not count."""
+    """Every output and gradient of ``function`` is as near the truth, ``formula`` in float64 on the same
+    inputs, as ``factor`` times what plain PyTorch (``eager``, by default the formula) loses in the dtype of
+    the inputs, or ``factor`` times what rounding the truth to that dtype loses; ``vector_floor`` allows at
+    least that much in one-dimensional results, a few sums each, where plain PyTorch is sometimes right by
+    luck. Where it overflows, it does not count."""
     actual = evaluate(function, tensors, differentiable)
     native = evaluate(eager or formula, tensors, differentiable)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -153,7 +165,9 @@ def assert_accurate(
         assert_close(actual[name], expected, bound, f"{name} in {actual[name].dtype}")
 
 
-def assert_indifferent_to_layout(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> None:
+def assert_indifferent_to_layout(
+    function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]
+) -> None:
     """Strided inputs give what contiguous ones give."""
     assert_same(
         evaluate(function, {name: strided(t) for name, t in tensors.items()}, differentiable),
@@ -169,8 +183,11 @@ def assert_repeatable(function: Callable[..., Any], tensors: Tensors, differenti
         assert torch.equal(first[name], second[name]), f"{name} differs between two runs"
 
 
-def assert_empty_works(function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]) -> Tensors:
-    """With a batch of none: outputs and gradients of the right shapes, zero for what is shared by the batch."""
+def assert_empty_works(
+    function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str]
+) -> Tensors:
+    """With a batch of none: outputs and gradients of the right shapes, zero for what is shared by the
+    batch."""
     found = evaluate(function, tensors, differentiable)
     for name in differentiable:
         assert found[f"grad {name}"].shape == tensors[name].shape
@@ -197,16 +214,24 @@ def assert_opcheck(op: str, *args: Any, differentiable: Sequence[int] = ()) -> N
 
 
 def assert_no_double_backward(op: str, output: torch.Tensor, leaf: torch.Tensor) -> None:
-    """``output`` came from the operator: ``create_graph=True`` says what to do instead of giving wrong numbers."""
+    """``output`` came from the operator: ``create_graph=True`` says what to do instead of giving wrong
+    numbers."""
     with pytest.raises(RuntimeError, match=f"{op}: double backward is not supported; use .*reference"):
         torch.autograd.grad(output.sum(), leaf, create_graph=True)
 
 
 def assert_compiles(
-    function: Callable[..., Any], tensors: Tensors, differentiable: Sequence[str], *, backend: str = "aot_eager"
+    function: Callable[..., Any],
+    tensors: Tensors,
+    differentiable: Sequence[str],
+    *,
+    backend: str = "aot_eager",
 ) -> None:
-    """``torch.compile(fullgraph=True)`` gives what eager gives. The default backend traces forward and backward through
-    the operators' fakes and autograd, and leaves out the seconds that "inductor" spends in a C++ compiler."""
+    """``torch.compile(fullgraph=True)`` gives what eager gives. The default backend traces forward and
+    backward through the operators' fakes and autograd, and leaves out the seconds that "inductor" spends in a
+    C++ compiler."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend=backend)
-    assert_same(evaluate(compiled, tensors, differentiable), evaluate(function, tensors, differentiable), 2e-6)
+    assert_same(
+        evaluate(compiled, tensors, differentiable), evaluate(function, tensors, differentiable), 2e-6
+    )

@@ -29,7 +29,9 @@ GIVEN = (*BATCH, "mean", "var")
 ACTIVATIONS = ["swish", "elu", None]
 
 
-def inputs(size: tuple[int, int, int, int] = (4, 6, 5, 7), given: bool = False, offset: float = 0.5) -> Tensors:
+def inputs(
+    size: tuple[int, int, int, int] = (4, 6, 5, 7), given: bool = False, offset: float = 0.5
+) -> Tensors:
     """Half of the gammas are negative."""
     generator = torch.Generator().manual_seed(5)
 
@@ -68,7 +70,13 @@ def formula(
     return activated(weight[:, None, None] * normalized + bias[:, None, None], activation), *used
 
 
-def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *statistics: Any, activation: str | None = "swish") -> Any:
+def eager(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *statistics: Any,
+    activation: str | None = "swish",
+) -> Any:
     """What one would write: F.batch_norm, then the activation."""
     y = F.batch_norm(x, None, None, weight, bias, True, 0.0, 1e-5)
     wide = x.detach() if x.dtype == torch.float64 else x.detach().float()
@@ -76,7 +84,9 @@ def eager(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *statistics
     return y, wide.mean((0, 2, 3)), wide.var((0, 2, 3), correction=0)
 
 
-def op(x: Any, weight: Any, bias: Any, mean: Any = None, var: Any = None, **options: Any) -> tuple[torch.Tensor, ...]:
+def op(
+    x: Any, weight: Any, bias: Any, mean: Any = None, var: Any = None, **options: Any
+) -> tuple[torch.Tensor, ...]:
     return nf.batch_norm_swish(x, weight, bias, mean, var, **options)
 
 
@@ -151,7 +161,9 @@ def test_given_statistics_of_the_batch_give_the_same(route: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 150.0])
-def test_mean_far_from_zero(offset: float, route: str, memory_format: torch.memory_format, device: torch.device) -> None:
+def test_mean_far_from_zero(
+    offset: float, route: str, memory_format: torch.memory_format, device: torch.device
+) -> None:
     """|mean| / std = 100 in fp32: as near as the input's own rounding lets it be."""
     tensors = place(inputs((4, 5, 16, 16), offset=offset), torch.float32, memory_format, device)
     out = nf.batch_norm_swish(**tensors)
@@ -167,7 +179,9 @@ def test_small_and_large_variance(route: str) -> None:
     out = nf.batch_norm_swish(x.float(), torch.ones(4), torch.zeros(4), activation=None)
     expected = x.float().double().var((0, 2, 3), correction=0)
     assert ((out.var - expected).abs() <= 1e-5 * expected + 2e-12).all()
-    constant = nf.batch_norm_swish(torch.full((2, 1, 4, 4), 3.0), torch.ones(1), torch.full((1,), 0.25), activation=None)
+    constant = nf.batch_norm_swish(
+        torch.full((2, 1, 4, 4), 3.0), torch.ones(1), torch.full((1,), 0.25), activation=None
+    )
     assert_close(constant.y, torch.full((2, 1, 4, 4), 0.25), 1e-3)
     assert float(constant.var) < 1e-10
 
@@ -177,7 +191,9 @@ def test_eps_is_used(route: str) -> None:
     assert_close(op(**tensors, eps=0.3)[0], formula(**tensors, eps=0.3)[0], 1e-13)
 
 
-def test_half_precision_input_with_full_precision_parameters(route: str, memory_format: torch.memory_format) -> None:
+def test_half_precision_input_with_full_precision_parameters(
+    route: str, memory_format: torch.memory_format
+) -> None:
     tensors = {name: t.float() for name, t in inputs().items()}
     tensors["x"] = tensors["x"].bfloat16().contiguous(memory_format=memory_format)
     leaves = {name: t.requires_grad_() for name, t in tensors.items()}
@@ -185,13 +201,17 @@ def test_half_precision_input_with_full_precision_parameters(route: str, memory_
     assert out.y.dtype == torch.bfloat16
     assert out.y.is_contiguous(memory_format=memory_format), "the memory format of x is kept"
     out.y.sum().backward()
-    assert {name: t.grad.dtype for name, t in leaves.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert {name: t.grad.dtype for name, t in leaves.items()} == {
+        name: t.dtype for name, t in tensors.items()
+    }
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("given", [False, True])
 def test_gradcheck(given: bool, activation: str | None, route: str) -> None:
-    assert_gradcheck(lambda **t: op(**t, activation=activation)[:1], inputs((3, 2, 2, 2), given), GIVEN if given else BATCH)
+    assert_gradcheck(
+        lambda **t: op(**t, activation=activation)[:1], inputs((3, 2, 2, 2), given), GIVEN if given else BATCH
+    )
 
 
 @pytest.mark.parametrize("given", [False, True])

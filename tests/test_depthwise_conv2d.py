@@ -1,4 +1,5 @@
-"""depthwise_conv2d: fp64 truth tap by tap, what lies outside the image, statistics, and everything an op must do."""
+"""depthwise_conv2d: fp64 truth tap by tap, what lies outside the image, statistics, and everything an op must
+do."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ def inputs(kernel: int, size: tuple[int, ...], affine: bool) -> Tensors:
     channels = size[1]
     shapes = {"x": size, "weight": (channels, 1, kernel, kernel), "scale": (channels,), "shift": (channels,)}
     return {
-        name: torch.randn(shapes[name], generator=generator, dtype=torch.float64) for name in (AFFINE if affine else PLAIN)
+        name: torch.randn(shapes[name], generator=generator, dtype=torch.float64)
+        for name in (AFFINE if affine else PLAIN)
     }
 
 
@@ -161,7 +163,8 @@ def test_float64(kernel: int, size: tuple, options: dict, route: str) -> None:
 def test_outside_the_image_is_exactly_zero(
     activation: str | None, stride: int, dilation: int, upsample: int, route: str, device: torch.device
 ) -> None:
-    """With scale 0 and shift 3 every pixel is act(3), and a kernel of ones counts the taps inside: not one outside counts."""
+    """With scale 0 and shift 3 every pixel is act(3), and a kernel of ones counts the taps inside: not one
+    outside counts."""
     x = torch.randn(1, 1, 4, 6, device=device)
     y = nf.depthwise_conv2d(
         x,
@@ -191,7 +194,9 @@ def test_upsampling_is_of_the_activated_input(route: str) -> None:
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0, -100.0])
-def test_statistics_far_from_zero(offset: float, route: str, memory_format: torch.memory_format, device: torch.device) -> None:
+def test_statistics_far_from_zero(
+    offset: float, route: str, memory_format: torch.memory_format, device: torch.device
+) -> None:
     """|mean| / std = 100: sums of squares without a shift would lose every digit of the variance."""
     x = torch.randn(3, 4, 16, 16, dtype=torch.float64)
     weight = torch.zeros(4, 1, 3, 3, dtype=torch.float64)
@@ -204,7 +209,8 @@ def test_statistics_far_from_zero(offset: float, route: str, memory_format: torc
     assert_close(found.mean, mean, 1e-6 if offset else 1e-5, "mean")
     assert_close(found.m2, m2, 1e-5, "M2")
     (gradient,) = torch.autograd.grad(
-        nf.depthwise_conv2d(tensors["x"].requires_grad_(), tensors["weight"], stats=True)[1].m2.sum(), tensors["x"]
+        nf.depthwise_conv2d(tensors["x"].requires_grad_(), tensors["weight"], stats=True)[1].m2.sum(),
+        tensors["x"],
     )
     wide = tensors["x"].detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(statistics(formula(wide, tensors["weight"].double()))[1].sum(), wide)
@@ -219,7 +225,9 @@ def test_half_precision_input_with_full_precision_weight(route: str) -> None:
     y = op(**leaves, activation="swish")
     assert y.dtype == torch.bfloat16
     y.sum().backward()
-    assert {name: t.grad.dtype for name, t in leaves.items()} == {name: t.dtype for name, t in tensors.items()}
+    assert {name: t.grad.dtype for name, t in leaves.items()} == {
+        name: t.dtype for name, t in tensors.items()
+    }
 
 
 OPTIONS = {"stride": 2, "activation": "swish", "stats": True}
@@ -233,9 +241,21 @@ def test_gradcheck(options: dict, route: str) -> None:
 @pytest.mark.parametrize("affine", [True, False])
 def test_opcheck(affine: bool, device: torch.device) -> None:
     t = place(inputs(3, (2, 2, 4, 3), affine=True), torch.float32, torch.channels_last, device)
-    scale, shift, activation, wanted = (t["scale"], t["shift"], "swish", (0, 1, 2, 3)) if affine else (None, None, None, (0, 1))
+    scale, shift, activation, wanted = (
+        (t["scale"], t["shift"], "swish", (0, 1, 2, 3)) if affine else (None, None, None, (0, 1))
+    )
     assert_opcheck(
-        "depthwise_conv2d", t["x"], t["weight"], scale, shift, 1, 1, 2, activation, affine, differentiable=wanted
+        "depthwise_conv2d",
+        t["x"],
+        t["weight"],
+        scale,
+        shift,
+        1,
+        1,
+        2,
+        activation,
+        affine,
+        differentiable=wanted,
     )
 
 
@@ -250,7 +270,7 @@ def test_layouts_repeats_and_empty(route: str, device: torch.device) -> None:
     assert_repeatable(lambda **t: op(**t, **OPTIONS), tensors, AFFINE)
     empty = {**tensors, "x": tensors["x"][:0]}
     assert assert_empty_works(lambda **t: op(**t, stride=2), empty, AFFINE)["output 0"].shape == (0, 4, 4, 3)
-    y, found = nf.depthwise_conv2d(**empty, stats=True)
+    _y, found = nf.depthwise_conv2d(**empty, stats=True)
     assert found.count == 0
     assert not found.mean.any()
     assert not found.m2.any(), "nothing has no spread: merging it with other counts must not give NaN"
@@ -279,12 +299,24 @@ ERRORS = [
     ({"x": 1}, TypeError, "x must be a torch.Tensor, got int"),
     ({"x": torch.zeros(3, 8, 8)}, ValueError, r"x must have shape \(B, C, H, W\), got \(3, 8, 8\)"),
     ({"weight": torch.zeros(3, 1, 4, 4)}, ValueError, "weight must have an odd kernel width, got 4"),
-    ({"weight": torch.zeros(4, 1, 5, 5)}, ValueError, r"weight must have shape \(3, 1, 5, 5\), got \(4, 1, 5, 5\)"),
-    ({"weight": torch.zeros(3, 1, 3, 5)}, ValueError, r"weight must have shape \(3, 1, 5, 5\), got \(3, 1, 3, 5\)"),
+    (
+        {"weight": torch.zeros(4, 1, 5, 5)},
+        ValueError,
+        r"weight must have shape \(3, 1, 5, 5\), got \(4, 1, 5, 5\)",
+    ),
+    (
+        {"weight": torch.zeros(3, 1, 3, 5)},
+        ValueError,
+        r"weight must have shape \(3, 1, 5, 5\), got \(3, 1, 3, 5\)",
+    ),
     ({"weight": torch.zeros(3, 1, 5, 5, device="meta")}, ValueError, "weight must be on cpu .*got meta"),
     ({"scale": torch.ones(3)}, ValueError, "scale and shift must be given together, got only scale"),
     ({"shift": torch.ones(3)}, ValueError, "scale and shift must be given together, got only shift"),
-    ({"scale": torch.ones(2), "shift": torch.ones(3)}, ValueError, r"scale must have shape \(3,\), got \(2,\)"),
+    (
+        {"scale": torch.ones(2), "shift": torch.ones(3)},
+        ValueError,
+        r"scale must have shape \(3,\), got \(2,\)",
+    ),
     ({"stride": 3}, ValueError, r"stride must be one of \[1, 2\], got 3"),
     ({"dilation": 0}, ValueError, r"dilation must be one of \[1, 2\], got 0"),
     ({"upsample": 4}, ValueError, r"upsample must be one of \[1, 2\], got 4"),

@@ -1,4 +1,5 @@
-"""Mixture of discretised logistics: recorded numbers, fp64 truth, tails and clamps, and the statistics of its samples."""
+"""Mixture of discretised logistics: recorded numbers, fp64 truth, tails and clamps, and the statistics of its
+samples."""
 
 from __future__ import annotations
 
@@ -112,17 +113,25 @@ def test_recorded(bits: int, route: str, memory_format: torch.memory_format, dev
 @pytest.mark.parametrize("size", [(2, 4, 5), (1, 7, 1), (3, 1, 1), (1, 11, 13)])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(
-    dtype: torch.dtype, size: tuple, bits: int, route: str, memory_format: torch.memory_format, device: torch.device
+    dtype: torch.dtype,
+    size: tuple,
+    bits: int,
+    route: str,
+    memory_format: torch.memory_format,
+    device: torch.device,
 ) -> None:
     tensors = place(inputs(size, bits), dtype, memory_format, device)
-    assert_accurate(lambda **t: log_prob(**t, bits=bits), lambda **t: formula(**t, bits=bits), tensors, ("params",))
+    assert_accurate(
+        lambda **t: log_prob(**t, bits=bits), lambda **t: formula(**t, bits=bits), tensors, ("params",)
+    )
     assert log_prob(**tensors).dtype == torch.float32
     assert_accurate(mean, mean_formula, {"params": tensors["params"]}, ("params",), factor=2.5)
     assert mean(tensors["params"]).dtype == dtype
 
 
 def test_more_accurate_than_the_difference_of_sigmoids(route: str) -> None:
-    """Broad components: the two CDFs cancel, which costs the written-out form in fp32 a hundred times the error."""
+    """Broad components: the two CDFs cancel, which costs the written-out form in fp32 a hundred times the
+    error."""
     tensors = inputs((2, 16, 16), log_scale=2.0)
     truth = formula(**tensors)
     narrow = {name: t.float() for name, t in tensors.items()}
@@ -138,7 +147,8 @@ def test_float64(route: str) -> None:
 
 
 def test_probabilities_sum_to_one(route: str) -> None:
-    """Over all 32^3 colours of 5 bits: the tails hold what lies beyond the grid, and colours feed each other rightly."""
+    """Over all 32^3 colours of 5 bits: the tails hold what lies beyond the grid, and colours feed each other
+    rightly."""
     levels = torch.arange(32, dtype=torch.float64) / 31
     x = torch.cartesian_prod(levels, levels, levels)[:, :, None, None]
     params = inputs((1, 1, 1), log_scale=-1.5)["params"].expand(len(x), -1, -1, -1)
@@ -186,7 +196,8 @@ def test_second_highest_level_of_8_bits_is_a_tail_too(route: str) -> None:
 @pytest.mark.parametrize("raw", [-7.001, -9.0, -1e4])
 @pytest.mark.parametrize("pixel", [0.0, 0.4, 1.0])
 def test_log_scale_clamp(raw: float, pixel: float, route: str) -> None:
-    """Below -7 the value stays that of -7 and the log-scale's gradient is exactly zero; just above it is not."""
+    """Below -7 the value stays that of -7 and the log-scale's gradient is exactly zero; just above it is
+    not."""
     values, gradients = [], []
     for log_scale in (raw, -7.0, -6.999):
         params, x = one_component(0.15 - 0.3 * pixel, log_scale, pixel)
@@ -200,7 +211,8 @@ def test_log_scale_clamp(raw: float, pixel: float, route: str) -> None:
 
 
 def test_fallback_to_the_density(route: str) -> None:
-    """Where the difference of the CDFs is at most 1e-5, the density at the centre stands in: 20 scales from the mean."""
+    """Where the difference of the CDFs is at most 1e-5, the density at the centre stands in: 20 scales from
+    the mean."""
     params, x = one_component(-0.5, -3.0, 191 / 255)
     middle = (2 * 191 / 255 - 1 + 0.5) / math.exp(-3.0)
     log_density = middle + 3.0 - 2 * math.log1p(math.exp(middle)) - math.log(255 / 2)
@@ -243,17 +255,23 @@ def test_samples_follow_the_cdf(route: str, device: torch.device) -> None:
     assert float(x.max()) == 1
     weights = torch.softmax(torch.tensor(logits, dtype=torch.float64), 0)
     for threshold in (-0.999, -0.9, -0.5, 0.0, 0.25, 0.7, 0.9, 0.999):
-        cdf = float((weights * torch.sigmoid((threshold - torch.tensor(means, dtype=torch.float64)) / math.exp(-2.0))).sum())
+        cdf = float(
+            (
+                weights
+                * torch.sigmoid((threshold - torch.tensor(means, dtype=torch.float64)) / math.exp(-2.0))
+            ).sum()
+        )
         error = 4 * math.sqrt(cdf * (1 - cdf) / n)
         assert ((x <= threshold).double().mean(0) - cdf).abs().max() <= error, threshold
 
 
 def test_samples_follow_the_log_probability(route: str) -> None:
-    """Samples of coupled colours, put on the grid of 2 bits, occur as often as ``mixture_logistic_log_prob`` says.
+    """Samples of coupled colours, put on the grid of 2 bits, occur as often as ``mixture_logistic_log_prob``
+    says.
 
-    (To put a continuous sample on the grid is to integrate the density over a pixel, which is what the discretised
-    logistic does; the autoregression feeds on the continuous colour, so only the first colour is compared exactly and the
-    couplings are kept small.)
+    (To put a continuous sample on the grid is to integrate the density over a pixel, which is what the
+    discretised logistic does; the autoregression feeds on the continuous colour, so only the first colour is
+    compared exactly and the couplings are kept small.)
     """
     n = 60_000
     params = torch.zeros(1, 10, 1, 1, dtype=torch.float64)
@@ -261,9 +279,15 @@ def test_samples_follow_the_log_probability(route: str) -> None:
     colours[:, 0], colours[:, 1], colours[:, 2] = torch.tensor([0.1, -0.2, 0.3]), -1.0, 0.02
     x = nf.mixture_logistic_sample(params.expand(n, -1, -1, -1), num_mixtures=1, seed=2)
     index = (x * 3).round()[..., 0, 0]
-    counts = torch.bincount((index @ torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64)).long(), minlength=64)
+    counts = torch.bincount(
+        (index @ torch.tensor([16.0, 4.0, 1.0], dtype=torch.float64)).long(), minlength=64
+    )
     grid = torch.cartesian_prod(*[torch.arange(4.0, dtype=torch.float64)] * 3)[:, :, None, None] / 3
-    p = nf.mixture_logistic_log_prob(params.expand(64, -1, -1, -1), grid, num_mixtures=1, num_bits=2).exp().flatten()
+    p = (
+        nf.mixture_logistic_log_prob(params.expand(64, -1, -1, -1), grid, num_mixtures=1, num_bits=2)
+        .exp()
+        .flatten()
+    )
     assert ((counts / n - p).abs() <= 4 * torch.sqrt(p * (1 - p) / n) + 0.01 * p).all()
 
 
@@ -274,7 +298,11 @@ def test_colours_feed_the_next(route: str, device: torch.device) -> None:
     means, log_scales = torch.tensor([0.2, -0.1, 0.05]), torch.tensor([-4.0, -4.5, -5.0])
     params = torch.zeros(1, 10, 1, 1)
     params[0, 1:] = torch.stack((means, log_scales, torch.atanh(c)), dim=1).reshape(9, 1, 1)
-    r, g, b = (2 * nf.mixture_logistic_sample(params.expand(n, -1, -1, -1).to(device), num_mixtures=1, seed=3) - 1).cpu().unbind(1)
+    r, g, b = (
+        (2 * nf.mixture_logistic_sample(params.expand(n, -1, -1, -1).to(device), num_mixtures=1, seed=3) - 1)
+        .cpu()
+        .unbind(1)
+    )
     for colour, value in enumerate((r, g - c[0] * r, b - c[1] * r - c[2] * g)):
         u = torch.sigmoid((value.flatten() - means[colour]) / log_scales[colour].exp()).sort().values
         steps = torch.arange(1, n + 1) / n
@@ -285,7 +313,8 @@ def test_colours_feed_the_next(route: str, device: torch.device) -> None:
 def test_temperature_multiplies_the_noise(temperature: float, route: str) -> None:
     params = components([0.0], [0.1], -4.0, 500)
     plain, warmed = (
-        2 * nf.mixture_logistic_sample(params, num_mixtures=1, temperature=t, seed=4) - 1.1 for t in (1.0, temperature)
+        2 * nf.mixture_logistic_sample(params, num_mixtures=1, temperature=t, seed=4) - 1.1
+        for t in (1.0, temperature)
     )
     assert_close(warmed, temperature * plain, 1e-4)
 
@@ -294,14 +323,19 @@ def test_temperature_multiplies_the_noise(temperature: float, route: str) -> Non
 def test_temperature_divides_the_logits(temperature: float, route: str) -> None:
     n = 40_000
     logits, means = [0.0, 1.0, -0.5], [-0.6, 0.0, 0.6]
-    x = nf.mixture_logistic_sample(components(logits, means, -9.0, n), num_mixtures=3, temperature=temperature, seed=5)
+    x = nf.mixture_logistic_sample(
+        components(logits, means, -9.0, n), num_mixtures=3, temperature=temperature, seed=5
+    )
     nearest = ((2 * x[:, 0, 0, 0] - 1)[:, None] - torch.tensor(means)).abs().argmin(1)
     expected = torch.softmax(torch.tensor(logits) / temperature, 0)
     assert ((nearest.bincount() / n - expected).abs() <= 4 * torch.sqrt(expected * (1 - expected) / n)).all()
 
 
 def test_one_component_for_all_colours(route: str) -> None:
-    x = 2 * nf.mixture_logistic_sample(components([0.0, 0.0], [-0.5, 0.5], -9.0, 200), num_mixtures=2, seed=6) - 1
+    x = (
+        2 * nf.mixture_logistic_sample(components([0.0, 0.0], [-0.5, 0.5], -9.0, 200), num_mixtures=2, seed=6)
+        - 1
+    )
     assert_close(x.sign()[:, 1:], x.sign()[:, :1].expand(-1, 2, -1, -1), 0.0)
     assert 50 < (x[:, 0] > 0).sum() < 150
 
@@ -335,7 +369,7 @@ def test_uniform_draws_are_strictly_inside(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(room, "philox_words", lambda seed, n: torch.tensor([[0, 2**32 - 1, 0, 2**32 - 1]]))
     for dtype in (torch.float32, torch.float64):
         u = room.uniform(torch.tensor(0), (4,), dtype)
-        assert 0 < float(u.min())
+        assert float(u.min()) > 0
         assert float(u.max()) < 1
         assert float(u.min()) == 1 - float(u.max())
 
@@ -373,7 +407,12 @@ def test_layouts_repeats_and_empty(route: str, device: torch.device) -> None:
         assert_repeatable(function, given, ("params",))
     empty = {name: t[:0] for name, t in tensors.items()}
     assert assert_empty_works(log_prob, empty, ("params",))["output 0"].shape == (0, 5, 2)
-    assert assert_empty_works(mean, {"params": empty["params"]}, ("params",))["output 0"].shape == (0, 3, 5, 2)
+    assert assert_empty_works(mean, {"params": empty["params"]}, ("params",))["output 0"].shape == (
+        0,
+        3,
+        5,
+        2,
+    )
 
 
 def test_the_image_gets_no_gradient(route: str) -> None:
@@ -389,7 +428,9 @@ def test_no_double_backward() -> None:
     leaf = tensors["params"].requires_grad_()
     out = torch.ops.nvae_fast.mixture_logistic_log_prob(leaf, tensors["x"], M, 8)
     assert_no_double_backward("mixture_logistic_log_prob", out, leaf)
-    assert_no_double_backward("mixture_logistic_mean", torch.ops.nvae_fast.mixture_logistic_mean(leaf, M), leaf)
+    assert_no_double_backward(
+        "mixture_logistic_mean", torch.ops.nvae_fast.mixture_logistic_mean(leaf, M), leaf
+    )
 
 
 @pytest.mark.parametrize("which", ["params", "x"])
@@ -409,7 +450,12 @@ def test_nan_propagates(which: str, route: str) -> None:
 P, X = torch.zeros(2, 30, 4, 4), torch.zeros(2, 3, 4, 4)
 ERRORS = [
     ("log_prob", {"params": 0}, TypeError, "params must be a torch.Tensor, got int"),
-    ("log_prob", {"params": P[:, :29]}, ValueError, r"params must have 10 \* num_mixtures = 30 .*got shape \(2, 29, 4, 4\)"),
+    (
+        "log_prob",
+        {"params": P[:, :29]},
+        ValueError,
+        r"params must have 10 \* num_mixtures = 30 .*got shape \(2, 29, 4, 4\)",
+    ),
     ("log_prob", {"params": P[0]}, ValueError, r"params must have shape \(B, C, H, W\), got \(30, 4, 4\)"),
     ("log_prob", {"x": X[:1]}, ValueError, r"x must have shape \(2, 3, 4, 4\), got \(1, 3, 4, 4\)"),
     ("log_prob", {"x": X.byte()}, TypeError, "x must have one of the dtypes .*got torch.uint8"),
@@ -417,11 +463,21 @@ ERRORS = [
     ("log_prob", {"num_mixtures": 0}, ValueError, "num_mixtures must be >= 1, got 0"),
     ("log_prob", {"num_bits": 0}, ValueError, "num_bits must be between 1 and 16, got 0"),
     ("log_prob", {"num_bits": 17}, ValueError, "num_bits must be between 1 and 16, got 17"),
-    ("sample", {"params": P[:, :20]}, ValueError, r"params must have 10 \* num_mixtures = 30 .*got shape \(2, 20, 4, 4\)"),
+    (
+        "sample",
+        {"params": P[:, :20]},
+        ValueError,
+        r"params must have 10 \* num_mixtures = 30 .*got shape \(2, 20, 4, 4\)",
+    ),
     ("sample", {"temperature": 0.0}, ValueError, "temperature must be a finite number > 0, got 0.0"),
     ("sample", {"seed": 0.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
     ("mean", {"params": P.long()}, TypeError, "params must have one of the dtypes .*got torch.int64"),
-    ("mean", {"num_mixtures": 2}, ValueError, r"params must have 10 \* num_mixtures = 20 .*got shape \(2, 30, 4, 4\)"),
+    (
+        "mean",
+        {"num_mixtures": 2},
+        ValueError,
+        r"params must have 10 \* num_mixtures = 20 .*got shape \(2, 30, 4, 4\)",
+    ),
 ]
 
 

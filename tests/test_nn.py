@@ -1,14 +1,12 @@
-"""The modules: cells against the recorded numbers, skips, flows, data-dependent initialisation, batch norm over processes."""
+"""The modules: cells against the recorded numbers, skips, flows, data-dependent initialisation, norms."""
 
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from harness import Record, assert_close, assert_same_gradients, relative_error
 from torch import nn
@@ -54,11 +52,16 @@ def official_names(stride: int) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("name", CELLS)
-def test_recorded_cell(name: str, route: str, memory_format: torch.memory_format, device: torch.device) -> None:
+def test_recorded_cell(
+    name: str, route: str, memory_format: torch.memory_format, device: torch.device
+) -> None:
     record = Record("ops", f"cell/{name}/")
     c_in, c_out, stride, expansion, kernel_size = CELLS[name]
     cell = InvertedResidual(c_in, c_out, stride, expansion=expansion, kernel_size=kernel_size)
-    theirs = {key: f"{official_names(stride)[key.partition('.')[0]]}.{key.partition('.')[2]}" for key in cell.state_dict()}
+    theirs = {
+        key: f"{official_names(stride)[key.partition('.')[0]]}.{key.partition('.')[2]}"
+        for key in cell.state_dict()
+    }
     cell.load_state_dict({key: record[f"state/{official}"] for key, official in theirs.items()})
     cell.to(device, memory_format=memory_format).train()
 
@@ -77,13 +80,17 @@ def test_recorded_cell(name: str, route: str, memory_format: torch.memory_format
 NORM = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
 
 
-@pytest.mark.parametrize("stride, skip", [(1, []), (2, ["skip.convs.%d." % i for i in range(4)]), (-1, ["skip.conv."])])
+@pytest.mark.parametrize(
+    "stride, skip", [(1, []), (2, [f"skip.convs.{i}." for i in range(4)]), (-1, ["skip.conv."])]
+)
 def test_state_dict_keys(stride: int, skip: list[str]) -> None:
     """Names in a user's checkpoint: they do not change."""
     cell = InvertedResidualCell(8, {1: 8, 2: 16, -1: 4}[stride], 3, 5, stride, squeeze_excite=True)
     expected = [f"ops.0.{conv}.weight" for conv in ("expand", "depthwise", "project")]
     expected += [
-        f"ops.0.{norm}.{key}" for norm in ("norm", "expand_norm", "depthwise_norm", "project_norm") for key in NORM
+        f"ops.0.{norm}.{key}"
+        for norm in ("norm", "expand_norm", "depthwise_norm", "project_norm")
+        for key in NORM
     ]
     expected += [f"se.{linear}.{key}" for linear in ("reduce", "expand") for key in ("weight", "bias")]
     leaves = ["weight", "log_weight_norm"] + ([] if stride == -1 else ["bias"])
@@ -98,7 +105,9 @@ def test_state_dict_keys(stride: int, skip: list[str]) -> None:
 @pytest.mark.parametrize("squeeze_excite", [False, True])
 @pytest.mark.parametrize("stride, c_out", [(1, 8), (2, 16), (-1, 4)])
 @pytest.mark.parametrize("groups", [0, 8])
-def test_cell_is_skip_plus_a_tenth(stride: int, c_out: int, groups: int, squeeze_excite: bool, route: str) -> None:
+def test_cell_is_skip_plus_a_tenth(
+    stride: int, c_out: int, groups: int, squeeze_excite: bool, route: str
+) -> None:
     cell = InvertedResidualCell(8, c_out, 3, 5, stride, groups, squeeze_excite).double().eval()
     x = torch.randn(2, 8, 6, 4, dtype=torch.float64)
     (op,) = cell.ops
@@ -133,7 +142,9 @@ def test_conv_block(norm: bool, activation: str, stride: int, dilation: int, rou
     weight = block.conv.log_weight_norm.exp() * weight / (norms + 1e-5)
     expected = F.conv2d(h, weight, block.conv.bias, stride=abs(stride), padding=dilation, dilation=dilation)
     assert_close(block(x), expected, 1e-12)
-    assert_close(block.conv.log_weight_norm, torch.log(norms + 0.01), 1e-6, "at construction: log(norm + 0.01)")
+    assert_close(
+        block.conv.log_weight_norm, torch.log(norms + 0.01), 1e-6, "at construction: log(norm + 0.01)"
+    )
 
 
 @pytest.mark.parametrize("c_out", [16, 18])
@@ -150,7 +161,8 @@ def test_skip_down(c_out: int, route: str) -> None:
 
 
 def test_skip_up(route: str) -> None:
-    """Bilinear x2 with aligned corners, in one dimension written out: output i reads position i (n - 1) / (2 n - 1)."""
+    """Bilinear x2 with aligned corners, in one dimension written out: output i reads position i (n - 1) / (2
+    n - 1)."""
     skip = SkipUp(6, 3).double()
 
     def matrix(n: int) -> torch.Tensor:
@@ -160,7 +172,9 @@ def test_skip_up(route: str) -> None:
     x = torch.randn(2, 6, 4, 5, dtype=torch.float64)
     upsampled = matrix(4) @ x @ matrix(5).T
     assert skip.conv.bias is None
-    assert_close(skip(x), torch.einsum("oi,bihw->bohw", skip.conv.normalized_weight()[..., 0, 0], upsampled), 1e-12)
+    assert_close(
+        skip(x), torch.einsum("oi,bihw->bohw", skip.conv.normalized_weight()[..., 0, 0], upsampled), 1e-12
+    )
 
 
 @pytest.mark.parametrize(
@@ -168,7 +182,10 @@ def test_skip_up(route: str) -> None:
     [
         (lambda: ResidualCell(8, 8, 3, [], squeeze_excite=False), "stride must be 1, 2 or -1 .*got 3"),
         (lambda: InvertedResidualCell(8, 16, 3, 5), "stride 1 keeps the width, got 8 -> 16 channels"),
-        (lambda: InvertedResidualCell(8, 8, 3, 5, groups=7), r"groups=7 must divide in_channels \* expansion = 24"),
+        (
+            lambda: InvertedResidualCell(8, 8, 3, 5, groups=7),
+            r"groups=7 must divide in_channels \* expansion = 24",
+        ),
         (lambda: ConvBlock(8, 8, 0), "stride must be 1, 2 or -1 .*got 0"),
     ],
 )
@@ -241,7 +258,8 @@ def test_flow_cell_runs_both_orders(route: str) -> None:
 
 
 def test_flow_starts_near_the_identity() -> None:
-    """The last convolution's initial log_weight_norm is lowered by log 10; all norms are of the masked weights."""
+    """The last convolution's initial log_weight_norm is lowered by log 10; all norms are of the masked
+    weights."""
     transform = AutoregressiveTransform(4, mirrored=False)
     for conv, shift in ((transform.expand, 0.0), (transform.depthwise, 0.0), (transform.project, 2.302585)):
         norms = (conv.weight * conv.mask).square().sum((1, 2, 3), keepdim=True).sqrt()
@@ -305,7 +323,9 @@ def test_initialisation_needs_a_spread(size: tuple, route: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_batch_norm_against_pytorch(dtype: torch.dtype, route: str, memory_format: torch.memory_format) -> None:
+def test_batch_norm_against_pytorch(
+    dtype: torch.dtype, route: str, memory_format: torch.memory_format
+) -> None:
     ours, theirs = BatchNormSwish(5, None).to(dtype), nn.BatchNorm2d(5, momentum=0.05).to(dtype)
     with torch.no_grad():
         ours.weight.copy_(torch.tensor([1.0, -0.5, 2.0, -3.0, 0.1]))
@@ -339,116 +359,11 @@ def test_batch_norm_with_an_empty_batch(route: str) -> None:
         assert torch.equal(value, before[key])
 
 
-# Several processes
-
-SHARES = {"unequal": (3, 5), "empty": (0, 8)}
-
-
-def make_cell(dtype: torch.dtype) -> nn.Module:
-    """A cell with negative gammas, the same in every process."""
-    torch.manual_seed(3)
-    cell = InvertedResidualCell(6, 6, 3, 5, squeeze_excite=True).to(dtype).train()
-    with torch.no_grad():
-        for module in cell.modules():
-            if isinstance(module, BatchNormSwish):
-                module.weight.normal_()
-                module.bias.normal_()
-    return cell
-
-
-def one_pass(cell: nn.Module, part: slice, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(4)
-    x, upstream = (torch.randn(8, 6, 5, 7, generator=generator, dtype=torch.float64).to(dtype)[part] for _ in range(2))
-    x = (x * 3 + 20).requires_grad_()
-    y = cell(x)
-    (y * upstream).sum().backward()
-    return {
-        "y": y.detach(),
-        "grad x": x.grad,
-        **{f"grad {key}": parameter.grad for key, parameter in cell.named_parameters()},
-        **{f"state {key}": value.clone() for key, value in cell.state_dict().items() if "running" in key},
-    }
-
-
-def worker(rank: int, directory: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    results: dict[Any, Any] = {}
-    for name, shares in SHARES.items():
-        part = slice(0, shares[0]) if rank == 0 else slice(shares[0], 8)
-        for dtype in (torch.float32, torch.float64):
-            results[name, dtype] = one_pass(make_cell(dtype), part, dtype)
-    alone = [dist.new_group([r]) for r in range(2)][rank]
-    cell = nf.nn.set_process_group(make_cell(torch.float64), alone)
-    results["own group"] = one_pass(cell, slice(0, 3) if rank == 0 else slice(3, 8), torch.float64)
-
-    torch.manual_seed(5)
-    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double().train()
-    x = torch.randn(8, 6, 9, 9, dtype=torch.float64) * torch.linspace(1, 3, 8, dtype=torch.float64)[:, None, None, None]
-    block(x[rank::2])
-    results["initialised"] = {key: value.clone() for key, value in block.state_dict().items()}
-    torch.manual_seed(5)
-    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double().train()
-    block(x[:0] if rank == 0 else x)
-    results["initialised by one"] = {key: value.clone() for key, value in block.state_dict().items()}
-    torch.save(results, f"{directory}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
-    directory = tmp_path_factory.mktemp("gloo")
-    torch.multiprocessing.spawn(worker, args=(str(directory),), nprocs=2)
-    return [torch.load(Path(directory) / f"{rank}.pt", weights_only=False) for rank in range(2)]
-
-
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
-@pytest.mark.parametrize("shares", SHARES)
-def test_two_processes_are_one(shares: str, dtype: torch.dtype, tolerance: float, two_processes: list[dict]) -> None:
-    """Values, gradients and running statistics of merged batches equal those of one process on the whole batch."""
-    whole = one_pass(make_cell(dtype), slice(0, 8), dtype)
-    parts = [found[shares, dtype] for found in two_processes]
-    total = torch.cat([whole[key].flatten() for key in whole if key.startswith("grad") and key != "grad x"]).norm()
-    for key, expected in whole.items():
-        if key in ("y", "grad x"):
-            assert_close(torch.cat([part[key] for part in parts]), expected, tolerance, key)
-        elif key.startswith("grad"):
-            merged = sum(part[key] for part in parts)
-            error = float((merged - expected).norm() / max(expected.norm(), 0.05 * total))
-            assert error <= tolerance, f"{key}: {error:.3g}"  # some are analytically zero
-        else:
-            for part in parts:
-                assert_close(part[key], expected, tolerance, key)
-            assert torch.equal(parts[0][key], parts[1][key]), "every process holds the same statistics"
-
-
-def test_statistics_of_a_given_group(two_processes: list[dict]) -> None:
-    """A process whose group is itself computes as if it were alone."""
-    for found, part in zip(two_processes, (slice(0, 3), slice(3, 8)), strict=True):
-        for key, expected in one_pass(make_cell(torch.float64), part, torch.float64).items():
-            assert_close(found["own group"][key], expected, 1e-12, key)
-
-
-def test_initialisation_averages_over_processes(two_processes: list[dict]) -> None:
-    torch.manual_seed(5)
-    block = ConvBlock(6, 5, batch_norm=False, activation="elu").double()
-    x = torch.randn(8, 6, 9, 9, dtype=torch.float64) * torch.linspace(1, 3, 8, dtype=torch.float64)[:, None, None, None]
-    weight = block.conv.weight / (block.conv.weight.square().sum((1, 2, 3), keepdim=True).sqrt() + 1e-5)
-    outputs = [F.conv2d(F.elu(x[rank::2]), weight, padding=1) for rank in range(2)]
-    mean = sum(y.mean((0, 2, 3)) for y in outputs) / 2
-    spread = 5 * sum(y.std((0, 2, 3)) for y in outputs) / 2
-    for found in two_processes:
-        assert_close(found["initialised"]["conv.bias"], -mean / (spread + 1e-5), 1e-10)
-        assert_close(found["initialised"]["conv.log_weight_norm"].flatten(), -torch.log(spread + 1e-5), 1e-10)
-    block.train()(x)
-    for found in two_processes:
-        for key, value in found["initialised by one"].items():
-            assert_close(value, block.state_dict()[key], 1e-10, f"{key}: a process without images does not count")
-
-
 def test_set_process_group_reaches_every_module() -> None:
     group = object()
-    cell = ResidualCell(4, 4, 1, [ConvBlock(4, 4), ConvBlock(4, 4, batch_norm=False, activation="elu")], squeeze_excite=False)
+    cell = ResidualCell(
+        4, 4, 1, [ConvBlock(4, 4), ConvBlock(4, 4, batch_norm=False, activation="elu")], squeeze_excite=False
+    )
     assert nf.nn.set_process_group(cell, group) is cell
     merging = [m for m in cell.modules() if isinstance(m, (BatchNormSwish, WeightNormConv2d))]
     assert len(merging) == 3

@@ -134,7 +134,11 @@ def test_non_finite_propagates(value: float, route: str) -> None:
 PARAMS, NOISE = torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, 2)
 ERRORS = [
     ({"params": None}, TypeError, "params must be a torch.Tensor, got NoneType"),
-    ({"params": torch.zeros(1, 3, 2, 2)}, ValueError, "params must have an even number of channels 2Z .*got 3"),
+    (
+        {"params": torch.zeros(1, 3, 2, 2)},
+        ValueError,
+        "params must have an even number of channels 2Z .*got 3",
+    ),
     ({"params": torch.zeros(4, 2, 2)}, ValueError, r"params must have shape \(B, C, H, W\), got \(4, 2, 2\)"),
     ({"noise": PARAMS}, ValueError, r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)"),
     ({"noise": NOISE, "seed": 1}, ValueError, "give either noise or seed, not both"),

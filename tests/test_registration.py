@@ -1,4 +1,5 @@
-"""The house is in order: every room has its operator, fake, autograd, tests and benchmark, and says what runs it."""
+"""The house is in order: every room has its operator, fake, autograd, tests and benchmark, and says what runs
+it."""
 
 from __future__ import annotations
 
@@ -16,17 +17,23 @@ from nvae_fast import _backend
 from nvae_fast.ops._register import Room
 
 ROOT = Path(__file__).parent.parent
-ROOMS = sorted(path.stem for path in (ROOT / "nvae_fast" / "ops").glob("*.py") if not path.stem.startswith("_"))
+ROOMS = sorted(
+    path.stem for path in (ROOT / "nvae_fast" / "ops").glob("*.py") if not path.stem.startswith("_")
+)
 OPERATORS = sorted(
-    name.removeprefix("nvae_fast::").partition(".")[0]
-    for name in torch._C._dispatch_get_all_op_names()
-    if name.startswith("nvae_fast::")
+    schema.name.removeprefix("nvae_fast::")
+    for schema in torch._C._jit_get_all_schemas()
+    if schema.name.startswith("nvae_fast::")
 )
 PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: nothing to differentiate
 
 
 def rooms_of(name: str) -> list[Room]:
-    return [value for value in vars(importlib.import_module(f"nvae_fast.ops.{name}")).values() if isinstance(value, Room)]
+    return [
+        value
+        for value in vars(importlib.import_module(f"nvae_fast.ops.{name}")).values()
+        if isinstance(value, Room)
+    ]
 
 
 EVERY_ROOM = [room for name in ROOMS for room in rooms_of(name)]
@@ -85,7 +92,11 @@ def test_backends_lists_every_op_with_a_kernel_or_a_reason() -> None:
         assert set(row) == {"cpu", "cuda"}, op
         for device, backend in row.items():
             known = backend in ("cpp", "triton", "cuda")
-            assert known or (backend.startswith("reference (") and len(backend) > len("reference ()")), (op, device, backend)
+            assert known or (backend.startswith("reference (") and len(backend) > len("reference ()")), (
+                op,
+                device,
+                backend,
+            )
 
 
 def test_use_backend_works_and_restores() -> None:
@@ -103,13 +114,18 @@ def test_use_backend_works_and_restores() -> None:
     with pytest.raises(KeyError), nf.use_backend("reference"):
         raise KeyError("the choice is restored after an exception too")
     assert not _backend.forced_reference()
-    with pytest.raises(ValueError, match="use_backend: choice: expected one of 'auto', 'reference', got 'cuda'"), nf.use_backend("cuda"):
+    with (
+        pytest.raises(
+            ValueError, match="use_backend: choice: expected one of 'auto', 'reference', got 'cuda'"
+        ),
+        nf.use_backend("cuda"),
+    ):
         pass
     assert not _backend.forced_reference()
 
 
 def test_a_call_goes_where_backends_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    """"auto" runs the operator where a fused kernel is recorded, "reference" never does."""
+    """ "auto" runs the operator where a fused kernel is recorded, "reference" never does."""
     calls = []
     (room,) = rooms_of("weight_norm")
     monkeypatch.setattr(room, "operator", lambda *args: calls.append("operator") or args[0])
@@ -153,8 +169,8 @@ def test_environment_is_validated() -> None:
 
 def test_without_the_extension_everything_still_runs() -> None:
     code = (
-        "import torch, nvae_fast as nf; out = nf.residual_normal(torch.zeros(1, 2, 2, 2), seed=1); print(float(out.kl));"
-        "print(nf.backends()['residual_normal']['cpu'])"
+        "import torch, nvae_fast as nf; out = nf.residual_normal(torch.zeros(1, 2, 2, 2), seed=1);"
+        "print(float(out.kl)); print(nf.backends()['residual_normal']['cpu'])"
     )
     done = in_a_fresh_process(code, NVAE_FAST_DISABLE_EXTENSION="1", NVAE_FAST_BACKEND="")
     assert done.returncode == 0, done.stderr

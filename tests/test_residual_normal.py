@@ -37,7 +37,8 @@ def inputs(size: tuple[int, int, int, int] = (2, 3, 4, 5), spread: float = 1.0) 
     generator = torch.Generator().manual_seed(1)
     shapes = {"posterior": (b, 2 * z, h, w), "prior": (b, 2 * z, h, w), "noise": (b, z, h, w)}
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64) * (1 if name == "noise" else spread)
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        * (1 if name == "noise" else spread)
         for name, shape in shapes.items()
     }
 
@@ -47,7 +48,9 @@ def squashed(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return 5 * torch.tanh(raw_mu / 5), torch.exp(5 * torch.tanh(raw_log_sigma / 5)) + 0.01
 
 
-def formula(posterior: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, residual: bool = True) -> tuple[torch.Tensor, ...]:
+def formula(
+    posterior: torch.Tensor, prior: torch.Tensor, noise: torch.Tensor, residual: bool = True
+) -> tuple[torch.Tensor, ...]:
     """Specification section 1, with PyTorch's own distributions."""
     q = Normal(*squashed(posterior + prior if residual else posterior), validate_args=False)
     p = Normal(*squashed(prior), validate_args=False)
@@ -64,7 +67,9 @@ def op(**tensors: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("kind", ["res", "abs"])
 @pytest.mark.parametrize("size", ["a", "b", "wide"])
-def test_recorded(size: str, kind: str, route: str, memory_format: torch.memory_format, device: torch.device) -> None:
+def test_recorded(
+    size: str, kind: str, route: str, memory_format: torch.memory_format, device: torch.device
+) -> None:
     record = Record("ops", f"residual_normal/{size}/{kind}/")
     tolerance = 2e-4 if size == "wide" else 1e-5
 
@@ -96,11 +101,20 @@ def test_recorded(size: str, kind: str, route: str, memory_format: torch.memory_
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(
-    dtype: torch.dtype, size: tuple, residual: bool, route: str, memory_format: torch.memory_format, device: torch.device
+    dtype: torch.dtype,
+    size: tuple,
+    residual: bool,
+    route: str,
+    memory_format: torch.memory_format,
+    device: torch.device,
 ) -> None:
     tensors = place(inputs(size), dtype, memory_format, device)
     assert_accurate(
-        lambda **t: op(**t, residual=residual), lambda **t: formula(**t, residual=residual), tensors, NAMES, factor=2.5
+        lambda **t: op(**t, residual=residual),
+        lambda **t: formula(**t, residual=residual),
+        tensors,
+        NAMES,
+        factor=2.5,
     )
     out = op(**tensors, residual=residual)
     assert out.z.dtype == dtype
@@ -109,7 +123,9 @@ def test_accuracy(
 
 def test_float64_is_computed_in_float64(route: str) -> None:
     tensors = inputs()
-    for actual, expected in zip(evaluate(op, tensors, NAMES).values(), evaluate(formula, tensors, NAMES).values(), strict=True):
+    for actual, expected in zip(
+        evaluate(op, tensors, NAMES).values(), evaluate(formula, tensors, NAMES).values(), strict=True
+    ):
         assert_close(actual, expected, 1e-13)
 
 
@@ -117,7 +133,9 @@ def test_first_group_has_raw_zeros_for_prior(route: str) -> None:
     tensors = inputs()
     prior = tensors.pop("prior")
     without = evaluate(op, tensors, ("posterior", "noise"))
-    expected = evaluate(lambda **t: formula(prior=torch.zeros_like(prior), **t), tensors, ("posterior", "noise"))
+    expected = evaluate(
+        lambda **t: formula(prior=torch.zeros_like(prior), **t), tensors, ("posterior", "noise")
+    )
     for name in expected:
         assert_close(without[name], expected[name], 1e-13, name)
     out = nf.residual_normal(torch.zeros_like(prior), noise=torch.zeros_like(tensors["noise"]))
@@ -148,7 +166,8 @@ def test_clamp_and_floor_are_used(route: str) -> None:
 
 
 def grid() -> tuple[torch.Tensor, torch.Tensor]:
-    """Every combination of raw parameters between the two ends of the clamp, one to a sample: posterior, prior."""
+    """Every combination of raw parameters between the two ends of the clamp, one to a sample: posterior,
+    prior."""
     values = (-1e4, -20.0, -5.0, -1.0, 0.0, 0.3, 5.0, 20.0, 1e4)
     raw = torch.tensor(list(itertools.product(values, repeat=4)), dtype=torch.float64)
     return raw[:, :2, None, None].clone(), raw[:, 2:, None, None].clone()
@@ -156,7 +175,8 @@ def grid() -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize("residual", [True, False])
 def test_kl_identity(residual: bool, route: str) -> None:
-    """Equation 2 with dmu = mu_q - mu_p, dsigma = sigma_q / sigma_p is the general form, in value and gradient."""
+    """Equation 2 with dmu = mu_q - mu_p, dsigma = sigma_q / sigma_p is the general form, in value and
+    gradient."""
     posterior, prior = (t.requires_grad_() for t in grid())
     mu_p, sigma_p = squashed(prior)
     mu_q, sigma_q = squashed(posterior + prior if residual else posterior)
@@ -173,7 +193,8 @@ def test_kl_identity(residual: bool, route: str) -> None:
 
 
 def test_squashing_the_deltas_instead_would_be_wrong() -> None:
-    """The identity test can fail: equation 2 on squashed raw deltas is off by more than a hundred times its tolerance."""
+    """The identity test can fail: equation 2 on squashed raw deltas is off by more than a hundred times its
+    tolerance."""
     tensors = inputs()
     dmu, dsigma = squashed(tensors["posterior"])
     _, sigma_p = squashed(tensors["prior"])
@@ -183,7 +204,8 @@ def test_squashing_the_deltas_instead_would_be_wrong() -> None:
 
 @pytest.mark.parametrize("prior", [True, False])
 def test_kl_against_monte_carlo(prior: bool, route: str) -> None:
-    """The mean of log q - log p over draws differs from the analytic KL by at most four of its standard errors."""
+    """The mean of log q - log p over draws differs from the analytic KL by at most four of its standard
+    errors."""
     n = 40_000
     tensors = inputs((1, 6, 1, 1))
     posterior = tensors["posterior"].expand(n, -1, -1, -1)
@@ -209,7 +231,9 @@ def test_opcheck(given: str, device: torch.device) -> None:
     t = place(inputs((2, 2, 3, 2)), torch.float32, torch.channels_last, device)
     noise, seed = (t["noise"], None) if given == "noise" else (None, torch.tensor(3, device=device))
     prior = t["prior"] if given == "noise" else None
-    assert_opcheck("residual_normal", t["posterior"], prior, noise, seed, True, 5.0, 0.01, differentiable=(0,))
+    assert_opcheck(
+        "residual_normal", t["posterior"], prior, noise, seed, True, 5.0, 0.01, differentiable=(0,)
+    )
 
 
 def test_compiles(device: torch.device) -> None:
@@ -245,10 +269,17 @@ def test_one_seed_one_z(route: str, device: torch.device) -> None:
     posterior, prior = tensors["posterior"], tensors["prior"]
     z = nf.residual_normal(posterior, prior, seed=42).z
     noise = nf.philox_normal((3, 3, 5, 7), 42, device=device)
-    assert_close(z, nf.residual_normal(posterior, prior, noise=noise).z, 1e-6, "the noise is the Philox stream of the seed")
+    assert_close(
+        z,
+        nf.residual_normal(posterior, prior, noise=noise).z,
+        1e-6,
+        "the noise is the Philox stream of the seed",
+    )
     last = [t.contiguous(memory_format=torch.channels_last) for t in (posterior, prior)]
     assert_close(nf.residual_normal(*last, seed=42).z, z, 1e-6, "channels_last")
-    assert_close(nf.residual_normal(posterior[:2], prior[:2], seed=42).z, z[:2], 1e-6, "a prefix of the batch")
+    assert_close(
+        nf.residual_normal(posterior[:2], prior[:2], seed=42).z, z[:2], 1e-6, "a prefix of the batch"
+    )
     assert torch.equal(nf.residual_normal(posterior, prior, seed=torch.tensor(42, device=device)).z, z)
     assert (nf.residual_normal(posterior, prior, seed=43).z - z).abs().max() > 0.1
 
@@ -283,20 +314,36 @@ def test_non_finite_propagates(value: float, route: str) -> None:
 
 
 ERRORS = [
-    (dict(posterior=3), TypeError, "posterior must be a torch.Tensor, got int"),
-    (dict(posterior=torch.zeros(1, 2, 3, 3, dtype=torch.int64)), TypeError, "posterior must have one of the dtypes .*got torch.int64"),
-    (dict(posterior=torch.zeros(2, 4)), ValueError, r"posterior must have shape \(B, C, H, W\), got \(2, 4\)"),
-    (dict(posterior=torch.zeros(1, 3, 2, 2)), ValueError, "posterior must have an even number of channels 2Z .*got 3"),
-    (dict(prior=torch.zeros(1, 4, 2, 3)), ValueError, r"prior must have shape \(1, 4, 2, 2\), got \(1, 4, 2, 3\)"),
-    (dict(prior=torch.zeros(1, 4, 2, 2, device="meta")), ValueError, "prior must be on cpu .*got meta"),
-    (dict(noise=torch.zeros(1, 4, 2, 2)), ValueError, r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)"),
-    (dict(noise=torch.zeros(1, 2, 2, 2), seed=1), ValueError, "give either noise or seed, not both"),
-    (dict(seed=1.5), TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
-    (dict(seed=torch.zeros(2, dtype=torch.int64)), ValueError, r"a seed tensor must be 0-d, got shape \(2,\)"),
-    (dict(seed=torch.tensor(1.0)), TypeError, "a seed tensor must be int64, got torch.float32"),
-    (dict(clamp=0.0), ValueError, "clamp must be None or a finite number > 0, got 0.0"),
-    (dict(clamp=float("nan")), ValueError, "clamp must be None or a finite number > 0, got nan"),
-    (dict(sigma_floor=-0.01), ValueError, "sigma_floor must be a finite number >= 0, got -0.01"),
+    ({"posterior": 3}, TypeError, "posterior must be a torch.Tensor, got int"),
+    (
+        {"posterior": torch.zeros(1, 2, 3, 3, dtype=torch.int64)},
+        TypeError,
+        "posterior must have one of the dtypes .*got torch.int64",
+    ),
+    ({"posterior": torch.zeros(2, 4)}, ValueError, r"posterior must have shape \(B, C, H, W\), got \(2, 4\)"),
+    (
+        {"posterior": torch.zeros(1, 3, 2, 2)},
+        ValueError,
+        "posterior must have an even number of channels 2Z .*got 3",
+    ),
+    (
+        {"prior": torch.zeros(1, 4, 2, 3)},
+        ValueError,
+        r"prior must have shape \(1, 4, 2, 2\), got \(1, 4, 2, 3\)",
+    ),
+    ({"prior": torch.zeros(1, 4, 2, 2, device="meta")}, ValueError, "prior must be on cpu .*got meta"),
+    (
+        {"noise": torch.zeros(1, 4, 2, 2)},
+        ValueError,
+        r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)",
+    ),
+    ({"noise": torch.zeros(1, 2, 2, 2), "seed": 1}, ValueError, "give either noise or seed, not both"),
+    ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
+    ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"a seed tensor must be 0-d, got shape \(2,\)"),
+    ({"seed": torch.tensor(1.0)}, TypeError, "a seed tensor must be int64, got torch.float32"),
+    ({"clamp": 0.0}, ValueError, "clamp must be None or a finite number > 0, got 0.0"),
+    ({"clamp": float("nan")}, ValueError, "clamp must be None or a finite number > 0, got nan"),
+    ({"sigma_floor": -0.01}, ValueError, "sigma_floor must be a finite number >= 0, got -0.01"),
 ]
 
 

@@ -122,7 +122,9 @@ def test_half_precision_input_with_full_precision_weights(route: str) -> None:
     tensors["x"], tensors["skip"] = tensors["x"].bfloat16(), tensors["skip"].bfloat16()
     found = evaluate(op, tensors, NAMES)
     assert found["output 0"].dtype == torch.bfloat16
-    assert {name: found[f"grad {name}"].dtype for name in NAMES} == {name: t.dtype for name, t in tensors.items()}
+    assert {name: found[f"grad {name}"].dtype for name in NAMES} == {
+        name: t.dtype for name, t in tensors.items()
+    }
 
 
 def test_gradcheck(route: str) -> None:
@@ -171,13 +173,25 @@ GOOD = inputs((2, 6, 3, 3))
 ERRORS = [
     ({"x": 0}, TypeError, "x must be a torch.Tensor, got int"),
     ({"x": torch.zeros(2, 6)}, ValueError, r"x must have shape \(B, C, H, W\), got \(2, 6\)"),
-    ({"reduce_weight": torch.zeros(4, 5)}, ValueError, r"reduce_weight must have shape \(4, 6\), got \(4, 5\)"),
+    (
+        {"reduce_weight": torch.zeros(4, 5)},
+        ValueError,
+        r"reduce_weight must have shape \(4, 6\), got \(4, 5\)",
+    ),
     ({"reduce_weight": torch.tensor(0.0)}, ValueError, r"reduce_weight must have shape \(0, 6\), got \(\)"),
     ({"reduce_bias": torch.zeros(6)}, ValueError, r"reduce_bias must have shape \(4,\), got \(6,\)"),
-    ({"expand_weight": torch.zeros(4, 6)}, ValueError, r"expand_weight must have shape \(6, 4\), got \(4, 6\)"),
+    (
+        {"expand_weight": torch.zeros(4, 6)},
+        ValueError,
+        r"expand_weight must have shape \(6, 4\), got \(4, 6\)",
+    ),
     ({"expand_bias": torch.zeros(4)}, ValueError, r"expand_bias must have shape \(6,\), got \(4,\)"),
     ({"expand_bias": torch.zeros(6, device="meta")}, ValueError, "expand_bias must be on cpu .*got meta"),
-    ({"skip": torch.zeros(2, 6, 3, 4)}, ValueError, r"skip must have shape \(2, 6, 3, 3\), got \(2, 6, 3, 4\)"),
+    (
+        {"skip": torch.zeros(2, 6, 3, 4)},
+        ValueError,
+        r"skip must have shape \(2, 6, 3, 3\), got \(2, 6, 3, 4\)",
+    ),
 ]
 
 

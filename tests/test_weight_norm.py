@@ -41,7 +41,9 @@ def inputs(size: tuple[int, int, int, int] = (4, 3, 3, 3), masked: bool = False)
     return found
 
 
-def formula(weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: Any = None, eps: float = 1e-5) -> torch.Tensor:
+def formula(
+    weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: Any = None, eps: float = 1e-5
+) -> torch.Tensor:
     masked = weight if mask is None else weight * mask
     return torch.exp(log_weight_norm) * masked / (masked.square().sum((1, 2, 3), keepdim=True).sqrt() + eps)
 
@@ -54,14 +56,21 @@ def op(weight: Any, log_weight_norm: Any, mask: Any = None, **options: Any) -> t
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_accuracy(
-    dtype: torch.dtype, size: tuple, masked: bool, route: str, memory_format: torch.memory_format, device: torch.device
+    dtype: torch.dtype,
+    size: tuple,
+    masked: bool,
+    route: str,
+    memory_format: torch.memory_format,
+    device: torch.device,
 ) -> None:
     tensors = place(inputs(size, masked), dtype, memory_format, device)
     assert_accurate(op, formula, tensors, NAMES, factor=2.5)
     out = op(**tensors)
     assert out.dtype == dtype
     truth = formula(**{name: t.double() for name, t in tensors.items()})
-    assert_close(out, truth, 1.05 * relative_error(truth.to(dtype), truth) + 5e-7, "computed in fp32, rounded once")
+    assert_close(
+        out, truth, 1.05 * relative_error(truth.to(dtype), truth) + 5e-7, "computed in fp32, rounded once"
+    )
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -86,7 +95,9 @@ def test_channel_of_zeros(route: str) -> None:
     found = evaluate(op, tensors, NAMES)
     assert not found["output 0"][1].any()
     assert found["grad log_weight_norm"][1] == 0
-    upstream = evaluate(lambda w: w, {"w": tensors["weight"]}, ("w",))["grad w"]  # evaluate's gradient of an output
+    upstream = evaluate(lambda w: w, {"w": tensors["weight"]}, ("w",))[
+        "grad w"
+    ]  # evaluate's gradient of an output
     assert_close(found["grad weight"][1], upstream[1] * tensors["log_weight_norm"][1].exp() / 1e-5, 1e-13)
 
 
@@ -97,7 +108,10 @@ def test_masked_taps_get_no_weight_and_no_gradient(route: str) -> None:
     assert dead.any()
     assert not found["output 0"][dead].any()
     assert not found["grad weight"][dead].any()
-    changed = {**tensors, "weight": torch.where(dead, torch.full_like(tensors["weight"], 9.0), tensors["weight"])}
+    changed = {
+        **tensors,
+        "weight": torch.where(dead, torch.full_like(tensors["weight"], 9.0), tensors["weight"]),
+    }
     assert torch.equal(op(**changed), found["output 0"]), "the norm is that of the masked weight"
 
 
@@ -109,7 +123,9 @@ def test_gradcheck(masked: bool, route: str) -> None:
 @pytest.mark.parametrize("masked", [False, True])
 def test_opcheck(masked: bool, device: torch.device) -> None:
     t = place(inputs((3, 2, 3, 3), masked), torch.float32, torch.channels_last, device)
-    assert_opcheck("weight_norm", t["weight"], t["log_weight_norm"], t.get("mask"), 1e-5, differentiable=(0, 1))
+    assert_opcheck(
+        "weight_norm", t["weight"], t["log_weight_norm"], t.get("mask"), 1e-5, differentiable=(0, 1)
+    )
 
 
 def test_compiles(device: torch.device) -> None:
@@ -145,9 +161,17 @@ W, N = torch.ones(4, 3, 3, 3), torch.zeros(4, 1, 1, 1)
 ERRORS = [
     ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
     ({"weight": torch.ones(4, 3)}, ValueError, r"weight must have shape \(C_out, C_in, K, K\), got \(4, 3\)"),
-    ({"log_weight_norm": torch.zeros(4)}, ValueError, r"log_weight_norm must have shape \(4, 1, 1, 1\), got \(4,\)"),
+    (
+        {"log_weight_norm": torch.zeros(4)},
+        ValueError,
+        r"log_weight_norm must have shape \(4, 1, 1, 1\), got \(4,\)",
+    ),
     ({"log_weight_norm": N.to("meta")}, ValueError, "log_weight_norm must be on cpu .*got meta"),
-    ({"mask": torch.ones(4, 3, 3, 1)}, ValueError, r"mask must have shape \(4, 3, 3, 3\), got \(4, 3, 3, 1\)"),
+    (
+        {"mask": torch.ones(4, 3, 3, 1)},
+        ValueError,
+        r"mask must have shape \(4, 3, 3, 3\), got \(4, 3, 3, 1\)",
+    ),
     ({"mask": W.bool()}, TypeError, "mask must have one of the dtypes .*got torch.bool"),
     ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
 ]
