@@ -30,6 +30,10 @@ inline Tensor empty_map(const Tensor& like, int64_t channels, ScalarType type, b
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
 }
 
+inline Tensor as_dtype_of(const Tensor& like, const Tensor& t) {
+  return t.scalar_type() == like.scalar_type() ? t : torch::stable::to(t, like.scalar_type());
+}
+
 // t as a dense tensor of the layout asked for; a copy only when it is laid out otherwise.
 inline const Tensor& dense(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
   hold.push_back(torch::stable::contiguous(
@@ -75,8 +79,8 @@ inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<
 
 // An upstream gradient in the layout and dtype of its map.
 inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last, std::vector<Tensor>& hold) {
-  const Tensor same = grad.scalar_type() == type ? grad : torch::stable::to(grad, type);
-  return dense(same, channels_last, hold).const_data_ptr();
+  return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, hold)
+      .const_data_ptr();
 }
 // An upstream gradient of sums (B, Z), null when there is none.
 inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vector<Tensor>& hold) {

@@ -24,10 +24,7 @@ static ResidualNormalArgs describe(const Tensor& posterior, const std::optional<
   if (prior) {
     check_packed(op, "prior", *prior);
     STD_TORCH_CHECK(prior->sizes() == posterior.sizes(), op, ": prior must have the shape of posterior");
-    a.prior = packed_view(prior->scalar_type() == posterior.scalar_type()
-                              ? *prior
-                              : torch::stable::to(*prior, posterior.scalar_type()),
-                          a.channels_last, hold);
+    a.prior = packed_view(as_dtype_of(posterior, *prior), a.channels_last, hold);
   }
   a.noise = noise_of(op, posterior, noise, seed, a.channels_last, hold);
   return a;
@@ -64,15 +61,14 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
   need_prior = need_prior && prior;
   need_noise = need_noise && noise;
   const Tensor grad_posterior = empty_unless(need_posterior, posterior, 2 * a.channels, type, a.channels_last);
-  const Tensor grad_prior =
-      empty_unless(need_prior, posterior, 2 * a.channels, prior ? prior->scalar_type() : type, a.channels_last);
+  const Tensor grad_prior = empty_unless(need_prior, posterior, 2 * a.channels, type, a.channels_last);
   const Tensor grad_noise =
       empty_unless(need_noise, posterior, a.channels, noise ? noise->scalar_type() : type, a.channels_last);
   if (need_posterior) a.grad_posterior = grad_posterior.mutable_data_ptr();
   if (need_prior) a.grad_prior = grad_prior.mutable_data_ptr();
   if (need_noise) a.grad_noise = grad_noise.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(residual_normal_backward, a, begin, end); });
-  return {grad_posterior, grad_prior, grad_noise};
+  return {grad_posterior, need_prior ? as_dtype_of(*prior, grad_prior) : grad_prior, grad_noise};
 }
 
 }  // namespace nvae

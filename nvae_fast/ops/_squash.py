@@ -15,6 +15,11 @@ def soft_clamp(t: torch.Tensor, clamp: float | None) -> torch.Tensor:
     return t if clamp is None else clamp * torch.tanh(t / clamp)
 
 
+def slope(u: torch.Tensor, clamp: float | None) -> torch.Tensor | float:
+    """The derivative of :func:`soft_clamp` where its value is ``u``: ``1 - (u / clamp)^2``."""
+    return 1.0 if clamp is None else 1.0 - (u / clamp).square()
+
+
 def squash(
     raw_mu: torch.Tensor, raw_log_sigma: torch.Tensor, clamp: float | None, sigma_floor: float
 ) -> tuple[torch.Tensor, torch.Tensor]:

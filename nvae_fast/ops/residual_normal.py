@@ -23,7 +23,7 @@ import torch
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._register import operator, room
-from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, empty_map, soft_clamp, squash, unpack
+from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, empty_map, slope, soft_clamp, squash, unpack
 
 
 class ResidualNormal(NamedTuple):
@@ -164,9 +164,6 @@ def _backward_formula(
     if residual and prior is not None:
         raw_mu_q, raw_log_sigma_q = raw_mu_q + raw_mu_p, raw_log_sigma_q + raw_log_sigma_p
 
-    def slope(u: torch.Tensor) -> torch.Tensor | float:
-        return 1.0 if clamp is None else 1.0 - (u / clamp).square()
-
     mu_p, u_p = soft_clamp(raw_mu_p, clamp), soft_clamp(raw_log_sigma_p, clamp)
     mu_q, u_q = soft_clamp(raw_mu_q, clamp), soft_clamp(raw_log_sigma_q, clamp)
     sigma_p, sigma_q = u_p.exp() + sigma_floor, u_q.exp() + sigma_floor
@@ -179,10 +176,10 @@ def _backward_formula(
     d, r = (mu_q - mu_p) / sigma_p, sigma_q / sigma_p
     w = (mu_q - mu_p + sigma_q * eps) / sigma_p
     s = (0.0 if grad_z is None else grad_z.to(eps.dtype)) - g_p * w / sigma_p
-    to_mu_q = (s + g_kl * d / sigma_p) * slope(mu_q)
-    to_log_sigma_q = (s * eps - g_q / sigma_q + g_kl * (r / sigma_p - 1 / sigma_q)) * u_q.exp() * slope(u_q)
-    to_mu_p = (g_p * w - g_kl * d) / sigma_p * slope(mu_p)
-    to_log_sigma_p = (g_p * (w.square() - 1) + g_kl * (1 - d.square() - r.square())) / sigma_p * u_p.exp() * slope(u_p)
+    to_mu_q = (s + g_kl * d / sigma_p) * slope(mu_q, clamp)
+    to_log_sigma_q = (s * eps - g_q / sigma_q + g_kl * (r / sigma_p - 1 / sigma_q)) * u_q.exp() * slope(u_q, clamp)
+    to_mu_p = (g_p * w - g_kl * d) / sigma_p * slope(mu_p, clamp)
+    to_log_sigma_p = (g_p * (w.square() - 1) + g_kl * (1 - d.square() - r.square())) / sigma_p * u_p.exp() * slope(u_p, clamp)
     if residual:
         to_mu_p, to_log_sigma_p = to_mu_p + to_mu_q, to_log_sigma_p + to_log_sigma_q
     results = _backward_fake(

@@ -1,0 +1,58 @@
+// nvae_fast::normal_log_prob and its backward on the CPU; the arithmetic is in normal_log_prob.vec.cpp.
+#include "normal_log_prob.h"
+
+#include <tuple>
+
+#include "packed.h"
+
+namespace nvae {
+
+static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& params, std::optional<double> clamp,
+                                  double sigma_floor, std::vector<Tensor>& hold) {
+  const char* op = "normal_log_prob";
+  STD_TORCH_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W)");
+  NormalLogProbArgs a;
+  static_cast<MapShape&>(a) = shape_of(z, z.size(1));
+  a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
+  a.dtype = dtype_of(op, z.scalar_type());
+  a.z = packed_view(z, a.channels_last, hold);
+  if (params) {
+    check_packed(op, "params", *params);
+    check_map(op, "z", z, *params);
+    a.params = packed_view(as_dtype_of(z, *params), a.channels_last, hold);
+  }
+  return a;
+}
+
+static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params, std::optional<double> clamp,
+                              double sigma_floor) {
+  std::vector<Tensor> hold;
+  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
+  PartialSums sums(a, 1);
+  a.partial = sums.data();
+  for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_forward, a, begin, end); });
+  return sums.total(0, a.dtype, z);
+}
+
+static std::tuple<Tensor, Tensor> normal_log_prob_backward(const Tensor& grad, const Tensor& z,
+                                                           const std::optional<Tensor>& params,
+                                                           std::optional<double> clamp, double sigma_floor,
+                                                           bool need_z, bool need_params) {
+  std::vector<Tensor> hold;
+  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
+  a.grad = sums_gradient(grad, hold);
+  need_params = need_params && params;
+  const Tensor grad_z = empty_unless(need_z, z, a.channels, z.scalar_type(), a.channels_last);
+  const Tensor grad_params = empty_unless(need_params, z, 2 * a.channels, z.scalar_type(), a.channels_last);
+  if (need_z) a.grad_z = grad_z.mutable_data_ptr();
+  if (need_params) a.grad_params = grad_params.mutable_data_ptr();
+  for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_backward, a, begin, end); });
+  return {grad_z, need_params ? as_dtype_of(*params, grad_params) : grad_params};
+}
+
+}  // namespace nvae
+
+STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("normal_log_prob", TORCH_BOX(&nvae::normal_log_prob));
+  m.impl("normal_log_prob_backward", TORCH_BOX(&nvae::normal_log_prob_backward));
+}
