@@ -131,16 +131,31 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         yield
         return
 
+    message = f"{what} took more than {seconds:.0f} s"
+    rung = False
+
     def ring(*_: Any) -> None:
-        raise TimeoutError(f"{what} took more than {seconds:.0f} s")
+        nonlocal rung
+        rung = True
+        raise TimeoutError(message)
 
     before = signal.signal(signal.SIGALRM, ring)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
+    except Exception as error:
+        # The compiler wraps what interrupts it in errors of its own.
+        if rung:
+            raise TimeoutError(message) from error
+        raise
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def one_line(error: BaseException) -> str:
+    """Type and message of an error, for a table."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def build_inputs(case: Case, shape: Shape, dtype: torch.dtype, device: torch.device) -> Inputs:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import torch
 
 import nvae_fast as nf
-from benchmarks.case import NETWORK_DTYPES, Case, Inputs, Library, Shape, Work
+from benchmarks.case import NETWORK_DTYPES, Case, Inputs, Library, Shape, Work, randn_like
 from benchmarks.sizes import per_preset
 
 TEMPERATURE = 0.7
@@ -25,7 +25,7 @@ def _run(i: Inputs) -> torch.Tensor:
 def _library(i: Inputs) -> torch.Tensor:
     raw_mu, raw_log_sigma = i["params"].float().chunk(2, dim=1)
     sigma = torch.exp(5.0 * torch.tanh(raw_log_sigma / 5.0)) + 0.01
-    noise = torch.randn_like(raw_mu) if i["noise"] is None else i["noise"]
+    noise = randn_like(sigma) if i["noise"] is None else i["noise"]
     return torch.addcmul(5.0 * torch.tanh(raw_mu / 5.0), sigma, noise, value=TEMPERATURE).to(
         i["params"].dtype
     )
