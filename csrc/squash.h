@@ -15,16 +15,18 @@ namespace NVAE_ISA {
 
 constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
-// clamp tanh(raw / clamp). Network outputs are of the size of 1, so raw nearly always lies within [-clamp, clamp]: there it
-// is raw plus an odd polynomial (the result is good to 0.93 units in the last place of tanh), with clamp folded into the
-// coefficients; only a vector with a lane outside also runs the general function.
+// clamp tanh(raw / clamp). Network outputs are of the size of 1, so raw nearly always lies within [-clamp,
+// clamp]: there it is raw plus an odd polynomial (the result is good to 0.93 units in the last place of
+// tanh), with clamp folded into the coefficients; only a vector with a lane outside also runs the general
+// function.
 template <class V>
 struct SoftClamp;
 template <>
 struct SoftClamp<VecF> {
   static constexpr int kTerms = 7;
   float clamp, inverse, coefficient[kTerms];
-  NVAE_INLINE explicit SoftClamp(double c) : clamp(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {
+  NVAE_INLINE explicit SoftClamp(double c)
+      : clamp(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {
     const double tanh_terms[kTerms] = {-0x1.55553cp-2, 0x1.110be6p-3, -0x1.b96286p-5, 0x1.600bc0p-6,
                                        -0x1.0466f8p-7, 0x1.2db66ep-9, -0x1.7803d8p-12};
     double power = 1.0;
@@ -33,7 +35,8 @@ struct SoftClamp<VecF> {
       coefficient[i] = static_cast<float>(tanh_terms[i] * power);
     }
   }
-  // u = clamp tanh(raw / clamp) and t = tanh(raw / clamp), which the derivative 1 - t^2 wants with all its digits.
+  // u = clamp tanh(raw / clamp) and t = tanh(raw / clamp), which the derivative 1 - t^2 wants with all its
+  // digits.
   NVAE_INLINE VecF operator()(VecF raw, VecF& t) const {
     const VecF square = raw * raw;
     VecF p(coefficient[kTerms - 1]);
@@ -58,7 +61,8 @@ struct SoftClamp<VecD> {
 };
 
 NVAE_INLINE VecD exp_moderate(VecD x) { return exp(x); }
-// exp for |x| <= 80 or NaN: no overflow to look after. Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits.
+// exp for |x| <= 80 or NaN: no overflow to look after. Adding 1.5 * 2^23 rounds to an integer and leaves it
+// in the low bits.
 NVAE_INLINE VecF exp_moderate(VecF x) {
   const VecF magic(12582912.f), shifted = fma(x, VecF(0x1.715476p+0f), magic), n = shifted - magic;
   const VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), x));

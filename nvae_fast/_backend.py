@@ -29,7 +29,9 @@ def _validated(choice: str, source: str) -> str:
     return choice
 
 
-_choice = _validated(os.environ.get("NVAE_FAST_BACKEND", "auto") or "auto", "environment variable NVAE_FAST_BACKEND")
+_choice = _validated(
+    os.environ.get("NVAE_FAST_BACKEND", "auto") or "auto", "environment variable NVAE_FAST_BACKEND"
+)
 
 
 def forced_reference() -> bool:

@@ -42,12 +42,18 @@ def merged_statistics(
     if local_count:
         local_var, local_mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     else:
-        local_mean = local_var = wide.sum((0, 2, 3))  # zeros that stay in the graph: every rank must take part
+        local_mean = local_var = wide.sum(
+            (0, 2, 3)
+        )  # zeros that stay in the graph: every rank must take part
     count = local_mean.new_full((1,), local_count)
     packed = torch.cat([local_mean, local_var, count])
     gathered = torch.stack(tuple(all_gather(packed, group=group if group is not None else dist.group.WORLD)))
     channels = x.shape[1]
-    means, variances, counts = gathered[:, :channels], gathered[:, channels : 2 * channels], gathered[:, -1:].detach()
+    means, variances, counts = (
+        gathered[:, :channels],
+        gathered[:, channels : 2 * channels],
+        gathered[:, -1:].detach(),
+    )
     total = counts.sum()
     share = counts / total
     mean = (share * means).sum(0)

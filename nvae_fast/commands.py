@@ -16,6 +16,7 @@ import torch
 
 import nvae_fast as nf
 from nvae_fast import cli_options
+from nvae_fast._files import atomic_file
 from nvae_fast.data import open_dataset, save_grid
 from nvae_fast.training import checkpoint, distributed, pictures, run_folder, seeds
 from nvae_fast.training.config import TrainingConfig
@@ -155,7 +156,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
         if arguments.json == "-":
             sys.stdout.write(text)
         else:
-            with checkpoint.atomic_file(arguments.json) as handle:
+            with atomic_file(arguments.json) as handle:
                 handle.write(text.encode())
             say(f"wrote {arguments.json}")
     else:
@@ -203,7 +204,7 @@ def sample(arguments: argparse.Namespace) -> int:
     say(f"wrote {arguments.out}")
     if arguments.npy is not None:
         pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        with checkpoint.atomic_file(arguments.npy) as handle:
+        with atomic_file(arguments.npy) as handle:
             np.save(handle, pixels)
         say(f"wrote {arguments.npy}")
     return 0
@@ -352,7 +353,7 @@ def _write_config(folder: Path, model_config: Any, config: TrainingConfig, data:
         "model": model_config.to_dict(),
         "training": config.to_dict(),
     }
-    with checkpoint.atomic_file(folder / "config.json") as handle:
+    with atomic_file(folder / "config.json") as handle:
         handle.write((json.dumps(document, indent=2) + "\n").encode())
 
 

@@ -5,6 +5,7 @@ The cells follow NVAE (arXiv 2007.03898), section 3.1 and appendix A; ``stride``
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,11 +62,14 @@ class WeightNormConv2d(nn.Module):
         data_init: bool = False,
     ) -> None:
         super().__init__()
-        plain = nn.Conv2d(in_channels, out_channels, kernel_size, groups=groups, bias=bias)  # PyTorch's default initialisation
+        plain = nn.Conv2d(
+            in_channels, out_channels, kernel_size, groups=groups, bias=bias
+        )  # PyTorch's default initialisation
         self.weight = plain.weight
-        self.register_parameter("bias", plain.bias)
+        self.bias: nn.Parameter | None = plain.bias  # type: ignore[assignment]
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = kernel_size // 2 * dilation
+        self.mask: torch.Tensor | None
         self.register_buffer("mask", None if mask is None else mask.to(plain.weight.dtype), persistent=False)
         masked = plain.weight if mask is None else plain.weight * mask
         norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
@@ -94,7 +98,8 @@ class WeightNormConv2d(nn.Module):
         share = mean.new_full((1,), float(has_spread))
         mean, std, share = _distributed.average((mean, std, share), self.process_group)
         mean, spread = mean / share, 5.0 * std / share + 1e-5
-        self.bias.copy_(-mean / spread)
+        if self.bias is not None:
+            self.bias.copy_(-mean / spread)
         self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
         self.awaits_data = False
 
@@ -114,9 +119,17 @@ class WeightNormConv2d(nn.Module):
 class PlainConv2d(nn.Conv2d):
     """Convolution without weight norm and bias, "same" padding: those inside the inverted residual."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
+    ) -> None:
         super().__init__(
-            in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, groups=groups, bias=False
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
         )
 
     def normalized_weight(self) -> torch.Tensor:
@@ -133,6 +146,9 @@ class BatchNormSwish(nn.Module):
         self.activation, self.eps, self.momentum = activation, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.running_mean: torch.Tensor
+        self.running_var: torch.Tensor
+        self.num_batches_tracked: torch.Tensor
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
         self.register_buffer("num_batches_tracked", torch.tensor(0))
@@ -141,15 +157,25 @@ class BatchNormSwish(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training:
             return batch_norm_swish(
-                x, self.weight, self.bias, self.running_mean, self.running_var, eps=self.eps, activation=self.activation
+                x,
+                self.weight,
+                self.bias,
+                self.running_mean,
+                self.running_var,
+                eps=self.eps,
+                activation=self.activation,
             ).y
         count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
         merged = _distributed.merged_statistics(x, self.process_group)
         if merged is None:
-            y, mean, var = batch_norm_swish(x, self.weight, self.bias, eps=self.eps, activation=self.activation)
+            y, mean, var = batch_norm_swish(
+                x, self.weight, self.bias, eps=self.eps, activation=self.activation
+            )
         else:
             mean, var, count = merged
-            y = batch_norm_swish(x, self.weight, self.bias, mean, var, eps=self.eps, activation=self.activation).y
+            y = batch_norm_swish(
+                x, self.weight, self.bias, mean, var, eps=self.eps, activation=self.activation
+            ).y
         self._update(mean, var, count)
         return y
 
@@ -175,7 +201,9 @@ class SqueezeExcite(nn.Module):
         self.reduce = nn.Linear(channels, hidden)
         self.expand = nn.Linear(hidden, channels)
 
-    def forward(self, x: torch.Tensor, skip: torch.Tensor | None = None, residual_scale: float = 1.0) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, skip: torch.Tensor | None = None, residual_scale: float = 1.0
+    ) -> torch.Tensor:
         return squeeze_excite(
             x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias,
             skip=skip, residual_scale=residual_scale,
@@ -225,7 +253,9 @@ class InvertedResidual(nn.Module):
         _check_stride("InvertedResidual", stride)
         hidden = in_channels * expansion
         if groups and hidden % groups:
-            raise ValueError(f"InvertedResidual: groups={groups} must divide in_channels * expansion = {hidden}")
+            raise ValueError(
+                f"InvertedResidual: groups={groups} must divide in_channels * expansion = {hidden}"
+            )
         self.upsample = stride == -1
         self.norm = BatchNormSwish(in_channels, None)
         self.expand = PlainConv2d(in_channels, hidden, 1)
@@ -283,12 +313,20 @@ class ResidualCell(nn.Module):
     """``skip(x) + 0.1 * s`` with ``s = [squeeze-excite](ops(x))``."""
 
     def __init__(
-        self, in_channels: int, out_channels: int, stride: int, ops: Sequence[nn.Module], *, squeeze_excite: bool
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: int,
+        ops: Sequence[nn.Module],
+        *,
+        squeeze_excite: bool,
     ) -> None:
         super().__init__()
         _check_stride("ResidualCell", stride)
         if stride == 1 and in_channels != out_channels:
-            raise ValueError(f"ResidualCell: stride 1 keeps the width, got {in_channels} -> {out_channels} channels")
+            raise ValueError(
+                f"ResidualCell: stride 1 keeps the width, got {in_channels} -> {out_channels} channels"
+            )
         self.ops = nn.ModuleList(ops)
         self.se = SqueezeExcite(out_channels) if squeeze_excite else None
         if stride == 1:
@@ -326,7 +364,9 @@ class InvertedResidualCell(ResidualCell):
         groups: int = 0,
         squeeze_excite: bool = False,
     ) -> None:
-        op = InvertedResidual(C_in, C_out, stride, expansion=expansion, kernel_size=kernel_size, groups=groups)
+        op = InvertedResidual(
+            C_in, C_out, stride, expansion=expansion, kernel_size=kernel_size, groups=groups
+        )
         super().__init__(C_in, C_out, stride, [op], squeeze_excite=squeeze_excite)
 
 
@@ -352,7 +392,9 @@ class DecoderCombiner(nn.Module):
         return self.conv(torch.cat([s, z.to(s.dtype)], dim=1))
 
 
-def causal_mask(out_channels: int, in_channels: int, kernel_size: int, *, strict: bool, mirrored: bool) -> torch.Tensor:
+def causal_mask(
+    out_channels: int, in_channels: int, kernel_size: int, *, strict: bool, mirrored: bool
+) -> torch.Tensor:
     """Mask of a causal convolution in raster order, (C_out, C_in, K, K); ``in_channels=1`` with many outputs is depthwise.
 
     Rows above and pixels to the left are visible; at the centre, output channel block i sees input blocks < i (strict)
@@ -392,7 +434,7 @@ class AutoregressiveTransform(nn.Module):
         self.depthwise = WeightNormConv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=spatial)
         self.project = WeightNormConv2d(hidden, z, 1, mask=last)
         with torch.no_grad():
-            self.project.log_weight_norm -= torch.log(torch.tensor(10.0))
+            self.project.log_weight_norm.sub_(math.log(10.0))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = F.elu(self.expand(z))

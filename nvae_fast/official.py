@@ -141,7 +141,9 @@ def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
     """
     keys = _keys(model)
     if not isinstance(official, Mapping):
-        raise TypeError(f"load_official_state_dict: state_dict must be a mapping, got {type(official).__name__}")
+        raise TypeError(
+            f"load_official_state_dict: state_dict must be a mapping, got {type(official).__name__}"
+        )
     if official and all(key.startswith("module.") for key in official):
         official = {key.removeprefix("module."): value for key, value in official.items()}
     not_tensors = [key for key, value in official.items() if not isinstance(value, torch.Tensor)]
@@ -157,7 +159,11 @@ def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
     ]
     problems = [
         f"{what}: {_some(found)}"
-        for what, found in (("missing keys", missing), ("surplus keys", surplus), ("shapes that differ", wrong))
+        for what, found in (
+            ("missing keys", missing),
+            ("surplus keys", surplus),
+            ("shapes that differ", wrong),
+        )
         if found
     ]
     if problems:
@@ -206,7 +212,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     needed = ("state_dict", "args")
     if not isinstance(document, dict) or any(key not in document for key in needed):
         found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
-        raise ValueError(f"load_official: {file} must hold a dict with the keys {list(needed)}, found {found}")
+        raise ValueError(
+            f"load_official: {file} must hold a dict with the keys {list(needed)}, found {found}"
+        )
     return document
 
 

@@ -108,7 +108,9 @@ def test_missing_surplus_and_misshapen_keys_are_named(small: nf.NVAEConfig) -> N
     del state["stem.weight"]
     state["stem.wieght"] = torch.zeros(1)
     state["enc0.1.bias"] = torch.zeros(3)
-    with pytest.raises(ValueError, match=r"missing keys: stem\.weight; surplus keys: stem\.wieght; .*enc0\.1\.bias.*\(3,\)"):
+    with pytest.raises(
+        ValueError, match=r"missing keys: stem\.weight; surplus keys: stem\.wieght; .*enc0\.1\.bias.*\(3,\)"
+    ):
         model.load_official_state_dict(state)
     assert_same_state(model.official_state_dict(), before)  # nothing was written
     with pytest.raises(TypeError, match=r"not tensors: stem\.weight"):
@@ -131,9 +133,13 @@ def test_old_arguments_get_their_defaults(small: nf.NVAEConfig, tmp_path: Path) 
     args = {k: v for k, v in config.to_dict().items() if v is not None}
     for key in ("ada_groups", "min_groups_per_scale", "num_mixture_dec"):
         del args[key]
-    back = nf.load_official(write(tmp_path / "old.pt", model, args=argparse.Namespace(**args, distributed=True)))
+    back = nf.load_official(
+        write(tmp_path / "old.pt", model, args=argparse.Namespace(**args, distributed=True))
+    )
     assert back.config == config
-    assert nf.NVAEConfig.from_official(args) == nf.NVAEConfig.from_official(argparse.Namespace(**args)) == config
+    assert (
+        nf.NVAEConfig.from_official(args) == nf.NVAEConfig.from_official(argparse.Namespace(**args)) == config
+    )
     with pytest.raises(TypeError, match="Mapping or a Namespace"):
         nf.NVAEConfig.from_official([1])
 
@@ -166,7 +172,9 @@ class Hostile:
 
 @pytest.mark.parametrize("place", ["args", "optimizer", "state_dict"])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_a_hostile_pickle_runs_nothing(small: nf.NVAEConfig, tmp_path: Path, place: str, legacy: bool) -> None:
+def test_a_hostile_pickle_runs_nothing(
+    small: nf.NVAEConfig, tmp_path: Path, place: str, legacy: bool
+) -> None:
     marker = tmp_path / "owned"
     document = {"state_dict": {}, "args": argparse.Namespace(), "optimizer": {}, place: Hostile(marker)}
     torch.save(document, tmp_path / "evil.pt", _use_new_zipfile_serialization=not legacy)
@@ -181,7 +189,12 @@ def test_a_hostile_pickle_runs_nothing(small: nf.NVAEConfig, tmp_path: Path, pla
 
 def test_damaged_and_foreign_files_are_named(small: nf.NVAEConfig, tmp_path: Path) -> None:
     good = write(tmp_path / "good.pt", nf.NVAE(small)).read_bytes()
-    cases = {"truncated.pt": good[: len(good) // 2], "empty.pt": b"", "text.pt": b"hello", "flipped.pt": good[:9000][::-1]}
+    cases = {
+        "truncated.pt": good[: len(good) // 2],
+        "empty.pt": b"",
+        "text.pt": b"hello",
+        "flipped.pt": good[:9000][::-1],
+    }
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ValueError, match=name):
@@ -189,13 +202,17 @@ def test_damaged_and_foreign_files_are_named(small: nf.NVAEConfig, tmp_path: Pat
     with pytest.raises(FileNotFoundError, match=r"absent\.pt"):
         nf.load_official(tmp_path / "absent.pt")
     torch.save({"model": 1}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign\.pt must hold a dict with the keys .*'args'.*found \['model'\]"):
+    with pytest.raises(
+        ValueError, match=r"foreign\.pt must hold a dict with the keys .*'args'.*found \['model'\]"
+    ):
         nf.load_official(tmp_path / "foreign.pt")
     with pytest.raises(ValueError, match=r"mismatch\.pt: .*missing keys"):
         nf.load_official(write(tmp_path / "mismatch.pt", nf.NVAE(small), state_dict={}))
 
 
-def test_a_failed_save_leaves_the_old_file(small: nf.NVAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(
+    small: nf.NVAEConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "kept.pt"
     path.write_bytes(b"precious")
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 import nvae_fast as nf
+from nvae_fast._files import atomic_file
 from nvae_fast.data import open_dataset
 from nvae_fast.training import (
     CheckpointError,
@@ -348,7 +349,7 @@ def test_missing_foreign_and_newer_checkpoints(tmp_path):
     torch.save({"a": 1}, tmp_path / "other.pt")
     with pytest.raises(CheckpointError, match="not a checkpoint of nvae_fast"):
         checkpoint.load(tmp_path / "other.pt")
-    with checkpoint.atomic_file(tmp_path / "new.pt") as handle:
+    with atomic_file(tmp_path / "new.pt") as handle:
         torch.save({**document(), "format": checkpoint.FORMAT, "version": 99}, handle)
     with pytest.raises(CheckpointError, match=r"format version 99.*newer nvae_fast"):
         checkpoint.load(tmp_path / "new.pt")

@@ -40,14 +40,15 @@ struct Raw {
   }
 };
 
-// One stretch of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is element
-// `at + i * map_step` + j of a dense map, and stands at `eps + i * V::size` (rows: eps + i) in the noise.
+// One stretch of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is
+// element `at + i * map_step` + j of a dense map, and stands at `eps + i * V::size` (rows: eps + i) in the
+// noise.
 template <class S>
 struct Stretch {
   int64_t task, b, c, p;  // first element
   int64_t row;            // b * channels + c
   int64_t count;          // pixels
-  int64_t map, packed;    // its place in a dense map (B, Z, pixels), in dense packed parameters (B, 2Z, pixels)
+  int64_t map, packed;  // its place in a dense map (B, Z, pixels), in dense packed parameters (B, 2Z, pixels)
   const S* eps;
 };
 
@@ -59,7 +60,8 @@ static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64
   const NoiseSource source(noise ? *noise : Noise{});
   const auto stretch = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at) {
     const int64_t b = row / m.channels, c = row % m.channels;
-    run(Stretch<S>{task, b, c, p, row, count, row * m.pixels + p, (b * 2 * m.channels + c) * m.pixels + p, at});
+    run(Stretch<S>{task, b, c, p, row, count, row * m.pixels + p, (b * 2 * m.channels + c) * m.pixels + p,
+                   at});
   };
   const int64_t spans = m.spans();
   if (spans > 1) {
@@ -92,8 +94,8 @@ static void for_channels(const MapShape& m, const Noise* noise, int64_t begin, i
     for (int64_t c = 0; c < m.channels; c += V::size) {
       const int n = m.channels - c < V::size ? static_cast<int>(m.channels - c) : V::size;
       if (noise) source.fill_channels(b, c, n, m.channels, m.pixels, p, count, eps);
-      run(Stretch<S>{task, b, c, p, b * m.channels + c, count, pixel * m.channels + c, pixel * 2 * m.channels + c,
-                     eps},
+      run(Stretch<S>{task, b, c, p, b * m.channels + c, count, pixel * m.channels + c,
+                     pixel * 2 * m.channels + c, eps},
           n);
     }
   }
@@ -118,8 +120,8 @@ NVAE_INLINE void leave_row(V sums, double constant, double* partial, int64_t tas
   partial[task * kinds + kind] = sum(sums) - constant;
 }
 template <class V>
-NVAE_INLINE void leave_channels(V sums, double constant, double* partial, const MapShape& m, int64_t task, int64_t c,
-                                int n, int kinds, int kind) {
+NVAE_INLINE void leave_channels(V sums, double constant, double* partial, const MapShape& m, int64_t task,
+                                int64_t c, int n, int kinds, int kind) {
   typename V::Scalar lanes[V::size];
   sums.store(lanes);
   double* out = partial + (task * kinds + kind) * m.channels + c;

@@ -7,8 +7,9 @@
 
 namespace nvae {
 
-static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& params, std::optional<double> clamp,
-                                  double sigma_floor, std::vector<Tensor>& hold) {
+static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& params,
+                                  std::optional<double> clamp, double sigma_floor,
+                                  std::vector<Tensor>& hold) {
   const char* op = "normal_log_prob";
   STD_TORCH_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W)");
   NormalLogProbArgs a;
@@ -24,8 +25,8 @@ static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& 
   return a;
 }
 
-static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params, std::optional<double> clamp,
-                              double sigma_floor) {
+static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params,
+                              std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> hold;
   NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
   PartialSums sums(a, 1);

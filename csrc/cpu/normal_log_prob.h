@@ -11,8 +11,8 @@ struct NormalLogProbArgs : MapShape {
   Dtype dtype;  // of z and params
   Packed z;     // mu's place is z's; there is no log sigma
   Packed params;
-  double* partial = nullptr;             // forward
-  const double* grad = nullptr;          // backward: (B, Z)
+  double* partial = nullptr;                       // forward
+  const double* grad = nullptr;                    // backward: (B, Z)
   void *grad_z = nullptr, *grad_params = nullptr;  // each may be null
 };
 

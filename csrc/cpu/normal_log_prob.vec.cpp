@@ -1,4 +1,5 @@
-// normal_log_prob, compiled once per capability: -((z - mu) / sigma)^2 / 2 - log(2 pi) / 2 - log sigma, summed over pixels.
+// normal_log_prob, compiled once per capability: -((z - mu) / sigma)^2 / 2 - log(2 pi) / 2 - log sigma,
+// summed over pixels.
 #include "normal_log_prob.h"
 
 #include "map_loops.h"
@@ -23,14 +24,15 @@ struct Density {
     const V w = (load<V>(z.mu + i * z.step, n) - mu) / sigma;
     return fnma(w * V(S(0.5)), w, -log(sigma));
   }
-  NVAE_INLINE void gradients(const Raw<T>& z, const Raw<T>& raw, int64_t i, V grad, int64_t map, int64_t packed,
-                             int64_t log_sigma, int n) const {
+  NVAE_INLINE void gradients(const Raw<T>& z, const Raw<T>& raw, int64_t i, V grad, int64_t map,
+                             int64_t packed, int64_t log_sigma, int n) const {
     V mu(S(0)), sigma(S(1) + squash.floor), slope_mu(S(0)), slope_sigma(S(0));
     if (raw.mu) {
       mu = squash.mu(load<V>(raw.mu + i * raw.step, n), slope_mu);
       sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n), slope_sigma);
     }
-    const V inverse = V(S(1)) / sigma, w = (load<V>(z.mu + i * z.step, n) - mu) * inverse, scaled = grad * inverse;
+    const V inverse = V(S(1)) / sigma, w = (load<V>(z.mu + i * z.step, n) - mu) * inverse,
+            scaled = grad * inverse;
     if (a.grad_z) store(-(scaled * w), static_cast<T*>(a.grad_z) + map, n);
     if (T* out = static_cast<T*>(a.grad_params)) {
       store(scaled * w * slope_mu, out + packed, n);
@@ -61,7 +63,8 @@ static void forward(const NormalLogProbArgs& a, int64_t begin, int64_t end) {
     V sums(S(0));
     int64_t i = 0;
     for (; i + V::size <= s.count; i += V::size) sums = sums + density.log_prob(z, raw, i, V::size);
-    if (const int n = static_cast<int>(s.count - i)) sums = sums + keep(density.log_prob(z, raw, i, n), n, S(0));
+    if (const int n = static_cast<int>(s.count - i))
+      sums = sums + keep(density.log_prob(z, raw, i, n), n, S(0));
     leave_row(sums, kLogSqrt2Pi * static_cast<double>(s.count), a.partial, s.task, 1, 0);
   });
 }
@@ -75,7 +78,8 @@ static void backward(const NormalLogProbArgs& a, int64_t begin, int64_t end) {
       const Raw<T> z(a.z, 0, s.b, s.c, s.p), raw(a.params, a.channels, s.b, s.c, s.p);
       const V grad = channel_gradients<V>(a.grad, s.row, n);
       for (int64_t i = 0; i < s.count; ++i)
-        density.gradients(z, raw, i, grad, s.map + i * a.channels, s.packed + i * 2 * a.channels, a.channels, n);
+        density.gradients(z, raw, i, grad, s.map + i * a.channels, s.packed + i * 2 * a.channels, a.channels,
+                          n);
     });
   for_rows<V>(a, nullptr, begin, end, [&](const Stretch<S>& s) {
     const Raw<T> z(a.z, 0, s.b, s.c, s.p), raw(a.params, a.channels, s.b, s.c, s.p);

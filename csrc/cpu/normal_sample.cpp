@@ -8,8 +8,8 @@
 namespace nvae {
 
 static NormalSampleArgs describe(const Tensor& params, const std::optional<Tensor>& noise,
-                                 const std::optional<Tensor>& seed, double temperature, std::optional<double> clamp,
-                                 double sigma_floor, std::vector<Tensor>& hold) {
+                                 const std::optional<Tensor>& seed, double temperature,
+                                 std::optional<double> clamp, double sigma_floor, std::vector<Tensor>& hold) {
   const char* op = "normal_sample";
   check_packed(op, "params", params);
   NormalSampleArgs a;
@@ -23,8 +23,8 @@ static NormalSampleArgs describe(const Tensor& params, const std::optional<Tenso
 }
 
 static Tensor normal_sample(const Tensor& params, const std::optional<Tensor>& noise,
-                            const std::optional<Tensor>& seed, double temperature, std::optional<double> clamp,
-                            double sigma_floor) {
+                            const std::optional<Tensor>& seed, double temperature,
+                            std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> hold;
   NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, hold);
   const Tensor z = empty_map(params, a.channels, params.scalar_type(), a.channels_last);
@@ -35,9 +35,10 @@ static Tensor normal_sample(const Tensor& params, const std::optional<Tensor>& n
 
 static std::tuple<Tensor, Tensor> normal_sample_backward(const Tensor& grad_z, const Tensor& params,
                                                          const std::optional<Tensor>& noise,
-                                                         const std::optional<Tensor>& seed, double temperature,
-                                                         std::optional<double> clamp, double sigma_floor,
-                                                         bool need_params, bool need_noise) {
+                                                         const std::optional<Tensor>& seed,
+                                                         double temperature, std::optional<double> clamp,
+                                                         double sigma_floor, bool need_params,
+                                                         bool need_noise) {
   std::vector<Tensor> hold;
   NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, hold);
   const ScalarType type = params.scalar_type();

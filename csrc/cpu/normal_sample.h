@@ -12,8 +12,8 @@ struct NormalSampleArgs : MapShape {
   Dtype dtype;  // of params, z and grad_z
   Packed params;
   Noise noise;
-  void* z = nullptr;                                    // forward: dense
-  const void* grad_z = nullptr;                         // backward: dense like z
+  void* z = nullptr;                                   // forward: dense
+  const void* grad_z = nullptr;                        // backward: dense like z
   void *grad_params = nullptr, *grad_noise = nullptr;  // each may be null
 };
 

@@ -6,7 +6,8 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// n lanes at element i of a stretch. map and packed: of the first lane, in dense maps and dense packed parameters.
+// n lanes at element i of a stretch. map and packed: of the first lane, in dense maps and dense packed
+// parameters.
 template <class V, class T>
 struct Sampler {
   using S = typename V::Scalar;
@@ -21,8 +22,8 @@ struct Sampler {
     const V sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n));
     store(fma(V(temperature) * sigma, eps, mu), static_cast<T*>(a.z) + map, n);
   }
-  NVAE_INLINE void backward(const Raw<T>& raw, int64_t i, V eps, int64_t map, int64_t packed, int64_t log_sigma,
-                            int n) const {
+  NVAE_INLINE void backward(const Raw<T>& raw, int64_t i, V eps, int64_t map, int64_t packed,
+                            int64_t log_sigma, int n) const {
     V slope_mu, slope_sigma;
     squash.mu(load<V>(raw.mu + i * raw.step, n), slope_mu);
     const V sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n), slope_sigma);
@@ -43,8 +44,8 @@ static void walk(const NormalSampleArgs& a, int64_t begin, int64_t end, F step) 
     for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<S>& s, int n) {
       const Raw<T> raw(a.params, a.channels, s.b, s.c, s.p);
       for (int64_t i = 0; i < s.count; ++i)
-        step(raw, i, V::load(s.eps + i * V::size), s.map + i * a.channels, s.packed + i * 2 * a.channels, a.channels,
-             n);
+        step(raw, i, V::load(s.eps + i * V::size), s.map + i * a.channels, s.packed + i * 2 * a.channels,
+             a.channels, n);
     });
     return;
   }
@@ -82,8 +83,12 @@ static void run_as(const NormalSampleArgs& a, int64_t begin, int64_t end, bool b
   }
 }
 
-void normal_sample_forward(const NormalSampleArgs& a, int64_t begin, int64_t end) { run_as(a, begin, end, false); }
-void normal_sample_backward(const NormalSampleArgs& a, int64_t begin, int64_t end) { run_as(a, begin, end, true); }
+void normal_sample_forward(const NormalSampleArgs& a, int64_t begin, int64_t end) {
+  run_as(a, begin, end, false);
+}
+void normal_sample_backward(const NormalSampleArgs& a, int64_t begin, int64_t end) {
+  run_as(a, begin, end, true);
+}
 
 }  // namespace NVAE_ISA
 }  // namespace nvae

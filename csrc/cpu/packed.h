@@ -20,8 +20,8 @@ inline void check_map(const char* op, const char* name, const Tensor& t, const T
                   op, ": ", name, " must have shape (B, Z, H, W) of the packed parameters");
 }
 
-// The rule by which outputs take their memory format (nvae_fast/ops/_squash.py has the same): channels_last when the
-// channels are adjacent and there is more than one pixel.
+// The rule by which outputs take their memory format (nvae_fast/ops/_squash.py has the same): channels_last
+// when the channels are adjacent and there is more than one pixel.
 inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(2) * t.size(3) > 1; }
 
 inline Tensor empty_map(const Tensor& like, int64_t channels, ScalarType type, bool channels_last) {
@@ -36,13 +36,13 @@ inline Tensor as_dtype_of(const Tensor& like, const Tensor& t) {
 
 // t as a dense tensor of the layout asked for; a copy only when it is laid out otherwise.
 inline const Tensor& dense(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
-  hold.push_back(torch::stable::contiguous(
-      t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+  hold.push_back(
+      torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
   return hold.back();
 }
 
-// Packed parameters as they are where the kernel can walk them (pixels in one stride, and unit stride over pixels or, with
-// channels_last, over channels), else a dense copy.
+// Packed parameters as they are where the kernel can walk them (pixels in one stride, and unit stride over
+// pixels or, with channels_last, over channels), else a dense copy.
 inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
   const int64_t h = t.size(2), w = t.size(3);
   int64_t pixel = w > 1 ? t.stride(3) : t.stride(2);
@@ -78,7 +78,8 @@ inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<
 }
 
 // An upstream gradient in the layout and dtype of its map.
-inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last, std::vector<Tensor>& hold) {
+inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last,
+                                std::vector<Tensor>& hold) {
   return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, hold)
       .const_data_ptr();
 }
@@ -89,7 +90,8 @@ inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vecto
   return hold.back().const_data_ptr<double>();
 }
 
-inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type, bool channels_last) {
+inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type,
+                           bool channels_last) {
   return need ? empty_map(like, channels, type, channels_last)
               : torch::stable::empty({0}, type, std::nullopt, like.device());
 }
@@ -101,8 +103,8 @@ void for_tasks(const MapShape& m, F kernel) {
   torch::stable::parallel_for(0, m.tasks(), 4096 / (elements ? elements : 1) + 1, kernel);
 }
 
-// The second stage of sums: partial[(task * kinds + kind) * lanes + channel] -> one (B, Z) tensor a kind. Spans are added
-// in order, whatever thread made them: two runs agree bit for bit.
+// The second stage of sums: partial[(task * kinds + kind) * lanes + channel] -> one (B, Z) tensor a kind.
+// Spans are added in order, whatever thread made them: two runs agree bit for bit.
 class PartialSums {
  public:
   PartialSums(const MapShape& m, int kinds)

@@ -1,5 +1,5 @@
-// nvae_fast::residual_normal and its backward on the CPU: layouts, threads and the second stage of the sums; the
-// arithmetic is in residual_normal.vec.cpp.
+// nvae_fast::residual_normal and its backward on the CPU: layouts, threads and the second stage of the sums;
+// the arithmetic is in residual_normal.vec.cpp.
 #include "residual_normal.h"
 
 #include <tuple>
@@ -44,10 +44,11 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_normal(
 }
 
 static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
-    const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_kl, const std::optional<Tensor>& grad_log_q,
-    const std::optional<Tensor>& grad_log_p, const Tensor& posterior, const std::optional<Tensor>& prior,
-    const std::optional<Tensor>& noise, const std::optional<Tensor>& seed, bool residual, std::optional<double> clamp,
-    double sigma_floor, bool need_posterior, bool need_prior, bool need_noise) {
+    const std::optional<Tensor>& grad_z, const std::optional<Tensor>& grad_kl,
+    const std::optional<Tensor>& grad_log_q, const std::optional<Tensor>& grad_log_p, const Tensor& posterior,
+    const std::optional<Tensor>& prior, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
+    bool residual, std::optional<double> clamp, double sigma_floor, bool need_posterior, bool need_prior,
+    bool need_noise) {
   std::vector<Tensor> hold;
   ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, hold);
   const ScalarType type = posterior.scalar_type();
@@ -60,7 +61,8 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
   a.grad_log_p = sums_gradient(grad_log_p, hold);
   need_prior = need_prior && prior;
   need_noise = need_noise && noise;
-  const Tensor grad_posterior = empty_unless(need_posterior, posterior, 2 * a.channels, type, a.channels_last);
+  const Tensor grad_posterior =
+      empty_unless(need_posterior, posterior, 2 * a.channels, type, a.channels_last);
   const Tensor grad_prior = empty_unless(need_prior, posterior, 2 * a.channels, type, a.channels_last);
   const Tensor grad_noise =
       empty_unless(need_noise, posterior, a.channels, noise ? noise->scalar_type() : type, a.channels_last);

@@ -1,6 +1,7 @@
 // residual_normal, compiled once per capability. The formulas are the docstring of
-// nvae_fast/ops/residual_normal.py; the forward pass reads the packed parameters once, draws the noise in cache and
-// writes z; the backward pass reads the same inputs, draws the same noise and writes both gradients.
+// nvae_fast/ops/residual_normal.py; the forward pass reads the packed parameters once, draws the noise in
+// cache and writes z; the backward pass reads the same inputs, draws the same noise and writes both
+// gradients.
 #include "residual_normal.h"
 
 #include "map_loops.h"
@@ -13,8 +14,8 @@ struct Model {
   using S = typename V::Scalar;
   Squasher<V> squash;
   bool has_prior, residual;
-  // Elements whose sigmas may be multiplied before a logarithm is taken, see Sums. With the clamp at 5 a ratio of sigmas
-  // lies within exp(+-10), and eight of them stay clear of overflow.
+  // Elements whose sigmas may be multiplied before a logarithm is taken, see Sums. With the clamp at 5 a
+  // ratio of sigmas lies within exp(+-10), and eight of them stay clear of overflow.
   int per_log;
   S fixed_inverse_p, fixed_sigma_p;
 
@@ -57,8 +58,8 @@ struct Model {
   struct Gradients {
     V mu_q, ls_q, mu_p, ls_p, eps;
   };
-  NVAE_INLINE Gradients backward(V raw_mu_q, V raw_ls_q, V raw_mu_p, V raw_ls_p, V eps, V g_z, V g_kl, V g_log_q,
-                                 V g_log_p) const {
+  NVAE_INLINE Gradients backward(V raw_mu_q, V raw_ls_q, V raw_mu_p, V raw_ls_p, V eps, V g_z, V g_kl,
+                                 V g_log_q, V g_log_p) const {
     V mu_p(S(0)), inverse_p(fixed_inverse_p), slope_mu_p(S(0)), slope_ls_p(S(0));
     if (has_prior) {
       if (residual) {
@@ -77,12 +78,10 @@ struct Model {
     const V into_z = g_z - through_p, from_kl = g_kl * d * inverse_p;
     const V to_mu_q = into_z + from_kl;
     // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
-    const V to_sigma_q =
-        fma(into_z, eps, fnma(g_log_q, inverse_q, g_kl * fma(r, inverse_p, -inverse_q)));
+    const V to_sigma_q = fma(into_z, eps, fnma(g_log_q, inverse_q, g_kl * fma(r, inverse_p, -inverse_q)));
     const V to_mu_p = through_p - from_kl;
     // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
-    const V to_sigma_p =
-        inverse_p * fma(g_log_p, fma(w, w, V(S(-1))), g_kl * fnma(d, d, fnma(r, r, V(1))));
+    const V to_sigma_p = inverse_p * fma(g_log_p, fma(w, w, V(S(-1))), g_kl * fnma(d, d, fnma(r, r, V(1))));
     Gradients g;
     g.mu_q = to_mu_q * slope_mu_q;
     g.ls_q = to_sigma_q * slope_ls_q;
@@ -97,7 +96,8 @@ struct Model {
   }
 };
 
-// Lane-wise sums of kl, log_q and log_p. The sum of logarithms is the logarithm of the product: a few elements share one.
+// Lane-wise sums of kl, log_q and log_p. The sum of logarithms is the logarithm of the product: a few
+// elements share one.
 template <class V>
 class Sums {
  public:
@@ -153,14 +153,15 @@ struct Forward {
   Model<V> model;
   explicit Forward(const ResidualNormalArgs& args) : a(args), model(args) {}
 
-  NVAE_INLINE typename Model<V>::Terms at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, T* z, int n) const {
+  NVAE_INLINE typename Model<V>::Terms at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, T* z,
+                                          int n) const {
     V mu_p{}, log_sigma_p{};
     if (p.mu) {
       mu_p = load<V>(p.mu + i * p.step, n);
       log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
     }
-    const auto terms =
-        model.forward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n), mu_p, log_sigma_p, eps);
+    const auto terms = model.forward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n),
+                                     mu_p, log_sigma_p, eps);
     store(terms.z, z, n);
     return terms;
   }
@@ -214,7 +215,8 @@ struct Backward {
   struct Upstream {
     V kl, log_q, log_p;
   };
-  // map and packed: of the first lane, in dense maps and dense packed parameters; log_sigma: from mu to log sigma there.
+  // map and packed: of the first lane, in dense maps and dense packed parameters; log_sigma: from mu to log
+  // sigma there.
   NVAE_INLINE void at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, const Upstream& up, int64_t map,
                       int64_t packed, int64_t log_sigma, int n) const {
     V mu_p{}, log_sigma_p{}, grad_z(typename V::Scalar(0));
@@ -243,7 +245,8 @@ static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t en
   for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
     Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
     q.step = p.step = 1;
-    const typename Backward<V, T>::Upstream up{row_gradient<V>(a.grad_kl, s.row), row_gradient<V>(a.grad_log_q, s.row),
+    const typename Backward<V, T>::Upstream up{row_gradient<V>(a.grad_kl, s.row),
+                                               row_gradient<V>(a.grad_log_q, s.row),
                                                row_gradient<V>(a.grad_log_p, s.row)};
     const int64_t log_sigma = a.channels * a.pixels;
     int64_t i = 0;
@@ -263,8 +266,8 @@ static void backward_channels(const ResidualNormalArgs& a, int64_t begin, int64_
                                                channel_gradients<V>(a.grad_log_q, s.row, n),
                                                channel_gradients<V>(a.grad_log_p, s.row, n)};
     for (int64_t i = 0; i < s.count; ++i)
-      backward.at(q, p, i, V::load(s.eps + i * V::size), up, s.map + i * a.channels, s.packed + i * 2 * a.channels,
-                  a.channels, n);
+      backward.at(q, p, i, V::load(s.eps + i * V::size), up, s.map + i * a.channels,
+                  s.packed + i * 2 * a.channels, a.channels, n);
   });
 }
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import struct
-import tempfile
 import zlib
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from nvae_fast._files import atomic_file
 
 _GAP = 2  # pixels between images
 _GAP_VALUE = 128
@@ -84,24 +85,5 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
         raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
     if target.is_dir():
         raise IsADirectoryError(f"path: {str(target)!r} is a folder, expected the name of a PNG file")
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, _mode(target))
-        os.replace(temporary, target)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def _mode(target: Path) -> int:
-    """The permissions a plain open() would leave: the existing file's, else 0o666 less the umask."""
-    try:
-        return target.stat().st_mode & 0o777
-    except FileNotFoundError:
-        mask = os.umask(0)
-        os.umask(mask)
-        return 0o666 & ~mask
+    with atomic_file(target) as file:
+        file.write(data)

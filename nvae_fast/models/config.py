@@ -116,7 +116,9 @@ class NVAEConfig:
         elif hasattr(args, "__dict__"):
             values = vars(args)
         else:
-            raise TypeError(f"NVAEConfig.from_official: args must be a Mapping or a Namespace, got {type(args).__name__}")
+            raise TypeError(
+                f"NVAEConfig.from_official: args must be a Mapping or a Namespace, got {type(args).__name__}"
+            )
         names = {f.name for f in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in names})
 
@@ -213,7 +215,8 @@ class NVAEConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             kind = str(field.type).split(" ")[0]
-            expected: type | tuple[type, ...] = {"int": int, "bool": (bool, int), "str": str}[kind]
+            types: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool, int), "str": (str,)}
+            expected = types[kind]
             optional = "None" in str(field.type)
             wrong = not isinstance(value, expected) or (kind == "int" and isinstance(value, bool))
             if wrong and not (optional and value is None):
@@ -231,7 +234,9 @@ class NVAEConfig:
                 raise ValueError(f"NVAEConfig: {message}")
 
         custom = self.dataset == "custom"
-        known = f"one of {sorted(DATASETS)}, or 'custom' together with image_size, image_channels and likelihood"
+        known = (
+            f"one of {sorted(DATASETS)}, or 'custom' together with image_size, image_channels and likelihood"
+        )
         require(custom or self.dataset in DATASETS, f"dataset must be {known}, got {self.dataset!r}")
         if custom:
             given = {n: getattr(self, n) for n in ("image_size", "image_channels", "likelihood")}

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops.philox import as_seed
 from nvae_fast.ops._squash import soft_clamp, unpack
 from nvae_fast.ops.mixture_logistic import (
     mixture_logistic_log_prob,
@@ -18,6 +17,7 @@ from nvae_fast.ops.mixture_logistic import (
 )
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
+from nvae_fast.ops.philox import as_seed
 
 
 class Likelihood(Protocol):
@@ -45,7 +45,9 @@ class Bernoulli:
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         _checks.shape("Bernoulli.log_prob", "x", x, tuple(self.logits.shape), self.logits)
-        return -F.binary_cross_entropy_with_logits(self.logits, x.to(self.logits.dtype), reduction="none").sum(1)
+        return -F.binary_cross_entropy_with_logits(
+            self.logits, x.to(self.logits.dtype), reduction="none"
+        ).sum(1)
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         _checks.temperature("Bernoulli.sample", temperature, zero=False)
@@ -63,10 +65,14 @@ class MixtureLogistic:
         self.params, self.num_mixtures, self.num_bits = params, num_mixtures, num_bits
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
-        return mixture_logistic_log_prob(self.params, x, num_mixtures=self.num_mixtures, num_bits=self.num_bits)
+        return mixture_logistic_log_prob(
+            self.params, x, num_mixtures=self.num_mixtures, num_bits=self.num_bits
+        )
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
-        return mixture_logistic_sample(self.params, num_mixtures=self.num_mixtures, temperature=temperature, seed=seed)
+        return mixture_logistic_sample(
+            self.params, num_mixtures=self.num_mixtures, temperature=temperature, seed=seed
+        )
 
     def mean(self) -> torch.Tensor:
         return mixture_logistic_mean(self.params, num_mixtures=self.num_mixtures)
@@ -83,7 +89,9 @@ class Normal:
         b, channels, h, w = self.params.shape
         _checks.shape("Normal.log_prob", "x", x, (b, channels // 2, h, w), self.params)
         # The room sums over pixels; one "pixel" per batch entry keeps them apart: (B, 2C, H, W) -> (B H W, 2C, 1, 1).
-        value = (2.0 * x.to(self.params.dtype) - 1.0).permute(0, 2, 3, 1).reshape(b * h * w, channels // 2, 1, 1)
+        value = (
+            (2.0 * x.to(self.params.dtype) - 1.0).permute(0, 2, 3, 1).reshape(b * h * w, channels // 2, 1, 1)
+        )
         params = self.params.permute(0, 2, 3, 1).reshape(b * h * w, channels, 1, 1)
         return normal_log_prob(value, params).sum(1).view(b, h, w)
 

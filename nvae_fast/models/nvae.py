@@ -19,10 +19,9 @@ from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
-from nvae_fast.ops.philox import as_seed
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
-from nvae_fast.ops.philox import split_seed
+from nvae_fast.ops.philox import as_seed, split_seed
 from nvae_fast.ops.residual_normal import residual_normal
 
 
@@ -136,7 +135,9 @@ class NVAE(nn.Module):
         if not isinstance(x, torch.Tensor) or not x.is_floating_point():
             raise TypeError(f"NVAE: x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}")
+            raise ValueError(
+                f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
+            )
         draws = self._draws(noise, seed, x.shape[0], x.device)
         s, kept = self._bottom_up(x)
         top = F.elu(self.encoder_head(F.elu(s)))
@@ -152,7 +153,11 @@ class NVAE(nn.Module):
                 combiner, feature = kept.pop()
                 top = combiner(feature, s)
             sample = residual_normal(
-                self.posterior[index](top), prior, residual=c.res_dist, noise=draws[index][0], seed=draws[index][1]
+                self.posterior[index](top),
+                prior,
+                residual=c.res_dist,
+                noise=draws[index][0],
+                seed=draws[index][1],
             )
             z, group_kl, log_q, log_p = sample
             if c.num_nf:
@@ -197,7 +202,11 @@ class NVAE(nn.Module):
         return self._image(s)
 
     def _draws(
-        self, noise: Sequence[torch.Tensor | None] | None, seed: int | torch.Tensor | None, n: int, device: torch.device
+        self,
+        noise: Sequence[torch.Tensor | None] | None,
+        seed: int | torch.Tensor | None,
+        n: int,
+        device: torch.device,
     ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
         """(noise, seed) of every group, exactly one of them given."""
         groups = self.config.num_groups
@@ -232,7 +241,8 @@ class NVAE(nn.Module):
             stem = self.vanilla_stem
             yield 0, [], lambda s, z: stem(z)
             return
-        index, cells = 0, []
+        index = 0
+        cells: list[nn.Module] = []
         for part in self.decoder:
             if isinstance(part, DecoderCombiner):
                 yield index, cells, part

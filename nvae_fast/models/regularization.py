@@ -41,7 +41,9 @@ class SpectralEstimate(nn.Module):
         self.layers = shapes
         self.warm = False
         for (rows, columns), names in shapes.items():
-            self.register_buffer(f"u_{rows}x{columns}", F.normalize(torch.randn(len(names), rows), dim=1, eps=NORMALIZE_EPS))
+            self.register_buffer(
+                f"u_{rows}x{columns}", F.normalize(torch.randn(len(names), rows), dim=1, eps=NORMALIZE_EPS)
+            )
             self.register_buffer(
                 f"v_{rows}x{columns}", F.normalize(torch.randn(len(names), columns), dim=1, eps=NORMALIZE_EPS)
             )

@@ -18,7 +18,9 @@ def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = 
     if not isinstance(value, torch.Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
-        raise TypeError(f"{op}: {name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}")
+        raise TypeError(
+            f"{op}: {name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}"
+        )
     if value.layout != torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
 
@@ -30,7 +32,9 @@ def feature_map(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
 
 
-def shape(op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None) -> None:
+def shape(
+    op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
+) -> None:
     """``value`` is a floating tensor of ``expected`` shape, on the device of ``like``."""
     tensor(op, name, value)
     if tuple(value.shape) != tuple(expected):
@@ -64,7 +68,9 @@ def squashing(op: str, clamp: float | None, sigma_floor: float) -> None:
 def temperature(op: str, value: float, *, zero: bool) -> None:
     """``value`` is a finite number > 0 (>= 0 when ``zero`` is allowed)."""
     if not (isinstance(value, (int, float)) and 0 <= value < math.inf) or (value == 0 and not zero):
-        raise ValueError(f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {value!r}")
+        raise ValueError(
+            f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {value!r}"
+        )
 
 
 def seed(op: str, value: Any, device: torch.device) -> torch.Tensor:

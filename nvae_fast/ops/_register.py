@@ -111,7 +111,8 @@ def room(
             )
         saved = iter(ctx.saved_tensors)
         args = [
-            next(saved) if tensor else constant for tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
+            next(saved) if tensor else constant
+            for tensor, constant in zip(ctx.is_tensor, ctx.constants, strict=True)
         ]
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
@@ -149,5 +150,7 @@ def room(
         elif gpu is not None and key == "CUDA":
             _backend.record(name, device, None, _backend.triton_reason() or "")
         else:
-            _backend.record(name, device, None, _extension.reason() or "PyTorch's own kernels are used for this op")
+            _backend.record(
+                name, device, None, _extension.reason() or "PyTorch's own kernels are used for this op"
+            )
     return Room(name, check, reference)

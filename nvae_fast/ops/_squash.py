@@ -45,7 +45,10 @@ def empty_map(packed: torch.Tensor, channels: int, dtype: torch.dtype | None = N
     """An uninitialised (B, channels, H, W) on the device and in the memory format of ``packed``."""
     b, _, h, w = packed.shape
     return torch.empty(
-        (b, channels, h, w), dtype=dtype or packed.dtype, device=packed.device, memory_format=memory_format(packed)
+        (b, channels, h, w),
+        dtype=dtype or packed.dtype,
+        device=packed.device,
+        memory_format=memory_format(packed),
     )
 
 
@@ -54,6 +57,7 @@ def draw_like(packed: torch.Tensor, noise: torch.Tensor | None, seed: torch.Tens
     dtype = _checks.accumulate_dtype(packed.dtype)
     if noise is not None:
         return noise.to(dtype)
+    assert seed is not None  # the checks saw to it
     b, channels, h, w = packed.shape
     return philox_normal(
         (b, channels // 2, h, w), seed, dtype=dtype, device=packed.device, memory_format=memory_format(packed)
@@ -63,11 +67,15 @@ def draw_like(packed: torch.Tensor, noise: torch.Tensor | None, seed: torch.Tens
 def check_noise(op: str, packed: torch.Tensor, noise: torch.Tensor | None, seed: torch.Tensor | None) -> None:
     """Exactly one of noise (B, Z, H, W) and seed (0-d int64 on the device of ``packed``) is given."""
     if (noise is None) == (seed is None):
-        raise ValueError(f"{op}: give either noise or seed, not both; got {'neither' if noise is None else 'both'}")
+        raise ValueError(
+            f"{op}: give either noise or seed, not both; got {'neither' if noise is None else 'both'}"
+        )
     if noise is not None:
         b, channels, h, w = packed.shape
         _checks.shape(op, "noise", noise, (b, channels // 2, h, w), packed)
     elif seed is not None:
         if seed.dtype != torch.int64 or seed.dim() != 0:
-            raise ValueError(f"{op}: seed must be an int or a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}")
+            raise ValueError(
+                f"{op}: seed must be an int or a 0-d int64 tensor, got {seed.dtype} {tuple(seed.shape)}"
+            )
         _checks.device(op, "seed", seed, packed)

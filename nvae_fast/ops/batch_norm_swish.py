@@ -71,12 +71,16 @@ def _check(
     _checks.shape(op, "weight", weight, channels, x)
     _checks.shape(op, "bias", bias, channels, x)
     if (mean is None) != (var is None):
-        raise ValueError(f"{op}: mean and var must be given together, got only {'var' if mean is None else 'mean'}")
+        raise ValueError(
+            f"{op}: mean and var must be given together, got only {'var' if mean is None else 'mean'}"
+        )
     if mean is not None and var is not None:
         _checks.shape(op, "mean", mean, channels, x)
         _checks.shape(op, "var", var, channels, x)
     elif x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"{op}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}")
+        raise ValueError(
+            f"{op}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
+        )
     if not eps > 0:
         raise ValueError(f"{op}: eps must be > 0, got {eps!r}")
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
@@ -94,8 +98,14 @@ def _reference(
     wide = _checks.accumulate_dtype(x.dtype)
     if mean is None or var is None:
         if x.numel() == 0:
-            return activate(x * 1, activation), weight.new_zeros(weight.shape, dtype=wide), weight.new_ones(weight.shape, dtype=wide)
-        y, batch_mean, inv_std = torch.native_batch_norm(x, weight.to(wide), bias.to(wide), None, None, True, 0.0, eps)
+            return (
+                activate(x * 1, activation),
+                weight.new_zeros(weight.shape, dtype=wide),
+                weight.new_ones(weight.shape, dtype=wide),
+            )
+        y, batch_mean, inv_std = torch.native_batch_norm(
+            x, weight.to(wide), bias.to(wide), None, None, True, 0.0, eps
+        )
         batch_var = (inv_std.detach().pow(-2) - eps).clamp_min(0)
         return activate(y, activation), batch_mean.detach().to(wide), batch_var.to(wide)
     if mean.requires_grad or var.requires_grad:

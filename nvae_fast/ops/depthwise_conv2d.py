@@ -12,7 +12,7 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,35 @@ class ChannelStatistics(NamedTuple):
 
     mean: torch.Tensor
     m2: torch.Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count gives way
 
 
+@overload
+def depthwise_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    upsample: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str | None = None,
+    stats: Literal[False] = False,
+) -> torch.Tensor: ...
+@overload
+def depthwise_conv2d(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    stride: int = 1,
+    dilation: int = 1,
+    upsample: int = 1,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    activation: str | None = None,
+    stats: Literal[True],
+) -> tuple[torch.Tensor, ChannelStatistics]: ...
 def depthwise_conv2d(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -83,7 +109,9 @@ def _check(
         raise ValueError(f"{op}: weight must have an odd kernel width, got {k}")
     _checks.shape(op, "weight", weight, (channels, 1, k, k), x)
     if (scale is None) != (shift is None):
-        raise ValueError(f"{op}: scale and shift must be given together, got only {'shift' if scale is None else 'scale'}")
+        raise ValueError(
+            f"{op}: scale and shift must be given together, got only {'shift' if scale is None else 'scale'}"
+        )
     if scale is not None and shift is not None:
         _checks.shape(op, "scale", scale, (channels,), x)
         _checks.shape(op, "shift", shift, (channels,), x)
@@ -118,7 +146,12 @@ def _reference(
         h = F.interpolate(h, scale_factor=2, mode="nearest")
     k = weight.shape[-1]
     y = F.conv2d(
-        h, weight.to(h.dtype), stride=stride, padding=k // 2 * dilation, dilation=dilation, groups=weight.shape[0]
+        h,
+        weight.to(h.dtype),
+        stride=stride,
+        padding=k // 2 * dilation,
+        dilation=dilation,
+        groups=weight.shape[0],
     )
     if not stats:
         empty = y.new_empty(0, dtype=_checks.accumulate_dtype(y.dtype))

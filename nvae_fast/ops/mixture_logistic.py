@@ -74,7 +74,9 @@ def mixture_logistic_sample(
     """
     _check_params("mixture_logistic_sample", params, num_mixtures)
     params = params.detach()
-    return _sample(params, _checks.seed("mixture_logistic_sample", seed, params.device), num_mixtures, temperature)
+    return _sample(
+        params, _checks.seed("mixture_logistic_sample", seed, params.device), num_mixtures, temperature
+    )
 
 
 def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> torch.Tensor:
@@ -126,14 +128,14 @@ def _unpack(
     return wide[:, :num_mixtures], means, log_scales.clamp_min(MIN_LOG_SCALE), torch.tanh(coefficients)
 
 
-def _log_prob_reference(params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int) -> torch.Tensor:
+def _log_prob_reference(
+    params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int
+) -> torch.Tensor:
     logits, means, log_scales, c = _unpack(params, num_mixtures)
     levels = 2**num_bits - 1
     value = (2.0 * x.detach().to(logits.dtype) - 1.0)[:, :, None]
     red, green = value[:, 0], value[:, 1]
-    shift = torch.stack(
-        (torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green), dim=1
-    )
+    shift = torch.stack((torch.zeros_like(c[:, 0]), c[:, 0] * red, c[:, 1] * red + c[:, 2] * green), dim=1)
     centred = value - (means + shift)
     inverse_scale = torch.exp(-log_scales)
     upper = inverse_scale * (centred + 1.0 / levels)

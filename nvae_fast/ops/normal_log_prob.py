@@ -48,7 +48,9 @@ def _check(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, si
     _checks.squashing("normal_log_prob", clamp, sigma_floor)
 
 
-def _reference(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float) -> torch.Tensor:
+def _reference(
+    z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float
+) -> torch.Tensor:
     value = z.to(_checks.accumulate_dtype(z.dtype))
     if params is None:
         raw_mu = raw_log_sigma = torch.zeros_like(value)
@@ -58,7 +60,9 @@ def _reference(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None
     return (-0.5 * ((value - mu) / sigma).square() - LOG_SQRT_2PI - sigma.log()).sum((2, 3))
 
 
-def _fake(z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float) -> torch.Tensor:
+def _fake(
+    z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float
+) -> torch.Tensor:
     return z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype))
 
 

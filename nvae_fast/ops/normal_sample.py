@@ -97,7 +97,9 @@ def _backward_formula(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """From the inputs and the seed alone: mu gets ``g``, sigma ``g temperature eps``, eps ``g temperature sigma``, and the raw
     parameters those times d mu / d raw = 1 - (mu / clamp)^2 and d sigma / d raw = (sigma - floor)(1 - (u / clamp)^2)."""
-    results = _backward_fake(grad_z, params, noise, seed, temperature, clamp, sigma_floor, need_params, need_noise)
+    results = _backward_fake(
+        grad_z, params, noise, seed, temperature, clamp, sigma_floor, need_params, need_noise
+    )
     raw_mu, raw_log_sigma = unpack(params)
     mu, u = soft_clamp(raw_mu, clamp), soft_clamp(raw_log_sigma, clamp)
     eps, grad = draw_like(params, noise, seed), grad_z.to(raw_mu.dtype)

@@ -89,7 +89,7 @@ def philox_normal(
             f"philox_normal: channels_last needs four dimensions (N, C, H, W), got size {tuple(shape)}"
         )
     seed_tensor = _seed_tensor("philox_normal", seed, device)
-    if _backend.forced_reference():
+    if _plain():
         return _normal_reference(shape, seed_tensor, dtype, channels_last)
     return torch.ops.nvae_fast.philox_normal(shape, seed_tensor, dtype, channels_last)
 
@@ -109,7 +109,7 @@ def philox_words(seed: int | torch.Tensor, n_blocks: int, first_block: int = 0) 
         if value < 0:
             raise ValueError(f"philox_words: {name} must be >= 0, got {value}")
     seed_tensor = _seed_tensor("philox_words", seed, None)
-    if _backend.forced_reference():
+    if _plain():
         return _words_reference(seed_tensor, n_blocks, first_block)
     return torch.ops.nvae_fast.philox_words(seed_tensor, n_blocks, first_block)
 
@@ -135,7 +135,7 @@ def split_seed(seed: int | torch.Tensor, n: int) -> torch.Tensor:
     if n < 0:
         raise ValueError(f"split_seed: n must be >= 0, got {n}")
     seed_tensor = _seed_tensor("split_seed", seed, None)
-    if _backend.forced_reference():
+    if _plain():
         return _split_reference(seed_tensor, n)
     return torch.ops.nvae_fast.split_seed(seed_tensor, n)
 
@@ -148,6 +148,12 @@ def as_seed(seed: int | torch.Tensor | None, device: torch.device | str | None =
         TypeError, ValueError: as :func:`philox_normal`.
     """
     return new_seed(device) if seed is None else _seed_tensor("seed", seed, device)
+
+
+def _plain() -> bool:
+    """Whether to run the reference itself. Not while compiling: a compiler would trace ten rounds of integer arithmetic an
+    element, for the same numbers."""
+    return _backend.forced_reference() and not torch.compiler.is_compiling()
 
 
 def _checked_size(size: Any) -> list[int]:

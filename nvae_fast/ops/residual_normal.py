@@ -23,7 +23,16 @@ import torch
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._register import operator, room
-from nvae_fast.ops._squash import LOG_SQRT_2PI, check_noise, draw_like, empty_map, slope, soft_clamp, squash, unpack
+from nvae_fast.ops._squash import (
+    LOG_SQRT_2PI,
+    check_noise,
+    draw_like,
+    empty_map,
+    slope,
+    soft_clamp,
+    squash,
+    unpack,
+)
 
 
 class ResidualNormal(NamedTuple):
@@ -127,8 +136,8 @@ def _fake(
     sigma_floor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     z = empty_map(posterior, posterior.shape[1] // 2)
-    sums = [z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype)) for _ in range(3)]
-    return z, *sums
+    kl, log_q, log_p = (z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype)) for _ in range(3))
+    return z, kl, log_q, log_p
 
 
 def _backward_formula(
@@ -177,17 +186,31 @@ def _backward_formula(
     w = (mu_q - mu_p + sigma_q * eps) / sigma_p
     s = (0.0 if grad_z is None else grad_z.to(eps.dtype)) - g_p * w / sigma_p
     to_mu_q = (s + g_kl * d / sigma_p) * slope(mu_q, clamp)
-    to_log_sigma_q = (s * eps - g_q / sigma_q + g_kl * (r / sigma_p - 1 / sigma_q)) * u_q.exp() * slope(u_q, clamp)
+    to_log_sigma_q = (
+        (s * eps - g_q / sigma_q + g_kl * (r / sigma_p - 1 / sigma_q)) * u_q.exp() * slope(u_q, clamp)
+    )
     to_mu_p = (g_p * w - g_kl * d) / sigma_p * slope(mu_p, clamp)
-    to_log_sigma_p = (g_p * (w.square() - 1) + g_kl * (1 - d.square() - r.square())) / sigma_p * u_p.exp() * slope(u_p, clamp)
+    to_log_sigma_p = (
+        (g_p * (w.square() - 1) + g_kl * (1 - d.square() - r.square()))
+        / sigma_p
+        * u_p.exp()
+        * slope(u_p, clamp)
+    )
     if residual:
         to_mu_p, to_log_sigma_p = to_mu_p + to_mu_q, to_log_sigma_p + to_log_sigma_q
     results = _backward_fake(
         grad_z, grad_kl, grad_log_q, grad_log_p, posterior, prior, noise, seed, residual, clamp, sigma_floor,
         need_posterior, need_prior, need_noise,
     )  # fmt: skip
-    gradients = (torch.cat([to_mu_q, to_log_sigma_q], 1), torch.cat([to_mu_p, to_log_sigma_p], 1), s * sigma_q - g_q * eps)
-    return tuple(out.copy_(g) if out.dim() == 4 else out for out, g in zip(results, gradients, strict=True))
+    gradients = (
+        torch.cat([to_mu_q, to_log_sigma_q], 1),
+        torch.cat([to_mu_p, to_log_sigma_p], 1),
+        s * sigma_q - g_q * eps,
+    )
+    grad_posterior, grad_prior, grad_noise = (
+        out.copy_(g) if out.dim() == 4 else out for out, g in zip(results, gradients, strict=True)
+    )
+    return grad_posterior, grad_prior, grad_noise
 
 
 def _backward_fake(

@@ -36,7 +36,7 @@ def squeeze_excite(
         residual_scale: factor on the gated x; NVAE's residual cells use 0.1.
 
     Returns:
-        (B, C, H, W) in the dtype of x. Differentiable in every tensor.
+        (B, C, H, W) in the dtype of x (with a skip: the wider of the two). Differentiable in every tensor.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
@@ -80,7 +80,7 @@ def _reference(
     gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
     y = x * gate
     if skip is not None:
-        return skip.to(y.dtype) + residual_scale * y
+        return skip + residual_scale * y
     return y if residual_scale == 1.0 else residual_scale * y
 
 

@@ -35,7 +35,9 @@ def weight_norm(
     return _room(weight, log_weight_norm, mask, eps)
 
 
-def _check(weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float) -> None:
+def _check(
+    weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float
+) -> None:
     op = "weight_norm"
     _checks.tensor(op, "weight", weight)
     if weight.dim() != 4:

@@ -14,11 +14,12 @@ import os
 import pickle
 import shutil
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+
+from nvae_fast._files import atomic_file
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -33,29 +34,6 @@ _REQUIRED = ("format", "version", "model_config", "model")
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and says what to do."""
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
-    """A binary file for writing that takes the name `path` only when the block ends without an error.
-
-    The data go to a temporary file in the same folder (a rename is atomic only within one file system), are
-    flushed and forced to disk, then renamed. On an error the temporary file is removed and `path` is
-    untouched.
-    """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as handle:
-            yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_folder(target.parent)
 
 
 def save(
@@ -244,16 +222,6 @@ def _keep_as(current: Path, previous: Path) -> None:
         with contextlib.suppress(OSError):
             link.unlink()
         raise
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force a rename to disk. Not every system can open a folder; then there is nothing to be done."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _check_plain(value: Any, where: str) -> None:

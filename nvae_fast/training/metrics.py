@@ -14,7 +14,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nvae_fast.training.checkpoint import atomic_file
+from nvae_fast._files import atomic_file
 from nvae_fast.training.step import StepResult
 
 NAME = "metrics.jsonl"

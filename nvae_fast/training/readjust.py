@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nvae_fast._files import atomic_file
 from nvae_fast.training import checkpoint
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def readjust(
         return None
     after = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in before}
     try:
-        with checkpoint.atomic_file(path) as handle:
+        with atomic_file(path) as handle:
             torch.save({**key, "statistics": after}, handle)
     except OSError as error:
         report(f"not kept for the next time: cannot write {path}: {error.strerror}")

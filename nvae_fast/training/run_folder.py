@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+from nvae_fast._files import atomic_file
 from nvae_fast.training import checkpoint
 
 
@@ -57,7 +58,7 @@ def prepare(
 def _check_writable(folder: Path) -> None:
     """Find out now, not at the first checkpoint an hour later."""
     try:
-        with checkpoint.atomic_file(folder / ".write-test"):
+        with atomic_file(folder / ".write-test"):
             pass
         (folder / ".write-test").unlink()
     except OSError as error:
