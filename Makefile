@@ -22,8 +22,7 @@ $(VENV)/.installed: pyproject.toml Makefile
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) and the tools into $(VENV)"
 	@$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)" numpy setuptools wheel ninja packaging
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation --no-deps -e .
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[data,plot,dev]"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[data,plot,triton,dev]"
 	@touch $@
 
 build: $(VENV)/.installed
@@ -35,7 +34,7 @@ test: build
 
 demo: build
 	$(PY) -m nvae_fast train --preset digits_demo --data digits --out runs/demo --overwrite
-	$(PY) -m nvae_fast evaluate runs/demo --data digits --samples 10
+	$(PY) -m nvae_fast evaluate runs/demo --threads 1 --json runs/demo/evaluation.json
 	@echo "look at runs/demo/samples.png and runs/demo/reconstructions.png"
 
 bench: build

@@ -3,6 +3,7 @@ reference."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +29,11 @@ class Verdict:
     @property
     def worst(self) -> float:
         return max(self.errors.values(), default=0.0)
+
+
+def finite(errors: dict[str, float]) -> dict[str, float | None]:
+    """For JSON, which knows no infinity: None in its place."""
+    return {name: error if math.isfinite(error) else None for name, error in errors.items()}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor, outliers: float = 0.0) -> float:

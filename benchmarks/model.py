@@ -20,7 +20,7 @@ from torch import nn
 
 import nvae_fast as nf
 from benchmarks import measure
-from benchmarks.gate import relative_error
+from benchmarks.gate import finite, relative_error
 from benchmarks.providers import FORMAT_NAMES, MEMORY_FORMATS, OURS, cudnn_benchmark, one_line, time_limit
 from benchmarks.timing import Clock, WallClock, interleave
 from nvae_fast.nn import FlowCell, ResidualCell
@@ -36,7 +36,7 @@ LEARNING_RATE = 1e-5  # so small that the weights of all providers stay where th
 
 # Relative error norms against float64: (loss or logits, all gradients as one vector). bfloat16 has 8 bits,
 # and some forty layers of it lie between the image and the first gradient.
-TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (3e-2, 0.5)}
+TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (5e-2, 0.1)}
 
 # In order of measurement: where time is short, the last ones are skipped.
 _SMALL: dict[str, dict[str, Any]] = {
@@ -54,8 +54,6 @@ _SMALL: dict[str, dict[str, Any]] = {
 }
 _SMALL_BATCH = {"mnist": 16, "cifar10": 8, "celeba_64": 4, "imagenet_32": 8, "celeba_256": 2}
 _TINY: dict[str, Any] = {
-    "num_channels_enc": 4,
-    "num_channels_dec": 4,
     "num_latent_scales": 1,
     "num_groups_per_scale": 2,
     "num_latent_per_group": 4,
@@ -85,8 +83,10 @@ class Workload:
 def workloads(device: torch.device, *, quick: bool = False, tiny: bool = False) -> list[Workload]:
     """What is measured on ``device``. quick: one scaled-down setting; tiny: one for tests."""
     if tiny or quick:
-        changes = _TINY if tiny else {**_SMALL["mnist"], "num_channels_enc": 8, "num_channels_dec": 8}
-        config = nf.NVAEConfig.preset("mnist").replace(**changes)
+        width = 4 if tiny else 16
+        config = nf.NVAEConfig.preset("mnist").replace(
+            **_TINY, num_channels_enc=width, num_channels_dec=width
+        )
         return [Workload("mnist", config, 2 if tiny else 8, "float32")]
     rows = []
     for name, changes in _SMALL.items():
@@ -370,7 +370,7 @@ def _judge(actual: Any, expected: Any, precision: str) -> dict[str, Any]:
     ]
     return {
         "tolerance": max(TOLERANCES[precision]),
-        "errors": errors,
+        "errors": finite(errors),
         "status": "failed" if wrong else "ok",
         "reason": "; ".join(wrong),
     }

@@ -110,7 +110,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     """Write a results file whole or not at all."""
     validate(results, "results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    _replace(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
@@ -331,7 +331,13 @@ def _cell(row: dict[str, Any] | None) -> str:
     if row is None:
         return NONE
     spread = sum(t["upper_quartile_ms"] - t["lower_quartile_ms"] for t in row["passes"].values()) / 2
-    return f"{total_ms(row):.3g} [{spread:.1g}]"
+    digits = decimals(total_ms(row))
+    return f"{total_ms(row):.{digits}f} [{spread:.{digits}f}]"
+
+
+def decimals(value: float) -> int:
+    """How many decimals show three significant digits; none above a hundred."""
+    return next((digits for digits, least in ((0, 100.0), (1, 10.0), (2, 1.0)) if value >= least), 3)
 
 
 def _share(row: dict[str, Any] | None) -> str:

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import machine, measure, model, report
 from benchmarks.case import Case, Shape, load_cases, select
-from benchmarks.gate import Gate
+from benchmarks.gate import Gate, finite
 from benchmarks.providers import (
     FORMAT_NAMES,
     Candidate,
@@ -139,7 +139,7 @@ def measure_workload(
         try:
             with time_limit(max(budget.left, 1.0) if provider.compiled else 0, "compilation"):
                 verdict = gate.judge(provider)
-                row["gate"] = {"tolerance": verdict.tolerance, "errors": verdict.errors}
+                row["gate"] = {"tolerance": verdict.tolerance, "errors": finite(verdict.errors)}
                 if not verdict.passed:
                     row["status"], row["reason"] = "failed", verdict.reason
                     continue
@@ -162,7 +162,7 @@ def measure_workload(
     samples["copy"] = _copy_sampler(copies)
     rows["copy"] = _row(case, shape, dtype, Candidate("copy", "contiguous", None))
     times, failures = interleave(
-        samples, clock_for(device), seconds=settings.seconds, min_rounds=settings.min_rounds
+        samples, clock_for(device), seconds=settings.seconds, warmup=1, min_rounds=settings.min_rounds
     )
     for name, error in failures.items():
         rows[name]["status"], rows[name]["reason"] = "failed", error

@@ -436,10 +436,17 @@ def test_the_readme_table_comes_from_the_results(folder: Path, results: dict):
         if (r["case"], r["provider"], r["memory_format"]) == ("residual_normal", "reference", "NCHW")
     )
     line = next(line for line in text.splitlines() if line.startswith("| residual_normal "))
-    assert f" {report.total_ms(row):.3g} [" in line
+    assert f" {report.total_ms(row):.{report.decimals(report.total_ms(row))}f} [" in line
     assert len(line.split("|")) == len(report.COLUMNS) + 2
     (folder / "results" / "box.json").unlink()
     assert readme_command(folder, "--check") == 1, "a table without its results is stale"
+
+
+@pytest.mark.parametrize(
+    "value,text", [(0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (1234.4, "1234")]
+)
+def test_three_significant_digits(value: float, text: str):
+    assert f"{value:.{report.decimals(value)}f}" == text
 
 
 def test_a_readme_without_markers_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]):
