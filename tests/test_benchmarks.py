@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -259,12 +261,25 @@ def test_summary_of_a_series():
     assert Series([0.002]).summary()["upper_quartile_ms"] == pytest.approx(2)
 
 
-def test_a_time_limit_interrupts():
+@pytest.mark.skipif(
+    threading.current_thread() is not threading.main_thread(), reason="signals arrive in the main thread"
+)
+def test_a_time_limit_interrupts_even_what_wraps_errors():
     def count():
+        deadline = time.monotonic() + 5
         with time_limit(0.05, "counting"):
-            while True:
+            while time.monotonic() < deadline:
                 pass
 
+    def wrap():
+        with time_limit(0.05, "counting"):
+            try:
+                time.sleep(5)
+            except TimeoutError as error:
+                raise RuntimeError("the compiler gave up") from error
+
+    with pytest.raises(TimeoutError, match="counting took more than 0 s"):
+        wrap()
     with pytest.raises(TimeoutError, match="counting took more than 0 s"):
         count()
 
