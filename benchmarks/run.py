@@ -182,9 +182,12 @@ def measure_workload(
     return list(rows.values())
 
 
-def measure_models(cases: list[str], settings: Settings, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Whole training steps and sampling of as many settings as time allows."""
+def measure_models(
+    cases: list[str], settings: Settings, say: Callable[[str], None]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Whole training steps and sampling of as many settings as time allows; rows, and what was skipped."""
     rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
     budget = CompileBudget(
         settings.model_compile_seconds, 1, quick=settings.quick, option="--model-compile-seconds"
     )

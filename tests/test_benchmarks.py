@@ -300,6 +300,16 @@ def test_whole_steps_and_sampling_pass_their_gate(monkeypatch: pytest.MonkeyPatc
         assert row["peak_bytes"] > 0
 
 
+def test_settings_that_would_start_too_late_are_skipped_and_named(monkeypatch: pytest.MonkeyPatch):
+    tiny = model.workloads(CPU, tiny=True)
+    monkeypatch.setattr(model, "workloads", lambda *a, **k: tiny * 2)
+    monkeypatch.setattr(model, "measure_model", lambda *a, **k: [{"measured": True}])
+    settings = dataclasses.replace(_TINY_SETTINGS, models_until=-1.0)
+    rows, skipped = run.measure_models(["sampling"], settings, say=lambda line: None)
+    assert rows == [{"measured": True}]
+    assert skipped == [f"{tiny[0].label} (--models-until -1)"]
+
+
 def test_a_wrong_model_turns_its_gate_red(monkeypatch: pytest.MonkeyPatch):
     original = nf.NVAE.sample
 
