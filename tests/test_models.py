@@ -298,3 +298,4 @@ def test_model_deep_copies_and_moves_dtype() -> None:
     out = twin(x, seed=2)
     assert out.kl.dtype == torch.float64
     assert torch.equal(out.logits, model(x, seed=2).logits)
+    assert model.regularization()[0].dtype == torch.float64

@@ -60,18 +60,26 @@ struct Model {
   };
   NVAE_INLINE Gradients backward(V raw_mu_q, V raw_ls_q, V raw_mu_p, V raw_ls_p, V eps, V g_z, V g_kl,
                                  V g_log_q, V g_log_p) const {
-    V mu_p(S(0)), inverse_p(fixed_inverse_p), slope_mu_p(S(0)), slope_ls_p(S(0));
+    V mu_p(S(0)), sigma_p(fixed_sigma_p), slope_mu_p(S(0)), slope_ls_p(S(0));
     if (has_prior) {
       if (residual) {
         raw_mu_q = raw_mu_q + raw_mu_p;
         raw_ls_q = raw_ls_q + raw_ls_p;
       }
       mu_p = squash.mu(raw_mu_p, slope_mu_p);
-      inverse_p = V(1) / squash.sigma(raw_ls_p, slope_ls_p);
+      sigma_p = squash.sigma(raw_ls_p, slope_ls_p);
     }
     V slope_mu_q, slope_ls_q;
     const V mu_q = squash.mu(raw_mu_q, slope_mu_q), sigma_q = squash.sigma(raw_ls_q, slope_ls_q);
-    const V inverse_q = V(1) / sigma_q;
+    V inverse_p, inverse_q;
+    if (per_log > 1) {  // one division serves both
+      const V both = V(S(1)) / (sigma_p * sigma_q);
+      inverse_p = both * sigma_q;
+      inverse_q = both * sigma_p;
+    } else {
+      inverse_p = V(S(1)) / sigma_p;
+      inverse_q = V(S(1)) / sigma_q;
+    }
     const V d = (mu_q - mu_p) * inverse_p, r = sigma_q * inverse_p;
     const V w = fma(sigma_q, eps, mu_q - mu_p) * inverse_p;
     const V through_p = g_log_p * w * inverse_p;  // -d log_p / dz

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
+from nvae_fast.ops import _checks
 
 ITERATIONS = 4
 FIRST_ITERATIONS = 40
@@ -59,7 +60,8 @@ class SpectralEstimate(nn.Module):
         iterations = ITERATIONS if self.warm else FIRST_ITERATIONS
         total = None
         for (rows, columns), names in self.layers.items():
-            w = torch.stack([weights[name].reshape(rows, columns) for name in names]).float()
+            w = torch.stack([weights[name].reshape(rows, columns) for name in names])
+            w = w.to(_checks.accumulate_dtype(w.dtype))
             u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
             with torch.no_grad():
                 frozen = w.detach()
