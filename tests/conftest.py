@@ -58,3 +58,17 @@ def _poisoned_memory() -> object:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models so small that threads only get in each other's way."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits() -> nf.data.ImageDataset:
+    return nf.data.open_dataset("digits", split="train")

@@ -6,6 +6,7 @@ import errno
 import io
 import logging
 import threading
+from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
@@ -63,7 +64,7 @@ def fit_image(picture: Any, size: int, channels: int) -> np.ndarray:
     return pixels.transpose(2, 0, 1)
 
 
-class LazyImages:
+class LazyImages(ABC):
     """Images decoded when asked for. A sample that cannot be read is replaced by the next readable one.
 
     The replacement depends on the data alone, so it is the same in every epoch, worker and process; each
@@ -96,11 +97,13 @@ class LazyImages:
     def __len__(self) -> int:
         return self._count
 
+    @abstractmethod
     def decode(self, index: int) -> np.ndarray:
-        raise NotImplementedError
+        """Sample `index` as (C,H,W) uint8; raises when it cannot be read."""
 
+    @abstractmethod
     def label(self, index: int) -> str:
-        raise NotImplementedError
+        """What to call sample `index` in a message."""
 
     def skip(self, index: int, reason: str) -> None:
         """Count sample `index` as unreadable, once."""

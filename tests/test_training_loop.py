@@ -1,0 +1,256 @@
+"""The training loop: resuming bit for bit, kills and signals, bad steps, full disks, processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from training_runs import TINY, TINY_TRAINING, digits_of, trainer
+
+from nvae_fast.training import (
+    CheckpointError,
+    Trainer,
+    TrainingDiverged,
+    checkpoint,
+    metrics,
+)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def same_runs(a: Path, b: Path) -> None:
+    """Two run folders ended in the same state, bit for bit, and report the same."""
+    first, second = checkpoint.load(a), checkpoint.load(b)
+    for part in ("model", "optimizer"):
+        flat_a, flat_b = flatten(first[part]), flatten(second[part])
+        assert flat_a.keys() == flat_b.keys()
+        for name, value in flat_a.items():
+            same = torch.equal(value, flat_b[name]) if torch.is_tensor(value) else value == flat_b[name]
+            assert same, f"{part} {name}"
+    timing = ("seconds", "images_per_second")
+    lines = [
+        [{k: v for k, v in line.items() if k not in timing} for line in metrics.read_metrics(f)]
+        for f in (a, b)
+    ]
+    assert lines[0] == lines[1]
+
+
+def flatten(value, prefix="") -> dict:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    else:
+        return {prefix: value}
+    return {name: leaf for key, item in items for name, leaf in flatten(item, f"{prefix}/{key}").items()}
+
+
+@pytest.mark.parametrize("arch", ["res_mbconv", "res_elu"])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resume_is_bit_exact_at_any_step(tmp_path, digits, arch, stop):
+    few = digits_of(digits, 10)  # 2 batches an epoch: step 5 is in the middle of epoch 2
+    config = TINY_TRAINING.replace(max_steps=8)
+    trainer(tmp_path / "whole", few, config, arch_instance=arch).run()
+    interrupted = trainer(tmp_path / "parts", few, config, arch_instance=arch)
+    interrupted_steps(interrupted, stop)
+    state = checkpoint.load(tmp_path / "parts")
+    assert state["progress"]["step"] == stop
+    torch.manual_seed(99)
+    trainer(tmp_path / "parts", few, config, state=state, seed=7, arch_instance=arch).run()
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("arch", ["res_elu"])
+def test_resume_from_before_the_first_step(tmp_path, digits, arch):
+    trainer(tmp_path / "whole", digits, arch_instance=arch).run()
+    begun = trainer(tmp_path / "parts", digits, arch_instance=arch)
+    begun.save()
+    state = checkpoint.load(tmp_path / "parts")
+    trainer(tmp_path / "parts", digits, state=state, seed=7, arch_instance=arch).run()
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+
+
+def interrupted_steps(run: Trainer, stop: int) -> None:
+    """Run until step `stop` and save there, as SIGTERM does."""
+    real = run._take_step
+
+    def take(x):
+        if run.step == stop - 1:
+            os.kill(os.getpid(), 15)
+        return real(x)
+
+    run._take_step = take
+    result = run.run()
+    assert result.signal == 15
+    assert result.step == stop
+
+
+def poisoned(dataset, from_index: int = 0):
+    few = digits_of(dataset, 40)
+
+    def batch(indices, seed):
+        x = dataset.batch(indices, seed)
+        x[torch.as_tensor(np.asarray(indices)) >= from_index] = float("nan")
+        return x
+
+    few.batch = batch
+    return few
+
+
+def test_bad_steps_are_counted_and_training_goes_on(tmp_path, digits):
+    config = TINY_TRAINING.replace(max_steps=10, batch_size=1, max_bad_steps=10)
+    result = trainer(tmp_path, poisoned(digits, 20), config).run()
+    assert result.step == 10
+    assert 1 <= result.skipped <= 9
+    lines = metrics.read_metrics(tmp_path)
+    assert sum(line["skipped_steps"] for line in lines) == result.skipped
+    assert checkpoint.load(tmp_path)["progress"]["skipped"] == result.skipped
+
+
+def test_too_many_bad_steps_stop_with_advice(tmp_path, digits):
+    run = trainer(tmp_path, poisoned(digits), TINY_TRAINING.replace(max_bad_steps=3, max_steps=50))
+    before = {name: p.clone() for name, p in run.model.named_parameters()}
+    with pytest.raises(
+        TrainingDiverged, match=r"3 times in a row.*lower --learning-rate.*last good checkpoint"
+    ):
+        run.run()
+    kept = checkpoint.load(tmp_path)
+    assert kept["progress"]["step"] == 0
+    for name, value in before.items():
+        assert torch.equal(kept["model"][name], value)
+
+
+def test_full_disk_while_training_keeps_the_checkpoint(tmp_path, digits, monkeypatch):
+    run = trainer(tmp_path, digits)
+    run.save()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*intact"):
+        run.run()
+    monkeypatch.undo()
+    assert checkpoint.load(tmp_path)["progress"]["step"] == 0
+
+
+def test_data_and_model_must_fit(tmp_path, digits):
+    few = digits_of(digits, 10)
+    few.channels = 3
+    with pytest.raises(ValueError, match=r"model takes images of .* \(1, 32, 32\), few has \(3, 32, 32\)"):
+        trainer(tmp_path, few)
+    run = trainer(tmp_path, digits)
+    run.save()
+    state = checkpoint.load(tmp_path)
+    with pytest.raises(ValueError, match=r"trained on 1500 images .* have 10: give the same --data"):
+        trainer(tmp_path, digits_of(digits, 10), state=state)
+    with pytest.raises(ValueError, match=r"375 steps an epoch.*same --batch-size"):
+        trainer(tmp_path, digits, TINY_TRAINING.replace(batch_size=8), state=state)
+
+
+def test_time_limit_ends_the_run_with_finished_schedules(tmp_path, digits):
+    config = TINY_TRAINING.replace(max_steps=100_000, time_limit=0.04, log_every=1, checkpoint_every=10**6)
+    started = time.monotonic()
+    result = trainer(tmp_path, digits, config).run()
+    assert time.monotonic() - started < 20
+    assert result.step < 5000
+    last = metrics.read_metrics(tmp_path)[-1]
+    assert last["kl_coefficient"] == 1.0
+    assert last["learning_rate"] < 1e-3
+
+
+RUN = """
+import sys, torch
+torch.set_num_threads(1)
+from nvae_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+RUN_OPTIONS = [
+    "train", "--data", "digits", "--max-steps", "200", "--batch-size", "8", "--log-every", "20",
+    "--checkpoint-every", "40", "--warmup-epochs", "0.05", "--threads", "1", "--device", "cpu",
+    "--time-limit", "none", "--quiet",
+]  # fmt: skip
+
+
+def command(*options: str) -> list[str]:
+    model = []
+    for name, value in TINY.items():
+        model += [f"--{name}", str(value)]
+    return [sys.executable, "-c", RUN, *RUN_OPTIONS, "--no-ada-groups", *model, *options]
+
+
+def environment() -> dict[str, str]:
+    root = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
+    whole = subprocess.Popen(command("--out", str(tmp_path / "whole")), env=environment())
+    parts = subprocess.Popen(command("--out", str(tmp_path / "parts")), env=environment())
+    log = tmp_path / "parts" / metrics.NAME
+    deadline = time.monotonic() + 300
+    while not (log.exists() and '"step": 120' in log.read_text()):
+        assert parts.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    parts.kill()
+    assert parts.wait() == -9
+    killed_at = checkpoint.load(tmp_path / "parts")["progress"]["step"]
+    assert 80 <= killed_at < 200
+    command_line = command("--out", str(tmp_path / "parts"), "--resume")
+    assert subprocess.run(command_line, env=environment(), timeout=300).returncode == 0
+    assert whole.wait(timeout=300) == 0
+    same_runs(tmp_path / "whole", tmp_path / "parts")
+    lines = metrics.read_metrics(tmp_path / "whole")
+    assert [line["step"] for line in lines] == list(range(20, 201, 20))
+    assert lines[-1]["bits_per_dim"] < 0.75 * lines[0]["bits_per_dim"]
+    for name in ("samples.png", "reconstructions.png"):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(("number", "code"), [(15, 143), (2, 130)])
+def test_signal_saves_and_exits(tmp_path, number, code):
+    options = ["--max-steps", "100000", "--checkpoint-every", "100000", "--log-every", "2"]
+    run = subprocess.Popen(
+        command("--out", str(tmp_path / "run"), *options),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "run" / metrics.NAME
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text()):
+        assert run.poll() is None, run.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    run.send_signal(number)
+    assert run.wait(timeout=300) == code
+    assert "finishing this step, then saving" in run.stderr.read()
+    assert checkpoint.load(tmp_path / "run")["progress"]["step"] >= 2
+
+
+def test_two_processes_train_one_model(tmp_path):
+    """torchrun's environment: the gradient is the mean, only rank 0 writes, both leave cleanly."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--out", str(tmp_path / "run"), "--max-steps", "3", "--batch-size", "2", "--log-every", "1"]
+    ranks = []
+    for rank in ("0", "1"):
+        ring = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        ring["MASTER_PORT"] = str(port)
+        ranks.append(subprocess.Popen(command(*options), env={**environment(), **ring}))
+    assert [rank.wait(timeout=300) for rank in ranks] == [0, 0]
+    state = checkpoint.load(tmp_path / "run")
+    assert state["progress"]["step"] == 3
+    assert state["progress"]["world_size"] == 2
+    assert state["progress"]["steps_per_epoch"] == 1500 // 4
+    assert [line["step"] for line in metrics.read_metrics(tmp_path / "run")] == [1, 2, 3]
+    assert (tmp_path / "run" / "samples.png").exists()
