@@ -26,11 +26,22 @@ NVAE_INLINE VecF copysign(VecF a, VecF b) {
 
 // Lanes pairwise: the first half plus the second, until one is left.
 NVAE_INLINE float sum(VecF a) {
+#if NVAE_CAPABILITY > 0
+#if NVAE_CAPABILITY == 2
+  const __m256 eight = _mm256_add_ps(_mm512_castps512_ps256(a.v), _mm512_extractf32x8_ps(a.v, 1));
+#else
+  const __m256 eight = a.v;
+#endif
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+#else
   float x[VecF::size];
   a.store(x);
   for (int half = VecF::size / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) x[i] += x[i + half];
   return x[0];
+#endif
 }
 NVAE_INLINE float max_lane(VecF a) {
   float x[VecF::size];
