@@ -269,6 +269,7 @@ def run(names: list[str], settings: Settings, say: Callable[[str], None] = print
     started = time.perf_counter()
     document = machine.describe(settings.device)
     ceilings = measure.ceilings(settings.device)
+    measure.settle_allocator(settings.device)
     rows: list[dict[str, Any]] = []
     ops = [name for name in names if name in cases]
     whole = [name for name in names if name in model.CASES]
