@@ -108,12 +108,21 @@ def _backward_fake(
     )
 
 
+def _gpu_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    if args[1].dtype == torch.float64:  # the kernels compute in float32
+        return _backward_formula(*args)
+    from nvae_fast.kernels import normal_log_prob as kernels
+
+    return kernels.normal_log_prob_backward(*args)
+
+
 _backward_operator = operator(
     "normal_log_prob_backward",
     "(Tensor grad, Tensor z, Tensor? params, float? clamp, float sigma_floor, bool need_z, bool need_params)"
     " -> (Tensor, Tensor)",
     default=_backward_formula,
     fake=_backward_fake,
+    gpu=_gpu_backward,
 )
 
 
@@ -121,6 +130,14 @@ def _backward(
     grads: Sequence[torch.Tensor | None], wanted: Sequence[int], *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _backward_operator(*grads, *args, 0 in wanted, 1 in wanted)
+
+
+def _gpu(*args: Any) -> torch.Tensor:
+    if args[0].dtype == torch.float64:  # the kernels compute in float32
+        return _reference(*args)
+    from nvae_fast.kernels import normal_log_prob as kernels
+
+    return kernels.normal_log_prob(*args)
 
 
 _room = room(
@@ -131,4 +148,5 @@ _room = room(
     differentiable=(0, 1),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
 )

@@ -131,12 +131,21 @@ def _backward_fake(
     )
 
 
+def _gpu_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    if args[1].dtype == torch.float64:  # the kernels compute in float32
+        return _backward_formula(*args)
+    from nvae_fast.kernels import normal_sample as kernels
+
+    return kernels.normal_sample_backward(*args)
+
+
 _backward_operator = operator(
     "normal_sample_backward",
     "(Tensor grad_z, Tensor params, Tensor? noise, Tensor? seed, float temperature, float? clamp, float sigma_floor,"
     " bool need_params, bool need_noise) -> (Tensor, Tensor)",
     default=_backward_formula,
     fake=_backward_fake,
+    gpu=_gpu_backward,
 )
 
 
@@ -144,6 +153,14 @@ def _backward(
     grads: Sequence[torch.Tensor | None], wanted: Sequence[int], *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return _backward_operator(*grads, *args, 0 in wanted, 1 in wanted)
+
+
+def _gpu(*args: Any) -> torch.Tensor:
+    if args[0].dtype == torch.float64:  # the kernels compute in float32
+        return _reference(*args)
+    from nvae_fast.kernels import normal_sample as kernels
+
+    return kernels.normal_sample(*args)
 
 
 _room = room(
@@ -154,4 +171,5 @@ _room = room(
     differentiable=(0, 1),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
 )

@@ -240,6 +240,14 @@ def _backward_fake(
     )
 
 
+def _gpu_backward(*args: Any) -> tuple[torch.Tensor, ...]:
+    if args[4].dtype == torch.float64:  # the kernels compute in float32
+        return _backward_formula(*args)
+    from nvae_fast.kernels import residual_normal as kernels
+
+    return kernels.residual_normal_backward(*args)
+
+
 _backward_operator = operator(
     "residual_normal_backward",
     "(Tensor? grad_z, Tensor? grad_kl, Tensor? grad_log_q, Tensor? grad_log_p, Tensor posterior, Tensor? prior,"
@@ -247,6 +255,7 @@ _backward_operator = operator(
     " bool need_prior, bool need_noise) -> (Tensor, Tensor, Tensor)",
     default=_backward_formula,
     fake=_backward_fake,
+    gpu=_gpu_backward,
 )
 
 
@@ -254,6 +263,14 @@ def _backward(
     grads: Sequence[torch.Tensor | None], wanted: Sequence[int], *args: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return _backward_operator(*grads, *args, 0 in wanted, 1 in wanted, 2 in wanted)
+
+
+def _gpu(*args: Any) -> tuple[torch.Tensor, ...]:
+    if args[0].dtype == torch.float64:  # the kernels compute in float32
+        return _reference(*args)
+    from nvae_fast.kernels import residual_normal as kernels
+
+    return kernels.residual_normal(*args)
 
 
 _room = room(
@@ -265,4 +282,5 @@ _room = room(
     differentiable=(0, 1, 2),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
 )

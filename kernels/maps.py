@@ -1,0 +1,321 @@
+"""How the kernels of the normal distributions walk maps (B, Z, H, W): tiles, noise, sums over pixels. What launches them
+is kernels/map_launch.py.
+
+A program works on a tile of ``LANES x WIDTH`` elements, ``ITERS`` times.
+
+- Rows (NCHW): a lane is a row, one channel of one sample, and WIDTH is a run of its pixels.
+- Channels (channels_last, and maps of one pixel): WIDTH is a run of adjacent channels, one access of up to 16 bytes,
+  and a lane is such a run at one slot: four adjacent pixels (which share their Philox blocks) where H*W is a multiple
+  of 4, else one pixel. Lane ``(sample * SLOTS + slot) * GROUPS + group``, so that neighbours touch neighbouring
+  addresses whatever Z is: with Z = 20, 125 lanes of 128 are at work, not 20 of 32.
+
+Kernels take the constants of a tile as one tuple ``TILE``, in the order of :class:`Tile`. Their ``channels`` and the
+strides called ``batch`` and ``step`` count runs of adjacent channels (WIDTH, or 1 for rows): so Triton knows that a run
+is aligned. An element of a tensor is at ``batch * b + step * c + pixel`` for rows, ``batch * b + step * pixel + c`` for
+channels.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+from nvae_fast.kernels.philox import philox_normals4
+
+
+class Tile(NamedTuple):
+    """What a kernel is compiled for; the kernels index it by the constants below."""
+
+    by_channels: bool
+    quads: bool  # H*W is a multiple of 4: four adjacent pixels are one Philox block
+    wide: bool  # 64-bit offsets
+    lanes: int
+    width: int
+    pixels: int  # of a lane, a tile each: 4 for channels with quads, else 1
+    access: int  # rows only: elements of 16 bytes, 4 or 8
+    span: int  # pixels that one iteration covers
+    iterations: int
+    groups: int  # channels only, as the next two: runs of channels a program covers
+    slots: int
+    samples: int
+    group_power: int  # the next powers of two
+    slot_power: int
+    sample_power: int
+
+
+BY_CHANNELS = tl.constexpr(0)
+QUADS = tl.constexpr(1)
+WIDE = tl.constexpr(2)
+LANES = tl.constexpr(3)
+WIDTH = tl.constexpr(4)
+PIXELS = tl.constexpr(5)
+ACCESS = tl.constexpr(6)
+SPAN = tl.constexpr(7)
+ITERATIONS = tl.constexpr(8)
+GROUPS = tl.constexpr(9)
+SLOTS = tl.constexpr(10)
+SAMPLES = tl.constexpr(11)
+GROUP_POWER = tl.constexpr(12)
+SLOT_POWER = tl.constexpr(13)
+SAMPLE_POWER = tl.constexpr(14)
+
+
+@triton.jit
+def program(chunks, TILE: tl.constexpr):
+    """This program's block of lanes and chunk of pixels."""
+    index = tl.program_id(0)
+    if TILE[WIDE]:
+        index = index.to(tl.int64)
+    return index // chunks, index % chunks
+
+
+@triton.jit
+def lanes(block, chunk, batches, channels, TILE: tl.constexpr):
+    """Where the lanes are: sample and (first) channel (LANES, 1), first pixel of the program (scalar), pixel from there on
+    (LANES, 1) or, for rows, (1, WIDTH), and which lanes are part of the map (LANES, 1)."""
+    lane = tl.arange(0, TILE[LANES])
+    if TILE[BY_CHANNELS]:
+        slices = (channels + TILE[GROUPS] - 1) // TILE[GROUPS]
+        slot = lane // TILE[GROUPS]
+        sample = slot // TILE[SLOTS]
+        b = (block // slices) * TILE[SAMPLES] + sample
+        group = (block % slices) * TILE[GROUPS] + (lane - slot * TILE[GROUPS])
+        inside = (sample < TILE[SAMPLES]) & (b < batches) & (group < channels)
+        c = (group * TILE[WIDTH])[:, None]
+        pixel = ((slot - sample * TILE[SLOTS]) * TILE[PIXELS])[:, None]
+        return b[:, None], c, chunk * (TILE[ITERATIONS] * TILE[SPAN]), pixel, inside[:, None]
+    else:
+        row = block * TILE[LANES] + lane
+        b = row // channels
+        pixel = tl.arange(0, TILE[WIDTH])[None, :]
+        first = chunk * (TILE[ITERATIONS] * TILE[SPAN])
+        return b[:, None], (row - b * channels)[:, None], first, pixel, (b < batches)[:, None]
+
+
+@triton.jit
+def offsets(b, c, pixel, batch, step, TILE: tl.constexpr):
+    """Of the elements of a tile in a tensor with these strides."""
+    if TILE[BY_CHANNELS]:
+        return (
+            b * (batch * TILE[WIDTH]) + pixel * (step * TILE[WIDTH]) + c + tl.arange(0, TILE[WIDTH])[None, :]
+        )
+    else:
+        return b * batch + c * step + pixel
+
+
+@triton.jit
+def log_sigma_channel(c, channels, TILE: tl.constexpr):
+    """The channel of packed parameters that holds log sigma where ``c`` holds mu."""
+    if TILE[BY_CHANNELS]:
+        return c + channels * TILE[WIDTH]
+    else:
+        return c + channels
+
+
+@triton.jit
+def load(tensor, offset, step, mask, TILE: tl.constexpr):
+    """The tiles of a lane's pixels in float32, one or four; every load is on its way before the first is used."""
+    if TILE[PIXELS] == 4:
+        pixel = step * TILE[WIDTH]
+        x0 = tl.load(tensor + offset, mask=mask, other=0.0)
+        x1 = tl.load(tensor + offset + pixel, mask=mask, other=0.0)
+        x2 = tl.load(tensor + offset + 2 * pixel, mask=mask, other=0.0)
+        x3 = tl.load(tensor + offset + 3 * pixel, mask=mask, other=0.0)
+        return x0.to(tl.float32), x1.to(tl.float32), x2.to(tl.float32), x3.to(tl.float32)
+    else:
+        x = tl.load(tensor + offset, mask=mask, other=0.0)
+        return (x.to(tl.float32),)
+
+
+@triton.jit
+def store(tensor, offset, step, k, value, mask, TILE: tl.constexpr):
+    """The tile of a lane's pixel number ``k``."""
+    place = tensor + offset + k * (step * TILE[WIDTH])
+    tl.store(place, value.to(tensor.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def normals(seed, b, c, start, pixel, channels, pixels, TILE: tl.constexpr):
+    """The draws of a tile at pixels ``start + pixel``: one tile or four, as :func:`load`.
+
+    Each thread draws what it needs: tensors of one block a thread are joined to the 4 or 8 elements of an access, which
+    moves nothing; drawing whole tiles at once would go through shared memory.
+    """
+    key = tl.load(seed)
+    if TILE[BY_CHANNELS]:
+        row = b * (channels * TILE[WIDTH]) + c
+    else:
+        row = b * channels + c
+    quads = pixels // 4
+    if TILE[PIXELS] == 4:
+        quad = (start + pixel) // 4
+        if TILE[WIDTH] == 4:
+            x0, x1, x2, x3 = philox_normals4(key, row * quads + quad)
+            y0, y1, y2, y3 = philox_normals4(key, (row + 1) * quads + quad)
+            z0, z1, z2, z3 = philox_normals4(key, (row + 2) * quads + quad)
+            w0, w1, w2, w3 = philox_normals4(key, (row + 3) * quads + quad)
+            return _four(x0, y0, z0, w0), _four(x1, y1, z1, w1), _four(x2, y2, z2, w2), _four(x3, y3, z3, w3)
+        elif TILE[WIDTH] == 2:
+            x0, x1, x2, x3 = philox_normals4(key, row * quads + quad)
+            y0, y1, y2, y3 = philox_normals4(key, (row + 1) * quads + quad)
+            return _two(x0, y0), _two(x1, y1), _two(x2, y2), _two(x3, y3)
+        else:
+            return philox_normals4(key, row * quads + quad)
+    elif TILE[QUADS]:
+        first = row * quads + start // 4
+        if TILE[ACCESS] == 8:
+            even = 2 * tl.arange(0, TILE[WIDTH] // 8)[None, :]
+            x0, x1, x2, x3 = philox_normals4(key, first + even)
+            y0, y1, y2, y3 = philox_normals4(key, first + even + 1)
+            z = tl.join(tl.join(tl.join(x0, y0), tl.join(x2, y2)), tl.join(tl.join(x1, y1), tl.join(x3, y3)))
+        else:
+            x0, x1, x2, x3 = philox_normals4(key, first + tl.arange(0, TILE[WIDTH] // 4)[None, :])
+            z = tl.join(tl.join(x0, x2), tl.join(x1, x3))
+        return (tl.reshape(z, (TILE[LANES], TILE[WIDTH])),)
+    else:  # a block may begin in another row: each element makes its own
+        if TILE[BY_CHANNELS]:
+            row = row + tl.arange(0, TILE[WIDTH])[None, :]
+        element = row * pixels + start + pixel
+        x0, x1, x2, x3 = philox_normals4(key, element >> 2)
+        k = element & 3
+        return (tl.where(k < 2, tl.where(k == 0, x0, x1), tl.where(k == 2, x2, x3)),)
+
+
+@triton.jit
+def _two(x, y):
+    """(n, 1) each -> (n, 2)."""
+    return tl.reshape(tl.join(x, y), (x.shape[0], 2))
+
+
+@triton.jit
+def _four(x, y, z, w):
+    """(n, 1) each -> (n, 4)."""
+    return tl.reshape(tl.join(tl.join(x, z), tl.join(y, w)), (x.shape[0], 4))
+
+
+@triton.jit
+def of_sums(gradient, b, c, batch, step, inside, TILE: tl.constexpr):
+    """Upstream gradients (B, Z) of sums, for the lanes."""
+    if TILE[BY_CHANNELS]:
+        c = c + tl.arange(0, TILE[WIDTH])[None, :]
+    return tl.load(gradient + b * batch + c * step, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def zero_sums(TILE: tl.constexpr):
+    """Where a program adds up: channels (LANES, WIDTH), rows (LANES, WIDTH / 4), each four adjacent pixels together."""
+    COLUMNS: tl.constexpr = TILE[WIDTH] if TILE[BY_CHANNELS] else TILE[WIDTH] // 4
+    return tl.zeros((TILE[LANES], COLUMNS), tl.float32)
+
+
+@triton.jit
+def fold_sum(x, start, pixels, inside, TILE: tl.constexpr):
+    """What a tile adds to such sums; elements outside the map add nothing."""
+    if TILE[BY_CHANNELS]:
+        return tl.where(inside, x, 0.0)
+    else:
+        if not TILE[QUADS]:
+            x = tl.where(inside & (start + tl.arange(0, TILE[WIDTH])[None, :] < pixels), x, 0.0)
+        left, right = tl.split(tl.reshape(x, (TILE[LANES], TILE[WIDTH] // 4, 2, 2)))
+        first, second = tl.split(left + right)  # of one thread
+        if TILE[QUADS]:
+            return tl.where(
+                inside & (start + 4 * tl.arange(0, TILE[WIDTH] // 4)[None, :] < pixels), first + second, 0.0
+            )
+        else:
+            return first + second
+
+
+@triton.jit
+def fold_product(x, start, pixels, inside, TILE: tl.constexpr):
+    """The product of a tile's elements where :func:`fold_sum` adds; elements outside the map count as 1."""
+    if TILE[BY_CHANNELS]:
+        return tl.where(inside, x, 1.0)
+    else:
+        if not TILE[QUADS]:
+            x = tl.where(inside & (start + tl.arange(0, TILE[WIDTH])[None, :] < pixels), x, 1.0)
+        left, right = tl.split(tl.reshape(x, (TILE[LANES], TILE[WIDTH] // 4, 2, 2)))
+        first, second = tl.split(left * right)
+        if TILE[QUADS]:
+            return tl.where(
+                inside & (start + 4 * tl.arange(0, TILE[WIDTH] // 4)[None, :] < pixels), first * second, 1.0
+            )
+        else:
+            return first * second
+
+
+@triton.jit
+def multiply(fraction, exponent, x, TILE: tl.constexpr):
+    """``fraction 2^(exponent - 127 ITERATIONS)`` times x > 0, with the fraction brought back to [1, 2): the logarithm of
+    a product costs a few instructions an iteration and one logarithm at the end."""
+    fraction = fraction * x
+    if TILE[ITERATIONS] > 1:
+        bits = fraction.to(tl.int32, bitcast=True)
+        exponent += bits >> 23
+        fraction *= (0x7F000000 - (bits & 0x7F800000)).to(tl.float32, bitcast=True)
+    return fraction, exponent
+
+
+@triton.jit
+def log_product(fraction, exponent, TILE: tl.constexpr):
+    """The logarithm of what :func:`multiply` made."""
+    log = tl.log(fraction)
+    if TILE[ITERATIONS] > 1:
+        log = tl.fma((exponent - 127 * TILE[ITERATIONS]).to(tl.float32), 0.6931471805599453, log)
+    return log
+
+
+@triton.jit
+def lane_sums(x, TILE: tl.constexpr):
+    """Rows: (LANES, any) -> (LANES,). Channels: (LANES, WIDTH) -> (samples * groups, WIDTH), both padded to powers of two;
+    the lanes of one channel are GROUPS apart and a gather brings them together. In one order, whatever runs when."""
+    if TILE[BY_CHANNELS]:
+        ROWS: tl.constexpr = TILE[SAMPLE_POWER] * TILE[GROUP_POWER]
+        target = tl.arange(0, ROWS * TILE[SLOT_POWER])
+        slot = target % TILE[SLOT_POWER]
+        group = target // TILE[SLOT_POWER] % TILE[GROUP_POWER]
+        sample = target // (TILE[SLOT_POWER] * TILE[GROUP_POWER])
+        real = (slot < TILE[SLOTS]) & (group < TILE[GROUPS]) & (sample < TILE[SAMPLES])
+        source = tl.where(real, (sample * TILE[SLOTS] + slot) * TILE[GROUPS] + group, 0)
+        found = tl.gather(x, tl.broadcast_to(source[:, None], (target.shape[0], TILE[WIDTH])), 0)
+        found = tl.where(real[:, None], found, 0.0)
+        return tl.sum(tl.reshape(found, (ROWS, TILE[SLOT_POWER], TILE[WIDTH])), 1)
+    else:
+        return tl.sum(x, 1)
+
+
+@triton.jit
+def sum_places(block, chunk, batches, channels, rows, TILE: tl.constexpr):
+    """Where :func:`lane_sums` belong in (chunks, B, Z), and which of them exist."""
+    if TILE[BY_CHANNELS]:
+        slices = (channels + TILE[GROUPS] - 1) // TILE[GROUPS]
+        index = tl.arange(0, TILE[SAMPLE_POWER] * TILE[GROUP_POWER])
+        sample = index // TILE[GROUP_POWER]
+        group = index % TILE[GROUP_POWER]
+        inside = (sample < TILE[SAMPLES]) & (group < TILE[GROUPS])
+        b = (block // slices) * TILE[SAMPLES] + sample
+        group = (block % slices) * TILE[GROUPS] + group
+        row = (b * channels + group)[:, None] * TILE[WIDTH] + tl.arange(0, TILE[WIDTH])[None, :]
+        return chunk * rows + row, (inside & (b < batches) & (group < channels))[:, None]
+    else:
+        row = block * TILE[LANES] + tl.arange(0, TILE[LANES])
+        return chunk * rows + row, row < rows
+
+
+@triton.jit
+def sum_chunks_kernel(
+    partial, out_0, out_1, out_2, rows, chunks, KINDS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr
+):
+    """The second stage of sums: ``partial`` (KINDS, chunks, rows) -> KINDS outputs (rows), in a fixed order. Double
+    precision costs nothing here and keeps the sums of a large map as good as those of a small one."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
+    for kind in tl.static_range(KINDS):
+        total = tl.zeros((CHUNKS, ROWS), tl.float64)
+        for first in range(0, chunks, CHUNKS):
+            chunk = first + tl.arange(0, CHUNKS)[:, None]
+            place = partial + (chunk.to(tl.int64) + kind * chunks) * rows + row
+            total += tl.load(place, mask=(chunk < chunks) & (row < rows), other=0.0).to(tl.float64)
+        out = out_0 if kind == 0 else (out_1 if kind == 1 else out_2)
+        tl.store(out + row, tl.sum(total, 0)[None, :].to(tl.float32), mask=row < rows)

@@ -1,0 +1,114 @@
+"""Arithmetic that the kernels of the normal distributions share: the soft clamp, the squashing of raw parameters, and
+the derivatives of both. The definition is nvae_fast/ops/_squash.py; all of it is float32. ``CLAMP`` is a compile-time
+number, folded into the coefficients; 0 means that nothing is clamped.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)  # log(2 pi) / 2
+
+
+@triton.jit
+def reciprocal(x):
+    """``1 / x`` for x of [2^-60, 2^60] in four instructions and to an ulp; Triton's division takes nine, to look after
+    denormals. The square of the hardware's reciprocal square root, and one step of Newton's method."""
+    r = tl.rsqrt(x)
+    y = r * r
+    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+
+
+@triton.jit
+def _clamp(x, BOUND: tl.constexpr):
+    """x within +-BOUND; NaN stays NaN."""
+    return tl.clamp(x, -BOUND, BOUND, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _bend(raw, C: tl.constexpr):
+    """``C tanh(raw / C)`` for C within [0.01, 100], where its powers stay in range: ``x - D / Q`` of the clamped x, where
+    D / Q is a minimax fit, weighted to where values are. What is subtracted is small below C, and the result good to an
+    ulp; further out it loses digits, 5e-6 at worst. The fit ends 4e-6 above C, so that the last clamp makes everything
+    from 7.5 C on exactly C."""
+    c2: tl.constexpr = C * C
+    x = _clamp(raw, 7.5 * C)
+    s = x * x
+    d = tl.fma(s, 7.825490477841868e-09 / (c2 * c2 * c2 * c2), 0.00020340882474556565 / (c2 * c2 * c2))
+    d = tl.fma(tl.fma(d, s, 0.02051684446632862 / (c2 * c2)), s, 0.33333325386047363 / c2)
+    q = tl.fma(s, 0.00021145088248886168 / (c2 * c2 * c2), 0.023326003924012184 / (c2 * c2))
+    q = tl.fma(tl.fma(q, s, 0.46154987812042236 / c2), s, 1.0)  # between 1 and 139
+    return _clamp(tl.fma(-d * (x * s), reciprocal(q), x), C)
+
+
+@triton.jit
+def _slope(raw, C: tl.constexpr):
+    """``1 - tanh^2`` at raw / C with all its digits: ``4 e / (1 + e)^2`` with ``e = exp(-2 |raw / C|)``, which fades as it
+    should where the difference would leave the rounding of a 1."""
+    e = tl.exp2(tl.abs(raw) * (-2.8853900817779268 / C))
+    i = reciprocal(1.0 + e)
+    return 4.0 * e * i * i
+
+
+@triton.jit
+def exponential(u, CLAMP: tl.constexpr):
+    """``exp(u)``: a power of two by the hardware, times one plus what rounding the exponent lost."""
+    y = u * 1.4426950408889634
+    power = tl.exp2(y)
+    low = tl.fma(y, -0.693147182464599609375, u)  # ln 2 in float32
+    if (CLAMP == 0) | (CLAMP > 20.0):  # the rest of ln 2, and neither inf - inf nor 0 * inf
+        exact = tl.fma(power, tl.fma(y, 1.904654299957767878e-9, low), power)
+        return tl.where(tl.abs(y) < 200.0, exact, power)
+    else:
+        return tl.fma(power, low, power)
+
+
+@triton.jit
+def inverse(sigma, CLAMP: tl.constexpr):
+    """``1 / sigma``."""
+    if (CLAMP == 0) | (CLAMP > 40.0):
+        return 1.0 / sigma
+    else:
+        return reciprocal(sigma)
+
+
+@triton.jit
+def soft_clamp(raw, CLAMP: tl.constexpr):
+    """``CLAMP tanh(raw / CLAMP)``; the identity for 0."""
+    if CLAMP == 0:
+        return raw
+    elif (CLAMP < 0.01) | (CLAMP > 100.0):
+        return _bend(raw / CLAMP, 1.0) * CLAMP
+    else:
+        return _bend(raw, CLAMP)
+
+
+@triton.jit
+def slope(raw, CLAMP: tl.constexpr):
+    """The derivative of :func:`soft_clamp`."""
+    if CLAMP == 0:
+        return tl.zeros_like(raw) + 1.0
+    elif (CLAMP < 0.01) | (CLAMP > 100.0):
+        return _slope(raw / CLAMP, 1.0)
+    else:
+        return _slope(raw, CLAMP)
+
+
+@triton.jit
+def squash(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
+    """Raw parameters -> mu, sigma."""
+    return soft_clamp(raw_mu, CLAMP), exponential(soft_clamp(raw_log_sigma, CLAMP), CLAMP) + floor
+
+
+@triton.jit
+def squash_slopes(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
+    """Raw parameters -> mu, sigma, d mu / d raw_mu, d sigma / d raw_log_sigma."""
+    e = exponential(soft_clamp(raw_log_sigma, CLAMP), CLAMP)
+    return soft_clamp(raw_mu, CLAMP), e + floor, slope(raw_mu, CLAMP), slope(raw_log_sigma, CLAMP) * e
+
+
+def shared_logs(clamp: float | None, sigma_floor: float) -> bool:
+    """Whether four sigmas, or ratios of sigmas, may be multiplied before a logarithm is taken: with the clamp at 5 a ratio
+    lies within exp(+-10), and the product far from the ends of float32."""
+    return clamp is not None and clamp <= 5.0 and sigma_floor <= 1.0
