@@ -15,8 +15,9 @@ from nvae_fast.kernels.maps import Tile, sum_chunks_kernel
 # A tile of rows: 8 elements a thread, two 16-byte accesses in float32 and one in bfloat16, and few enough registers for
 # some 16 warps on a multiprocessor, whose loads in flight cover the latency of memory.
 ROW_TILE, ROW_WARPS = 1024, 4
-# Lanes of a tile of channels, one to a thread, 16 elements each: the fewest that keep nearly all lanes busy.
-LANE_CHOICES = (128, 256, 512)
+# Lanes of a tile of channels, one to a thread, 16 elements each: the fewest that keep nearly all lanes busy. With 512
+# threads a program, a thread would have 128 registers, and the backward pass takes 170.
+LANE_CHOICES = (128, 256)
 # (tiles of the map, tiles that one program adds up): adding across threads at the end costs about a third of a tile, but
 # a multiprocessor wants several programs, and an H200 has 132 multiprocessors.
 SUM_TILES = ((32768, 8), (16384, 4), (8192, 2), (0, 1))
@@ -169,6 +170,7 @@ class Sums:
                     KINDS=kinds,
                     ROWS=rows,
                     CHUNKS=chunks,
+                    STEPS=-(-self.chunks // chunks),
                     **_FUSION,
                 )
         return self.outputs

@@ -173,7 +173,8 @@ def normals(seed, b, c, start, pixel, channels, pixels, TILE: tl.constexpr):
         else:
             x0, x1, x2, x3 = philox_normals4(key, first + tl.arange(0, TILE[WIDTH] // 4)[None, :])
             z = tl.join(tl.join(x0, x2), tl.join(x1, x3))
-        return (tl.reshape(z, (TILE[LANES], TILE[WIDTH])),)
+        COLUMNS: tl.constexpr = TILE[WIDTH]
+        return (tl.reshape(z, (z.shape[0], COLUMNS)),)
     else:  # a block may begin in another row: each element makes its own
         if TILE[BY_CHANNELS]:
             row = row + tl.arange(0, TILE[WIDTH])[None, :]
@@ -206,8 +207,9 @@ def of_sums(gradient, b, c, batch, step, inside, TILE: tl.constexpr):
 @triton.jit
 def zero_sums(TILE: tl.constexpr):
     """Where a program adds up: channels (LANES, WIDTH), rows (LANES, WIDTH / 4), each four adjacent pixels together."""
+    ROWS: tl.constexpr = TILE[LANES]
     COLUMNS: tl.constexpr = TILE[WIDTH] if TILE[BY_CHANNELS] else TILE[WIDTH] // 4
-    return tl.zeros((TILE[LANES], COLUMNS), tl.float32)
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit
@@ -218,7 +220,7 @@ def fold_sum(x, start, pixels, inside, TILE: tl.constexpr):
     else:
         if not TILE[QUADS]:
             x = tl.where(inside & (start + tl.arange(0, TILE[WIDTH])[None, :] < pixels), x, 0.0)
-        left, right = tl.split(tl.reshape(x, (TILE[LANES], TILE[WIDTH] // 4, 2, 2)))
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
         first, second = tl.split(left + right)  # of one thread
         if TILE[QUADS]:
             return tl.where(
@@ -236,7 +238,7 @@ def fold_product(x, start, pixels, inside, TILE: tl.constexpr):
     else:
         if not TILE[QUADS]:
             x = tl.where(inside & (start + tl.arange(0, TILE[WIDTH])[None, :] < pixels), x, 1.0)
-        left, right = tl.split(tl.reshape(x, (TILE[LANES], TILE[WIDTH] // 4, 2, 2)))
+        left, right = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 2, 2)))
         first, second = tl.split(left * right)
         if TILE[QUADS]:
             return tl.where(
@@ -273,15 +275,16 @@ def lane_sums(x, TILE: tl.constexpr):
     the lanes of one channel are GROUPS apart and a gather brings them together. In one order, whatever runs when."""
     if TILE[BY_CHANNELS]:
         ROWS: tl.constexpr = TILE[SAMPLE_POWER] * TILE[GROUP_POWER]
+        SLOTS_EACH: tl.constexpr = TILE[SLOT_POWER]
         target = tl.arange(0, ROWS * TILE[SLOT_POWER])
         slot = target % TILE[SLOT_POWER]
         group = target // TILE[SLOT_POWER] % TILE[GROUP_POWER]
         sample = target // (TILE[SLOT_POWER] * TILE[GROUP_POWER])
         real = (slot < TILE[SLOTS]) & (group < TILE[GROUPS]) & (sample < TILE[SAMPLES])
         source = tl.where(real, (sample * TILE[SLOTS] + slot) * TILE[GROUPS] + group, 0)
-        found = tl.gather(x, tl.broadcast_to(source[:, None], (target.shape[0], TILE[WIDTH])), 0)
+        found = tl.gather(x, tl.broadcast_to(source[:, None], (target.shape[0], x.shape[1])), 0)
         found = tl.where(real[:, None], found, 0.0)
-        return tl.sum(tl.reshape(found, (ROWS, TILE[SLOT_POWER], TILE[WIDTH])), 1)
+        return tl.sum(tl.reshape(found, (ROWS, SLOTS_EACH, x.shape[1])), 1)
     else:
         return tl.sum(x, 1)
 
@@ -306,15 +309,24 @@ def sum_places(block, chunk, batches, channels, rows, TILE: tl.constexpr):
 
 @triton.jit
 def sum_chunks_kernel(
-    partial, out_0, out_1, out_2, rows, chunks, KINDS: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr
+    partial,
+    out_0,
+    out_1,
+    out_2,
+    rows,
+    chunks,
+    KINDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
     """The second stage of sums: ``partial`` (KINDS, chunks, rows) -> KINDS outputs (rows), in a fixed order. Double
     precision costs nothing here and keeps the sums of a large map as good as those of a small one."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
     for kind in tl.static_range(KINDS):
         total = tl.zeros((CHUNKS, ROWS), tl.float64)
-        for first in range(0, chunks, CHUNKS):
-            chunk = first + tl.arange(0, CHUNKS)[:, None]
+        for i in range(STEPS):
+            chunk = i * CHUNKS + tl.arange(0, CHUNKS)[:, None]
             place = partial + (chunk.to(tl.int64) + kind * chunks) * rows + row
             total += tl.load(place, mask=(chunk < chunks) & (row < rows), other=0.0).to(tl.float64)
         out = out_0 if kind == 0 else (out_1 if kind == 1 else out_2)

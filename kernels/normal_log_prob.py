@@ -59,13 +59,15 @@ def forward_kernel(
     CLAMP: tl.constexpr, SHARED_LOGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``params`` may be None. SHARED_LOGS: four sigmas may be multiplied before a logarithm is taken."""
+    COUNT: tl.constexpr = TILE[PIXELS]
+    TIMES: tl.constexpr = TILE[ITERATIONS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     total = zero_sums(TILE)
     sigmas = zero_sums(TILE) + 1.0  # the logarithm of this product is to be added
     sigmas_power = zero_sums(TILE).to(tl.int32)
-    for i in range(TILE[ITERATIONS]):
+    for i in range(TIMES):
         start = first + i * TILE[SPAN]
         at = start + pixel
         mask = inside & (at < pixels)
@@ -79,7 +81,7 @@ def forward_kernel(
                 params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE
             )
         term, sigma = _terms(value[0], raw_mu[0], raw_ls[0], floor, params is not None, CLAMP, SHARED_LOGS)
-        for k in tl.static_range(1, TILE[PIXELS]):
+        for k in tl.static_range(1, COUNT):
             term_k, sigma_k = _terms(
                 value[k], raw_mu[k], raw_ls[k], floor, params is not None, CLAMP, SHARED_LOGS
             )
@@ -104,6 +106,7 @@ def backward_kernel(
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``params`` may be None, and a gradient that is not wanted."""
+    COUNT: tl.constexpr = TILE[PIXELS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
@@ -117,7 +120,7 @@ def backward_kernel(
     map_at = offsets(b, c, at, map_batch, map_step, TILE)
     packed_mu = offsets(b, c, at, packed_batch, packed_step, TILE)
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
-    for k in tl.static_range(TILE[PIXELS]):
+    for k in tl.static_range(COUNT):
         if params is not None:
             mu, sigma, slope_mu, slope_ls = squash_slopes(raw_mu[k], raw_ls[k], floor, CLAMP)
             one_over = inverse(sigma, CLAMP)

@@ -32,6 +32,7 @@ def forward_kernel(
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``noise`` or ``seed`` is None."""
+    COUNT: tl.constexpr = TILE[PIXELS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
@@ -44,7 +45,7 @@ def forward_kernel(
     else:
         eps = normals(seed, b, c, first, pixel, channels, pixels, TILE)
     z_at = offsets(b, c, at, z_batch, z_step, TILE)
-    for k in tl.static_range(TILE[PIXELS]):
+    for k in tl.static_range(COUNT):
         mu, sigma = squash(raw_mu[k], raw_ls[k], floor, CLAMP)
         store(z, z_at, z_step, k, tl.fma(temperature * sigma, eps[k], mu), mask, TILE)
 
@@ -57,6 +58,7 @@ def backward_kernel(
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``noise`` or ``seed`` is None, and a gradient that is not wanted."""
+    COUNT: tl.constexpr = TILE[PIXELS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
@@ -72,7 +74,7 @@ def backward_kernel(
     packed_mu = offsets(b, c, at, packed_batch, packed_step, TILE)
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     map_at = offsets(b, c, at, map_batch, map_step, TILE)
-    for k in tl.static_range(TILE[PIXELS]):
+    for k in tl.static_range(COUNT):
         _, sigma, slope_mu, slope_ls = squash_slopes(raw_mu[k], raw_ls[k], floor, CLAMP)
         scaled = g[k] * temperature
         if grad_params is not None:

@@ -78,6 +78,8 @@ def forward_kernel(
 ):  # fmt: skip
     """``prior`` and ``noise`` may be None. SHARED_LOGS: four sigmas may be multiplied before a logarithm is taken."""
     HAS_PRIOR: tl.constexpr = prior is not None
+    COUNT: tl.constexpr = TILE[PIXELS]
+    TIMES: tl.constexpr = TILE[ITERATIONS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
@@ -88,7 +90,7 @@ def forward_kernel(
     sigmas = zero_sums(TILE) + 1.0
     ratios_power = zero_sums(TILE).to(tl.int32)
     sigmas_power = zero_sums(TILE).to(tl.int32)
-    for i in range(TILE[ITERATIONS]):
+    for i in range(TIMES):
         start = first + i * TILE[SPAN]
         at = start + pixel
         mask = inside & (at < pixels)
@@ -110,7 +112,7 @@ def forward_kernel(
             q_mu[0], q_ls[0], p_mu[0], p_ls[0], eps[0], floor, HAS_PRIOR, RESIDUAL, CLAMP, SHARED_LOGS
         )
         store(z, z_at, z_step, 0, value, mask, TILE)
-        for k in tl.static_range(1, TILE[PIXELS]):
+        for k in tl.static_range(1, COUNT):
             value, kl_k, log_q_k, log_p_k, ratio_k, sigma_q_k = _terms(
                 q_mu[k], q_ls[k], p_mu[k], p_ls[k], eps[k], floor, HAS_PRIOR, RESIDUAL, CLAMP, SHARED_LOGS
             )
@@ -154,6 +156,7 @@ def backward_kernel(
 ):  # fmt: skip
     """Every tensor but the posterior may be None: a gradient that is not there costs nothing."""
     HAS_PRIOR: tl.constexpr = prior is not None
+    COUNT: tl.constexpr = TILE[PIXELS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
@@ -178,7 +181,7 @@ def backward_kernel(
         eps = normals(seed, b, c, first, pixel, channels, pixels, TILE)
     packed_mu = offsets(b, c, at, packed_batch, packed_step, TILE)
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
-    for k in tl.static_range(TILE[PIXELS]):
+    for k in tl.static_range(COUNT):
         raw_mu_q = q_mu[k]
         raw_ls_q = q_ls[k]
         if HAS_PRIOR:
