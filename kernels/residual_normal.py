@@ -112,6 +112,10 @@ def forward_kernel(
             q_mu[0], q_ls[0], p_mu[0], p_ls[0], eps[0], floor, HAS_PRIOR, RESIDUAL, CLAMP, SHARED_LOGS
         )
         store(z, z_at, z_step, 0, value, mask, TILE)
+        if SHARED_LOGS:
+            # Adds 0, or NaN where log_q is NaN: what descends from loads alone has their layout, and without this a
+            # compiler moves the draws through shared memory, to the layout it would have chosen for log_q.
+            log_q += sigma_q - sigma_q
         for k in tl.static_range(1, COUNT):
             value, kl_k, log_q_k, log_p_k, ratio_k, sigma_q_k = _terms(
                 q_mu[k], q_ls[k], p_mu[k], p_ls[k], eps[k], floor, HAS_PRIOR, RESIDUAL, CLAMP, SHARED_LOGS
