@@ -95,6 +95,11 @@ def forward_kernel(
         at = start + pixel
         mask = inside & (at < pixels)
         here = mask if TILE[BY_CHANNELS] else inside
+        # Drawn before the loads, which would hold registers meanwhile: the more warps cover the latency instead.
+        if noise is not None:
+            eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
+        else:
+            eps = normals(seed, b, c, start, pixel, channels, pixels, TILE)
         q_mu = load(posterior, offsets(b, c, at, q_batch, q_step, TILE), q_step, mask, TILE)
         q_ls = load(posterior, offsets(b, c_ls, at, q_batch, q_step, TILE), q_step, mask, TILE)
         if HAS_PRIOR:
@@ -103,10 +108,6 @@ def forward_kernel(
         else:
             p_mu = q_mu
             p_ls = q_ls
-        if noise is not None:
-            eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
-        else:
-            eps = normals(seed, b, c, start, pixel, channels, pixels, TILE)
         z_at = offsets(b, c, at, z_batch, z_step, TILE)
         value, kl, log_q, log_p, ratio, sigma_q = _terms(
             q_mu[0], q_ls[0], p_mu[0], p_ls[0], eps[0], floor, HAS_PRIOR, RESIDUAL, CLAMP, SHARED_LOGS
@@ -166,6 +167,10 @@ def backward_kernel(
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
+    if noise is not None:
+        eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
+    else:
+        eps = normals(seed, b, c, first, pixel, channels, pixels, TILE)
     q_mu = load(posterior, offsets(b, c, at, q_batch, q_step, TILE), q_step, mask, TILE)
     q_ls = load(posterior, offsets(b, c_ls, at, q_batch, q_step, TILE), q_step, mask, TILE)
     if HAS_PRIOR:
@@ -179,10 +184,6 @@ def backward_kernel(
         g_q = of_sums(grad_log_q, b, c, log_q_batch, log_q_step, inside, TILE)
     if grad_log_p is not None:
         g_p = of_sums(grad_log_p, b, c, log_p_batch, log_p_step, inside, TILE)
-    if noise is not None:
-        eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
-    else:
-        eps = normals(seed, b, c, first, pixel, channels, pixels, TILE)
     packed_mu = offsets(b, c, at, packed_batch, packed_step, TILE)
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     for k in tl.static_range(COUNT):
