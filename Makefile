@@ -30,7 +30,7 @@ build: $(VENV)/.installed
 	@$(PY) -m nvae_fast info
 
 test: build
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 demo: build
 	$(PY) -m nvae_fast train --preset digits_demo --data digits --out runs/demo --overwrite
