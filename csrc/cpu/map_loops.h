@@ -17,6 +17,15 @@ NVAE_INLINE void store(V v, T* p, int n) {
   else
     v.store(p, n);
 }
+constexpr int64_t kAhead = 2048;  // bytes
+template <class T>
+NVAE_INLINE void ahead(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0);
+}
+template <class T>
+NVAE_INLINE void ahead_to_write(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 1);
+}
 // The first n lanes; the others become `rest`.
 template <class V>
 NVAE_INLINE V keep(V v, int n, typename V::Scalar rest) {

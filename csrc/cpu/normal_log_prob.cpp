@@ -40,8 +40,9 @@ static std::tuple<Tensor, Tensor> normal_log_prob_backward(const Tensor& grad, c
                                                            std::optional<double> clamp, double sigma_floor,
                                                            bool need_z, bool need_params) {
   std::vector<Tensor> hold;
+  std::vector<std::vector<double>> sums;
   NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
-  a.grad = sums_gradient(grad, hold);
+  a.grad = sums_gradient(grad, sums);
   need_params = need_params && params;
   const Tensor grad_z = empty_unless(need_z, z, a.channels, z.scalar_type(), a.channels_last);
   const Tensor grad_params = empty_unless(need_params, z, 2 * a.channels, z.scalar_type(), a.channels_last);

@@ -83,11 +83,26 @@ inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channe
   return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, hold)
       .const_data_ptr();
 }
-// An upstream gradient of sums (B, Z), null when there is none.
-inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vector<Tensor>& hold) {
+// An upstream gradient of sums (B, Z) as float64, null when there is none. Read here: it is small, often expanded
+// from one number, and two trips through the dispatcher cost more.
+inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vector<std::vector<double>>& hold) {
   if (!grad) return nullptr;
-  hold.push_back(torch::stable::contiguous(torch::stable::to(*grad, ScalarType::Double)));
-  return hold.back().const_data_ptr<double>();
+  STD_TORCH_CHECK(grad->dim() == 2, "gradient of sums: expected shape (B, Z), got ", grad->dim(), " dimensions");
+  const int64_t rows = grad->size(0), columns = grad->size(1);
+  std::vector<double> values(static_cast<size_t>(rows * columns) + 1);
+  const auto read = [&](auto* data) {
+    double* out = values.data();
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) *out++ = data[i * grad->stride(0) + j * grad->stride(1)];
+  };
+  if (grad->scalar_type() == ScalarType::Double)
+    read(grad->const_data_ptr<double>());
+  else if (grad->scalar_type() == ScalarType::Float)
+    read(grad->const_data_ptr<float>());
+  else
+    STD_TORCH_CHECK(false, "gradient of sums: expected float32 or float64");
+  hold.push_back(std::move(values));
+  return hold.back().data();
 }
 
 inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type,

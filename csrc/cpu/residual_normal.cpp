@@ -50,15 +50,16 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
     bool residual, std::optional<double> clamp, double sigma_floor, bool need_posterior, bool need_prior,
     bool need_noise) {
   std::vector<Tensor> hold;
+  std::vector<std::vector<double>> sums;
   ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, hold);
   const ScalarType type = posterior.scalar_type();
   if (grad_z) {
     check_map("residual_normal_backward", "grad_z", *grad_z, posterior);
     a.grad_z = map_gradient(*grad_z, type, a.channels_last, hold);
   }
-  a.grad_kl = sums_gradient(grad_kl, hold);
-  a.grad_log_q = sums_gradient(grad_log_q, hold);
-  a.grad_log_p = sums_gradient(grad_log_p, hold);
+  a.grad_kl = sums_gradient(grad_kl, sums);
+  a.grad_log_q = sums_gradient(grad_log_q, sums);
+  a.grad_log_p = sums_gradient(grad_log_p, sums);
   need_prior = need_prior && prior;
   need_noise = need_noise && noise;
   const Tensor grad_posterior =

@@ -165,9 +165,14 @@ struct Forward {
                                           int n) const {
     V mu_p{}, log_sigma_p{};
     if (p.mu) {
+      ahead(p.mu + i * p.step);
+      ahead(p.log_sigma + i * p.step);
       mu_p = load<V>(p.mu + i * p.step, n);
       log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
     }
+    ahead(q.mu + i * q.step);
+    ahead(q.log_sigma + i * q.step);
+    ahead_to_write(z);
     const auto terms = model.forward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n),
                                      mu_p, log_sigma_p, eps);
     store(terms.z, z, n);
@@ -228,18 +233,27 @@ struct Backward {
   NVAE_INLINE void at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, const Upstream& up, int64_t map,
                       int64_t packed, int64_t log_sigma, int n) const {
     V mu_p{}, log_sigma_p{}, grad_z(typename V::Scalar(0));
+    ahead(q.mu + i * q.step);
+    ahead(q.log_sigma + i * q.step);
     if (p.mu) {
+      ahead(p.mu + i * p.step);
+      ahead(p.log_sigma + i * p.step);
       mu_p = load<V>(p.mu + i * p.step, n);
       log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
     }
+    if (a.grad_z) ahead(static_cast<const T*>(a.grad_z) + map);
     if (a.grad_z) grad_z = load<V>(static_cast<const T*>(a.grad_z) + map, n);
     const auto g = model.backward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n), mu_p,
                                   log_sigma_p, eps, grad_z, up.kl, up.log_q, up.log_p);
     if (T* out = static_cast<T*>(a.grad_posterior)) {
+      ahead_to_write(out + packed);
+      ahead_to_write(out + packed + log_sigma);
       store(g.mu_q, out + packed, n);
       store(g.ls_q, out + packed + log_sigma, n);
     }
     if (T* out = static_cast<T*>(a.grad_prior)) {
+      ahead_to_write(out + packed);
+      ahead_to_write(out + packed + log_sigma);
       store(g.mu_p, out + packed, n);
       store(g.ls_p, out + packed + log_sigma, n);
     }

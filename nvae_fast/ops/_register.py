@@ -66,8 +66,10 @@ class Room:
             return self.reference(*args)
         if torch.compiler.is_compiling():
             return self.operator(*args)
-        if torch.is_grad_enabled() and any(isinstance(a, torch.Tensor) and a.requires_grad for a in args):
-            return self._differentiable.apply(*args)
+        if torch.is_grad_enabled():
+            for value in args:
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    return self._differentiable.apply(*args)
         return self._run(*args)
 
 
@@ -88,7 +90,7 @@ def operator(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if gpu is not None and _backend.triton_reason() is None:
         LIBRARY.impl(name, gpu, "CUDA")
-    return getattr(getattr(torch.ops, NAMESPACE), name)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
 def room(
@@ -148,7 +150,13 @@ def room(
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         if wanted and any(grad is not None for grad in grads):
-            gradients = backward(grads, wanted, *args) if backward else recompute(grads, *args)
+            if backward is None:
+                gradients = recompute(grads, *args)
+            elif torch.compiler.is_compiling():
+                gradients = backward(grads, wanted, *args)
+            else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
+                with torch._C._AutoDispatchBelowAutograd():
+                    gradients = backward(grads, wanted, *args)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)
