@@ -101,6 +101,7 @@ def room(
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     gpu: Callable[..., Any] | None = None,
+    save_outputs: Sequence[int] = (),
 ) -> Room:
     """Register ``nvae_fast::<name>``.
 
@@ -114,6 +115,7 @@ def room(
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
+        save_outputs: positions of outputs that ``backward`` is given after ``*args``.
     """
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema)
@@ -132,7 +134,9 @@ def room(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        outputs = _as_tuple(output)
+        ctx.save_for_backward(*tensors, *(outputs[i] for i in save_outputs))
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -148,7 +152,7 @@ def room(
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         if wanted and any(grad is not None for grad in grads):
-            gradients = backward(grads, wanted, *args) if backward else recompute(grads, *args)
+            gradients = backward(grads, wanted, *args, *saved) if backward else recompute(grads, *args)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)
