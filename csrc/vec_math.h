@@ -64,15 +64,16 @@ NVAE_INLINE VecF scale_by_power(VecF a, VecF n) {
 // ln 2 in two parts; the first has 15 bits, so that its product with an exponent is exact without fma.
 constexpr float kLn2High = 0x1.62e4p-1f, kLn2Low = 0x1.7f7d1cp-20f;
 
-// exp(r) for x = n ln 2 + r, |r| <= ln 2 / 2.
-NVAE_INLINE VecF exp_reduced(VecF r) {
+// exp(r) - 1 and exp(r) for x = n ln 2 + r, |r| <= ln 2 / 2.
+NVAE_INLINE VecF expm1_reduced(VecF r) {
   VecF q(0x1.6a4d70p-10f);
   q = fma(q, r, VecF(0x1.12398ap-7f));
   q = fma(q, r, VecF(0x1.5558b0p-5f));
   q = fma(q, r, VecF(0x1.555492p-3f));
   q = fma(q, r, VecF(0x1.fffffcp-2f));
-  return fma(q, r * r, r) + VecF(1.f);
+  return fma(q, r * r, r);
 }
+NVAE_INLINE VecF exp_reduced(VecF r) { return expm1_reduced(r) + VecF(1.f); }
 
 NVAE_INLINE VecF exp(VecF x) {
   // Beyond these the result is 0 or infinity anyway; max(x, .) second so that NaN passes through.
@@ -80,6 +81,15 @@ NVAE_INLINE VecF exp(VecF x) {
   VecF n = round_even(t * VecF(0x1.715476p+0f));
   VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), t));
   return scale_by_power(exp_reduced(r), n);
+}
+
+// exp(x) - 1 for x <= 0 (or NaN), good to an ulp near 0 too.
+NVAE_INLINE VecF expm1_negative(VecF x) {
+  VecF t = max(VecF(-104.f), x);
+  VecF n = round_even(t * VecF(0x1.715476p+0f));
+  VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), t));
+  VecF power = scale_by_power(VecF(1.f), n);
+  return fma(expm1_reduced(r), power, power - VecF(1.f));
 }
 
 // log of a positive normal number, no other input.

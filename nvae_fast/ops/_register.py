@@ -103,6 +103,7 @@ def room(
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     gpu: Callable[..., Any] | None = None,
+    save_outputs: Sequence[int] = (),
 ) -> Room:
     """Register ``nvae_fast::<name>``.
 
@@ -116,6 +117,7 @@ def room(
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
+        save_outputs: positions of outputs that ``backward`` is given after ``*args``.
     """
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema)
@@ -134,7 +136,9 @@ def room(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        outputs = _as_tuple(output)
+        ctx.save_for_backward(*tensors, *(outputs[i] for i in save_outputs))
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -153,10 +157,10 @@ def room(
             if backward is None:
                 gradients = recompute(grads, *args)
             elif torch.compiler.is_compiling():
-                gradients = backward(grads, wanted, *args)
+                gradients = backward(grads, wanted, *args, *saved)
             else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
                 with torch._C._AutoDispatchBelowAutograd():
-                    gradients = backward(grads, wanted, *args)
+                    gradients = backward(grads, wanted, *args, *saved)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)

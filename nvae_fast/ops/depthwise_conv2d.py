@@ -12,7 +12,7 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -20,14 +20,7 @@ import torch.nn.functional as F
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import room
-
-
-class ChannelStatistics(NamedTuple):
-    """Per-channel ``mean`` (C,), ``m2`` (C,) = sum of squared deviations from the mean, and ``count`` = B*H*W."""
-
-    mean: torch.Tensor
-    m2: torch.Tensor
-    count: int  # type: ignore[assignment]  # tuple.count gives way
+from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 
 @overload

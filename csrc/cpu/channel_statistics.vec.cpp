@@ -1,0 +1,100 @@
+// channel_statistics, compiled once per capability: mean and sum of squared deviations of every span of
+// pixels. Sums are of deviations from a pivot near the mean, the average of the span's first values, so that
+// nothing is lost where |mean| is far above the spread.
+#include "channel_statistics.h"
+
+#include "plane_loops.h"
+
+namespace nvae {
+namespace NVAE_ISA {
+
+// From the sums of d and d * d, d = x - pivot.
+NVAE_INLINE void leave(double pivot, double sum, double squares, double count, double* mean, double* m2) {
+  const double shift = sum / count, spread = squares - sum * shift;
+  *mean = pivot + shift;
+  *m2 = spread < 0 ? 0 : spread;
+}
+
+template <class V, class T>
+static void rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
+  using S = typename V::Scalar;
+  const int64_t spans = a.spans();
+  each_row(a, begin, end, [&](int64_t b, int64_t c, int64_t s, int64_t at, int64_t count) {
+    const T* x = static_cast<const T*>(a.x) + at;
+    const int head = count < V::size ? static_cast<int>(count) : V::size;
+    const S pivot = sum(load_n<V>(x, head) * V(S(1) / static_cast<S>(head)));
+    const V p(pivot);
+    V s0(S(0)), s1(S(0)), q0(S(0)), q1(S(0));
+    int64_t i = 0;
+    for (; i + 2 * V::size <= count; i += 2 * V::size) {
+      prefetch(x + i);
+      if (2 * V::size * sizeof(T) > 64) prefetch(x + i + V::size);
+      const V d0 = V::load(x + i) - p, d1 = V::load(x + i + V::size) - p;
+      s0 = s0 + d0;
+      s1 = s1 + d1;
+      q0 = fma(d0, d0, q0);
+      q1 = fma(d1, d1, q1);
+    }
+    for (; i + V::size <= count; i += V::size) {
+      const V d = V::load(x + i) - p;
+      s0 = s0 + d;
+      q0 = fma(d, d, q0);
+    }
+    if (const int n = static_cast<int>(count - i)) {
+      const V d = first_lanes(V::load(x + i, n) - p, n);
+      s1 = s1 + d;
+      q1 = fma(d, d, q1);
+    }
+    const int64_t out = (b * spans + s) * a.channels + c;
+    leave(pivot, sum(s0 + s1), sum(q0 + q1), static_cast<double>(count), a.mean + out, a.m2 + out);
+  });
+}
+
+template <class V, class T>
+static void channels(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
+  using S = typename V::Scalar;
+  each_run(a, begin, end, [&](int64_t, int64_t task, int64_t pixel, int64_t count) {
+    BlockSums<V, 2> block;
+    alignas(64) S pivot[kBlock];
+    for (int64_t first = 0; first < a.channels; first += kBlock) {
+      const int64_t width = a.channels - first < kBlock ? a.channels - first : kBlock;
+      const T* x = static_cast<const T*>(a.x) + pixel * a.channels + first;
+      const int64_t head = count < kGroup ? count : kGroup;
+      each_vector<V>(width, [&](int64_t c, int n) {
+        V average(S(0));
+        const V share(S(1) / static_cast<S>(head));
+        for (int64_t i = 0; i < head; ++i)
+          average = fma(load_n<V>(x + i * a.channels + c, n), share, average);
+        average.store(pivot + c);
+      });
+      block.run(width, count, [&](int64_t c, int n, int64_t i, int pixels, V* totals) {
+        const T* at = x + i * a.channels + c;
+        const V p = V::load(pivot + c);
+        for (int k = 0; k < pixels; ++k) {
+          __builtin_prefetch(at + (k + kGroup) * a.channels);
+          const V d = load_n<V>(at + k * a.channels, n) - p;
+          totals[0] = totals[0] + d;
+          totals[1] = fma(d, d, totals[1]);
+        }
+      });
+      const int64_t out = task * a.channels + first;
+      const double share = 1.0 / static_cast<double>(count);
+      for (int64_t c = 0; c < width; ++c) {
+        const double sum = block.sums[0][c], shift = sum * share, spread = block.sums[1][c] - sum * shift;
+        a.mean[out + c] = pivot[c] + shift;
+        a.m2[out + c] = spread < 0 ? 0 : spread;
+      }
+    }
+  });
+}
+
+void channel_statistics_parts(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
+  with_types(a.dtype, [&](auto types) {
+    using V = typename decltype(types)::Vector;
+    using T = typename decltype(types)::Element;
+    a.channels_last ? channels<V, T>(a, begin, end) : rows<V, T>(a, begin, end);
+  });
+}
+
+}  // namespace NVAE_ISA
+}  // namespace nvae
