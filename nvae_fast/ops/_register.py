@@ -101,6 +101,7 @@ def room(
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     gpu: Callable[..., Any] | None = None,
+    keep_outputs: Callable[..., bool] | None = None,
 ) -> Room:
     """Register ``nvae_fast::<name>``.
 
@@ -114,6 +115,8 @@ def room(
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
+        keep_outputs: ``keep_outputs(*args)`` says whether ``backward`` needs the outputs too; it then gets them as the
+            keyword ``outputs``, a tuple, else None.
     """
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema)
@@ -132,7 +135,9 @@ def room(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        kept = _as_tuple(output) if keep_outputs is not None and keep_outputs(*inputs) else ()
+        ctx.kept = len(kept)
+        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)), *kept)
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -148,7 +153,12 @@ def room(
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         if wanted and any(grad is not None for grad in grads):
-            gradients = backward(grads, wanted, *args) if backward else recompute(grads, *args)
+            if backward is None:
+                gradients = recompute(grads, *args)
+            elif keep_outputs is None:
+                gradients = backward(grads, wanted, *args)
+            else:
+                gradients = backward(grads, wanted, *args, outputs=tuple(saved) if ctx.kept else None)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)
