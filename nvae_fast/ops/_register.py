@@ -103,7 +103,7 @@ def room(
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
     gpu: Callable[..., Any] | None = None,
-    save_outputs: Sequence[int] = (),
+    save_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
 ) -> Room:
     """Register ``nvae_fast::<name>``.
 
@@ -117,7 +117,8 @@ def room(
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
-        save_outputs: positions of outputs that ``backward`` is given after ``*args``.
+        save_outputs: positions of outputs that ``backward`` is given after ``*args``, or a function of ``*args`` that says
+            which.
     """
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema)
@@ -138,7 +139,8 @@ def room(
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
         tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
         outputs = _as_tuple(output)
-        ctx.save_for_backward(*tensors, *(outputs[i] for i in save_outputs))
+        kept = save_outputs(*inputs) if callable(save_outputs) else save_outputs
+        ctx.save_for_backward(*tensors, *(outputs[i] for i in kept))
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
