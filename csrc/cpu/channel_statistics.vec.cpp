@@ -22,7 +22,8 @@ static void rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
   each_row(a, begin, end, [&](int64_t b, int64_t c, int64_t s, int64_t at, int64_t count) {
     const T* x = static_cast<const T*>(a.x) + at;
     const int head = count < V::size ? static_cast<int>(count) : V::size;
-    const S pivot = sum(load_n<V>(x, head) * V(S(1) / static_cast<S>(head)));
+    S pivot = sum(load_n<V>(x, head) * V(S(1) / static_cast<S>(head)));
+    if (!(pivot - pivot == S(0))) pivot = 0;  // the mean of infinity is infinity, not NaN
     const V p(pivot);
     V s0(S(0)), s1(S(0)), q0(S(0)), q1(S(0));
     int64_t i = 0;
@@ -65,6 +66,7 @@ static void channels(const ChannelStatisticsArgs& a, int64_t begin, int64_t end)
         const V share(S(1) / static_cast<S>(head));
         for (int64_t i = 0; i < head; ++i)
           average = fma(load_n<V>(x + i * a.channels + c, n), share, average);
+        average = select(average - average == V(S(0)), average, V(S(0)));
         average.store(pivot + c);
       });
       block.run(width, count, [&](int64_t c, int n, int64_t i, int pixels, V* totals) {

@@ -25,6 +25,12 @@ inline void merge(const MapShape& m, const double* part_mean, const double* part
       m2[c] += from_m2[c] + d * d * weight;
     }
   }
+  for (int64_t c = 0; c < channels; ++c) {
+    if (mean[c] == mean[c]) continue;
+    mean[c] = 0;  // differences of infinities: their sum is what the mean of such values is
+    for (int64_t part = first; part < first + n; ++part)
+      mean[c] += part_mean[part * channels + c] * (static_cast<double>(count_of(m, part)) / total);
+  }
 }
 
 // x is dense and walked as m says. Nothing has mean 0 and spread 0.

@@ -102,6 +102,7 @@ def room(
     differentiable: Sequence[int],
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
+    cpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
     save_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
 ) -> Room:
@@ -116,6 +117,7 @@ def room(
         fake: shapes of the outputs; by default the reference run on fake tensors.
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
+        cpu: composition of C++ operators, registered for the CPU when the extension is loaded.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
         save_outputs: positions of outputs that ``backward`` is given after ``*args``, or a function of ``*args`` that says
             which.
@@ -185,6 +187,8 @@ def room(
 
     torch.library.register_autograd(qualified, run_backward, setup_context=setup_context, lib=LIBRARY)
 
+    if cpu is not None and _extension.load():
+        LIBRARY.impl(name, cpu, "CPU")
     for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
         device = key.lower()
         if _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
