@@ -1,7 +1,7 @@
 // Rows of maps on their way into and out of the depthwise kernels: activations, conversion, transposition.
 // Include it in csrc/cpu/depthwise_conv2d*.vec.cpp only.
 #pragma once
-#include "../vec_transpose.h"
+#include "../vec.h"
 #include "depthwise_conv2d.h"
 
 namespace nvae {
