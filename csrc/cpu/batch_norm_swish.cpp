@@ -41,13 +41,18 @@ static std::pair<std::vector<double>, std::vector<double>> run_sums(AffineActiva
   a.sum_g = partial.data(0);
   a.sum_gx = partial.data(1);
   for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_sums, a, begin, end); });
-  const int64_t parts = a.pixels ? parts_of(a) : 0;
-  return {partial.total(0, 0, parts), partial.total(1, 0, parts)};
+  const int64_t parts = parts_of(a);
+  const auto total = [&](int kind) {
+    if (parts == 0) return std::vector<double>(static_cast<size_t>(a.channels), 0.0);
+    const double* sums = partial.total(kind, 0, parts);
+    return std::vector<double>(sums, sums + a.channels);
+  };
+  return {total(0), total(1)};
 }
 
 static Tensor vector_of(const Tensor& like, Dtype dtype, const std::vector<double>& values) {
   const Tensor out = empty_vector(like, dtype, {static_cast<int64_t>(values.size())});
-  for (size_t i = 0; i < values.size(); ++i) write(out, dtype, i, values[i]);
+  write(out, dtype, 0, values.data(), static_cast<int64_t>(values.size()));
   return out;
 }
 

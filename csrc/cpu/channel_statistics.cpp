@@ -15,10 +15,9 @@ static std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_s
   const int64_t b = x.size(0), c = x.size(1);
   const Tensor mean = per_sample ? empty_vector(x, dtype, {b, c}) : empty_vector(x, dtype, {c});
   const Tensor m2 = per_sample ? empty_vector(x, dtype, {b, c}) : empty_vector(x, dtype, {c});
-  for (size_t i = 0; i < found.mean.size(); ++i) {
-    write(mean, dtype, i, found.mean[i]);
-    write(m2, dtype, i, found.m2[i]);
-  }
+  const int64_t n = static_cast<int64_t>(found.mean.size());
+  write(mean, dtype, 0, found.mean.data(), n);
+  write(m2, dtype, 0, found.m2.data(), n);
   return {mean, m2};
 }
 

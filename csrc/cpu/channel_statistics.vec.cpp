@@ -8,9 +8,9 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// From the sums of d and d * d, d = x - pivot.
-NVAE_INLINE void leave(double pivot, double sum, double squares, double count, double* mean, double* m2) {
-  const double shift = sum / count, spread = squares - sum * shift;
+// From the sums of d and d * d, d = x - pivot; share is 1 / count.
+NVAE_INLINE void leave(double pivot, double sum, double squares, double share, double* mean, double* m2) {
+  const double shift = sum * share, spread = squares - sum * shift;
   *mean = pivot + shift;
   *m2 = spread < 0 ? 0 : spread;
 }
@@ -19,6 +19,7 @@ template <class V, class T>
 static void rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
   const int64_t spans = a.spans();
+  const double whole = 1.0 / static_cast<double>(a.span());
   each_row(a, begin, end, [&](int64_t b, int64_t c, int64_t s, int64_t at, int64_t count) {
     const T* x = static_cast<const T*>(a.x) + at;
     const int head = count < V::size ? static_cast<int>(count) : V::size;
@@ -47,7 +48,8 @@ static void rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
       q1 = fma(d, d, q1);
     }
     const int64_t out = (b * spans + s) * a.channels + c;
-    leave(pivot, sum(s0 + s1), sum(q0 + q1), static_cast<double>(count), a.mean + out, a.m2 + out);
+    const double share = count == a.span() ? whole : 1.0 / static_cast<double>(count);
+    leave(pivot, sum(s0 + s1), sum(q0 + q1), share, a.mean + out, a.m2 + out);
   });
 }
 
@@ -81,11 +83,8 @@ static void channels(const ChannelStatisticsArgs& a, int64_t begin, int64_t end)
       });
       const int64_t out = task * a.channels + first;
       const double share = 1.0 / static_cast<double>(count);
-      for (int64_t c = 0; c < width; ++c) {
-        const double sum = block.sums[0][c], shift = sum * share, spread = block.sums[1][c] - sum * shift;
-        a.mean[out + c] = pivot[c] + shift;
-        a.m2[out + c] = spread < 0 ? 0 : spread;
-      }
+      for (int64_t c = 0; c < width; ++c)
+        leave(pivot[c], block.sums[0][c], block.sums[1][c], share, a.mean + out + c, a.m2 + out + c);
     }
   });
 }

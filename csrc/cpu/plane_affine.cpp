@@ -93,12 +93,15 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
   const Tensor out[2] = {empty_vector(x, args.dtype, {args.batches, args.channels}),
                          empty_vector(x, args.dtype, {args.batches, args.channels})};
   const int64_t spans = args.spans();
-  for (int kind = 0; kind < 2; ++kind)
-    for (int64_t sample = 0; sample < args.batches; ++sample) {
-      const std::vector<double> sums = partial.total(kind, sample * spans, spans);
-      for (int64_t c = 0; c < args.channels; ++c)
-        write(out[kind], args.dtype, sample * args.channels + c, sums[c]);
+  for (int kind = 0; kind < 2; ++kind) {
+    if (spans == 1) {
+      write(out[kind], args.dtype, 0, partial.data(kind), args.rows());
+      continue;
     }
+    for (int64_t sample = 0; sample < args.batches; ++sample)
+      write(out[kind], args.dtype, sample * args.channels, partial.total(kind, sample * spans, spans),
+            args.channels);
+  }
   return {out[0], out[1]};
 }
 

@@ -61,11 +61,15 @@ inline ScalarType wide_type(Dtype dtype) {
 inline Tensor empty_vector(const Tensor& like, Dtype dtype, std::initializer_list<int64_t> size) {
   return torch::stable::empty({size.begin(), size.size()}, wide_type(dtype), std::nullopt, like.device());
 }
-inline void write(const Tensor& out, Dtype dtype, int64_t i, double value) {
-  if (dtype == Dtype::f64)
-    static_cast<double*>(out.mutable_data_ptr())[i] = value;
-  else
-    static_cast<float*>(out.mutable_data_ptr())[i] = static_cast<float>(value);
+// n values from element `at` of a tensor that empty_vector made.
+inline void write(const Tensor& out, Dtype dtype, int64_t at, const double* values, int64_t n) {
+  if (dtype == Dtype::f64) {
+    double* to = static_cast<double*>(out.mutable_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = values[i];
+  } else {
+    float* to = static_cast<float*>(out.mutable_data_ptr()) + at;
+    for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(values[i]);
+  }
 }
 
 // A tensor (C,) as float64, whatever its dtype.
@@ -128,15 +132,14 @@ class Partials {
   int64_t size() const { return parts_ * channels_; }
   double* data(int kind = 0) { return data_.get() + kind * size(); }
 
-  // The sums of parts first .. first + n - 1, added in order: one value a channel.
-  std::vector<double> total(int kind, int64_t first, int64_t n) {
-    std::vector<double> sums(static_cast<size_t>(channels_), 0.0);
-    const double* from = data(kind) + first * channels_;
-    for (int64_t part = 0; part < n; ++part, from += channels_)
+  // The sums of n parts from `first` on, added in order into those of the first: one value a channel.
+  const double* total(int kind, int64_t first, int64_t n) {
+    double* sums = data(kind) + first * channels_;
+    const double* from = sums + channels_;
+    for (int64_t part = 1; part < n; ++part, from += channels_)
       for (int64_t c = 0; c < channels_; ++c) sums[c] += from[c];
     return sums;
   }
-  std::vector<double> total(int kind) { return total(kind, 0, parts_); }
 
  private:
   int64_t parts_, channels_;

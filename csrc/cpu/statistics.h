@@ -39,20 +39,21 @@ inline Statistics statistics_of(const MapShape& walked, Dtype dtype, const void*
   static_cast<MapShape&>(a) = per_sample ? walked : folded(walked);
   a.dtype = dtype;
   a.x = x;
-  Partials partial(a, 2);
-  a.mean = partial.data(0);
-  a.m2 = partial.data(1);
-  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(channel_statistics_parts, a, begin, end); });
+  const int64_t spans = a.spans();
   const size_t size = static_cast<size_t>((per_sample ? a.batches : 1) * a.channels);
   Statistics out{std::vector<double>(size, 0.0), std::vector<double>(size, 0.0)};
-  if (a.pixels == 0) return out;
+  const bool merged = !per_sample || spans > 1;
+  Partials partial(a, merged ? 2 : 0);
+  a.mean = merged ? partial.data(0) : out.mean.data();
+  a.m2 = merged ? partial.data(1) : out.m2.data();
+  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(channel_statistics_parts, a, begin, end); });
   if (!per_sample) {
     merge(a, a.mean, a.m2, 0, parts_of(a), out.mean.data(), out.m2.data());
-    return out;
+  } else if (spans > 1) {
+    for (int64_t b = 0; b < a.batches; ++b)
+      merge(a, a.mean, a.m2, b * spans, spans, out.mean.data() + b * a.channels,
+            out.m2.data() + b * a.channels);
   }
-  for (int64_t b = 0; b < a.batches; ++b)
-    merge(a, a.mean, a.m2, b * a.spans(), a.spans(), out.mean.data() + b * a.channels,
-          out.m2.data() + b * a.channels);
   return out;
 }
 
