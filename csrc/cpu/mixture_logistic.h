@@ -25,8 +25,8 @@ struct MixtureLogistic {
   int64_t tasks() const { return batches * spans(); }
   int64_t channels() const { return 10 * mixtures; }
 
-  // Scratch of one thread, in bytes: a tile of at most 16 lanes of every parameter and of two numbers a
-  // component, the words of a span, and what is fixed.
+  // Scratch of one thread, in bytes: a tile of at most 16 lanes of every parameter, of two numbers a component and of
+  // the 16 channels that a tile may overrun by; the words of a span.
   int64_t scratch() const { return 64 * (12 * mixtures + 16) + 4 * kSpan * (mixtures + 4); }
 };
 

@@ -15,7 +15,7 @@ namespace NVAE_ISA {
 //   inside    sigmoid(m + d) sigmoid(d - m) (1 - exp(-2d)) = E (1 - G^2) / ((1 + EG) (E + G))
 //   edges     sigmoid(m + d) or sigmoid(d - m), which is 1 / (1 + EG) where the pixel lies on the edge's own side of
 //             the mean, else exp(min(d - |m|, 0)) max(E, G) / (E + G)
-//   density   exp(-|m|) / s / (1 + E)^2 * 2 / levels
+//   density   exp(-|m|) 2 / (levels s) / (1 + E)^2
 //
 // -dP/dm / P and so on are sums and products of positive numbers too: see Derivatives.
 template <class V>
@@ -27,6 +27,14 @@ template <class V>
 struct Derivatives {
   V mean, log_scale;
 };
+
+// A third fewer instructions than tanh and up to 3 units in the last place off.
+template <class V>
+NVAE_INLINE V short_tanh(V x) {
+  V t;  // exp(-2|x|) - 1
+  exp_negative(-(abs(x) + abs(x)), t);
+  return copysign(t / (V(2) + t), x);
+}
 
 template <class V>
 struct Colour {
@@ -43,7 +51,7 @@ class Likelihood {
 
   explicit Likelihood(double levels)
       : half_(static_cast<S>(1.0 / levels)),
-        density_(static_cast<S>(2.0 / levels)),
+        log_density_(static_cast<S>(__builtin_log(2.0 / levels))),
         // A scale of exp(-7) makes d = h / s this large.
         far_(1097.0 / levels > double(kNear)) {}
 
@@ -75,12 +83,12 @@ class Likelihood {
     const V gap = -minus_one * (one + g);  // 1 - G^2
     const V eg = e * g, sum = e + g, far = one + eg;
 
-    const V inside_num = e * gap, inside_den = far * sum, density_den = (one + e) * (one + e);
+    const V inside_num = e * gap, inside_den = far * sum;
     const M inside = inside_num > V(S(1e-5)) * inside_den;
     Terms<V> t;
-    t.num = select(inside, inside_num, V(density_));
-    t.rest = select(inside, g * fma(e, fma(two, g, e), one), density_den - V(density_));
-    t.shift = select(inside, zero, -size - log_scale);
+    t.num = select(inside, inside_num, one);
+    t.rest = select(inside, g * fma(e, fma(two, g, e), one), e * (two + e));
+    t.shift = select(inside, zero, V(log_density_) - log_scale - size);
     M own = inside;
     if (x.edge) {
       own = (x.low & (m >= zero)) | (x.high & (m <= zero));
@@ -120,7 +128,7 @@ class Likelihood {
 
  private:
   static constexpr S kNear = sizeof(S) == 8 ? S(40) : S(12);
-  S half_, density_;
+  S half_, log_density_;
   bool far_;
 };
 
@@ -168,8 +176,8 @@ static V log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
                   g = likelihood.colour(V::load(t.image + V::size)),
                   b = likelihood.colour(V::load(t.image + 2 * V::size));
   for (int64_t m = 0; m < t.mixtures; ++m) {
-    const V c0 = tanh(V::load(t.at(0, 2, m))), c1 = tanh(V::load(t.at(1, 2, m))),
-            c2 = tanh(V::load(t.at(2, 2, m)));
+    const V c0 = short_tanh(V::load(t.at(0, 2, m))), c1 = short_tanh(V::load(t.at(1, 2, m))),
+            c2 = short_tanh(V::load(t.at(2, 2, m)));
     Derivatives<V> dr, dg, db;
     const Terms<V> pr = likelihood.template operator()<kGradient>(r, V::load(t.at(0, 0, m)),
                                                                   V::load(t.at(0, 1, m)), dr);
@@ -268,7 +276,7 @@ static void mean_forward(const MixtureLogistic& a, int64_t begin, int64_t end, v
       const V weight = exp(V::load(t.logits + m * V::size) - normaliser);
       for (int i = 0; i < 3; ++i) {
         mean[i] = fma(weight, V::load(t.at(i, 0, m)), mean[i]);
-        c[i] = fma(weight, tanh(V::load(t.at(i, 2, m))), c[i]);
+        c[i] = fma(weight, short_tanh(V::load(t.at(i, 2, m))), c[i]);
       }
     }
     const V red = clamped(mean[0]), green = clamped(fma(c[0], red, mean[1]));

@@ -84,7 +84,7 @@ struct Sampler {
 
   Sampler(const MixtureLogistic& args, void* scratch)
       : a(args), logits(static_cast<S*>(scratch)), temperature(static_cast<S>(args.temperature)) {
-    words = reinterpret_cast<uint32_t*>(logits + a.mixtures * V::size);
+    words = reinterpret_cast<uint32_t*>(logits + (a.mixtures + 16) * V::size);
   }
 
   // The components with the largest logit / temperature + Gumbel noise; NaN counts as largest, as in argmax.

@@ -1,5 +1,6 @@
 // Tiles of a map (B, C, pixels) for kernels that work on pixels side by side and need all channels of one: V::size
-// pixels of one image, element (channel, pixel) at tile[channel * V::size + pixel], whatever the map's layout.
+// pixels of one image, element (channel, pixel) at tile[channel * V::size + pixel], whatever the map's layout. A tile has
+// room for V::size - 1 channels more than it holds.
 // For csrc/cpu/<op>.vec.cpp files.
 #pragma once
 #include "../maps.h"
@@ -20,33 +21,53 @@ NVAE_INLINE void store_lanes(V v, T* p, int n) {
     v.store(p, n);
 }
 
-// Four pixels of up to VecF::size channels: rows[k] + i is channel i of pixel k, tile[i * VecF::size + k] too.
+// Chunk q of four lanes from or to p + q * stride. (Through memory, a whole vector would be read where parts of it were
+// just written, which stalls.)
+NVAE_INLINE VecF load_chunks(const float* p, int64_t stride) {
+#if NVAE_CAPABILITY == 2
+  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)),
+                                           _mm_loadu_ps(p + 3 * stride), 1);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
+#elif NVAE_CAPABILITY == 1
+  return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+#else
+  (void)stride;
+  return VecF::load(p);
+#endif
+}
+NVAE_INLINE void store_chunks(VecF v, float* p, int64_t stride) {
+#if NVAE_CAPABILITY == 2
+  _mm_storeu_ps(p, _mm512_castps512_ps128(v.v));
+  _mm_storeu_ps(p + stride, _mm512_extractf32x4_ps(v.v, 1));
+  _mm_storeu_ps(p + 2 * stride, _mm512_extractf32x4_ps(v.v, 2));
+  _mm_storeu_ps(p + 3 * stride, _mm512_extractf32x4_ps(v.v, 3));
+#elif NVAE_CAPABILITY == 1
+  _mm_storeu_ps(p, _mm256_castps256_ps128(v.v));
+  _mm_storeu_ps(p + stride, _mm256_extractf128_ps(v.v, 1));
+#else
+  (void)stride;
+  v.store(p);
+#endif
+}
+
+// Four pixels of VecF::size channels, of which n are there: channel i of pixel k is rows[k][i] and
+// tile[i * VecF::size + k].
 template <class T>
 NVAE_INLINE void transpose_in(const T* const rows[4], int n, float* tile) {
   VecF z[4];
-  float lanes[VecF::size];
   transpose_chunks(load_lanes<VecF>(rows[0], n), load_lanes<VecF>(rows[1], n), load_lanes<VecF>(rows[2], n),
                    load_lanes<VecF>(rows[3], n), z);
-  for (int j = 0; j < 4; ++j) {  // chunk q of z[j] is channel 4q + j
-    z[j].store(lanes);
-    for (int q = 0; 4 * q + j < n; ++q)
-      std::memcpy(tile + (4 * q + j) * VecF::size, lanes + 4 * q, 4 * sizeof(float));
-  }
+  // Chunk q of z[j] is channel 4q + j.
+  for (int j = 0; j < 4; ++j) store_chunks(z[j], tile + j * VecF::size, 4 * VecF::size);
 }
 template <class T>
 NVAE_INLINE void transpose_out(const float* tile, int n, T* const rows[4], int pixels) {
-  VecF z[4], row[4];
-  float lanes[VecF::size];
-  for (int j = 0; j < 4; ++j) {
-    for (int q = 0; q < VecF::size / 4; ++q)
-      if (4 * q + j < n)
-        std::memcpy(lanes + 4 * q, tile + (4 * q + j) * VecF::size, 4 * sizeof(float));
-      else
-        std::memset(lanes + 4 * q, 0, 4 * sizeof(float));
-    z[j] = VecF::load(lanes);
-  }
-  transpose_chunks(z[0], z[1], z[2], z[3], row);
-  for (int k = 0; k < pixels; ++k) store_lanes(row[k], rows[k], n);
+  VecF z[4];
+  transpose_chunks(load_chunks(tile, 4 * VecF::size), load_chunks(tile + VecF::size, 4 * VecF::size),
+                   load_chunks(tile + 2 * VecF::size, 4 * VecF::size),
+                   load_chunks(tile + 3 * VecF::size, 4 * VecF::size), z);
+  for (int k = 0; k < pixels; ++k) store_lanes(z[k], rows[k], n);
 }
 
 // The first n pixels from pixel p of image b on, `channels` channels. The other lanes repeat the last pixel, so that
