@@ -69,14 +69,16 @@ class Likelihood {
   NVAE_INLINE Terms<V> operator()(const Colour<V>& x, V mean, V raw_log_scale, Derivatives<V>& slope) const {
     const V zero(S(0)), one(S(1)), two(S(2));
     const V log_scale = max(V(S(-7)), raw_log_scale);  // NaN passes
-    const V inverse = exp(-log_scale), m = inverse * (x.value - mean), d = inverse * V(half_);
-    const V size = abs(m);
-    V size_e = size, d_g = d;
+    const V inverse = exp(-log_scale), centred = x.value - mean;
+    const V m = inverse * centred, d = inverse * V(half_), size = abs(m);
+    V size_e = size, d_g = d, difference = d - size;
     if (far_) {
-      // Only their difference and the smaller one's exponential matter, and that vanishes next to 1.
-      const V both = max(min(size, d) - V(kNear), zero);
-      size_e = size - both;
-      d_g = d - both;
+      // Only their difference (which has digits before it is scaled) and the smaller one's exponential matter, and that
+      // vanishes next to 1.
+      difference = inverse * (V(half_) - abs(centred));
+      const V smaller = min(min(size, d), V(kNear));
+      size_e = smaller + max(zero, -difference);
+      d_g = smaller + max(zero, difference);
     }
     V minus_one;
     const V g = exp_negative(-d_g, minus_one), e = exp_negative(-size_e);
@@ -95,7 +97,7 @@ class Likelihood {
       const M edge = x.low | x.high;
       t.num = select(edge, select(own, one, max(g, e)), t.num);
       t.rest = select(edge, select(own, eg, min(g, e)), t.rest);
-      t.shift = select(edge, select(own, zero, min(zero, d_g - size_e)), t.shift);
+      t.shift = select(edge, select(own, zero, min(zero, difference)), t.shift);
     }
     if (kGradient) {
       // With u = sigmoid(-(|m| + d)) = EG / (1 + EG) and w = sigmoid(|m| - d) = G / (E + G):
@@ -107,18 +109,17 @@ class Likelihood {
       V den = select(inside, inside_den * safe_gap, one + e);
       if (x.edge) den = select(x.low | x.high, select(own, far, sum), den);
       const V quotient = one / den;
-      const V w_size = d_g - size_e;
       const V slope_e = (one - e) * quotient, through_gap = safe_gap * quotient;
       const V u = eg * sum * through_gap, w = g * far * through_gap;
       V by_size = select(inside, (e - one) * (e + one) * g * through_gap, -slope_e);
-      V by_log = select(inside, -fma(size + d, u, fma(w_size, w, two * d * (g * g) * inside_den * quotient)),
+      V by_log = select(inside, -fma(size + d, u, fma(difference, w, two * d * (g * g) * inside_den * quotient)),
                         fma(size, slope_e, V(S(-1))));
       V by_m = copysign(V(S(1)), m) * by_size;
       if (x.edge) {
         const M edge = x.low | x.high;
         const V pull = select(own, eg, g) * quotient;
         by_m = select(x.low, pull, select(x.high, -pull, by_m));
-        by_log = select(edge, -(select(own, size + d, w_size) * pull), by_log);
+        by_log = select(edge, -(select(own, size + d, difference) * pull), by_log);
       }
       slope.mean = -inverse * by_m;
       slope.log_scale = select(raw_log_scale >= V(S(-7)), by_log, zero);

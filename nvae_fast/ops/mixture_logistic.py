@@ -19,7 +19,7 @@ equations 2 and 3); NVAE (arXiv 2007.03898), section 4. The difference of the tw
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -283,11 +283,28 @@ def _image_fake(params: torch.Tensor, *_: Any) -> torch.Tensor:
     return params.new_empty((b, 3, h, w))
 
 
+def _gpu(
+    name: str, plain: Callable[..., torch.Tensor], params: int = 0
+) -> Callable[..., torch.Tensor]:
+    """The launcher of a Triton kernel; with float64 for argument number ``params`` it is ``plain``,
+    because the kernels compute in float32."""
+
+    def run(*args: Any) -> torch.Tensor:
+        if args[params].dtype == torch.float64:
+            return plain(*args)
+        from nvae_fast.kernels import mixture_logistic as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return run
+
+
 _log_prob_backward_operator = operator(
     "mixture_logistic_log_prob_backward",
     "(Tensor grad, Tensor params, Tensor x, int num_mixtures, int num_bits) -> Tensor",
     default=_log_prob_backward_formula,
     fake=_log_prob_backward_fake,
+    gpu=_gpu("mixture_logistic_log_prob_backward", _log_prob_backward_formula, 1),
 )
 
 
@@ -305,6 +322,7 @@ _log_prob = room(
     differentiable=(0,),
     fake=_log_prob_fake,
     backward=_log_prob_backward,
+    gpu=_gpu("mixture_logistic_log_prob", _log_prob_reference),
 )
 _sample = room(
     "mixture_logistic_sample",
@@ -313,6 +331,7 @@ _sample = room(
     reference=_sample_reference,
     differentiable=(),
     fake=_image_fake,
+    gpu=_gpu("mixture_logistic_sample", _sample_reference),
 )
 _mean = room(
     "mixture_logistic_mean",
@@ -321,4 +340,5 @@ _mean = room(
     reference=_mean_reference,
     differentiable=(0,),
     fake=_image_fake,
+    gpu=_gpu("mixture_logistic_mean", _mean_reference),
 )
