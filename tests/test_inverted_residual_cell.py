@@ -203,7 +203,7 @@ def test_double_backward_raises() -> None:
     x, _ = inputs(1, 6, torch.float32, torch.channels_last)
     y = cell(x.requires_grad_())
     with pytest.raises(
-        RuntimeError, match="inverted_residual_cell: double backward is not supported; use .*reference"
+        RuntimeError, match=r"inverted_residual_cell: double backward is not supported; use .*reference"
     ):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 

@@ -1,5 +1,5 @@
-// nvae_fast::mixture_logistic_log_prob, its backward, _sample and _mean on the CPU: threads here, arithmetic in
-// mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp.
+// nvae_fast::mixture_logistic_log_prob, its backward, _sample and _mean on the CPU: threads here, arithmetic
+// in mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp.
 #include "mixture_logistic.h"
 
 #include <cstdlib>

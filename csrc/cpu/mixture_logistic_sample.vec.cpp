@@ -1,5 +1,5 @@
-// mixture_logistic_sample, compiled once per capability: Gumbel-max over the components, then logistic noise, as in
-// nvae_fast/ops/mixture_logistic.py, from the same words of the Philox streams.
+// mixture_logistic_sample, compiled once per capability: Gumbel-max over the components, then logistic noise,
+// as in nvae_fast/ops/mixture_logistic.py, from the same words of the Philox streams.
 #include "../philox.h"
 #include "mixture_logistic.h"
 #include "pixel_tiles.h"
@@ -78,7 +78,7 @@ template <class V, class T>
 struct Sampler {
   using S = typename V::Scalar;
   const MixtureLogistic& a;
-  S* logits;       // a tile of them
+  S* logits;        // a tile of them
   uint32_t* words;  // (M, pixels of the span), then (3, them), and a vector more that may be read
   V temperature;
 
@@ -111,7 +111,8 @@ struct Sampler {
     const T* pixel = static_cast<const T*>(a.params.data) + b * a.params.batch + p * a.params.pixel;
     for (int j = 0; j < n; ++j, pixel += a.params.pixel)
       for (int i = 0; i < 9; ++i)
-        found[i][j] = scalar(pixel + ((i + 1) * a.mixtures + static_cast<int64_t>(lanes[j])) * a.params.channel);
+        found[i][j] =
+            scalar(pixel + ((i + 1) * a.mixtures + static_cast<int64_t>(lanes[j])) * a.params.channel);
     V x[3], c[3];
     for (int i = 0; i < 3; ++i) {
       const V u = uniform(noise + (a.mixtures + i) * step, V());

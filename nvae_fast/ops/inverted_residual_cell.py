@@ -67,7 +67,7 @@ class BatchStatistics(NamedTuple):
 
     mean: torch.Tensor
     var: torch.Tensor
-    count: int | torch.Tensor
+    count: int | torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
 # The cell is fused where all its parts are.
@@ -212,6 +212,10 @@ def _matrix(t: torch.Tensor) -> torch.Tensor:
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
+def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
+    return CellParameters._make(None if t is None else t.detach().to(dtype) for t in parameters)
+
+
 def _conv(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1 convolution with a (C_out, C_in) matrix, in the dtype of x."""
     weight = matrix.to(x.dtype)[:, :, None, None]
@@ -244,8 +248,8 @@ class _Cell(torch.autograd.Function):
         if x.dtype == torch.float64:
             dtype = torch.float64  # autocast leaves float64 alone
         wide = _checks.accumulate_dtype(dtype)
-        given = CellParameters(*parameters)  # type: ignore[arg-type]
-        q = CellParameters(*(None if t is None else t.detach().to(wide) for t in given))  # type: ignore[misc]
+        given = CellParameters._make(parameters)
+        q = _widened(given, wide)
         with torch.autocast(device, enabled=False):
             x, skip = x.detach(), (x if skip is None else skip).detach()
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -299,7 +303,7 @@ class _Cell(torch.autograd.Function):
             *given,
         )  # fmt: skip
         ctx.constants = (stride, residual_scale, group, total_in, total_out, x.dtype, skip.dtype, identity)
-        statistics = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
+        statistics: tuple[torch.Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
         if _distributed.world_size(group) > 1:
             upsampled = total_in * (4 if stride == -1 else 1)
             statistics += (
@@ -321,9 +325,9 @@ class _Cell(torch.autograd.Function):
             *given,
         ) = ctx.saved_tensors  # fmt: skip
         stride, residual_scale, group, total_in, total_out, x_dtype, skip_dtype, identity = ctx.constants
-        kept = CellParameters(*given)
+        kept = CellParameters._make(given)
         wide = gram.dtype
-        q = CellParameters(*(None if t is None else t.detach().to(wide) for t in kept))  # type: ignore[misc]
+        q = _widened(kept, wide)
         device = grad.device.type
         with torch.no_grad(), torch.autocast(device, enabled=False):
             pixels = p.shape[2] * p.shape[3]

@@ -148,14 +148,10 @@ class _Colours(NamedTuple):
         self, low: torch.Tensor, high: torch.Tensor, difference: torch.Tensor, density: torch.Tensor
     ) -> torch.Tensor:
         inside = torch.where(self.log_difference > math.log(MIN_DIFFERENCE), difference, density)
-        return torch.where(
-            self.value < LOWER_EDGE, low, torch.where(self.value > UPPER_EDGE, high, inside)
-        )
+        return torch.where(self.value < LOWER_EDGE, low, torch.where(self.value > UPPER_EDGE, high, inside))
 
     def log_prob(self) -> torch.Tensor:
-        return self.choose(
-            self.log_cdf_upper, self.log_survival_lower, self.log_difference, self.log_density
-        )
+        return self.choose(self.log_cdf_upper, self.log_survival_lower, self.log_difference, self.log_density)
 
 
 def _colours_of(
@@ -283,9 +279,7 @@ def _image_fake(params: torch.Tensor, *_: Any) -> torch.Tensor:
     return params.new_empty((b, 3, h, w))
 
 
-def _gpu(
-    name: str, plain: Callable[..., torch.Tensor], params: int = 0
-) -> Callable[..., torch.Tensor]:
+def _gpu(name: str, plain: Callable[..., torch.Tensor], params: int = 0) -> Callable[..., torch.Tensor]:
     """The launcher of a Triton kernel; with float64 for argument number ``params`` it is ``plain``,
     because the kernels compute in float32."""
 
