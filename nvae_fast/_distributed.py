@@ -44,17 +44,17 @@ def totals(tensors: Sequence[torch.Tensor], group: Any = None) -> Sequence[torch
 def merge(
     mean: torch.Tensor, m2: torch.Tensor, count: int, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
-    """Mean, biased variance (C,) and count over every process of ``group`` from each one's mean, sum of squared
-    deviations and count, by Chan's formula (not differentiable). A count of 0 counts as nothing."""
+    """Mean, sum of squared deviations (C,) and count over every process of ``group`` from each one's, by Chan's formula
+    (not differentiable). A count of 0 counts as nothing; the count returned is at least 1."""
     if world_size(group) == 1:
-        return mean, m2 / max(count, 1), max(count, 1)
+        return mean, m2, max(count, 1)
     mine = torch.cat([mean, m2, mean.new_full((1,), count)])
     everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
     dist.all_gather(everyone, mine, group=group)
     means, m2s, counts = torch.stack(everyone).split([mean.numel(), m2.numel(), 1], dim=1)
     n = counts.sum().clamp_min(1)
     merged = (counts * means).sum(0) / n
-    return merged, (m2s + counts * (means - merged).square()).sum(0) / n, n
+    return merged, (m2s + counts * (means - merged).square()).sum(0), n
 
 
 def merged_statistics(

@@ -193,6 +193,23 @@ class BatchNormSwish(nn.Module):
         return f"{self.weight.numel()}, activation={self.activation!r}"
 
 
+@torch.no_grad()
+def _update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.BatchStatistics]) -> None:
+    """Running statistics of several batch norms from what they saw: a few calls for all of them."""
+    counts = [s.count for s in seen]
+    alike = len({norm.momentum for norm in norms}) == 1
+    if not alike or not all(isinstance(count, int) and count > 1 for count in counts):
+        for norm, s in zip(norms, seen, strict=True):
+            norm._update(*s)
+        return
+    unbiased = torch._foreach_mul([s.var for s in seen], [count / (count - 1) for count in counts])
+    new = [s.mean.to(norm.running_mean.dtype) for s, norm in zip(seen, norms, strict=True)]
+    new += [t.to(norm.running_var.dtype) for t, norm in zip(unbiased, norms, strict=True)]
+    old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    torch._foreach_lerp_(old, new, norms[0].momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gate with ``max(C // 16, 4)`` hidden units; optionally adds the gated x, scaled, to a skip."""
 
@@ -301,8 +318,7 @@ class InvertedResidual(nn.Module):
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
             group=self.norm.process_group,
         )  # fmt: skip
-        for norm, seen in zip(norms, statistics, strict=True):
-            norm._update(*seen)
+        _update_together(norms, statistics)
         return y
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, channel_statistics, plane_affine  # noqa: F401  registers them
+from nvae_fast.ops import _affine, _checks, _coefficients, channel_statistics, plane_affine  # noqa: F401  registers them
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -141,8 +141,9 @@ def inverted_residual_cell_evaluation(
 ) -> torch.Tensor:
     """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
 
-    The first two batch norms fold into the expansion, the last into the projection; the third is applied with its swish. Arguments,
-    result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists that they have.
+    The first two batch norms fold into the expansion, the last into the projection; the third is applied with its swish.
+    Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
+    that they have.
     """
     _check(x, skip, parameters, stride)
     q = parameters
@@ -212,13 +213,44 @@ def _matrix(t: torch.Tensor) -> torch.Tensor:
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
+def _coefficients_of(
+    mean: torch.Tensor | None,
+    m2: torch.Tensor,
+    count: int | torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
+    if isinstance(count, int):
+        return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
+    return _coefficients.coefficients(mean, m2 / count, weight, bias, 1.0, eps)
+
+
+def _corrections_of(
+    sum_g: torch.Tensor,
+    sum_gx: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    scale: torch.Tensor,
+    count: int | torch.Tensor,
+    group: Any,
+) -> tuple[torch.Tensor, ...]:
+    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
+    if isinstance(count, int):
+        return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
+    g, gx = (t / count for t in _distributed.totals((sum_g, sum_gx), group))
+    _, beta, gamma = _coefficients.corrections(g, gx, mean, rstd, scale, 1.0)
+    return rstd * sum_gx, beta, gamma
+
+
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
-    return CellParameters._make(None if t is None else t.detach().to(dtype) for t in parameters)
+    return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
 
 
 def _conv(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1 convolution with a (C_out, C_in) matrix, in the dtype of x."""
-    weight = matrix.to(x.dtype)[:, :, None, None]
+    weight = matrix.to(x.dtype).reshape(*matrix.shape, 1, 1)
     return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -251,64 +283,72 @@ class _Cell(torch.autograd.Function):
         given = CellParameters._make(parameters)
         q = _widened(given, wide)
         with torch.autocast(device, enabled=False):
-            x, skip = x.detach(), (x if skip is None else skip).detach()
+            skip = x if skip is None else skip
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
-            n_in = xl.shape[0] * xl.shape[2] * xl.shape[3]
-
-            mean0, m2_0 = _OPS.channel_statistics(xl, False)
-            mean0, var0, total_in = _distributed.merge(mean0, m2_0, n_in, group)
-            rstd0 = torch.rsqrt(var0 + eps)
-            xhat = _affine.forward(xl, rstd0, -mean0 * rstd0, None)
+            b, _, h, w = xl.shape
+            mean0, m2, n_in = _distributed.merge(*_OPS.channel_statistics(xl, False), b * h * w, group)
+            var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
+            xhat = _affine.forward(xl, rstd0, shift0, None)
             rows = _matrix(xhat).to(wide)
             gram = rows.t() @ rows
             expand = q.expand.flatten(1) * q.norm_weight
             a = _conv(xhat, expand)
-            var1 = _distributed.total(((expand @ gram) * expand).sum(1), group) / total_in
+            m2 = _distributed.total(((expand @ gram) * expand).sum(1), group)
             mean1 = q.expand.flatten(1) @ q.norm_bias
-            rstd1 = torch.rsqrt(var1 + eps)
-            scale1 = q.expand_norm_weight * rstd1
+            var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
-            d, mean2, m2_2 = _OPS.depthwise_conv2d(
-                a, q.depthwise, scale1, q.expand_norm_bias, abs(stride) if stride != -1 else 1,
-                1, 2 if stride == -1 else 1, "swish", True, None,
-            )  # fmt: skip
-            b, _, h_out, w_out = d.shape
-            mean2, var2, total_out = _distributed.merge(mean2, m2_2, b * h_out * w_out, group)
-            rstd2 = torch.rsqrt(var2 + eps)
-            scale2 = q.depthwise_norm_weight * rstd2
-            shift2 = q.depthwise_norm_bias - mean2 * scale2
+            d, mean2, m2 = _OPS.depthwise_conv2d(
+                a,
+                q.depthwise,
+                scale1,
+                q.expand_norm_bias,
+                max(stride, 1),
+                1,
+                2 if stride == -1 else 1,
+                "swish",
+                True,
+                None,
+            )
+            pixels = d.shape[2] * d.shape[3]
+            mean2, m2, n_out = _distributed.merge(mean2, m2, b * pixels, group)
+            var2, rstd2, scale2, shift2 = _coefficients_of(
+                mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
+            )
             p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project.flatten(1))
 
-            plane_mean, plane_m2 = _OPS.channel_statistics(p, True)
-            pixels = h_out * w_out
-            local_mean = plane_mean.sum(0) / max(b, 1)
-            m2_3 = plane_m2.sum(0) + pixels * (plane_mean - local_mean).square().sum(0)
-            mean3, var3, _ = _distributed.merge(local_mean, m2_3, b * pixels, group)
-            rstd3 = torch.rsqrt(var3 + eps)
-            scale3 = q.project_norm_weight * rstd3
-            shift3 = q.project_norm_bias - mean3 * scale3
+            plane_mean, m2 = _OPS.channel_statistics(p, True)
+            mean3, m2, _ = _distributed.merge(
+                *_coefficients.merge_planes(plane_mean, m2, pixels), b * pixels, group
+            )
+            var3, rstd3, scale3, shift3 = _coefficients_of(
+                mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
+            )
             pooled = hidden = gate = None
-            factor = scale3.expand(b, -1) * residual_scale
-            offset = shift3.expand(b, -1) * residual_scale
-            if q.reduce_weight is not None:
-                pooled = plane_mean * scale3 + shift3
-                hidden = torch.relu(F.linear(pooled, q.reduce_weight, q.reduce_bias))
-                gate = torch.sigmoid(F.linear(hidden, q.gate_weight, q.gate_bias))  # type: ignore[arg-type]
-                factor, offset = factor * gate, offset * gate
+            if q.reduce_weight is None:
+                factor, offset = (residual_scale * scale3)[None], (residual_scale * shift3)[None]
+            else:
+                pooled, hidden, gate, factor, offset = _coefficients.gate(
+                    plane_mean,
+                    scale3,
+                    shift3,
+                    q.reduce_weight,
+                    q.reduce_bias,
+                    q.gate_weight,
+                    q.gate_bias,
+                    residual_scale,
+                )
             y = _OPS.plane_affine(p, factor, skip, None, offset)
 
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, mean3, rstd3, plane_mean, pooled, hidden, gate,
-            *given,
+            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, scale2, shift2, mean3, rstd3, scale3,
+            plane_mean, pooled, hidden, gate, *given,
         )  # fmt: skip
-        ctx.constants = (stride, residual_scale, group, total_in, total_out, x.dtype, skip.dtype, identity)
+        ctx.constants = (stride, residual_scale, group, n_in, n_out, x.dtype, skip.dtype, identity)
         statistics: tuple[torch.Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
-        if _distributed.world_size(group) > 1:
-            upsampled = total_in * (4 if stride == -1 else 1)
-            statistics += (
-                torch.stack([torch.as_tensor(c) for c in (upsampled, upsampled, total_out, total_out)]),
-            )
+        if not isinstance(n_in, int):
+            upsampled = n_in * (4 if stride == -1 else 1)
+            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
@@ -321,74 +361,56 @@ class _Cell(torch.autograd.Function):
         if grad is None:
             return (None,) * (6 + len(CellParameters._fields))
         (
-            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, mean3, rstd3, plane_mean, pooled, hidden, gate,
-            *given,
+            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, scale2, shift2, mean3, rstd3, scale3,
+            plane_mean, pooled, hidden, gate, *given,
         ) = ctx.saved_tensors  # fmt: skip
-        stride, residual_scale, group, total_in, total_out, x_dtype, skip_dtype, identity = ctx.constants
+        stride, residual_scale, group, n_in, n_out, x_dtype, skip_dtype, identity = ctx.constants
         kept = CellParameters._make(given)
         wide = gram.dtype
         q = _widened(kept, wide)
-        device = grad.device.type
-        with torch.no_grad(), torch.autocast(device, enabled=False):
-            pixels = p.shape[2] * p.shape[3]
-            # y = skip + residual_scale * gate * (gamma3 phat + beta3); sums over planes say everything about BN3 and gate.
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
             sum_grad, sum_grad_p = _OPS.plane_dots(grad, p, mean3)
-            through = residual_scale * sum_grad, residual_scale * sum_grad_p * rstd3
-            to_reduce = to_reduce_bias = to_gate = to_gate_bias = None
-            to_pooled = None
-            factor = torch.full_like(sum_grad, residual_scale)
-            if gate is not None:
-                to_logit = (
-                    (q.project_norm_weight * through[1] + q.project_norm_bias * through[0])
-                    * gate
-                    * (1 - gate)
+            to_gate: tuple[torch.Tensor | None, ...] = (None,) * 4
+            if gate is None:
+                sum3, dot3 = residual_scale * sum_grad.sum(0), residual_scale * sum_grad_p.sum(0)
+                _, beta3, gamma3 = _corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
+                to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
+                factor = (residual_scale * scale3)[None]
+            else:
+                *to_gate, through, to_bias3, to_weight3, factor = _coefficients.gate_backward(
+                    sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
+                    hidden, gate, q.reduce_weight, q.gate_weight, residual_scale,
+                )  # fmt: skip
+                _, beta3, gamma3 = _corrections_of(
+                    to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group
                 )
-                to_hidden = (to_logit @ q.gate_weight) * (hidden > 0)  # type: ignore[operator]
-                to_pooled = to_hidden @ q.reduce_weight
-                to_gate, to_gate_bias = to_logit.t() @ hidden, to_logit.sum(0)
-                to_reduce, to_reduce_bias = to_hidden.t() @ pooled, to_hidden.sum(0)
-                factor = residual_scale * gate
-                through = (
-                    gate * through[0] + to_pooled,
-                    gate * through[1] + to_pooled * (plane_mean - mean3) * rstd3,
-                )
-            to_bias3, to_weight3 = through[0].sum(0), through[1].sum(0)
-            sum3, dot3 = (t / total_out for t in _distributed.totals((to_bias3, to_weight3), group))
-            scale3 = q.project_norm_weight * rstd3
-            beta3 = -scale3 * rstd3 * dot3
-            constant = -scale3 * sum3 - beta3 * mean3
-            offset = (
-                constant.expand_as(factor) if to_pooled is None else constant + scale3 * to_pooled / pixels
-            )
-            to_p = _OPS.plane_affine(grad, scale3 * factor, p, beta3[None], offset)
+                offset = torch.addcmul(gamma3, scale3, through, value=1.0 / (p.shape[2] * p.shape[3]))
+                factor = scale3 * factor
+            to_p = _OPS.plane_affine(grad, factor, p, beta3[None], offset)
 
             to_h3 = _conv(to_p, q.project.flatten(1).t())
-            scale2 = q.depthwise_norm_weight * rstd2
-            shift2 = q.depthwise_norm_bias - mean2 * scale2
             to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
             del to_h3
             to_project = _weight_gradient(to_p, h3)
             del h3, to_p
-            to_weight2 = dot2 * rstd2
-            sum2, dot2 = (t / total_out for t in _distributed.totals((to_bias2, to_weight2), group))
-            beta2 = -scale2 * rstd2 * dot2
-            to_a, to_depthwise, to_scale1, to_bias1 = _OPS.depthwise_conv2d_backward(
-                g, d, scale2, beta2, -scale2 * sum2 - beta2 * mean2, None, a, q.depthwise, scale1, q.expand_norm_bias,
-                1 if stride == -1 else stride, 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
+            to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
+            to_a, to_depthwise, dot1, to_bias1 = _OPS.depthwise_conv2d_backward(
+                g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
+                max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
             )  # fmt: skip
             del g
 
             # da = to_a + beta1 a + gamma1, never written.
-            to_weight1 = to_scale1 * rstd1
-            sum1, dot1 = (t / total_in for t in _distributed.totals((to_bias1, to_weight1), group))
-            beta1, gamma1 = -scale1 * rstd1 * dot1, -scale1 * sum1
-            to_expand = _weight_gradient(to_a, xhat).to(wide) + beta1[:, None] * (expand @ gram)
-            if _distributed.world_size(group) > 1:  # of one process alone xhat has mean 0
+            to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
+            column = beta1[:, None]
+            to_expand = torch.addcmul(_weight_gradient(to_a, xhat).to(wide), column, expand @ gram)
+            if not isinstance(n_in, int):  # of one process alone xhat has mean 0
                 to_expand += gamma1[:, None] * _matrix(xhat).to(wide).sum(0)
-            dot0 = _distributed.total((to_expand * expand).sum(0), group) / total_in
             to_x = None
             if ctx.needs_input_grad[0]:
-                mixing = (expand * beta1[:, None]).t() @ expand - torch.diag(dot0)
+                dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in
+                mixing = (expand * column).t() @ expand - torch.diag(dot0)
                 to_x = _conv(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
                 to_x += _conv(to_a, (expand * rstd0).t())
                 to_x = to_x.to(x_dtype)
@@ -397,12 +419,11 @@ class _Cell(torch.autograd.Function):
             weights = q.expand.flatten(1)
             gradients = CellParameters(
                 (to_expand * weights).sum(0), torch.zeros_like(q.norm_bias),
-                (to_expand * q.norm_weight)[:, :, None, None], to_weight1, to_bias1,
-                to_depthwise, to_weight2, to_bias2, to_project[:, :, None, None], to_weight3, to_bias3,
-                to_reduce, to_reduce_bias, to_gate, to_gate_bias,
+                (to_expand * q.norm_weight).view_as(q.expand), to_weight1, to_bias1,
+                to_depthwise, to_weight2, to_bias2, to_project.view_as(q.project), to_weight3, to_bias3,
+                *to_gate,
             )  # fmt: skip
         flat = [
-            None if g is None or k is None else g.to(k.dtype).view_as(k)
-            for g, k in zip(gradients, kept, strict=True)
+            None if g is None or k is None else g.to(k.dtype) for g, k in zip(gradients, kept, strict=True)
         ]
         return (to_x, grad.to(skip_dtype) if ctx.needs_input_grad[1] else None, None, None, None, None, *flat)
