@@ -173,9 +173,10 @@ struct Job {
     args.band = std::max<int64_t>((rows + bands - 1) / bands, 1);
     args.bands = pixels ? (rows + args.band - 1) / args.band : 0;
   }
-  static constexpr int64_t kScratch = 1 << 17;  // bytes that rings and rows of a group may take
-  static constexpr int64_t kPixels = 1 << 13;   // of a task: float32 sums of more lose digits
-  static constexpr int64_t kTasks = 8;          // at least, for the threads, where the map is high enough
+  static constexpr int64_t kScratch =
+      7 << 17;  // bytes that rings and rows of a group may take, of the L2 cache
+  static constexpr int64_t kPixels = 1 << 13;  // of a task: float32 sums of more lose digits
+  static constexpr int64_t kTasks = 8;         // at least, for the threads, where the map is high enough
 
   void pack(const Tensor& weight) {
     hold.push_back(

@@ -126,7 +126,9 @@ void forward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) 
           else
             activate_row<V, 0>(a, c, row, next, ring, constants);
         });
+      prefetch_row<false, V, T>(a.x, b, c, next);
       for (int e = 0; e < plan.row_phases && R * plan.row_phases + e < a.y.height; ++e) {
+        prefetch_row<true, V, T>(a.y, b, c, R * plan.row_phases + e);
         for (int g = 0; g < c.count; ++g)
           for (int f = 0; f < plan.col_phases; ++f)
             run_phase<V, true, false>(a, plan.phases[e * plan.col_phases + f], R, a.x.height, a.y.width, ring,

@@ -168,8 +168,12 @@ void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end)
             upstream_row<V>(a, c, grad, &out, next, s);
           }
         });
+      prefetch_row<false, V, T>(a.grad, b, c, next);
+      if (a.out.data) prefetch_row<false, V, T>(a.out, b, c, next);
       for (int e = 0; e < plan.row_phases && R * plan.row_phases + e < a.x.height; ++e) {
         const int64_t r = R * plan.row_phases + e;
+        prefetch_row<false, V, T>(a.x, b, c, r + 1);
+        if (a.grad_x.data) prefetch_row<true, V, T>(a.grad_x, b, c, r);
         read_row<V, T>(a.x, b, c, r, s.planar, [&](auto x) {
           if (a.activation == 1)
             activate_row<V, 1>(a, c, x, s);
