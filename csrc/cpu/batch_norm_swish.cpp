@@ -156,8 +156,8 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_swish(const Tensor& x, cons
     vars = std::move(found.m2);
     for (double& v : vars) v = count ? v / static_cast<double>(count) : 1.0;
   }
-  const Folded f(doubles_of(op, "weight", weight, a.channels), doubles_of(op, "bias", bias, a.channels), means,
-                 vars, eps);
+  const Folded f(doubles_of(op, "weight", weight, a.channels), doubles_of(op, "bias", bias, a.channels),
+                 means, vars, eps);
   const Coefficients scale(a.dtype, f.scale), shift(a.dtype, f.shift);
   a.scale = scale.data();
   a.shift = shift.data();

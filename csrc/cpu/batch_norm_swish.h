@@ -17,7 +17,7 @@ struct AffineActivationArgs : MapShape {
   // Backward: g = grad act'(u).
   const void* grad = nullptr;
   const void* pivot = nullptr;
-  void* g = nullptr;                          // may be null
+  void* g = nullptr;                           // may be null
   double *sum_g = nullptr, *sum_gx = nullptr;  // of g and g (x - pivot), a part each: [part * channels + c]
 
   // grad_x = alpha g + beta x + gamma; beta and gamma may both be null.

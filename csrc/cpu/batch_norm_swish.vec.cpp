@@ -136,8 +136,7 @@ static void gradient(const Args& a, int64_t begin, int64_t end) {
       const V alpha = of_channel<V>(a.alpha, c);
       const V beta = linear ? of_channel<V>(a.beta, c) : V(S(0));
       const V gamma = linear ? of_channel<V>(a.gamma, c) : V(S(0));
-      each_vector<V>(count,
-                     [&](int64_t i, int n) { element(at + i, n, scale, shift, alpha, beta, gamma); });
+      each_vector<V>(count, [&](int64_t i, int n) { element(at + i, n, scale, shift, alpha, beta, gamma); });
     });
   each_run(a, begin, end, [&](int64_t, int64_t, int64_t pixel, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {

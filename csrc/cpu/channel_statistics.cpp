@@ -23,4 +23,6 @@ static std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_s
 
 }  // namespace nvae
 
-STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) { m.impl("channel_statistics", TORCH_BOX(&nvae::channel_statistics)); }
+STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("channel_statistics", TORCH_BOX(&nvae::channel_statistics));
+}

@@ -23,7 +23,7 @@ struct PlaneDotsArgs : MapShape {  // channels_last: of x, and of y when not mix
   Dtype dtype;
   bool mixed = false, x_channels_last = false;
   const void *x = nullptr, *y = nullptr;
-  const void* pivot = nullptr;                  // (C), may be null
+  const void* pivot = nullptr;                 // (C), may be null
   double *sum_x = nullptr, *sum_xy = nullptr;  // a part each: [part * channels + channel]
 };
 

@@ -131,7 +131,11 @@ def _fake(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     wide = _checks.accumulate_dtype(x.dtype)
     if mean is None or var is None:
-        return empty_map(x, x.shape[1]), x.new_empty(x.shape[1], dtype=wide), x.new_empty(x.shape[1], dtype=wide)
+        return (
+            empty_map(x, x.shape[1]),
+            x.new_empty(x.shape[1], dtype=wide),
+            x.new_empty(x.shape[1], dtype=wide),
+        )
     return empty_map(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(var)
 
 

@@ -13,7 +13,7 @@ no digits. PyTorch's nearest: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.T
     wide = x.to(_checks.accumulate_dtype(x.dtype))
     dims = (2, 3) if per_sample else (0, 2, 3)
     count = _count(x, per_sample)
-    if count == 0:
+    if x.numel() == 0:
         zero = wide.sum(dims)
         return zero, zero.clone()
     var, mean = torch.var_mean(wide, dims, correction=0)

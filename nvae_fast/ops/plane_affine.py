@@ -151,7 +151,9 @@ def _backward(
     found: list[torch.Tensor | None] = [None] * 5
     for i, (t, k) in ((0, (x, a)), (2, (y, b))):
         if i in wanted and t is not None:
-            found[i] = (g if k is None else torch.ops.nvae_fast.plane_affine(g, k, None, None, None)).to(t.dtype)
+            found[i] = (g if k is None else torch.ops.nvae_fast.plane_affine(g, k, None, None, None)).to(
+                t.dtype
+            )
     sum_g = None
     for i, t in ((1, x), (3, y)):
         if i in wanted and t is not None:

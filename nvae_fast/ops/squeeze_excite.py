@@ -106,7 +106,9 @@ def _fake(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype)
     like = x if skip is None else skip
-    return empty_map(like, x.shape[1], dtype), x.new_empty(x.shape[:2], dtype=_checks.accumulate_dtype(x.dtype))
+    return empty_map(like, x.shape[1], dtype), x.new_empty(
+        x.shape[:2], dtype=_checks.accumulate_dtype(x.dtype)
+    )
 
 
 def _gate(pooled: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
