@@ -93,6 +93,14 @@ def _column(x: torch.Tensor, per_sample: bool) -> tuple[int, int, int, int]:
     return (x.shape[0] if per_sample else 1, x.shape[1], 1, 1)
 
 
+def _gpu(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dtype == torch.float64:  # the kernels compute in float32
+        return _reference(x, per_sample)
+    from nvae_fast.kernels import channel_statistics as kernels
+
+    return kernels.channel_statistics(x, per_sample)
+
+
 _room = room(
     "channel_statistics",
     "(Tensor x, bool per_sample) -> (Tensor mean, Tensor m2)",
@@ -101,5 +109,6 @@ _room = room(
     differentiable=(0,),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
     save_outputs=(0,),
 )
