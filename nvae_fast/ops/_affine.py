@@ -101,11 +101,25 @@ def _gradient_fake(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor
     return empty_map(x, x.shape[1])
 
 
+def _gpu(name: str, formula: Any) -> Any:
+    """The Triton launcher of that name; ``formula`` for float64, since the kernels compute in float32."""
+
+    def launch(*args: Any) -> Any:
+        if args[0].dtype == torch.float64:
+            return formula(*args)
+        from nvae_fast.kernels import batch_norm_swish as kernels
+
+        return getattr(kernels, name)(*args)
+
+    return launch
+
+
 forward = operator(
     "affine_activation",
     "(Tensor x, Tensor scale, Tensor shift, str? activation) -> Tensor",
     default=_forward,
     fake=_forward_fake,
+    gpu=_gpu("affine_activation", _forward),
 )
 reduce = operator(
     "affine_activation_reduce",
@@ -113,6 +127,7 @@ reduce = operator(
     " -> (Tensor sum_g, Tensor sum_gx, Tensor g, Tensor y)",
     default=_reduce,
     fake=_reduce_fake,
+    gpu=_gpu("affine_activation_reduce", _reduce),
 )
 gradient = operator(
     "affine_activation_grad",
@@ -120,4 +135,5 @@ gradient = operator(
     " -> Tensor",
     default=_gradient,
     fake=_gradient_fake,
+    gpu=_gpu("affine_activation_grad", _gradient),
 )

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from nvae_fast.ops import _affine as affine
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _checks, channel_statistics  # noqa: F401  the operator that batch statistics come from
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import operator, room
 from nvae_fast.ops._squash import empty_map
@@ -231,15 +231,41 @@ def _backward(
                 grad, x, weight, bias, used_mean, used_var, eps, activation, mean is not None, 0 in wanted, need_sums
             )
         )  # fmt: skip
-    for i, (statistic, through) in enumerate(zip((mean, var), of_statistics, strict=True), start=3):
-        if statistic is None:  # the batch's own are constants
+    for i, (given, through) in enumerate(zip((mean, var), of_statistics, strict=True), start=3):
+        # What reaches given statistics as outputs; the batch's own are constants.
+        before = found[i]
+        if given is None:
             found[i] = None
         elif through is not None:
-            found[i] = through if found[i] is None or not found[i].numel() else found[i] + through
+            found[i] = through if before is None or before.numel() == 0 else before + through
     for i, like in enumerate((weight, bias, mean, var), start=1):
-        if i in wanted and found[i] is not None and like is not None:
-            found[i] = found[i].to(like.dtype)
+        value = found[i]
+        if i in wanted and value is not None and like is not None:
+            found[i] = value.to(like.dtype)
     return found
+
+
+def _gpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two passes: statistics, then normalisation and activation."""
+    if mean is None or var is None:
+        wide = _checks.accumulate_dtype(x.dtype)
+        count = x.numel() // max(x.shape[1], 1)
+        used_mean, m2 = torch.ops.nvae_fast.channel_statistics(x, False)
+        used_var = m2 / count if count else torch.ones_like(m2)
+    else:
+        wide, used_mean, used_var = mean.dtype, mean.clone(), var.clone()
+        wide = torch.promote_types(wide, _checks.accumulate_dtype(x.dtype))
+    scale = weight.to(wide) * torch.rsqrt(used_var.to(wide) + eps)
+    shift = torch.addcmul(bias.to(wide), used_mean.to(wide), scale, value=-1)
+    return affine.forward(x, scale, shift, activation), used_mean, used_var
 
 
 _room = room(
@@ -251,5 +277,6 @@ _room = room(
     differentiable=(0, 1, 2, 3, 4),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
     save_outputs=(1, 2),
 )

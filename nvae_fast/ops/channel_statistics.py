@@ -13,7 +13,7 @@ no digits. PyTorch's nearest: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -56,7 +56,7 @@ def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.T
     wide = x.to(_checks.accumulate_dtype(x.dtype))
     dims = (2, 3) if per_sample else (0, 2, 3)
     count = _count(x, per_sample)
-    if count == 0:
+    if x.numel() == 0:
         zero = wide.sum(dims)
         return zero, zero.clone()
     var, mean = torch.var_mean(wide, dims, correction=0)
@@ -93,6 +93,14 @@ def _column(x: torch.Tensor, per_sample: bool) -> tuple[int, int, int, int]:
     return (x.shape[0] if per_sample else 1, x.shape[1], 1, 1)
 
 
+def _gpu(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dtype == torch.float64:  # the kernels compute in float32
+        return _reference(x, per_sample)
+    from nvae_fast.kernels import channel_statistics as kernels
+
+    return kernels.channel_statistics(x, per_sample)
+
+
 _room = room(
     "channel_statistics",
     "(Tensor x, bool per_sample) -> (Tensor mean, Tensor m2)",
@@ -101,5 +109,6 @@ _room = room(
     differentiable=(0,),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
     save_outputs=(0,),
 )

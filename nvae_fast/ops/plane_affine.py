@@ -12,6 +12,7 @@ to p. PyTorch equivalent: broadcasting over (B, C, 1, 1), one pass an operation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -71,7 +72,8 @@ def _check(
         _checks.shape(op, "y", y, tuple(x.shape), x)
     elif b is not None:
         raise ValueError(f"{op}: b must be None without y, got a tensor of shape {tuple(b.shape)}")
-    for name, value in (("a", a), ("b", b), ("c", c)):
+    coefficients: tuple[tuple[str, Any], ...] = (("a", a), ("b", b), ("c", c))
+    for name, value in coefficients:
         if value is None and name != "a":
             continue
         _checks.tensor(op, name, value)
@@ -128,11 +130,29 @@ def _dots_fake(
     return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
 
 
+def _gpu_dots(*args: Any) -> tuple[torch.Tensor, ...]:
+    if args[0].dtype == torch.float64:  # the kernels compute in float32
+        return _dots_formula(*args)
+    from nvae_fast.kernels import plane_affine as kernels
+
+    return kernels.plane_dots(*args)
+
+
+def _gpu(*args: Any) -> torch.Tensor:
+    x, _, y, _, _ = args
+    if (x if y is None else y).dtype == torch.float64:
+        return _reference(*args)
+    from nvae_fast.kernels import plane_affine as kernels
+
+    return kernels.plane_affine(*args)
+
+
 _dots = operator(
     "plane_dots",
     "(Tensor x, Tensor y, Tensor? pivot) -> (Tensor sum_x, Tensor sum_xy)",
     default=_dots_formula,
     fake=_dots_fake,
+    gpu=_gpu_dots,
 )
 
 
@@ -161,8 +181,9 @@ def _backward(
     if 4 in wanted:
         found[4] = _dots(g, g, None)[0] if sum_g is None else sum_g
     for i, k in ((1, a), (3, b), (4, c)):
-        if found[i] is not None and k is not None:
-            found[i] = found[i].sum_to_size(k.shape).to(k.dtype)
+        value = found[i]
+        if value is not None and k is not None:
+            found[i] = value.sum_to_size(k.shape).to(k.dtype)
     return found
 
 
@@ -174,4 +195,5 @@ _room = room(
     differentiable=(0, 1, 2, 3, 4),
     fake=_fake,
     backward=_backward,
+    gpu=_gpu,
 )
