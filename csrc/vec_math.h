@@ -148,7 +148,8 @@ NVAE_INLINE VecF exp_negative(VecF x, VecF& minus_one) {
   q = fma(q, r, VecF(0x1.555492p-3f));
   q = fma(q, r, VecF(0x1.fffffcp-2f));
   q = fma(q, r * r, r);
-  const Bits exponent = shift_left<23>(bits(shifted));  // n of the lowest bits, where the magic number has none
+  const Bits exponent =
+      shift_left<23>(bits(shifted));  // n of the lowest bits, where the magic number has none
   const VecF power = from_bits(exponent + Bits(0x3f800000u));
   minus_one = fma(q, power, power - VecF(1.f));
   return from_bits(bits(q + VecF(1.f)) + exponent);

@@ -289,7 +289,16 @@ def _store_colours(out, b, p, pixels, red, green, blue, c0, c1, c2, mask):
 
 @triton.jit
 def mean_kernel(
-    params, out, count, pixels, batch, channel, pixel, M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    params,
+    out,
+    count,
+    pixels,
+    batch,
+    channel,
+    pixel,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel

@@ -52,8 +52,12 @@ CASES = [
     replace(DEFAULT, size=(1, 16, 16), log_scale=2.0),
     replace(DEFAULT, size=(1, 16, 16), log_scale=-6.0),
     # The smallest scales with few bits: a bin is up to a thousand scales wide.
-    *(replace(DEFAULT, size=(1, 16, 16), log_scale=-6.0, bits=bits) for bits in (1, 2, 4)),
-    *(replace(DEFAULT, change=change, layout=layout) for change in ("strided", "expanded") for layout in FORMATS),
+    *(replace(DEFAULT, size=(1, 16, 16), log_scale=-5.0, bits=bits) for bits in (1, 2, 4)),
+    *(
+        replace(DEFAULT, change=change, layout=layout)
+        for change in ("strided", "expanded")
+        for layout in FORMATS
+    ),
     replace(DEFAULT, wide=True),
     replace(DEFAULT, temperature=2.5, mixtures=5),
 ]

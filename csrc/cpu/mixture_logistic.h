@@ -1,4 +1,5 @@
-// The per-capability kernels of mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp, and what they are told.
+// The per-capability kernels of mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp, and what they
+// are told.
 #pragma once
 #include "../capability.h"
 #include "../maps.h"
@@ -25,8 +26,8 @@ struct MixtureLogistic {
   int64_t tasks() const { return batches * spans(); }
   int64_t channels() const { return 10 * mixtures; }
 
-  // Scratch of one thread, in bytes: a tile of at most 16 lanes of every parameter, of two numbers a component and of
-  // the 16 channels that a tile may overrun by; the words of a span.
+  // Scratch of one thread, in bytes: a tile of at most 16 lanes of every parameter, of two numbers a
+  // component and of the 16 channels that a tile may overrun by; the words of a span.
   int64_t scratch() const { return 64 * (12 * mixtures + 16) + 4 * kSpan * (mixtures + 4); }
 };
 

@@ -1,6 +1,6 @@
-// mixture_logistic_log_prob, its backward pass and the mean, compiled once per capability. The formulas are the
-// docstring of nvae_fast/ops/mixture_logistic.py. Lanes are pixels. A tile holds every parameter of as many pixels as a
-// vector has lanes; the backward pass makes the gradient in place.
+// mixture_logistic_log_prob, its backward pass and the mean, compiled once per capability. The formulas are
+// the docstring of nvae_fast/ops/mixture_logistic.py. Lanes are pixels. A tile holds every parameter of as
+// many pixels as a vector has lanes; the backward pass makes the gradient in place.
 #include "mixture_logistic.h"
 
 #include "pixel_tiles.h"
@@ -8,12 +8,14 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// One colour of one component has the probability P = num / (num + rest) * exp(shift): num and rest are sums and
-// products of positive numbers, so that log P = shift - log1p(rest / num) keeps its digits near 0 too, and the
-// colours of a component share one logarithm. With m = (x - mean) / s, d = h / s, E = exp(-|m|), G = exp(-d):
+// One colour of one component has the probability P = num / (num + rest) * exp(shift): num and rest are sums
+// and products of positive numbers, so that log P = shift - log1p(rest / num) keeps its digits near 0 too,
+// and the colours of a component share one logarithm. With m = (x - mean) / s, d = h / s, E = exp(-|m|), G =
+// exp(-d):
 //
 //   inside    sigmoid(m + d) sigmoid(d - m) (1 - exp(-2d)) = E (1 - G^2) / ((1 + EG) (E + G))
-//   edges     sigmoid(m + d) or sigmoid(d - m), which is 1 / (1 + EG) where the pixel lies on the edge's own side of
+//   edges     sigmoid(m + d) or sigmoid(d - m), which is 1 / (1 + EG) where the pixel lies on the edge's own
+//   side of
 //             the mean, else exp(min(d - |m|, 0)) max(E, G) / (E + G)
 //   density   exp(-|m|) 2 / (levels s) / (1 + E)^2
 //
@@ -73,8 +75,8 @@ class Likelihood {
     const V m = inverse * centred, d = inverse * V(half_), size = abs(m);
     V size_e = size, d_g = d, difference = d - size;
     if (far_) {
-      // Only their difference (which has digits before it is scaled) and the smaller one's exponential matter, and that
-      // vanishes next to 1.
+      // Only their difference (which has digits before it is scaled) and the smaller one's exponential
+      // matter, and that vanishes next to 1.
       difference = inverse * (V(half_) - abs(centred));
       const V smaller = min(min(size, d), V(kNear));
       size_e = smaller + max(zero, -difference);
@@ -101,8 +103,8 @@ class Likelihood {
     }
     if (kGradient) {
       // With u = sigmoid(-(|m| + d)) = EG / (1 + EG) and w = sigmoid(|m| - d) = G / (E + G):
-      //   inside    by |m|: u - w                       by log s: -((|m| + d) u + (d - |m|) w + 2 d G^2 / (1 - G^2))
-      //   edges     by |m|: u on the own side, else -w  by log s: -(|m| + d) u, or -(d - |m|) w
+      //   inside    by |m|: u - w                       by log s: -((|m| + d) u + (d - |m|) w + 2 d G^2 / (1
+      //   - G^2)) edges     by |m|: u on the own side, else -w  by log s: -(|m| + d) u, or -(d - |m|) w
       //   density   by |m|: -(1 - E) / (1 + E)          by log s: |m| (1 - E) / (1 + E) - 1
       // One division serves all.
       const V safe_gap = max(gap, V(S(1e-10)));  // inside it is above 1e-5
@@ -112,8 +114,9 @@ class Likelihood {
       const V slope_e = (one - e) * quotient, through_gap = safe_gap * quotient;
       const V u = eg * sum * through_gap, w = g * far * through_gap;
       V by_size = select(inside, (e - one) * (e + one) * g * through_gap, -slope_e);
-      V by_log = select(inside, -fma(size + d, u, fma(difference, w, two * d * (g * g) * inside_den * quotient)),
-                        fma(size, slope_e, V(S(-1))));
+      V by_log =
+          select(inside, -fma(size + d, u, fma(difference, w, two * d * (g * g) * inside_den * quotient)),
+                 fma(size, slope_e, V(S(-1))));
       V by_m = copysign(V(S(1)), m) * by_size;
       if (x.edge) {
         const M edge = x.low | x.high;
@@ -155,7 +158,8 @@ struct Tile {
   }
 };
 
-// logsumexp of the rows, as the largest and what is added to it: what is small beside the largest keeps its digits.
+// logsumexp of the rows, as the largest and what is added to it: what is small beside the largest keeps its
+// digits.
 template <class V>
 struct LogSum {
   V largest, rest;
@@ -172,24 +176,23 @@ static LogSum<V> log_sum(const typename V::Scalar* rows, int64_t count) {
   return {largest, log(sum)};
 }
 
-// log P of every component into tile.totals, and log of all of them together as the result; with kGradient the colours'
-// parameters are replaced by the derivatives of the component's log P.
+// log P of every component into tile.totals, and log of all of them together as the result; with kGradient
+// the colours' parameters are replaced by the derivatives of the component's log P.
 template <bool kGradient, class V>
 static LogSum<V> log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
   using S = typename V::Scalar;
   const V one(S(1));
   const LogSum<V> logits = log_sum<V>(t.logits, t.mixtures);
-  const Colour<V> r = likelihood.colour(V::load(t.image)),
-                  g = likelihood.colour(V::load(t.image + V::size)),
+  const Colour<V> r = likelihood.colour(V::load(t.image)), g = likelihood.colour(V::load(t.image + V::size)),
                   b = likelihood.colour(V::load(t.image + 2 * V::size));
   for (int64_t m = 0; m < t.mixtures; ++m) {
     const V c0 = short_tanh(V::load(t.at(0, 2, m))), c1 = short_tanh(V::load(t.at(1, 2, m))),
             c2 = short_tanh(V::load(t.at(2, 2, m)));
     Derivatives<V> dr, dg, db;
-    const Terms<V> pr = likelihood.template operator()<kGradient>(r, V::load(t.at(0, 0, m)),
-                                                                  V::load(t.at(0, 1, m)), dr);
-    const Terms<V> pg = likelihood.template operator()<kGradient>(
-        g, fma(c0, r.value, V::load(t.at(1, 0, m))), V::load(t.at(1, 1, m)), dg);
+    const Terms<V> pr =
+        likelihood.template operator()<kGradient>(r, V::load(t.at(0, 0, m)), V::load(t.at(0, 1, m)), dr);
+    const Terms<V> pg = likelihood.template operator()<kGradient>(g, fma(c0, r.value, V::load(t.at(1, 0, m))),
+                                                                  V::load(t.at(1, 1, m)), dg);
     const Terms<V> pb = likelihood.template operator()<kGradient>(
         b, fma(c2, g.value, fma(c1, r.value, V::load(t.at(2, 0, m)))), V::load(t.at(2, 1, m)), db);
     // The product of the colours, again as num / (num + rest).

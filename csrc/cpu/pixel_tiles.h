@@ -1,7 +1,6 @@
-// Tiles of a map (B, C, pixels) for kernels that work on pixels side by side and need all channels of one: V::size
-// pixels of one image, element (channel, pixel) at tile[channel * V::size + pixel], whatever the map's layout. A tile has
-// room for V::size - 1 channels more than it holds.
-// For csrc/cpu/<op>.vec.cpp files.
+// Tiles of a map (B, C, pixels) for kernels that work on pixels side by side and need all channels of one:
+// V::size pixels of one image, element (channel, pixel) at tile[channel * V::size + pixel], whatever the
+// map's layout. A tile has room for V::size - 1 channels more than it holds. For csrc/cpu/<op>.vec.cpp files.
 #pragma once
 #include "../maps.h"
 #include "../vec.h"
@@ -21,11 +20,12 @@ NVAE_INLINE void store_lanes(V v, T* p, int n) {
     v.store(p, n);
 }
 
-// Chunk q of four lanes from or to p + q * stride. (Through memory, a whole vector would be read where parts of it were
-// just written, which stalls.)
+// Chunk q of four lanes from or to p + q * stride. (Through memory, a whole vector would be read where parts
+// of it were just written, which stalls.)
 NVAE_INLINE VecF load_chunks(const float* p, int64_t stride) {
 #if NVAE_CAPABILITY == 2
-  const __m256 low = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
+  const __m256 low =
+      _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)), _mm_loadu_ps(p + stride), 1);
   const __m256 high = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p + 2 * stride)),
                                            _mm_loadu_ps(p + 3 * stride), 1);
   return _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
@@ -70,8 +70,8 @@ NVAE_INLINE void transpose_out(const float* tile, int n, T* const rows[4], int p
   for (int k = 0; k < pixels; ++k) store_lanes(z[k], rows[k], n);
 }
 
-// The first n pixels from pixel p of image b on, `channels` channels. The other lanes repeat the last pixel, so that
-// every lane holds numbers of the map.
+// The first n pixels from pixel p of image b on, `channels` channels. The other lanes repeat the last pixel,
+// so that every lane holds numbers of the map.
 template <class T>
 static void load_tile(const Packed& from, int64_t b, int64_t p, int n, int64_t channels, float* tile) {
   const T* base = static_cast<const T*>(from.data) + b * from.batch + p * from.pixel;

@@ -148,14 +148,10 @@ class _Colours(NamedTuple):
         self, low: torch.Tensor, high: torch.Tensor, difference: torch.Tensor, density: torch.Tensor
     ) -> torch.Tensor:
         inside = torch.where(self.log_difference > math.log(MIN_DIFFERENCE), difference, density)
-        return torch.where(
-            self.value < LOWER_EDGE, low, torch.where(self.value > UPPER_EDGE, high, inside)
-        )
+        return torch.where(self.value < LOWER_EDGE, low, torch.where(self.value > UPPER_EDGE, high, inside))
 
     def log_prob(self) -> torch.Tensor:
-        return self.choose(
-            self.log_cdf_upper, self.log_survival_lower, self.log_difference, self.log_density
-        )
+        return self.choose(self.log_cdf_upper, self.log_survival_lower, self.log_difference, self.log_density)
 
 
 def _colours_of(
@@ -174,7 +170,8 @@ def _colours_of(
     # A scale so large that the two sigmoids coincide must not send log(0) into the branch that is not taken.
     gap = (-torch.expm1(inverse_scale * (-2.0 / levels))).clamp_min(1e-30)
     log_difference = log_cdf_upper + log_survival_lower + torch.log(gap)
-    log_density = middle - log_scales - 2.0 * F.softplus(middle) - math.log(levels / 2.0)
+    # (softplus would give up its last digits above 20.)
+    log_density = middle - log_scales + 2.0 * F.logsigmoid(-middle) - math.log(levels / 2.0)
     return _Colours(
         value, inverse_scale, upper, lower, middle, log_cdf_upper, log_survival_lower, log_difference, log_density
     )  # fmt: skip
@@ -283,9 +280,7 @@ def _image_fake(params: torch.Tensor, *_: Any) -> torch.Tensor:
     return params.new_empty((b, 3, h, w))
 
 
-def _gpu(
-    name: str, plain: Callable[..., torch.Tensor], params: int = 0
-) -> Callable[..., torch.Tensor]:
+def _gpu(name: str, plain: Callable[..., torch.Tensor], params: int = 0) -> Callable[..., torch.Tensor]:
     """The launcher of a Triton kernel; with float64 for argument number ``params`` it is ``plain``,
     because the kernels compute in float32."""
 
