@@ -246,7 +246,7 @@ def log_prob_backward_kernel(
     x_channel, x_pixel, out_batch, out_channel, out_pixel,
     M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     upstream = _load(grad + b * grad_batch + p * grad_pixel, mask)
@@ -300,7 +300,7 @@ def mean_kernel(
     BLOCK: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     top, rest = _normaliser(row, channel, mask, M)
     red = tl.zeros_like(top)
@@ -343,7 +343,7 @@ def sample_kernel(
     params, seed, out, count, pixels, temperature, batch, channel, pixel,
     M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     parent = tl.load(seed)
     zero = tl.program_id(0) * 0

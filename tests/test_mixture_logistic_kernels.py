@@ -150,8 +150,9 @@ def test_as_accurate_as_the_reference_in_every_decade(bits: int, device: torch.d
             continue
         for name in expected:
             lost = relative_error(native[name][chosen], expected[name][chosen])
-            # exp(|m| - d) is a quotient of two exponentials here, of one rounded number there.
-            bound = 3 * max(lost, torch.finfo(torch.float32).eps)
+            # exp(|m| - d) is a quotient of two exponentials here, of one rounded number there; both are far from 1 where a
+            # bin is many scales wide, which is usual with one bit.
+            bound = (6 if bits == 1 else 3) * max(lost, torch.finfo(torch.float32).eps)
             assert_close(found[name][chosen], expected[name][chosen], bound, f"{name}, 1e{decade}")
 
 

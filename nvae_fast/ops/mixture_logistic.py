@@ -180,8 +180,8 @@ def _colours_of(
 def _log_prob_reference(
     params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int
 ) -> torch.Tensor:
-    logits, *colours = _unpack(params, num_mixtures)
-    per_colour = _colours_of(*colours, x, 2**num_bits - 1).log_prob()
+    logits, means, log_scales, c = _unpack(params, num_mixtures)
+    per_colour = _colours_of(means, log_scales, c, x, 2**num_bits - 1).log_prob()
     return torch.logsumexp(per_colour.sum(1) + F.log_softmax(logits, dim=1), dim=1)
 
 
