@@ -94,12 +94,12 @@ def _largest(row, step, mask, M: tl.constexpr):
 
 @triton.jit
 def _normaliser(row, step, mask, M: tl.constexpr):
-    """logsumexp of the logits."""
+    """logsumexp of the logits, as the largest and what is added to it."""
     largest = _largest(row, step, mask, M)
     total = tl.zeros_like(largest)
     for m in range(M):
         total += exponential(_load(row + m * step, mask) - largest, 0)
-    return largest + tl.log(total)
+    return largest, tl.log(total)
 
 
 @triton.jit
@@ -205,21 +205,21 @@ def _image(x, b, p, x_batch, x_channel, x_pixel, mask):
 
 @triton.jit
 def _log_prob(
-    row, step, mask, red, green, blue, half, log_density, normaliser, M: tl.constexpr, FAR: tl.constexpr
+    row, step, mask, red, green, blue, half, log_density, top, rest, M: tl.constexpr, FAR: tl.constexpr
 ):
-    """logsumexp over the components, one after the other."""
-    largest = tl.zeros_like(normaliser) - float("inf")
-    total = tl.zeros_like(normaliser)
+    """logsumexp over the components, one after the other, as :func:`_normaliser` gives it."""
+    largest = tl.zeros_like(top) - float("inf")
+    total = tl.zeros_like(top)
     for m in range(M):
         log_p, _, _, _, _, _, _, _, _, _ = _component(
             row, m, step, mask, red, green, blue, half, log_density, M, FAR, False
         )
-        log_p += _load(row + m * step, mask) - normaliser
+        log_p += _load(row + m * step, mask) - top - rest
         next_largest = tl.maximum(largest, log_p)
         base = tl.where(next_largest == float("-inf"), 0.0, next_largest)
         total = total * exponential(largest - base, 0) + exponential(log_p - base, 0)
         largest = next_largest
-    return tl.where(largest == float("-inf"), 0.0, largest) + tl.log(total)
+    return tl.where(largest == float("-inf"), 0.0, largest), tl.log(total)
 
 
 @triton.jit
@@ -230,9 +230,9 @@ def log_prob_kernel(
     i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
-    normaliser = _normaliser(row, channel, mask, M)
-    log_p = _log_prob(row, channel, mask, red, green, blue, half, log_density, normaliser, M, FAR)
-    tl.store(out + i, log_p, mask=mask)
+    top, rest = _normaliser(row, channel, mask, M)
+    largest, more = _log_prob(row, channel, mask, red, green, blue, half, log_density, top, rest, M, FAR)
+    tl.store(out + i, largest + more, mask=mask)
 
 
 @triton.jit
@@ -246,20 +246,20 @@ def log_prob_backward_kernel(
     x_channel, x_pixel, out_batch, out_channel, out_pixel,
     M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     upstream = _load(grad + b * grad_batch + p * grad_pixel, mask)
-    normaliser = _normaliser(row, channel, mask, M)
-    log_prob = _log_prob(row, channel, mask, red, green, blue, half, log_density, normaliser, M, FAR)
+    top, rest = _normaliser(row, channel, mask, M)
+    largest, more = _log_prob(row, channel, mask, red, green, blue, half, log_density, top, rest, M, FAR)
     to = out + b * out_batch + p * out_pixel
     kind = M * out_channel
     for m in range(M):
         log_p, r_m, r_s, g_m, g_s, b_m, b_s, c0, c1, c2 = _component(
             row, m, channel, mask, red, green, blue, half, log_density, M, FAR, True
         )
-        log_weight = _load(row + m * channel, mask) - normaliser
-        share = upstream * exponential(log_weight + log_p - log_prob, 0)
+        log_weight = _load(row + m * channel, mask) - top - rest
+        share = upstream * exponential(log_weight + log_p - largest - more, 0)
         _store(to + m * out_channel, share - upstream * exponential(log_weight, 0), mask)
         at = to + (M + m) * out_channel
         to_green = g_m * share
@@ -289,20 +289,29 @@ def _store_colours(out, b, p, pixels, red, green, blue, c0, c1, c2, mask):
 
 @triton.jit
 def mean_kernel(
-    params, out, count, pixels, batch, channel, pixel, M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr
+    params,
+    out,
+    count,
+    pixels,
+    batch,
+    channel,
+    pixel,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
-    normaliser = _normaliser(row, channel, mask, M)
-    red = tl.zeros_like(normaliser)
-    green = tl.zeros_like(normaliser)
-    blue = tl.zeros_like(normaliser)
-    c0 = tl.zeros_like(normaliser)
-    c1 = tl.zeros_like(normaliser)
-    c2 = tl.zeros_like(normaliser)
+    top, rest = _normaliser(row, channel, mask, M)
+    red = tl.zeros_like(top)
+    green = tl.zeros_like(top)
+    blue = tl.zeros_like(top)
+    c0 = tl.zeros_like(top)
+    c1 = tl.zeros_like(top)
+    c2 = tl.zeros_like(top)
     kind = M * channel
     for m in range(M):
-        weight = exponential(_load(row + m * channel, mask) - normaliser, 0)
+        weight = exponential(_load(row + m * channel, mask) - top - rest, 0)
         at = row + (M + m) * channel
         red = tl.fma(weight, _load(at, mask), red)
         c0 = tl.fma(weight, _tanh(_load(at + 2 * kind, mask)), c0)
@@ -334,7 +343,7 @@ def sample_kernel(
     params, seed, out, count, pixels, temperature, batch, channel, pixel,
     M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
     row = params + b * batch + p * pixel
     parent = tl.load(seed)
     zero = tl.program_id(0) * 0

@@ -101,6 +101,7 @@ static Tensor sample(const Tensor& params, const Tensor& seed, int64_t num_mixtu
   const char* op = "mixture_logistic_sample";
   std::vector<Tensor> hold;
   MixtureLogistic a = describe(op, params, num_mixtures, hold);
+  STD_TORCH_CHECK(params.numel() < int64_t(1) << 34, op, ": params must have fewer than 2^34 elements");
   const uint64_t parent = seed_of(op, seed);
   a.component_seed = sub_seed(parent, 0);
   a.noise_seed = sub_seed(parent, 1);

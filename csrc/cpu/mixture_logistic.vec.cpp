@@ -158,24 +158,31 @@ struct Tile {
   }
 };
 
-// out[m] = rows[m] - logsumexp(rows); returns the logsumexp.
+// logsumexp of the rows, as the largest and what is added to it: what is small beside the largest keeps its
+// digits.
 template <class V>
-static V log_normaliser(const typename V::Scalar* rows, int64_t count) {
+struct LogSum {
+  V largest, rest;
+  NVAE_INLINE V share(V row) const { return (row - largest) - rest; }
+};
+template <class V>
+static LogSum<V> log_sum(const typename V::Scalar* rows, int64_t count) {
   using S = typename V::Scalar;
   V largest = V::load(rows);
   for (int64_t m = 1; m < count; ++m) largest = max(V::load(rows + m * V::size), largest);
   largest = select(largest == V(S(-__builtin_inf())), V(S(0)), largest);
   V sum(S(0));
   for (int64_t m = 0; m < count; ++m) sum = sum + exp(V::load(rows + m * V::size) - largest);
-  return largest + log(sum);
+  return {largest, log(sum)};
 }
 
 // log P of every component into tile.totals, and log of all of them together as the result; with kGradient
 // the colours' parameters are replaced by the derivatives of the component's log P.
 template <bool kGradient, class V>
-static V log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
+static LogSum<V> log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
   using S = typename V::Scalar;
-  const V one(S(1)), normaliser = log_normaliser<V>(t.logits, t.mixtures);
+  const V one(S(1));
+  const LogSum<V> logits = log_sum<V>(t.logits, t.mixtures);
   const Colour<V> r = likelihood.colour(V::load(t.image)), g = likelihood.colour(V::load(t.image + V::size)),
                   b = likelihood.colour(V::load(t.image + 2 * V::size));
   for (int64_t m = 0; m < t.mixtures; ++m) {
@@ -192,7 +199,7 @@ static V log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
     const V num = pr.num * pg.num, den = (pr.num + pr.rest) * (pg.num + pg.rest);
     const V rest = fma(pr.rest, pg.num, (pr.num + pr.rest) * pg.rest);
     const V all_rest = fma(rest, pb.num, den * pb.rest);
-    const V log_weight = V::load(t.logits + m * V::size) - normaliser;
+    const V log_weight = logits.share(V::load(t.logits + m * V::size));
     log_weight.store(t.weights + m * V::size);
     const V total =
         log_weight + ((pr.shift + pg.shift) + (pb.shift - log1p_positive(all_rest / (num * pb.num))));
@@ -209,7 +216,7 @@ static V log_prob_of(const Likelihood<V>& likelihood, const Tile<V>& t) {
       (db.mean * g.value * fnma(c2, c2, one)).store(t.at(2, 2, m));
     }
   }
-  return log_normaliser<V>(t.totals, t.mixtures);
+  return log_sum<V>(t.totals, t.mixtures);
 }
 
 // tile(b, p, n) for every n <= V::size pixels of tasks begin .. end - 1.
@@ -231,7 +238,8 @@ static void log_prob_forward(const MixtureLogistic& a, int64_t begin, int64_t en
   for_tiles<V>(a, begin, end, [&](int64_t b, int64_t p, int n) {
     load_tile<T>(a.params, b, p, n, a.channels(), t.logits);
     load_tile<S>(a.image, b, p, n, 3, t.image);
-    store_lanes(log_prob_of<false>(likelihood, t), static_cast<S*>(a.out) + b * a.pixels + p, n);
+    const LogSum<V> sum = log_prob_of<false>(likelihood, t);
+    store_lanes(sum.largest + sum.rest, static_cast<S*>(a.out) + b * a.pixels + p, n);
   });
 }
 
@@ -248,10 +256,10 @@ static void log_prob_backward(const MixtureLogistic& a, int64_t begin, int64_t e
   for_tiles<V>(a, begin, end, [&](int64_t b, int64_t p, int n) {
     load_tile<T>(a.params, b, p, n, a.channels(), t.logits);
     load_tile<S>(a.image, b, p, n, 3, t.image);
-    const V log_prob = log_prob_of<true>(likelihood, t);
+    const LogSum<V> sum = log_prob_of<true>(likelihood, t);
     const V grad = load_lanes<V>(static_cast<const S*>(a.grad) + b * a.pixels + p, n);
     for (int64_t m = 0; m < t.mixtures; ++m) {
-      const V share = grad * exp(V::load(t.totals + m * V::size) - log_prob);
+      const V share = grad * exp(sum.share(V::load(t.totals + m * V::size)));
       fnma(grad, exp(V::load(t.weights + m * V::size)), share).store(t.logits + m * V::size);
       for (int i = 0; i < 9; ++i) {
         S* slope = t.colours + (i * t.mixtures + m) * V::size;
@@ -273,10 +281,11 @@ static void mean_forward(const MixtureLogistic& a, int64_t begin, int64_t end, v
   const Tile<V> t(scratch, a.mixtures);
   for_tiles<V>(a, begin, end, [&](int64_t b, int64_t p, int n) {
     load_tile<T>(a.params, b, p, n, a.channels(), t.logits);
-    const V normaliser = log_normaliser<V>(t.logits, t.mixtures), half(S(0.5));
+    const LogSum<V> logits = log_sum<V>(t.logits, t.mixtures);
+    const V half(S(0.5));
     V mean[3] = {V(S(0)), V(S(0)), V(S(0))}, c[3] = {V(S(0)), V(S(0)), V(S(0))};
     for (int64_t m = 0; m < t.mixtures; ++m) {
-      const V weight = exp(V::load(t.logits + m * V::size) - normaliser);
+      const V weight = exp(logits.share(V::load(t.logits + m * V::size)));
       for (int i = 0; i < 3; ++i) {
         mean[i] = fma(weight, V::load(t.at(i, 0, m)), mean[i]);
         c[i] = fma(weight, short_tanh(V::load(t.at(i, 2, m))), c[i]);

@@ -7,10 +7,11 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// Words first .. first + count - 1 of a stream, in order, VecF::size blocks at a time.
+// Words first .. first + count - 1 of a stream, in order, VecF::size blocks at a time; all below 2^34, where
+// the upper half of the block number is 0.
 class WordStream {
  public:
-  explicit WordStream(uint64_t seed) : seed_(seed), key_(seed) {}
+  explicit WordStream(uint64_t seed) : key_(seed) {}
 
   void fill(uint64_t first, int64_t count, uint32_t* out) const {
     constexpr int kBatch = 4 * VecF::size;
@@ -34,29 +35,13 @@ class WordStream {
 
  private:
   NVAE_INLINE void make(uint64_t block, uint32_t* out) const {
-    const uint32_t upper = static_cast<uint32_t>(block >> 32);
-    // Blocks past a multiple of 2^32 would need another key: one at a time there.
-    if (upper == 0 && (block + VecF::size) >> 32 == 0) {
-      Bits w[4];
-      VecF z[4];
-      philox_words(Wide(block) + Wide::load(order_.even), Wide(block) + Wide::load(order_.odd), key_, w);
-      transpose_chunks(from_bits(w[0]), from_bits(w[1]), from_bits(w[2]), from_bits(w[3]), z);
-      for (int j = 0; j < 4; ++j) bits(z[j]).store(out + j * VecF::size);
-      return;
-    }
-    for (int i = 0; i < VecF::size; ++i) {
-      const uint64_t one = block + static_cast<uint64_t>(i);
-      Bits w[4];
-      philox_words(Wide(one), Wide(one), PhiloxKey(seed_, static_cast<uint32_t>(one >> 32)), w);
-      for (int k = 0; k < 4; ++k) {
-        uint32_t lanes[VecF::size];
-        w[k].store(lanes);
-        out[4 * i + k] = lanes[0];
-      }
-    }
+    Bits w[4];
+    VecF z[4];
+    philox_words(Wide(block) + Wide::load(order_.even), Wide(block) + Wide::load(order_.odd), key_, w);
+    transpose_chunks(from_bits(w[0]), from_bits(w[1]), from_bits(w[2]), from_bits(w[3]), z);
+    for (int j = 0; j < 4; ++j) bits(z[j]).store(out + j * VecF::size);
   }
 
-  uint64_t seed_;
   PhiloxKey key_;
   BlockLanes order_;
 };
@@ -103,7 +88,7 @@ struct Sampler {
     return chosen;
   }
 
-  // Pixels p .. p + n - 1 of image b, number i of the span on.
+  // Pixels p .. p + n - 1 of image b.
   NVAE_INLINE void tile(int64_t b, int64_t p, int n, const uint32_t* noise, int64_t step) const {
     load_tile<T>(a.params, b, p, n, a.mixtures, logits);
     S lanes[V::size], found[9][V::size] = {};

@@ -170,7 +170,8 @@ def _colours_of(
     # A scale so large that the two sigmoids coincide must not send log(0) into the branch that is not taken.
     gap = (-torch.expm1(inverse_scale * (-2.0 / levels))).clamp_min(1e-30)
     log_difference = log_cdf_upper + log_survival_lower + torch.log(gap)
-    log_density = middle - log_scales - 2.0 * F.softplus(middle) - math.log(levels / 2.0)
+    # (softplus would give up its last digits above 20.)
+    log_density = middle - log_scales + 2.0 * F.logsigmoid(-middle) - math.log(levels / 2.0)
     return _Colours(
         value, inverse_scale, upper, lower, middle, log_cdf_upper, log_survival_lower, log_difference, log_density
     )  # fmt: skip
@@ -179,8 +180,8 @@ def _colours_of(
 def _log_prob_reference(
     params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int
 ) -> torch.Tensor:
-    logits, *colours = _unpack(params, num_mixtures)
-    per_colour = _colours_of(*colours, x, 2**num_bits - 1).log_prob()
+    logits, means, log_scales, c = _unpack(params, num_mixtures)
+    per_colour = _colours_of(means, log_scales, c, x, 2**num_bits - 1).log_prob()
     return torch.logsumexp(per_colour.sum(1) + F.log_softmax(logits, dim=1), dim=1)
 
 
