@@ -42,16 +42,15 @@ class _Layer(NamedTuple):
     normalized: torch.Tensor
     sources: tuple[torch.Tensor | None, ...]
     versions: tuple[int, ...]
-    # Where something lasts: where the sources stood, and aliases that keep any other tensor from coming to stand there.
-    places: tuple[Any, ...] | None
-    aliases: tuple[torch.Tensor, ...]
+    places: tuple[Any, ...]
+    aliases: tuple[torch.Tensor, ...]  # where it lasts: no other tensor can come to stand in the sources' places
 
     def fits(self, conv: Convolution) -> bool:
         sources = _sources(conv)
         return (
             all(a is b for a, b in zip(self.sources, sources, strict=True))
             and self.versions == _versions(sources)
-            and (self.places is None or self.places == _places(sources))
+            and self.places == _places(sources, bool(self.aliases))
         )
 
 
@@ -63,7 +62,9 @@ def _versions(sources: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in sources if t is not None)
 
 
-def _places(sources: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+def _places(sources: tuple[torch.Tensor | None, ...], lasting: bool) -> tuple[Any, ...]:
+    if not lasting:
+        return tuple((t.dtype, t.device) for t in sources if t is not None)
     return tuple((t.data_ptr(), t.dtype, t.device, t.stride()) for t in sources if t is not None)
 
 
@@ -110,10 +111,8 @@ class _Prepared:
 
     def _layer(self, conv: Convolution, normalized: torch.Tensor) -> _Layer:
         sources = _sources(conv)
-        if not self.lasting:
-            return _Layer(normalized, sources, _versions(sources), None, ())
-        aliases = tuple(t.detach() for t in sources if t is not None)
-        return _Layer(normalized, sources, _versions(sources), _places(sources), aliases)
+        aliases = tuple(t.detach() for t in sources if t is not None) if self.lasting else ()
+        return _Layer(normalized, sources, _versions(sources), _places(sources, self.lasting), aliases)
 
 
 class _State(threading.local):
