@@ -22,6 +22,7 @@ from nvae_fast.ops.philox import philox_normal
 from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
+from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 __all__ = [
     "NVAE",
@@ -47,4 +48,5 @@ __all__ = [
     "training",
     "use_backend",
     "weight_norm",
+    "weight_norm_many",
 ]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import _distributed
+from nvae_fast._prepared import prepared_weight
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -79,7 +80,9 @@ class WeightNormConv2d(nn.Module):
         self.process_group: Any = None
 
     def normalized_weight(self) -> torch.Tensor:
-        return weight_norm(self.weight, self.log_weight_norm, self.mask)
+        """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
+        prepared = prepared_weight(self)
+        return weight_norm(self.weight, self.log_weight_norm, self.mask) if prepared is None else prepared
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.awaits_data = False

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast._prepared import forget_weights, prepare_weights
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
@@ -23,6 +24,9 @@ from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.philox import as_seed, split_seed
 from nvae_fast.ops.residual_normal import residual_normal
+
+
+Draw = tuple[torch.Tensor | None, torch.Tensor | None]  # a group's noise or seed
 
 
 @dataclass
@@ -112,6 +116,11 @@ class NVAE(nn.Module):
         self.image_head = WeightNormConv2d(dec * multiplier, c.head_channels, 3)
         self.spectral = SpectralEstimate(self)
 
+    def train(self, mode: bool = True) -> NVAE:
+        """As :meth:`torch.nn.Module.train`; the normalised weights that evaluation keeps are dropped."""
+        forget_weights(self)
+        return super().train(mode)
+
     # ---------------------------------------------------------------------------------------------- forward
 
     def forward(
@@ -139,6 +148,11 @@ class NVAE(nn.Module):
                 f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
             )
         draws = self._draws(noise, seed, x.shape[0], x.device)
+        with prepare_weights(self):
+            return self._encode_decode(x, draws)
+
+    def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:
+        c = self.config
         s, kept = self._bottom_up(x)
         top = F.elu(self.encoder_head(F.elu(s)))
         s = self.top_feature.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
@@ -188,6 +202,10 @@ class NVAE(nn.Module):
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}")
         draws = self._draws(noise, seed, n, self.top_feature.device)
+        with prepare_weights(self):
+            return self._generate(n, temperature, draws)
+
+    def _generate(self, n: int, temperature: float, draws: Sequence[Draw]) -> torch.Tensor:
         s = self.top_feature.unsqueeze(0).expand(n, -1, -1, -1)
         for index, prefix, combine in self._groups():
             for part in prefix:
@@ -207,7 +225,7 @@ class NVAE(nn.Module):
         seed: int | torch.Tensor | None,
         n: int,
         device: torch.device,
-    ) -> list[tuple[torch.Tensor | None, torch.Tensor | None]]:
+    ) -> list[Draw]:
         """(noise, seed) of every group, exactly one of them given."""
         groups = self.config.num_groups
         if noise is None:
@@ -285,7 +303,7 @@ class NVAE(nn.Module):
 
         Every call advances the power iteration of the spectral estimate.
         """
-        with torch.autocast(self.top_feature.device.type, enabled=False):
+        with torch.autocast(self.top_feature.device.type, enabled=False), prepare_weights(self):
             weights = {name: conv.normalized_weight() for name, conv in convolutions(self).items()}
             return self.spectral(weights), batch_norm_regularizer(self)
 

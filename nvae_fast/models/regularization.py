@@ -2,7 +2,7 @@
 
 Spectral: the sum over all convolutions of the largest singular value of the normalised weight, reshaped to
 ``(C_out, -1)``; estimated by power iteration, batched over the layers of one shape. Batch norm: the sum over layers of
-``max |gamma|``.
+``max |gamma|``. Neither works layer by layer: layers of one shape are stacked, and the groups normalise together.
 """
 
 from __future__ import annotations
@@ -57,30 +57,63 @@ class SpectralEstimate(nn.Module):
 
     def forward(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the estimated largest singular values of ``weights`` (normalised, by layer name)."""
-        iterations = ITERATIONS if self.warm else FIRST_ITERATIONS
-        total = None
-        for (rows, columns), names in self.layers.items():
-            w = torch.stack([weights[name].reshape(rows, columns) for name in names])
-            w = w.to(_checks.accumulate_dtype(w.dtype))
-            u, v = self.get_buffer(f"u_{rows}x{columns}"), self.get_buffer(f"v_{rows}x{columns}")
-            with torch.no_grad():
-                frozen = w.detach()
-                for _ in range(iterations):
-                    v = F.normalize(torch.bmm(u[:, None], frozen)[:, 0], dim=1, eps=NORMALIZE_EPS)
-                    u = F.normalize(torch.bmm(frozen, v[:, :, None])[:, :, 0], dim=1, eps=NORMALIZE_EPS)
-                self.get_buffer(f"u_{rows}x{columns}").copy_(u)
-                self.get_buffer(f"v_{rows}x{columns}").copy_(v)
-            values = (u.clone() * torch.bmm(w, v.clone()[:, :, None])[:, :, 0]).sum()
-            total = values if total is None else total + values
+        matrices, rows, columns = [], [], []
+        for (height, width), names in self.layers.items():
+            w = _stacked([weights[name] for name in names], height, width)
+            matrices.append(w.to(_checks.accumulate_dtype(w.dtype)))
+            rows.append(self.get_buffer(f"u_{height}x{width}").unsqueeze(1))
+            columns.append(self.get_buffer(f"v_{height}x{width}").unsqueeze(1))
+        with torch.no_grad():
+            u = [vectors.to(w.dtype) for vectors, w in zip(rows, matrices, strict=True)]
+            transposed = [w.mT for w in matrices]
+            for _ in range(ITERATIONS if self.warm else FIRST_ITERATIONS):
+                v, _ = _normalized([torch.bmm(x, w) for x, w in zip(u, matrices, strict=True)])
+                u, lengths = _normalized([torch.bmm(x, w) for x, w in zip(v, transposed, strict=True)])
+            torch._foreach_copy_(rows + columns, u + v)
         self.warm = True
-        assert total is not None  # every model has convolutions
-        return total
+        return _Values.apply(torch.cat(lengths), u, v, *matrices)
+
+
+def _stacked(weights: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
+    """Weights of one matrix shape as (n, height, width)."""
+    if any(w.shape != weights[0].shape for w in weights):
+        weights = [w.reshape(height, width) for w in weights]
+    return torch.stack(weights).reshape(len(weights), height, width)
+
+
+def _normalized(vectors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """``vectors`` (n, 1, length) over their norms, in place, and the norms (n, 1, 1)."""
+    lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in vectors]
+    torch._foreach_div_(vectors, torch._foreach_clamp_min(lengths, NORMALIZE_EPS))
+    return vectors, lengths
+
+
+class _Values(torch.autograd.Function):
+    """The sum of ``u^T W v``, of which ``||W v||`` is known: ``u = W v / max(||W v||, eps)``. Its gradient is ``u v^T``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, lengths: torch.Tensor, u: list[torch.Tensor], v: list[torch.Tensor], *matrices: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(*u, *v)
+        return (lengths.square() / lengths.clamp_min(NORMALIZE_EPS)).sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        vectors, count = ctx.saved_tensors, len(ctx.saved_tensors) // 2
+        scaled = torch._foreach_mul(vectors[:count], grad)
+        gradients = [torch.bmm(u.mT, v) for u, v in zip(scaled, vectors[count:], strict=True)]
+        return None, None, None, *gradients
 
 
 def batch_norm_regularizer(model: nn.Module) -> torch.Tensor:
     """Sum over batch norm layers of ``max |gamma|``; zero for a model without any."""
-    largest = [m.weight.abs().max() for m in model.modules() if isinstance(m, BatchNormSwish)]
-    if largest:
-        return torch.stack(largest).sum()
+    widths: dict[int, list[torch.Tensor]] = {}
+    for module in model.modules():
+        if isinstance(module, BatchNormSwish):
+            widths.setdefault(module.weight.numel(), []).append(module.weight)
+    if widths:
+        return torch.cat([torch.stack(group).abs().amax(1) for group in widths.values()]).sum()
     parameter: Any = next(model.parameters())
     return parameter.new_zeros(())

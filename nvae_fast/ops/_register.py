@@ -189,6 +189,13 @@ def room(
 
     if cpu is not None and _extension.load():
         LIBRARY.impl(name, cpu, "CPU")
+    record_kernels(name, gpu)
+    return Room(name, check, reference, setup_context, run_backward)
+
+
+def record_kernels(name: str, gpu: Callable[..., Any] | None) -> None:
+    """Register ``gpu`` (the launcher of a Triton kernel) and note which kernels ``nvae_fast::<name>`` has on each device."""
+    qualified = f"{NAMESPACE}::{name}"
     for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
         device = key.lower()
         if _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
@@ -202,4 +209,3 @@ def room(
             _backend.record(
                 name, device, None, _extension.reason() or "PyTorch's own kernels are used for this op"
             )
-    return Room(name, check, reference, setup_context, run_backward)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nvae_fast._prepared import prepare_weights
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import balanced_kl, full_precision
@@ -48,6 +49,12 @@ class Objective(nn.Module):
         self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor
     ) -> tuple[Tensor, Tensor]:
         """(loss, [loss, reconstruction, kl, spectral, batch_norm]); the first carries the gradient."""
+        with prepare_weights(self.model):
+            return self._forward(x, seed, coefficient, weight)
+
+    def _forward(
+        self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor
+    ) -> tuple[Tensor, Tensor]:
         enabled = self.config.autocast == "bf16"
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled):
             out = self.model(x, seed=seed)

@@ -1,0 +1,246 @@
+"""The normalised weights of all convolutions of a model, computed by one call a step.
+
+``with prepare_weights(model):`` opens a scope. The first convolution that asks for its weight inside it has the weights
+of all computed (:func:`nvae_fast.weight_norm_many`), under autocast in the dtype that convolutions compute in; the others
+take theirs. In a scope with gradients they are one node of the graph, whatever uses them: forward passes, regularisers.
+Outside every scope, and wherever sharing could give anything but the same numbers, a convolution computes its own:
+
+- its weight or log norm is another tensor, or was changed, since (data-dependent initialisation, an optimizer step),
+- it awaits data, is not part of the model, or is compiled: a compiler sees calls that it can put into its graph,
+- it runs under hooks on saved tensors, as activation checkpointing installs them: what is saved must be the same when the
+  region runs again after the scope. Checkpointing with ``context_fn=checkpoint_contexts`` keeps the shared weights.
+
+In evaluation mode without gradients the weights outlive the scope and are used until one changes, which shows by identity,
+address or version counter. Writes that PyTorch does not count (through ``.data``, by replaying a CUDA graph) do not show:
+``model.train()`` or :func:`forget_weights` says so. All of it is kept outside the modules: copies, pickles and state dicts
+know nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from nvae_fast import _backend
+from nvae_fast.ops.weight_norm_many import weight_norm_many
+
+OP = "weight_norm_many"
+Convolution = Any  # a nn.WeightNormConv2d, whose module imports this one
+Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their own; with gradients
+
+
+class _Layer(NamedTuple):
+    """A convolution's normalised weight and what it was computed from."""
+
+    normalized: torch.Tensor
+    sources: tuple[torch.Tensor | None, ...]
+    versions: tuple[int, ...]
+    places: tuple[Any, ...]
+    aliases: tuple[torch.Tensor, ...]  # where it lasts: no other tensor can come to stand in the sources' places
+
+    def fits(self, conv: Convolution) -> bool:
+        sources = _sources(conv)
+        return (
+            all(a is b for a, b in zip(self.sources, sources, strict=True))
+            and self.versions == _versions(sources)
+            and self.places == _places(sources, bool(self.aliases))
+        )
+
+
+def _sources(conv: Convolution) -> tuple[torch.Tensor | None, ...]:
+    return conv.weight, conv.log_weight_norm, conv.mask
+
+
+def _versions(sources: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(0 if t.is_inference() else t._version for t in sources if t is not None)
+
+
+def _places(sources: tuple[torch.Tensor | None, ...], lasting: bool) -> tuple[Any, ...]:
+    if not lasting:
+        return tuple((t.dtype, t.device) for t in sources if t is not None)
+    return tuple((t.data_ptr(), t.dtype, t.device, t.stride()) for t in sources if t is not None)
+
+
+class _Prepared:
+    """The weights of one scope, by mode; ``lasting``: of evaluation, to be kept until one changes."""
+
+    def __init__(self, model: nn.Module, *, lasting: bool) -> None:
+        self.convolutions = _convolutions(model)
+        self.model = weakref.ref(model)
+        self.lasting = lasting
+        self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
+
+    def get(self, conv: Convolution, mode: Mode) -> torch.Tensor | None:
+        dtype, grad = mode
+        if grad and self.lasting:
+            return None
+        layers = self.layers.get(mode)
+        if layers is None and not grad:
+            layers = self.layers.get((dtype, True))
+        if layers is None:
+            layers = self.compute(mode)
+        layer = layers.get(conv)
+        if layer is not None and not layer.fits(conv):
+            layer = self.compute(mode).get(conv) if self.lasting else None
+        elif layer is None and (model := self.model()) is not None:
+            _lists.pop(model, None)  # a convolution that came later? The next scope looks again
+        return None if layer is None else layer.normalized
+
+    def compute(self, mode: Mode) -> dict[Convolution, _Layer]:
+        convs = [conv for conv in self.convolutions if not (conv.awaits_data and conv.training)]
+        groups: dict[torch.device, list[Convolution]] = {}
+        for conv in convs:
+            groups.setdefault(conv.weight.device, []).append(conv)
+        layers: dict[Convolution, _Layer] = {}
+        # What lasts may be used outside inference mode.
+        with torch.inference_mode(False) if self.lasting else nullcontext(), torch.set_grad_enabled(mode[1]):
+            for group in groups.values():
+                weights, log_norms, masks = zip(*map(_sources, group), strict=True)
+                normalized = weight_norm_many(weights, log_norms, masks, dtype=mode[0])  # type: ignore[arg-type]
+                for conv, value in zip(group, normalized, strict=True):
+                    layers[conv] = self._layer(conv, value)
+        self.layers[mode] = layers
+        return layers
+
+    def _layer(self, conv: Convolution, normalized: torch.Tensor) -> _Layer:
+        sources = _sources(conv)
+        aliases = tuple(t.detach() for t in sources if t is not None) if self.lasting else ()
+        return _Layer(normalized, sources, _versions(sources), _places(sources, self.lasting), aliases)
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[_Prepared] = []
+        self.hooks_allowed = False
+
+
+_state = _State()
+# What lasts, by model; the second number is the stream on which it was computed.
+_lasting: WeakKeyDictionary[nn.Module, tuple[_Prepared, int]] = WeakKeyDictionary()
+_lists: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _convolutions(model: nn.Module) -> list[Convolution]:
+    """The weight-normed convolutions inside ``model`` that no compiler has taken over; remembered."""
+    found = _lists.get(model)
+    if found is None:
+        found = _lists[model] = list(dict.fromkeys(_walk(model)))
+    return found
+
+
+def _walk(model: nn.Module) -> Iterator[Convolution]:
+    from nvae_fast.nn import WeightNormConv2d
+
+    for child in model.children():
+        if getattr(child, "_compiled_call_impl", None) is not None:
+            continue
+        if isinstance(child, WeightNormConv2d):
+            yield child
+        yield from _walk(child)
+
+
+def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """A scope in which the weight-normed convolutions inside ``model`` share one computation of their weights; see the
+    module's docstring. Scopes nest: an inner one of the same model, or of a part of it, is the outer one. Gradients flow
+    through a scope's weights in one backward pass."""
+    if torch.compiler.is_compiling() or _backend.forced_reference():
+        return nullcontext()
+    return _open(model)
+
+
+@contextmanager
+def _open(model: nn.Module) -> Iterator[None]:
+    scopes, convs, grad = _state.scopes, _convolutions(model), torch.is_grad_enabled()
+    if not convs or any(convs[0] in s.convolutions and not (grad and s.lasting) for s in scopes):
+        yield
+        return
+    scopes.append(_scope(model))
+    try:
+        yield
+    finally:
+        scopes.pop()
+
+
+def _scope(model: nn.Module) -> _Prepared:
+    if model.training or torch.is_grad_enabled():
+        return _Prepared(model, lasting=False)
+    sources = [t for conv in _convolutions(model) for t in _sources(conv) if t is not None]
+    plain = all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_inference() for t in sources)
+    device = sources[0].device
+    if not plain or any(t.device != device for t in sources):
+        return _Prepared(model, lasting=False)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():  # a graph must compute what it replays with
+            return _Prepared(model, lasting=False)
+        stream = torch.cuda.current_stream(device).cuda_stream
+    found = _lasting.get(model)
+    if found is None or found[1] != stream or found[0].convolutions is not _convolutions(model):
+        found = _lasting[model] = (_Prepared(model, lasting=True), stream)
+    return found[0]
+
+
+def forget_weights(model: nn.Module) -> None:
+    """Drop what evaluation keeps for ``model``: its weights were changed behind PyTorch's back."""
+    _lasting.pop(model, None)
+    _lists.pop(model, None)
+
+
+def prepared_weight(conv: Convolution) -> torch.Tensor | None:
+    """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
+    if torch.compiler.is_compiling():
+        return None
+    scopes = _state.scopes
+    if not scopes or (conv.awaits_data and conv.training):
+        return None
+    weight = conv.weight
+    device = weight.device.type
+    if not _backend.fused(OP, device):
+        return None
+    grad = torch.is_grad_enabled()
+    if grad and not _state.hooks_allowed and torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return None
+    mode = _mode(device, weight.dtype, grad)
+    for scope in reversed(scopes):
+        found = scope.get(conv, mode)
+        if found is not None:
+            return found
+    return None
+
+
+def _mode(device: str, dtype: torch.dtype, grad: bool) -> Mode:
+    if not torch.is_autocast_enabled(device) or dtype == torch.float64:  # which autocast leaves alone
+        return None, grad
+    wanted = torch.get_autocast_dtype(device)
+    return (None if wanted == dtype else wanted), grad
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)`` inside a scope: the
+    region uses the shared weights, now and when it runs again."""
+    if not _state.scopes:
+        return nullcontext(), nullcontext()
+    scope = _state.scopes[-1]
+    if scope.convolutions:
+        # Computed here, outside the region, in which nothing but the region's own tensors may be saved.
+        prepared_weight(scope.convolutions[0])
+    return _inside(scope), _inside(scope)
+
+
+@contextmanager
+def _inside(scope: _Prepared) -> Iterator[None]:
+    before = _state.hooks_allowed
+    _state.scopes.append(scope)
+    _state.hooks_allowed = True
+    try:
+        yield
+    finally:
+        _state.scopes.pop()
+        _state.hooks_allowed = before
