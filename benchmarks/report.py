@@ -110,7 +110,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     """Write a results file whole or not at all."""
     validate(results, "results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
@@ -136,7 +136,8 @@ def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
         )
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -381,7 +382,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{readme}: the results table is stale; run python -m benchmarks.report --readme")
         return int(old != new)
     if old != new:
-        _replace(readme, new)
+        write_text(readme, new)
     return 0
 
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
-from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.checkpointing import recomputed
+from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d

@@ -225,9 +225,9 @@ class Step:
         self.optimizer.step()
 
     def _decide(self, values: Tensor) -> StepResult:
-        finite, *host = values.tolist()
+        finite, loss, reconstruction, kl, spectral, batch_norm, norm = values.tolist()
         (bad,) = self.world.largest(0.0 if finite else 1.0)
-        return StepResult(*host, skipped=bool(bad))
+        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=bool(bad))
 
     def _clip(self) -> Tensor:
         """The gradient's norm over all parameters; scales the gradient when clipping is on."""
