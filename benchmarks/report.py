@@ -8,7 +8,8 @@ since, ``date``, ``settings``, ``ceilings`` and ``rows``. A row is one provider 
 workload: ``status`` "ok", "absent" or "failed" with its ``reason``, the gate's ``errors`` and ``tolerance``,
 and for every pass the median, quartiles and minimum in milliseconds, ``gb_per_s`` against the bytes the pass
 must move, ``copy_fraction`` of the copy bandwidth measured in the same run; ``peak_bytes``,
-``operator_calls`` (CPU) or ``kernel_launches`` (GPU) of all passes together.
+``operator_calls`` (CPU) or ``kernel_launches`` (GPU) of all passes together; of whole models on a GPU also
+``host_launches``, where a CUDA graph counts once.
 """
 
 from __future__ import annotations
@@ -189,7 +190,11 @@ def console(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_COUNTS = {"operator_calls": "operator calls", "kernel_launches": "kernel launches"}
+_COUNTS = {
+    "operator_calls": "operator calls",
+    "kernel_launches": "kernel launches",
+    "host_launches": "launches by the host",
+}
 
 
 def _timed(timed: dict[str, Any]) -> str:

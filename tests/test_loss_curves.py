@@ -40,7 +40,7 @@ def test_curves_stay_together(document: dict):
     assert comparison["passed"], comparison
     for losses in curves.values():
         means = loss_curves.windows(losses)
-        assert means[-1] < 0.8 * means[0], "it has learnt something"
+        assert means[-1] < 0.95 * means[0], "it has learnt something"
     assert curves["nvae_fast bf16"] != curves["nvae_fast"]
 
 

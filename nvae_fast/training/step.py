@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +124,7 @@ class Step:
         self._moved: list[Tensor] = []
         self._copies: list[Tensor] = []
         self._images: Tensor | None = None
+        self._layout: Hashable = None  # of the batches that `_images` was made for
         # Data-dependent initialisation sets parameters in the first forward, so until one step went well they
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
@@ -135,7 +136,9 @@ class Step:
         self._controls.write(seed, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
-        if not self._replay.ready(layout(x)) or self._first is not None:
+        # What a capture only writes must be there before: the optimizer's state, too.
+        begun = self._first is None and len(self.optimizer.state) > 0
+        if not self._replay.ready(layout(x)) or not begun:
             return self._eager(x, self._rate, self._replay.warm_up)
         return self._captured(x, self._replay)
 
@@ -175,8 +178,8 @@ class Step:
 
     def _captured(self, x: Tensor, replay: Replay) -> StepResult:
         """All of it, then the host's decision: a bad step is put back."""
-        if self._images is None or layout(self._images) != layout(x):
-            self._images = torch.empty_like(x)
+        if self._images is None or self._layout != layout(x):
+            self._images, self._layout = torch.empty_like(x), layout(x)
         if not self._moved:
             state = [
                 value
