@@ -3,6 +3,7 @@ compiled by nvcc with registers counted. With a GPU the operators themselves are
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 import aot
@@ -95,3 +96,118 @@ def test_fast_kernels(kernel: int, step: str, dtype: torch.dtype) -> None:
     for size in ((2, 40, 9, 7), (1, 3, 18, 21), (3, 8, 4, 5)):
         t = inputs(kernel, size, dtype, steps)
         compare(kernels(t, steps, activation), truth(t, steps, activation), dtype)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("kernel", [1, 5, 9])
+def test_general_kernels(kernel: int, step: str, channels_last: bool) -> None:
+    """float64 and other kernel widths, both layouts; float32 with activations of its own."""
+    steps = (STEPS | DILATED)[step]
+    for dtype, activation in ((torch.float64, "swish"), (torch.float32, "elu")):
+        t = inputs(kernel, (2, 3, 6, 5), dtype, steps)
+        compare(kernels(t, steps, activation, None, channels_last), truth(t, steps, activation), dtype)
+
+
+@pytest.mark.parametrize("taps", [cuda_shim.FIRST, cuda_shim.LAST, [0, 7, 24]], ids=["first", "last", "some"])
+@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_taps(taps: list[int], step: str, channels_last: bool) -> None:
+    steps = (STEPS | DILATED)[step]
+    t = inputs(5, (2, 9, 7, 6), torch.float32, steps)
+    found = kernels(t, steps, "elu", taps, channels_last)
+    compare(found, truth(t, steps, "elu", taps), torch.float32)
+    dead = [tap for tap in range(25) if tap not in taps]
+    assert not found["grad weight"].flatten(1)[:, dead].any()
+
+
+@pytest.mark.parametrize("activation", [None, "swish", "elu"])
+@pytest.mark.parametrize("given", [(), ("scale", "shift"), ("out", "alpha", "beta", "gamma")], ids=str)
+def test_optional_arguments(given: tuple, activation: str | None) -> None:
+    t = inputs(3, (2, 5, 6, 9), torch.float32, ROOM)
+    t = {n: v for n, v in t.items() if n in ("x", "weight", "grad", *given)}
+    found, expected = kernels(t, ROOM, activation), truth(t, ROOM, activation)
+    compare(found, {n: v for n, v in expected.items() if v is not None}, torch.float32)
+
+
+@pytest.mark.parametrize("kernel, step", [(5, "plain"), (11, "up"), (7, "stride"), (9, "plain")])
+def test_unneeded_gradients_are_left_out(kernel: int, step: str) -> None:
+    steps = STEPS[step]
+    t = inputs(kernel, (2, 8, 6, 5), torch.float32, steps)
+    common = (t["grad"], t["x"], t["weight"], t["scale"], t["shift"], *steps, "swish")
+    every = cuda_shim.backward(*common)
+    for need in ((True, False, False), (False, True, False), (False, False, True), (True, False, True)):
+        found = cuda_shim.backward(*common, need=need)
+        for a, e, wanted in zip(found, every, (need[0], need[1], need[2], need[2]), strict=True):
+            assert torch.equal(a, e) if wanted else a is None
+
+
+@pytest.mark.parametrize("kernel, size", [(5, (3, 40, 19, 21)), (5, (130, 8, 4, 4)), (11, (9, 33, 9, 17)), (9, (4, 3, 9, 9))])
+def test_statistics_far_from_zero(kernel: int, size: tuple[int, ...]) -> None:
+    """|mean| / std = 100, over threads, blocks and strips."""
+    x = torch.randn(size, dtype=torch.float64) + 100
+    weight = torch.zeros(size[1], 1, kernel, kernel)
+    weight[:, 0, kernel // 2, kernel // 2] = torch.linspace(-2, 2, size[1])
+    y, mean, m2 = cuda_shim.forward(x.float(), weight, stats=True)
+    wide = y.double()
+    assert_close(mean, wide.mean((0, 2, 3)), 1e-6, "mean")
+    assert_close(m2, (wide - wide.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3)), 1e-5, "m2")
+
+
+@pytest.mark.parametrize("kernel, step", [(5, "plain"), (11, "plain"), (11, "stride"), (7, "up"), (9, "plain")])
+def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None:
+    """No sum depends on which thread came first, and no barrier is missing."""
+    t = inputs(kernel, (3, 40, 17, 18), torch.bfloat16, STEPS[step])
+    runs = []
+    for seed in (0, 1, 2):
+        cuda_shim.library().shim_order(seed)
+        runs.append(kernels(t, STEPS[step], "swish"))
+    cuda_shim.library().shim_order(0)
+    for name in runs[0]:
+        assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
+
+
+@pytest.mark.parametrize("size", [(0, 3, 5, 4), (2, 3, 1, 1), (5, 1, 2, 33), (1, 2, 1, 40), (2, 64, 40, 1)], ids=str)
+@pytest.mark.parametrize("kernel, step", [(5, "plain"), (11, "stride"), (3, "up"), (5, "both"), (7, "dilated"), (9, "plain")])
+def test_extreme_sizes(size: tuple[int, ...], kernel: int, step: str) -> None:
+    steps = (STEPS | DILATED)[step]
+    t = inputs(kernel, size, torch.float32, steps)
+    found = kernels(t, steps, None)
+    if size[0]:
+        compare(found, truth(t, steps, None), torch.float32)
+    else:
+        assert not any(value.any() for value in found.values())
+
+
+def test_non_finite_stays_in_its_window() -> None:
+    x = torch.randn(1, 8, 13, 13)
+    x[0, 3, 6, 6] = float("inf")
+    for kernel in (5, 7, 11):
+        y = cuda_shim.forward(x, torch.ones(8, 1, kernel, kernel))[0]
+        bad, reach = torch.zeros_like(x, dtype=torch.bool), kernel // 2
+        bad[0, 3, 6 - reach : 7 + reach, 6 - reach : 7 + reach] = True
+        assert torch.equal(~y.isfinite(), bad)
+
+
+def test_which_kernels_are_fast() -> None:
+    p = cuda_shim.Forward()
+    for channels_last, dtype, kernel, fast in (
+        (1, torch.float16, 11, True),
+        (1, torch.float64, 5, False),
+        (0, torch.float32, 5, False),
+        (1, torch.float32, 9, False),
+    ):
+        p.channels_last, p.dtype, p.kernel = channels_last, cuda_shim.DTYPES.index(dtype), kernel
+        assert bool(cuda_shim.library().shim_is_fast(ctypes.byref(p))) == fast
+
+
+@pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
+def test_registers(arch: str) -> None:
+    """The 5x5 kernels in bf16: forward five blocks of 128 threads to a multiprocessor, backward three; no spills."""
+    forward, backward = sorted(
+        aot.nvcc_usages(cuda_shim.HERE / "registers.cu", arch), key=lambda usage: usage.registers
+    )
+    assert forward.registers <= 96
+    assert backward.registers <= 168
+    assert forward.spill_bytes == backward.spill_bytes == 0
+    assert forward.stack_bytes == backward.stack_bytes == 0

@@ -46,15 +46,18 @@ cudaError_t finish(const DepthwiseForward& p, void* stream) {
 }
 template <class S>
 cudaError_t finish(const DepthwiseBackward& p, void* stream) {
-  const FinishGradients a = {p.workspace,
-                             static_cast<int>(backward_partials(p)),
-                             static_cast<int>(p.kernel),
-                             static_cast<int>(backward_taps(p)),
-                             p.channels,
-                             p.grad_weight,
-                             p.weight_dtype,
-                             p.grad_shift,
-                             p.grad_scale};
+  FinishGradients a = {};
+  a.partial = p.workspace;
+  a.count = static_cast<int>(backward_partials(p));
+  a.kernel = static_cast<int>(p.kernel);
+  a.masked = p.masked != 0;
+  for (int i = 0; i < 32; ++i) a.live[i] = p.live[i];
+  a.taps = static_cast<int>(backward_taps(p));
+  a.channels = p.channels;
+  a.weight = p.grad_weight;
+  a.weight_dtype = p.weight_dtype;
+  a.shift = p.grad_shift;
+  a.scale = p.grad_scale;
   const unsigned groups = static_cast<unsigned>(ceil_divide(p.channels, kLanes));
   const dim3 grid(groups, static_cast<unsigned>(p.kernel * p.kernel + (p.grad_scale ? 2 : 0)));
   NVAE_LAUNCH(depthwise_finish_gradients<S>, grid, 32 * kStrands, 0, stream, a);
@@ -96,7 +99,8 @@ int64_t depthwise_workspace(const DepthwiseBackward& p) {
 
 int depthwise_forward(const DepthwiseForward& p, void* stream) {
   if (p.channels == 0) return cudaSuccess;
-  cudaError_t error;
+  cudaError_t error = cudaSetDevice(static_cast<int>(p.device));
+  if (error != cudaSuccess) return error;
   if (depthwise_is_fast(p))
     error = p.dtype == Dtype::f32 ? launch_forward<4>(p, stream) : launch_forward<2>(p, stream);
   else
@@ -107,7 +111,8 @@ int depthwise_forward(const DepthwiseForward& p, void* stream) {
 
 int depthwise_backward(const DepthwiseBackward& p, void* stream) {
   if (p.channels == 0) return cudaSuccess;
-  cudaError_t error = cudaSuccess;
+  cudaError_t error = cudaSetDevice(static_cast<int>(p.device));
+  if (error != cudaSuccess) return error;
   if (depthwise_is_fast(p)) {
     if (p.grad_x && p.dilation == 2 && p.stride == 2) {  // three pixels of four are never seen
       const size_t size = p.batch * p.channels * p.height * p.width * (p.dtype == Dtype::f32 ? 4 : 2);

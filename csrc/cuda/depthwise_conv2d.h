@@ -13,14 +13,17 @@ struct DepthwiseConv2d {
   int64_t kernel;
   int64_t stride, dilation, upsample;
   int64_t activation;    // 0 none, 1 swish, 2 elu
-  int64_t pattern;       // which taps exist: 0 all, 1 the first 13 of 5x5 in raster order, 2 the last 13
   int64_t channels_last;
+  int64_t device;
+  int64_t masked;        // 1: only the taps whose bit is set in `live` exist (kernel <= 31)
+  uint32_t live[32];
   Dtype dtype, weight_dtype;
   const void* x;
   const void* weight;
   const void* scale;  // null, or with shift
   const void* shift;
 
+  constexpr bool tap_is_live(int64_t tap) const { return !masked || (live[tap / 32] >> (tap % 32) & 1); }
   constexpr int64_t out_height() const { return (height * upsample + stride - 1) / stride; }
   constexpr int64_t out_width() const { return (width * upsample + stride - 1) / stride; }
 };

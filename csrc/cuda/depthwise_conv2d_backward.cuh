@@ -76,7 +76,7 @@ struct BackwardShape {
     const size_t weights = kLanes * w.kernel * w.kernel * 4;
     const size_t sums = (kTaps * kTaps + 2) * kLanes * 4;
     const size_t most = walking > weights ? walking : weights;
-    return 3 * kLanes * 4 + (most > sums ? most : sums);
+    return 6 * kLanes * 4 + (most > sums ? most : sums);
   }
 };
 
@@ -103,24 +103,27 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   float* alpha = reinterpret_cast<float*>(nvae_shared);
   float* beta = alpha + kLanes;
   float* gamma = beta + kLanes;
-  float* tile = gamma + kLanes;
+  float* scale = gamma + kLanes;
+  float* shift = scale + kLanes;
+  float* pivot = shift + kLanes;
+  float* tile = pivot + kLanes;
   const bool pooled = w.y.step == 2 && !w.y.phased;
   if (warp == 0) {
-    const bool given = a.p.alpha != nullptr && exists;
-    alpha[lane] = given ? static_cast<const float*>(a.p.alpha)[channel] : 1.f;
-    beta[lane] = given && a.p.beta ? static_cast<const float*>(a.p.beta)[channel] : 0.f;
-    gamma[lane] = given && a.p.gamma ? static_cast<const float*>(a.p.gamma)[channel] * (pooled ? 4.f : 1.f) : 0.f;
+    alpha[lane] = a.p.alpha != nullptr && exists ? static_cast<const float*>(a.p.alpha)[channel] : 1.f;
+    beta[lane] = a.p.beta != nullptr && exists ? static_cast<const float*>(a.p.beta)[channel] : 0.f;
+    const float constant = a.p.gamma != nullptr && exists ? static_cast<const float*>(a.p.gamma)[channel] : 0.f;
+    gamma[lane] = pooled ? 4.f * constant : constant;  // of four pixels
+    const bool affine = a.p.scale != nullptr && exists;
+    scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
+    shift[lane] = affine ? static_cast<const float*>(a.p.shift)[channel] : 0.f;
+    pivot[lane] = a.p.pivot != nullptr && exists ? static_cast<const float*>(a.p.pivot)[channel] : 0.f;
   }
-  const bool affine = a.p.scale != nullptr && exists;
-  const float scale = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
-  const float shift = affine ? static_cast<const float*>(a.p.shift)[channel] : 0.f;
-  const float pivot = a.p.pivot != nullptr && exists ? static_cast<const float*>(a.p.pivot)[channel] : 0.f;
   const int activation = static_cast<int>(a.p.activation);
 
   constexpr int taps = K * K;
   const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] = load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i);
+    tile[i] = a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
   __syncthreads();
   // Row s of tap rows, in the order in which a step meets them: s = ring row * DS + row of dy.
   float weight[R][T], weight_sum[R][T];
@@ -234,7 +237,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
           for (int p = 0; p < P; ++p) {
             float slope = 0.f, value = 0.f;
             const float raw = widen<BYTES>(coming[j][p], w.half);
-            if (inside) value = activate(fmaf(scale, raw, shift), activation, slope);
+            if (inside) value = activate(fmaf(scale[lane], raw, shift[lane]), activation, slope);
             h[slot][p] = b_mine + p < px.width ? value : 0.f;
             dh[slot][p] = 0.f;
             if (group == 0 && need_data) kept[(slot * P + p) * walkers * kLanes] = make_float2(raw, slope);
@@ -301,8 +304,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
               const float2 was = kept[(slot * P + p) * walkers * kLanes];
               const float du = dh[slot][p] * was.y;
               shift_sum += du;
-              scale_sum = fmaf(du, was.x - pivot, scale_sum);
-              if (need_x) grad_x[row * w.x.row + p * w.x.column] = narrow<BYTES>(scale * du, w.half);
+              scale_sum = fmaf(du, was.x - pivot[lane], scale_sum);
+              if (need_x) grad_x[row * w.x.row + p * w.x.column] = narrow<BYTES>(scale[lane] * du, w.half);
             }
           }
         }

@@ -56,6 +56,8 @@ struct FinishGradients {
   const void* partial;  // [count][tap, shift, scale][channel]
   int count;
   int kernel;
+  bool masked;
+  uint32_t live[32];
   int taps;  // each way: kernel, or kernel + 1: then tap m holds dh's neighbours, and a weight has four of them
   int64_t channels;
   void* weight;  // null where not wanted
@@ -92,7 +94,7 @@ __global__ void __launch_bounds__(32 * kStrands) depthwise_finish_gradients(cons
   sum = across_strands(sum, shared);
   if (!exists || strand != 0) return;
   if (result < weights) {
-    if (a.weight) store_any(a.weight, a.weight_dtype, channel * weights + result, static_cast<S>(sum));
+    if (a.weight) store_any(a.weight, a.weight_dtype, channel * weights + result, a.masked && !(a.live[result / 32] >> (result % 32) & 1) ? S(0) : static_cast<S>(sum));
   } else if (a.shift) {
     static_cast<S*>(result == weights ? a.shift : a.scale)[channel] = static_cast<S>(sum);
   }

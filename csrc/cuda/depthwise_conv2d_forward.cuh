@@ -13,7 +13,7 @@ struct ForwardLaunch {
   Walk w;
 };
 
-// Does tap (u, v) of a 5x5 kernel exist in the pattern?
+// Patterns the compiler knows: 0 all taps, 1 the first 13 of 5x5 in raster order, 2 the last 13 (causal kernels).
 __host__ __device__ constexpr bool tap_exists(int pattern, int u, int v) {
   return pattern == 0 || (pattern == 1 ? u * 5 + v < 13 : u * 5 + v >= 12);
 }
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
   const int kernel = w.kernel, taps = kernel * kernel;
   const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] = load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i);
+    tile[i] = a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
   __syncthreads();
   const int fp = w.fold ? at.view >> 1 : 0, fq = w.fold ? at.view & 1 : 0;
   const int pad_rows = w.fold ? folded_pad(fp, kernel) : kernel / 2;

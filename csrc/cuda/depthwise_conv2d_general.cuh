@@ -66,7 +66,7 @@ struct GeneralLoad {
     return activate(scale * raw(b, i, j) + shift, static_cast<int>(p.activation));
   }
   __device__ S weight(int tap) const {
-    return load_any<S>(p.weight, p.weight_dtype, channel * p.kernel * p.kernel + tap);
+    return p.tap_is_live(tap) ? load_any<S>(p.weight, p.weight_dtype, channel * p.kernel * p.kernel + tap) : S(0);
   }
 };
 

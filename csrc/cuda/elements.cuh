@@ -85,7 +85,14 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, S 
 constexpr int kIdentity = 0, kSwish = 1, kElu = 2;
 
 __device__ __forceinline__ float sigmoid(float u) { return __fdividef(1.f, 1.f + __expf(-u)); }
-__device__ __forceinline__ double sigmoid(double u) { return 1.0 / (1.0 + exp(-u)); }
+// By Newton's method from an estimate: the compiler's own division is a call, around which registers are spilled.
+__device__ __forceinline__ double sigmoid(double u) {
+  const double d = 1.0 + exp(-u);
+  double r = __fdividef(1.f, static_cast<float>(d));
+  r = r * (2.0 - d * r);
+  r = r * (2.0 - d * r);
+  return d > 1e37 ? exp(u) : r;
+}
 __device__ __forceinline__ float exp_minus_one(float u) { return expm1f(u); }
 __device__ __forceinline__ double exp_minus_one(double u) { return expm1(u); }
 

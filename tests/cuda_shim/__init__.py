@@ -23,8 +23,9 @@ FIRST, LAST = list(range(13)), list(range(12, 25))  # the taps of the causal 5x5
 class Problem(ctypes.Structure):
     _fields_ = [
         *((n, ctypes.c_int64) for n in ("batch", "channels", "height", "width", "kernel")),
-        *((n, ctypes.c_int64) for n in ("stride", "dilation", "upsample", "activation", "pattern")),
-        ("channels_last", ctypes.c_int64),
+        *((n, ctypes.c_int64) for n in ("stride", "dilation", "upsample", "activation")),
+        *((n, ctypes.c_int64) for n in ("channels_last", "device", "masked")),
+        ("live", ctypes.c_uint32 * 32),
         *((n, ctypes.c_int) for n in ("dtype", "weight_dtype")),
         *((n, ctypes.c_void_p) for n in ("x", "weight", "scale", "shift")),
     ]
@@ -107,19 +108,15 @@ def describe(
     """Fills in a problem; the caller keeps what is returned alive."""
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = x.contiguous(memory_format=memory_format)
-    pattern = 1 if taps == FIRST else 2 if taps == LAST else 0
-    plain = channels_last and weight.shape[-1] == 5 and stride == upsample == 1 and x.dtype != torch.float64
-    if taps is not None and not (pattern and plain):
-        pattern, mask = 0, torch.zeros(weight.shape[-1] ** 2, dtype=weight.dtype)
-        mask[taps] = 1
-        weight = weight * mask.view(weight.shape[-2:])
     weight = weight.contiguous()
     hold = [x, weight]
     vectors = [None if v is None else v.to(accumulate(x.dtype)).contiguous() for v in (scale, shift)]
     problem.batch, problem.channels, problem.height, problem.width = x.shape
     problem.kernel, problem.stride, problem.dilation = weight.shape[-1], stride, dilation
     problem.upsample, problem.activation = upsample, ACTIVATIONS.index(activation)
-    problem.pattern, problem.channels_last = pattern, channels_last
+    problem.channels_last, problem.masked = channels_last, taps is not None
+    for tap in taps or ():
+        problem.live[tap // 32] |= 1 << tap % 32
     problem.dtype, problem.weight_dtype = DTYPES.index(x.dtype), DTYPES.index(weight.dtype)
     problem.x, problem.weight = pointer(x), pointer(weight)
     problem.scale, problem.shift = pointer(vectors[0]), pointer(vectors[1])
@@ -202,8 +199,4 @@ def backward(
     p.workspace = pointer(guard.bytes(library().shim_backward_workspace(ctypes.byref(p))))
     assert library().shim_backward(ctypes.byref(p)) == 0
     guard.check()
-    if grad_weight is not None and taps is not None:
-        mask = torch.zeros(weight.shape[-1] ** 2, dtype=weight.dtype)
-        mask[taps] = 1
-        grad_weight = grad_weight * mask.view(weight.shape[-2:])
     return grad_x, grad_weight, grad_scale, grad_shift
