@@ -36,6 +36,17 @@ int64_t backward_taps(const DepthwiseConv2d& p) {
 }
 int64_t bytes(Dtype dtype) { return dtype == Dtype::f64 ? 8 : 4; }  // of what sums are kept in
 
+cudaError_t forward_of(const DepthwiseForward& p, void* stream) {
+  return p.dtype == Dtype::f32    ? launch_forward<Dtype::f32>(p, stream)
+         : p.dtype == Dtype::bf16 ? launch_forward<Dtype::bf16>(p, stream)
+                                  : launch_forward<Dtype::f16>(p, stream);
+}
+cudaError_t backward_of(const DepthwiseBackward& p, void* stream) {
+  return p.dtype == Dtype::f32    ? launch_backward<Dtype::f32>(p, stream)
+         : p.dtype == Dtype::bf16 ? launch_backward<Dtype::bf16>(p, stream)
+                                  : launch_backward<Dtype::f16>(p, stream);
+}
+
 template <class S>
 cudaError_t finish(const DepthwiseForward& p, void* stream) {
   const unsigned groups = static_cast<unsigned>(ceil_divide(p.channels, kLanes));
@@ -102,7 +113,7 @@ int depthwise_forward(const DepthwiseForward& p, void* stream) {
   cudaError_t error = cudaSetDevice(static_cast<int>(p.device));
   if (error != cudaSuccess) return error;
   if (depthwise_is_fast(p))
-    error = p.dtype == Dtype::f32 ? launch_forward<4>(p, stream) : launch_forward<2>(p, stream);
+    error = forward_of(p, stream);
   else
     error = p.dtype == Dtype::f64 ? general<double>(p, stream) : general<float>(p, stream);
   if (error != cudaSuccess || !p.mean) return error;
@@ -119,7 +130,7 @@ int depthwise_backward(const DepthwiseBackward& p, void* stream) {
       error = cudaMemsetAsync(p.grad_x, 0, size, static_cast<cudaStream_t>(stream));
       if (error != cudaSuccess) return error;
     }
-    error = p.dtype == Dtype::f32 ? launch_backward<4>(p, stream) : launch_backward<2>(p, stream);
+    error = backward_of(p, stream);
   } else {
     error = p.dtype == Dtype::f64 ? general<double>(p, stream) : general<float>(p, stream);
   }

@@ -24,8 +24,8 @@ struct DepthwiseConv2d {
   const void* shift;
 
   constexpr bool tap_is_live(int64_t tap) const { return !masked || (live[tap / 32] >> (tap % 32) & 1); }
-  constexpr int64_t out_height() const { return (height * upsample + stride - 1) / stride; }
-  constexpr int64_t out_width() const { return (width * upsample + stride - 1) / stride; }
+  constexpr int64_t out_height() const { return (height * upsample + stride - 1) >> (stride == 2); }
+  constexpr int64_t out_width() const { return (width * upsample + stride - 1) >> (stride == 2); }
 };
 
 struct DepthwiseForward : DepthwiseConv2d {

@@ -34,12 +34,12 @@ struct OnLoadGradient {
     return make_float4(fmaf(a.x, grad.x, fmaf(b.x, out.x, c.x)), fmaf(a.y, grad.y, fmaf(b.y, out.y, c.y)),
                        fmaf(a.z, grad.z, fmaf(b.z, out.z, c.z)), fmaf(a.w, grad.w, fmaf(b.w, out.w, c.w)));
   }
-  template <int BYTES>
-  __device__ float load(const typename Word<BYTES>::Type* from, bool half) const {
-    float v = widen<BYTES>(*from, half);
+  template <Dtype D>
+  __device__ float load(const typename Word<D>::Type* from) const {
+    float v = widen<D>(*from);
     if (pool_row != 0)
-      v = (v + widen<BYTES>(from[pool_column], half)) +
-          (widen<BYTES>(from[pool_row], half) + widen<BYTES>(from[pool_row + pool_column], half));
+      v = (v + widen<D>(from[pool_column])) +
+          (widen<D>(from[pool_row]) + widen<D>(from[pool_row + pool_column]));
     return v;
   }
 };
@@ -80,12 +80,12 @@ struct BackwardShape {
   }
 };
 
-template <int BYTES, int K, int XS, int DS, int U, int PATTERN>
+template <Dtype D, int K, int XS, int DS, int U, int PATTERN>
 __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                                   (BackwardShape<K, XS, DS, U>::kGroups == 1 ? 3 : 1))
     depthwise_backward_kernel(const BackwardLaunch a) {
   using Shape = BackwardShape<K, XS, DS, U>;
-  using Bits = typename Word<BYTES>::Type;
+  using Bits = typename Word<D>::Type;
   constexpr int P = kColumns, G = Shape::kGroups, T = Shape::kTaps, R = U * DS;
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   // [boundary][parity of chunk][ring row][column][walker][lane]
   float* handed = reinterpret_cast<float*>(kept - (walker * kLanes + lane) + U * P * walkers * kLanes);
   uint4* raw = reinterpret_cast<uint4*>(handed + (G - 1) * 2 * U * P * walkers * kLanes);
-  Stage<BYTES, Shape::kRows, 2> stage = {w,
+  Stage<D, Shape::kRows, 2> stage = {w,
                                          w.y,
                                          {static_cast<const Bits*>(a.p.grad), static_cast<const Bits*>(a.p.out)},
                                          pooled ? px.height : py.height,
@@ -176,8 +176,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   const bool need_affine = a.p.grad_scale != nullptr, need_data = need_x || need_affine;
   float shift_sum = 0.f, scale_sum = 0.f;
 
-  const int64_t last_job = (at.job_block + 1) * w.jobs_per_block;
-  for (int64_t index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+  const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
+  for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
     const Job job(w, index);
     const int a0 = job.segment * w.segment_rows;
     const int rows = px.height - a0 < w.segment_rows ? px.height - a0 : w.segment_rows;
@@ -194,6 +194,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     stage.images_here = static_cast<int>(a.p.batch - job.image < w.images ? a.p.batch - job.image : w.images);
     stage.left = DS == 2 ? 2 * b0 - pad : XS == 2 ? (b0 - pad + Shape::kOdd) / 2 : b0 - pad;
     const bool mine = exists && image < stage.images_here;
+    // Of the thread's columns, those that exist.
+    const int columns_left = px.width - b_mine, columns_here = mine && columns_left < P ? columns_left : mine ? P : 0;
     const int64_t corner = px.base + (job.image + image) * w.x.image + b_mine * w.x.column + channel;
     const Bits* x = static_cast<const Bits*>(a.p.x) + corner;
     Bits* grad_x = static_cast<Bits*>(a.p.grad_x) + corner;
@@ -210,10 +212,14 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 #pragma unroll
       for (int j = 0; j < XS; ++j) {
         const int row = XS * step + group * U + U - XS + j + low;
-        const bool inside = mine && row >= a0 && row < a0 + rows;
+        const int inside = row >= a0 && row < a0 + rows ? columns_here : 0;
+        const Bits* from = x + row * w.x.row;
 #pragma unroll
-        for (int p = 0; p < P; ++p)
-          coming[j][p] = inside && b_mine + p < px.width ? x[row * w.x.row + p * w.x.column] : Bits(0);
+        for (int p = 0; p < P; ++p) {
+          coming[j][p] = Bits(0);
+          if (p < inside) coming[j][p] = *from;
+          from += w.x.column;
+        }
       }
     };
     fetch(0);
@@ -232,15 +238,19 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
         for (int j = 0; j < XS; ++j) {
           const int slot = (U - XS + j + XS * t) % U;
           const int row = XS * step + group * U + U - XS + j + low;
-          const bool inside = mine && row >= a0 && row < a0 + rows;
+          const int inside = row >= a0 && row < a0 + rows ? columns_here : 0;
+          float raw[P], value[P], slope[P];
 #pragma unroll
           for (int p = 0; p < P; ++p) {
-            float slope = 0.f, value = 0.f;
-            const float raw = widen<BYTES>(coming[j][p], w.half);
-            if (inside) value = activate(fmaf(scale[lane], raw, shift[lane]), activation, slope);
-            h[slot][p] = b_mine + p < px.width ? value : 0.f;
+            raw[p] = widen<D>(coming[j][p]);
+            value[p] = fmaf(scale[lane], raw[p], shift[lane]);
+          }
+          activate_all<P>(value, slope, activation);
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            h[slot][p] = p < inside ? value[p] : 0.f;
             dh[slot][p] = 0.f;
-            if (group == 0 && need_data) kept[(slot * P + p) * walkers * kLanes] = make_float2(raw, slope);
+            if (group == 0) kept[(slot * P + p) * walkers * kLanes] = make_float2(raw[p], p < inside ? slope[p] : 0.f);
           }
         }
         fetch(step + 1);
@@ -297,15 +307,16 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                 handed[(group - 1) * boundary + (chunk & 1) * (boundary / 2) + mine_at + p * walkers * kLanes] =
                     dh[slot][p];
           }
-          if (group == 0 && mine && row >= a0 && row < a0 + rows) {
+          if (group == 0 && row >= a0 && row < a0 + rows) {
+            Bits* to = grad_x + row * w.x.row;
 #pragma unroll
             for (int p = 0; p < P; ++p) {
-              if (b_mine + p >= px.width) continue;
               const float2 was = kept[(slot * P + p) * walkers * kLanes];
               const float du = dh[slot][p] * was.y;
               shift_sum += du;
               scale_sum = fmaf(du, was.x - pivot[lane], scale_sum);
-              if (need_x) grad_x[row * w.x.row + p * w.x.column] = narrow<BYTES>(scale[lane] * du, w.half);
+              if (need_x && p < columns_here) *to = narrow<D>(scale[lane] * du);
+              to += w.x.column;
             }
           }
         }

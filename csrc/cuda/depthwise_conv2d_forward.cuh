@@ -34,12 +34,13 @@ struct OnLoad {
   __device__ __forceinline__ float4 four(int lane, float4 x, float4) const {
     const float4 k = *reinterpret_cast<const float4*>(scale + lane);
     const float4 b = *reinterpret_cast<const float4*>(shift + lane);
-    return make_float4(activate(fmaf(k.x, x.x, b.x), activation), activate(fmaf(k.y, x.y, b.y), activation),
-                       activate(fmaf(k.z, x.z, b.z), activation), activate(fmaf(k.w, x.w, b.w), activation));
+    float u[4] = {fmaf(k.x, x.x, b.x), fmaf(k.y, x.y, b.y), fmaf(k.z, x.z, b.z), fmaf(k.w, x.w, b.w)};
+    activate_all<4>(u, activation);
+    return make_float4(u[0], u[1], u[2], u[3]);
   }
-  template <int BYTES>
-  __device__ float load(const typename Word<BYTES>::Type* from, bool half) const {
-    return widen<BYTES>(*from, half);
+  template <Dtype D>
+  __device__ float load(const typename Word<D>::Type* from) const {
+    return widen<D>(*from);
   }
 };
 
@@ -61,11 +62,11 @@ struct ForwardShape {
   }
 };
 
-template <int BYTES, int K, int S, int M, int G, int PATTERN>
+template <Dtype D, int K, int S, int M, int G, int PATTERN>
 __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 ? (K <= 5 ? 5 : 4) : 1))
     depthwise_forward_kernel(const ForwardLaunch a) {
   using Shape = ForwardShape<K, S, M, G>;
-  using Bits = typename Word<BYTES>::Type;
+  using Bits = typename Word<D>::Type;
   constexpr int P = kColumns;
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
@@ -125,7 +126,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
   __syncthreads();  // what lies there now may be overwritten
 
   uint4* raw = reinterpret_cast<uint4*>(tile + w.images * Shape::kRows * w.columns * kLanes);
-  Stage<BYTES, Shape::kRows, 1> stage = {
+  Stage<D, Shape::kRows, 1> stage = {
       w, w.x, {static_cast<const Bits*>(a.p.x)}, px.height, px.width, here, w.vector != 0, raw, tile, 0, 0, 0};
   // [boundary between groups][parity of chunk][row][column][column group and image][lane]
   float* handed = reinterpret_cast<float*>(raw + w.raw_vectors);
@@ -136,8 +137,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
   int count = 0;
   const bool stats = a.p.mean != nullptr;
 
-  const int64_t last_job = (at.job_block + 1) * w.jobs_per_block;
-  for (int64_t index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+  const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
+  for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
     const Job job(w, index);
     const int i0 = job.segment * w.segment_rows;
     const int rows = py.height - i0 < w.segment_rows ? py.height - i0 : w.segment_rows;
@@ -146,7 +147,9 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
     stage.offset = px.base + job.image * w.x.image + first;
     stage.images_here = static_cast<int>(a.p.batch - job.image < w.images ? a.p.batch - job.image : w.images);
     stage.left = S * j0 - pad_columns;
-    const bool stores = exists && image < stage.images_here;
+    // Of the thread's columns, those that exist.
+    const int columns_left = py.width - j_mine, columns_here = columns_left < P ? columns_left : P;
+    const bool stores = exists && image < stage.images_here && columns_here > 0;
     Bits* out = static_cast<Bits*>(a.p.y) + py.base + (job.image + image) * w.y.image + i0 * w.y.row +
                 j_mine * w.y.column + channel;
 
@@ -207,17 +210,22 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
             for (int p = 0; p < P; ++p) here_row[group * boundary + p * walkers * kLanes] = acc[slot][p];
         }
         if (group == G - 1 && o >= 0 && o < rows && stores) {
+          Bits* to = out + o * w.y.row;
+          float value[P];
 #pragma unroll
           for (int p = 0; p < P; ++p) {
-            if (j_mine + p >= py.width) continue;
-            const Bits bits = narrow<BYTES>(acc[slot][p], w.half);
-            out[o * w.y.row + p * w.y.column] = bits;
-            if (stats) {
-              // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
-              const float value = widen<BYTES>(bits, w.half);
-              if (count == 0) pivot = value;
-              ++count;
-              const float d = value - pivot;
+            const Bits bits = narrow<D>(acc[slot][p]);
+            if (p < columns_here) *to = bits;
+            to += w.y.column;
+            value[p] = widen<D>(bits);
+          }
+          if (stats) {
+            // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
+            if (count == 0) pivot = value[0];
+            count += columns_here;
+#pragma unroll
+            for (int p = 0; p < P; ++p) {
+              const float d = p < columns_here ? value[p] - pivot : 0.f;
               sum += d;
               squares = fmaf(d, d, squares);
             }

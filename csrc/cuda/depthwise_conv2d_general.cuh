@@ -73,7 +73,7 @@ struct GeneralLoad {
 template <class S>
 __global__ void __launch_bounds__(kGeneralThreads)
     depthwise_general_forward(const DepthwiseForward p, int chunks) {
-  const int64_t channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const unsigned channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const GeneralLoad<S> load(p, channel);
   const GeneralMap out(p, p.out_height(), p.out_width());
   const int k = static_cast<int>(p.kernel), stride = static_cast<int>(p.stride);
@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kGeneralThreads)
 template <class S>
 __global__ void __launch_bounds__(kGeneralThreads)
     depthwise_general_backward(const DepthwiseBackward p, int chunks) {
-  const int64_t channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
+  const unsigned channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const GeneralLoad<S> load(p, channel);
   const GeneralMap out(p, p.out_height(), p.out_width());
   const int k = static_cast<int>(p.kernel), halved = p.stride == 2 ? 1 : 0;

@@ -37,11 +37,12 @@ inline void cut(Walk& w, int64_t batch, int64_t height, int64_t width, int most_
   if (segments < 1) segments = 1;
   w.segment_rows = static_cast<int>(ceil_divide(height, segments));
   w.segments = w.segment_rows ? static_cast<int>(ceil_divide(height, w.segment_rows)) : 0;
-  w.jobs = ceil_divide(batch, w.images) * w.tiles * w.segments;
+  const int64_t jobs = ceil_divide(batch, w.images) * w.tiles * w.segments;  // far fewer than pixels / 32
+  w.jobs = static_cast<unsigned>(jobs);
   const int64_t share = kBlocks / (static_cast<int64_t>(w.channel_groups) * w.views);
-  w.jobs_per_block = ceil_divide(w.jobs, share < 1 ? 1 : share);
+  w.jobs_per_block = static_cast<unsigned>(ceil_divide(jobs, share < 1 ? 1 : share));
   if (w.jobs_per_block < 1) w.jobs_per_block = 1;
-  w.job_blocks = static_cast<int>(ceil_divide(w.jobs, w.jobs_per_block));
+  w.job_blocks = static_cast<int>(ceil_divide(jobs, w.jobs_per_block));
   if (w.job_blocks < 1) w.job_blocks = 1;  // an empty batch has sums, too
 }
 
@@ -57,7 +58,6 @@ inline Walk common_walk(const DepthwiseConv2d& p) {
   }
   w.kernel = static_cast<int>(p.kernel);
   w.vector = p.channels % (16 / (p.dtype == Dtype::f32 ? 4 : 2)) == 0;
-  w.half = p.dtype == Dtype::f16;
   return w;
 }
 inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
@@ -151,20 +151,20 @@ auto backward_kind(const DepthwiseConv2d& p, Visit visit) {
   return visit(BackwardKind<11, 1, 1, 2>{});
 }
 
-// The kernels for elements of 2 and of 4 bytes are compiled in files of their own.
-template <int BYTES>
+// The kernels of each dtype are compiled in a file of their own.
+template <Dtype D>
 cudaError_t launch_forward(const DepthwiseForward& p, void* stream);
-template <int BYTES>
+template <Dtype D>
 cudaError_t launch_backward(const DepthwiseBackward& p, void* stream);
 
-template <int BYTES>
+template <Dtype D>
 cudaError_t start_forward(const DepthwiseForward& p, void* stream) {
   return forward_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
     using Shape = typename Kind::Shape;
     ForwardLaunch a = {p, forward_walk<Shape>(p)};
-    auto* kernel = depthwise_forward_kernel<BYTES, Kind::K, Kind::S, Kind::M, Kind::G, Kind::PATTERN>;
-    const size_t shared = Shape::shared(a.w, BYTES);
+    auto* kernel = depthwise_forward_kernel<D, Kind::K, Kind::S, Kind::M, Kind::G, Kind::PATTERN>;
+    const size_t shared = Shape::shared(a.w, kBytes<D>);
     const cudaError_t error = allow_shared(kernel, shared);
     if (error != cudaSuccess) return error;
     const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;
@@ -173,14 +173,14 @@ cudaError_t start_forward(const DepthwiseForward& p, void* stream) {
   });
 }
 
-template <int BYTES>
+template <Dtype D>
 cudaError_t start_backward(const DepthwiseBackward& p, void* stream) {
   return backward_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
     using Shape = typename Kind::Shape;
     BackwardLaunch a = {p, backward_walk<Shape>(p)};
-    auto* kernel = depthwise_backward_kernel<BYTES, Kind::K, Kind::XS, Kind::DS, Kind::U, Kind::PATTERN>;
-    const size_t shared = Shape::shared(a.w, BYTES, p.out ? 2 : 1);
+    auto* kernel = depthwise_backward_kernel<D, Kind::K, Kind::XS, Kind::DS, Kind::U, Kind::PATTERN>;
+    const size_t shared = Shape::shared(a.w, kBytes<D>, p.out ? 2 : 1);
     const cudaError_t error = allow_shared(kernel, shared);
     if (error != cudaSuccess) return error;
     const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;

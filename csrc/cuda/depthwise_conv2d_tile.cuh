@@ -28,12 +28,11 @@ struct Walk {
   int channel_groups, views, job_blocks;  // blocks of the grid: groups of channels fastest
   int column_groups, images;              // warps of a block (times groups of kernel rows)
   int segments, segment_rows, tiles;      // strips: rows, and columns
-  int64_t jobs, jobs_per_block;
+  unsigned jobs, jobs_per_block;
   Lattice x, y;
   int kernel;  // width of the weights
   int fold;    // forward only: upsampling as four filters of (kernel + 1) / 2 taps
   int vector;  // 16-byte loads are possible
-  int half;    // 2-byte elements are float16
   // The rectangle of a chunk in shared memory, and how threads share it: [0] element by element, [1] by 16 bytes.
   // Factors divide: n / d == n * ceil(2^20 / d) >> 20 for the small n that occur.
   int columns, raw_vectors;
@@ -78,11 +77,11 @@ struct Position {
 struct Job {
   int64_t image;  // the first of the group
   int segment, tile;
-  __device__ Job(const Walk& w, int64_t index) {
+  __device__ Job(const Walk& w, unsigned index) {
     tile = static_cast<int>(index % w.tiles);
     index /= w.tiles;
     segment = static_cast<int>(index % w.segments);
-    image = index / w.segments * w.images;
+    image = static_cast<int64_t>(index / w.segments) * w.images;
   }
 };
 
@@ -90,10 +89,10 @@ struct Job {
 // each thread its own 16 bytes), then converted by the thread that copied it to floats [image][row][column][lane].
 // Outside the image, and in channels that do not exist, there are zeros; rows outside are left out altogether,
 // nobody reads them. Without 16-byte alignment the conversion reads global memory itself.
-template <int BYTES, int ROWS, int SOURCES>
+template <Dtype D, int ROWS, int SOURCES>
 struct Stage {
-  using Bits = typename Word<BYTES>::Type;
-  static constexpr int kVector = 16 / BYTES;          // channels of 16 bytes
+  using Bits = typename Word<D>::Type;
+  static constexpr int kVector = 16 / kBytes<D>;          // channels of 16 bytes
   static constexpr int kPerPixel = kLanes / kVector;  // vectors of a pixel
 
   const Walk& w;
@@ -151,7 +150,7 @@ struct Stage {
 #pragma unroll
           for (int n = 0; n < SOURCES; ++n) {
             v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (inside && source[n]) v[n] = widen_four<BYTES>(raw + n * w.raw_vectors + slot, part, w.half);
+            if (inside && source[n]) v[n] = widen_four<D>(raw + n * w.raw_vectors + slot, part);
           }
           if (inside) v[0] = map.four(lane + 4 * part, v[0], v[SOURCES - 1]);
           *reinterpret_cast<float4*>(tile + to + 4 * part) = v[0];
@@ -163,7 +162,7 @@ struct Stage {
 #pragma unroll
         for (int n = 0; n < SOURCES; ++n) {
           v[n] = 0.f;
-          if (inside && source[n]) v[n] = map.template load<BYTES>(source[n] + at, w.half);
+          if (inside && source[n]) v[n] = map.template load<D>(source[n] + at);
         }
         tile[to] = inside ? map.one(lane, v[0], v[SOURCES - 1]) : 0.f;
       });

@@ -1,5 +1,4 @@
-// Elements of tensors on the GPU, and the activations. Kernels are compiled for a storage width (2 or 4 bytes);
-// which of the two half types it is they learn when they run, as only loads and stores care.
+// Elements of tensors on the GPU, and the activations.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -12,47 +11,44 @@
 namespace nvae {
 namespace cuda {
 
-template <int BYTES>
-struct Word;
-template <>
-struct Word<2> {
+template <Dtype D>
+struct Word {
   using Type = unsigned short;
 };
 template <>
-struct Word<4> {
+struct Word<Dtype::f32> {
   using Type = unsigned int;
 };
+template <Dtype D>
+constexpr int kBytes = static_cast<int>(sizeof(typename Word<D>::Type));
 
-template <int BYTES>
-__device__ __forceinline__ float widen(typename Word<BYTES>::Type bits, bool half) {
-  if constexpr (BYTES == 4) {
-    return __uint_as_float(bits);
-  } else {
-    return half ? __half2float(__ushort_as_half(bits)) : __uint_as_float(static_cast<unsigned>(bits) << 16);
-  }
+template <Dtype D>
+__device__ __forceinline__ float widen(typename Word<D>::Type bits) {
+  if constexpr (D == Dtype::f32) return __uint_as_float(bits);
+  if constexpr (D == Dtype::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
 }
 
-template <int BYTES>
-__device__ __forceinline__ typename Word<BYTES>::Type narrow(float value, bool half) {
-  if constexpr (BYTES == 4) {
-    return __float_as_uint(value);
-  } else {
-    return half ? __half_as_ushort(__float2half_rn(value)) : __bfloat16_as_ushort(__float2bfloat16_rn(value));
-  }
+template <Dtype D>
+__device__ __forceinline__ typename Word<D>::Type narrow(float value) {
+  if constexpr (D == Dtype::f32) return __float_as_uint(value);
+  if constexpr (D == Dtype::f16) return __half_as_ushort(__float2half_rn(value));
+  return static_cast<typename Word<D>::Type>(__bfloat16_as_ushort(__float2bfloat16_rn(value)));
 }
 
 // Four elements of 16 bytes: the first four, or of 2-byte elements with part = 1 the others.
-template <int BYTES>
-__device__ __forceinline__ float4 widen_four(const uint4* from, int part, bool half) {
-  if constexpr (BYTES == 4) {
+template <Dtype D>
+__device__ __forceinline__ float4 widen_four(const uint4* from, int part) {
+  if constexpr (D == Dtype::f32) {
     return *reinterpret_cast<const float4*>(from);
   } else {
     const uint2 w = reinterpret_cast<const uint2*>(from)[part];
-    if (!half)
+    if constexpr (D == Dtype::bf16)  // in place, which takes no conversion
       return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u),
                          __uint_as_float(w.y << 16), __uint_as_float(w.y & 0xffff0000u));
-    const auto one = [](unsigned bits) { return __half2float(__ushort_as_half(static_cast<unsigned short>(bits))); };
-    return make_float4(one(w.x), one(w.x >> 16), one(w.y), one(w.y >> 16));
+    using Bits = typename Word<D>::Type;
+    return make_float4(widen<D>(static_cast<Bits>(w.x)), widen<D>(static_cast<Bits>(w.x >> 16)),
+                       widen<D>(static_cast<Bits>(w.y)), widen<D>(static_cast<Bits>(w.y >> 16)));
   }
 }
 
@@ -64,8 +60,10 @@ __device__ __forceinline__ S load_any(const void* data, Dtype dtype, int64_t i) 
       return static_cast<S>(static_cast<const float*>(data)[i]);
     case Dtype::f64:
       return static_cast<S>(static_cast<const double*>(data)[i]);
+    case Dtype::bf16:
+      return static_cast<S>(widen<Dtype::bf16>(static_cast<const unsigned short*>(data)[i]));
     default:
-      return static_cast<S>(widen<2>(static_cast<const unsigned short*>(data)[i], dtype == Dtype::f16));
+      return static_cast<S>(widen<Dtype::f16>(static_cast<const unsigned short*>(data)[i]));
   }
 }
 template <class S>
@@ -77,18 +75,42 @@ __device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, S 
     case Dtype::f64:
       static_cast<double*>(data)[i] = static_cast<double>(value);
       break;
+    case Dtype::bf16:
+      static_cast<unsigned short*>(data)[i] = narrow<Dtype::bf16>(static_cast<float>(value));
+      break;
     default:
-      static_cast<unsigned short*>(data)[i] = narrow<2>(static_cast<float>(value), dtype == Dtype::f16);
+      static_cast<unsigned short*>(data)[i] = narrow<Dtype::f16>(static_cast<float>(value));
   }
 }
 
 constexpr int kIdentity = 0, kSwish = 1, kElu = 2;
 
-__device__ __forceinline__ float sigmoid(float u) { return __fdividef(1.f, 1.f + __expf(-u)); }
+// 2^x and 1/x to two units in the last place, subnormal numbers taken for zero: one instruction each.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+__device__ __forceinline__ float sigmoid(float u) {
+  return reciprocal(1.f + power_of_two(u * -1.442695041f));
+}
 // By Newton's method from an estimate: the compiler's own division is a call, around which registers are spilled.
 __device__ __forceinline__ double sigmoid(double u) {
   const double d = 1.0 + exp(-u);
-  double r = __fdividef(1.f, static_cast<float>(d));
+  double r = reciprocal(static_cast<float>(d));
   r = r * (2.0 - d * r);
   r = r * (2.0 - d * r);
   return d > 1e37 ? exp(u) : r;
@@ -117,6 +139,35 @@ __device__ __forceinline__ S activate(S u, int activation, S& slope) {
     return e;
   }
   return u;
+}
+
+// The same for N values at once: one branch for all.
+template <int N>
+__device__ __forceinline__ void activate_all(float* u, int activation) {
+  if (activation == kSwish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = u[i] * sigmoid(u[i]);
+  } else if (activation == kElu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = u[i] > 0.f ? u[i] : exp_minus_one(u[i]);
+  }
+}
+template <int N>
+__device__ __forceinline__ void activate_all(float* u, float* slope, int activation) {
+  if (activation == kSwish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = activate(u[i], kSwish, slope[i]);
+  } else if (activation == kElu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float e = exp_minus_one(u[i]);
+      slope[i] = u[i] > 0.f ? 1.f : e + 1.f;
+      u[i] = u[i] > 0.f ? u[i] : e;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) slope[i] = 1.f;
+  }
 }
 
 // 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of the

@@ -1,6 +1,7 @@
 // The GPU kernels of depthwise_conv2d on the CPU, for ctypes.
-#include "cuda/depthwise_conv2d_16bit.cu"
-#include "cuda/depthwise_conv2d_32bit.cu"
+#include "cuda/depthwise_conv2d_bf16.cu"
+#include "cuda/depthwise_conv2d_f16.cu"
+#include "cuda/depthwise_conv2d_f32.cu"
 // After the specialisations that it calls.
 #include "cuda/depthwise_conv2d.cu"
 
