@@ -10,7 +10,7 @@ import aot
 import cuda_shim
 import pytest
 import torch
-from harness import assert_close, relative_error
+from harness import assert_close
 
 from nvae_fast.ops import depthwise_conv2d as room
 
@@ -22,16 +22,23 @@ VECTORS = ("scale", "shift", "alpha", "beta", "gamma", "pivot")
 GRADIENTS = ("x", "weight", "scale", "shift")
 
 
-def inputs(kernel: int, size: tuple[int, ...], dtype: torch.dtype, step: tuple[int, int, int]) -> dict[str, Any]:
+def inputs(
+    kernel: int, size: tuple[int, ...], dtype: torch.dtype, step: tuple[int, int, int]
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(3)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
     b, c, h, w = size
-    stride, dilation, upsample = step
+    stride, _dilation, upsample = step
     out = (b, c, cuda_shim.extent(h, stride, upsample), cuda_shim.extent(w, stride, upsample))
-    t = {"x": normal(*size), "weight": normal(c, 1, kernel, kernel), "grad": normal(*out), "out": normal(*out)}
+    t = {
+        "x": normal(*size),
+        "weight": normal(c, 1, kernel, kernel),
+        "grad": normal(*out),
+        "out": normal(*out),
+    }
     t = {name: value.to(dtype) for name, value in t.items()}
     wide = cuda_shim.accumulate(dtype)
     return t | {name: normal(c).to(wide) for name in VECTORS}
@@ -142,7 +149,9 @@ def test_unneeded_gradients_are_left_out(kernel: int, step: str) -> None:
             assert torch.equal(a, e) if wanted else a is None
 
 
-@pytest.mark.parametrize("kernel, size", [(5, (3, 40, 19, 21)), (5, (130, 8, 4, 4)), (11, (9, 33, 9, 17)), (9, (4, 3, 9, 9))])
+@pytest.mark.parametrize(
+    "kernel, size", [(5, (3, 40, 19, 21)), (5, (130, 8, 4, 4)), (11, (9, 33, 9, 17)), (9, (4, 3, 9, 9))]
+)
 def test_statistics_far_from_zero(kernel: int, size: tuple[int, ...]) -> None:
     """|mean| / std = 100, over threads, blocks and strips."""
     x = torch.randn(size, dtype=torch.float64) + 100
@@ -154,7 +163,9 @@ def test_statistics_far_from_zero(kernel: int, size: tuple[int, ...]) -> None:
     assert_close(m2, (wide - wide.mean((0, 2, 3), keepdim=True)).square().sum((0, 2, 3)), 1e-5, "m2")
 
 
-@pytest.mark.parametrize("kernel, step", [(5, "plain"), (11, "plain"), (11, "stride"), (7, "up"), (9, "plain")])
+@pytest.mark.parametrize(
+    "kernel, step", [(5, "plain"), (11, "plain"), (11, "stride"), (7, "up"), (9, "plain")]
+)
 def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None:
     """No sum depends on which thread came first, and no barrier is missing."""
     t = inputs(kernel, (3, 40, 17, 18), torch.bfloat16, STEPS[step])
@@ -167,8 +178,12 @@ def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
 
 
-@pytest.mark.parametrize("size", [(0, 3, 5, 4), (2, 3, 1, 1), (5, 1, 2, 33), (1, 2, 1, 40), (2, 64, 40, 1)], ids=str)
-@pytest.mark.parametrize("kernel, step", [(5, "plain"), (11, "stride"), (3, "up"), (5, "both"), (7, "dilated"), (9, "plain")])
+@pytest.mark.parametrize(
+    "size", [(0, 3, 5, 4), (2, 3, 1, 1), (5, 1, 2, 33), (1, 2, 1, 40), (2, 64, 40, 1)], ids=str
+)
+@pytest.mark.parametrize(
+    "kernel, step", [(5, "plain"), (11, "stride"), (3, "up"), (5, "both"), (7, "dilated"), (9, "plain")]
+)
 def test_extreme_sizes(size: tuple[int, ...], kernel: int, step: str) -> None:
     steps = (STEPS | DILATED)[step]
     t = inputs(kernel, size, torch.float32, steps)

@@ -15,12 +15,14 @@ namespace nvae {
 
 namespace {
 
-// PyTorch's current stream. Looked up when first used, so that the binary also loads where PyTorch has no CUDA.
+// PyTorch's current stream. Looked up when first used, so that the binary also loads where PyTorch has no
+// CUDA.
 void* current_stream(int32_t device) {
   using Accessor = AOTITorchError (*)(int32_t, void**);
   static const Accessor accessor = [] {
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+    return library ? reinterpret_cast<Accessor>(dlsym(library, "aoti_torch_get_current_cuda_stream"))
+                   : nullptr;
   }();
   STD_TORCH_CHECK(accessor != nullptr, "depthwise_conv2d: this PyTorch has no CUDA");
   void* stream = nullptr;
@@ -36,7 +38,8 @@ Tensor dense(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
 Tensor as(const Tensor& t, ScalarType type) {
   return t.scalar_type() == type ? t : torch::stable::to(t, type);
 }
-Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like, bool channels_last = false) {
+Tensor empty(std::initializer_list<int64_t> size, ScalarType type, const Tensor& like,
+             bool channels_last = false) {
   const std::vector<int64_t> sizes(size);
   return torch::stable::empty({sizes.data(), sizes.size()}, type, std::nullopt, like.device(), std::nullopt,
                               channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
@@ -87,8 +90,8 @@ struct Call {
     p.stride = stride, p.dilation = dilation, p.upsample = upsample;
     p.device = x.get_device_index();
     if (activation) {
-      STD_TORCH_CHECK(*activation == "swish" || *activation == "elu", op, ": activation must be swish or elu, got ",
-                      *activation);
+      STD_TORCH_CHECK(*activation == "swish" || *activation == "elu", op,
+                      ": activation must be swish or elu, got ", *activation);
       p.activation = *activation == "swish" ? 1 : 2;
     }
     if (taps) {
@@ -100,10 +103,11 @@ struct Call {
       }
     }
     const int64_t most = (int64_t{1} << 31) - 1;
-    STD_TORCH_CHECK(p.batch * p.out_height() <= most && p.batch * p.height <= most && p.out_width() <= most / 2 &&
-                        p.width <= most / 2,
+    STD_TORCH_CHECK(p.batch * p.out_height() <= most && p.batch * p.height <= most &&
+                        p.out_width() <= most / 2 && p.width <= most / 2,
                     op, ": B*H and W must be below 2^31");
-    // As everywhere in this package: channels_last when the channels are adjacent and there is more than one pixel.
+    // As everywhere in this package: channels_last when the channels are adjacent and there is more than one
+    // pixel.
     channels_last = x.stride(1) == 1 && p.height * p.width > 1;
     // The fast kernels are those of channels_last, so NCHW goes there and back where it can.
     p.channels_last = 1;
@@ -116,7 +120,8 @@ struct Call {
 
   Tensor in_wanted_layout(const Tensor& map) {
     if (static_cast<bool>(p.channels_last) == channels_last) return map;
-    return torch::stable::contiguous(map, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+    return torch::stable::contiguous(map,
+                                     channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   }
 
   void run(int (*launch)(const Problem&, void*)) {
@@ -130,8 +135,9 @@ struct Call {
 }  // namespace
 
 static std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_cuda(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-    int64_t stride, int64_t dilation, int64_t upsample, const std::optional<std::string>& activation, bool stats,
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t dilation, int64_t upsample,
+    const std::optional<std::string>& activation, bool stats,
     const std::optional<std::vector<int64_t>>& taps) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call<cuda::DepthwiseForward> call(x, weight, scale, shift, stride, dilation, upsample, activation, taps);
@@ -148,9 +154,10 @@ static std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_cuda(
 static std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda(
     const Tensor& grad, const std::optional<Tensor>& out, const std::optional<Tensor>& alpha,
     const std::optional<Tensor>& beta, const std::optional<Tensor>& gamma, const std::optional<Tensor>& pivot,
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
-    int64_t stride, int64_t dilation, int64_t upsample, const std::optional<std::string>& activation,
-    const std::optional<std::vector<int64_t>>& taps, bool need_x, bool need_weight, bool need_affine) {
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
+    const std::optional<Tensor>& shift, int64_t stride, int64_t dilation, int64_t upsample,
+    const std::optional<std::string>& activation, const std::optional<std::vector<int64_t>>& taps,
+    bool need_x, bool need_weight, bool need_affine) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call<cuda::DepthwiseBackward> call(x, weight, scale, shift, stride, dilation, upsample, activation, taps);
   cuda::DepthwiseBackward& p = call.p;
@@ -160,8 +167,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda
   p.gamma = call.vector("gamma", gamma);
   p.pivot = call.vector("pivot", pivot);
   if (out && beta) p.out = call.result("out", *out);
-  const Tensor grad_x = need_x ? empty({p.batch, p.channels, p.height, p.width}, call.type, x, p.channels_last)
-                               : empty({0}, call.type, x);
+  const Tensor grad_x = need_x
+                            ? empty({p.batch, p.channels, p.height, p.width}, call.type, x, p.channels_last)
+                            : empty({0}, call.type, x);
   const int64_t k = p.kernel, sums = need_affine ? p.channels : 0;
   const Tensor grad_weight = need_weight ? empty({p.channels, 1, k, k}, weight.scalar_type(), weight)
                                          : empty({0}, weight.scalar_type(), weight);

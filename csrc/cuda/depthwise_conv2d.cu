@@ -1,5 +1,5 @@
-// Entry points of depthwise_conv2d on the GPU: the fast kernels where they apply, the general ones elsewhere, and
-// the second stage of the sums.
+// Entry points of depthwise_conv2d on the GPU: the fast kernels where they apply, the general ones elsewhere,
+// and the second stage of the sums.
 #include "depthwise_conv2d_finish.cuh"
 #include "depthwise_conv2d_general.cuh"
 #include "depthwise_conv2d_launch.cuh"
@@ -96,8 +96,8 @@ bool depthwise_is_fast(const DepthwiseConv2d& p) {
   const int64_t k = p.kernel;
   // Rows, columns and their strides in a tile are counted in 32 bits.
   const int64_t most = int64_t{1} << 24;
-  return p.channels_last && p.dtype != Dtype::f64 && (k == 3 || k == 5 || k == 7 || k == 11) && p.height < most &&
-         p.width < most;
+  return p.channels_last && p.dtype != Dtype::f64 && (k == 3 || k == 5 || k == 7 || k == 11) &&
+         p.height < most && p.width < most;
 }
 
 int64_t depthwise_workspace(const DepthwiseForward& p) {
@@ -105,7 +105,9 @@ int64_t depthwise_workspace(const DepthwiseForward& p) {
 }
 int64_t depthwise_workspace(const DepthwiseBackward& p) {
   const int64_t taps = backward_taps(p);
-  return p.grad_weight || p.grad_scale ? backward_partials(p) * (taps * taps + 2) * p.channels * bytes(p.dtype) : 0;
+  return p.grad_weight || p.grad_scale
+             ? backward_partials(p) * (taps * taps + 2) * p.channels * bytes(p.dtype)
+             : 0;
 }
 
 int depthwise_forward(const DepthwiseForward& p, void* stream) {

@@ -1,5 +1,5 @@
-// The GPU kernels of depthwise_conv2d as plain functions of pointers: free of PyTorch's and of CUDA's headers.
-// Maps are dense (NHWC or NCHW); per-channel vectors are float, or double for f64 maps.
+// The GPU kernels of depthwise_conv2d as plain functions of pointers: free of PyTorch's and of CUDA's
+// headers. Maps are dense (NHWC or NCHW); per-channel vectors are float, or double for f64 maps.
 #pragma once
 #include <cstdint>
 
@@ -12,10 +12,10 @@ struct DepthwiseConv2d {
   int64_t batch, channels, height, width;  // of x
   int64_t kernel;
   int64_t stride, dilation, upsample;
-  int64_t activation;    // 0 none, 1 swish, 2 elu
+  int64_t activation;  // 0 none, 1 swish, 2 elu
   int64_t channels_last;
   int64_t device;
-  int64_t masked;        // 1: only the taps whose bit is set in `live` exist (kernel <= 31)
+  int64_t masked;  // 1: only the taps whose bit is set in `live` exist (kernel <= 31)
   uint32_t live[32];
   Dtype dtype, weight_dtype;
   const void* x;

@@ -1,12 +1,13 @@
-// The backward kernel of depthwise_conv2d: one pass over x and dy gives the gradients of x, of the weights, of
-// scale and of shift.
+// The backward kernel of depthwise_conv2d: one pass over x and dy gives the gradients of x, of the weights,
+// of scale and of shift.
 //
 // Both convolutions pair an element of x with the same window of dy:
 //   dh[a] = sum_t weight[t] dy[a + pad - t]      grad_weight[t] = sum_a h[a] dy[a + pad - t]
-// so a thread reads a row of dy once from shared memory and uses every value twice. It keeps the rows of x that this
-// row touches in rings of U rows: h (activated x) and dh (being summed). Strides are ratios of the two walks: a step
-// takes XS rows of x and DS rows of dy (1:1; 2:1 with stride 2; 1:2 with upsampling, where the kernel acts on x as
-// one of K + 1 taps, sums of two neighbours). Large kernels split their rows over G groups of warps.
+// so a thread reads a row of dy once from shared memory and uses every value twice. It keeps the rows of x
+// that this row touches in rings of U rows: h (activated x) and dh (being summed). Strides are ratios of the
+// two walks: a step takes XS rows of x and DS rows of dy (1:1; 2:1 with stride 2; 1:2 with upsampling, where
+// the kernel acts on x as one of K + 1 taps, sums of two neighbours). Large kernels split their rows over G
+// groups of warps.
 #pragma once
 #include "depthwise_conv2d_forward.cuh"
 
@@ -48,11 +49,11 @@ __host__ __device__ constexpr int floor_half(int n) { return (n + 4096) / 2 - 20
 
 template <int K, int XS, int DS, int U>
 struct BackwardShape {
-  static constexpr int kTaps = DS == 2 ? K + 1 : K;       // each way, as seen from x
-  static constexpr int kRing = DS == 2 ? kTaps / 2 : K;   // rows of x that one step's rows of dy touch
+  static constexpr int kTaps = DS == 2 ? K + 1 : K;      // each way, as seen from x
+  static constexpr int kRing = DS == 2 ? kTaps / 2 : K;  // rows of x that one step's rows of dy touch
   static constexpr int kGroups = (kRing + U - 1) / U;
-  static constexpr int kSteps = U / XS;                   // of a chunk
-  static constexpr int kRows = kSteps * DS;               // of dy
+  static constexpr int kSteps = U / XS;      // of a chunk
+  static constexpr int kRows = kSteps * DS;  // of dy
   static constexpr int kOdd = XS == 2 ? K / 2 % 2 : 0;
   static constexpr int kInputs = DS == 2   ? 2 * (kColumns - 1) + kTaps
                                  : XS == 2 ? (kColumns - 1 + K - 1 - kOdd) / 2 + 1
@@ -60,6 +61,7 @@ struct BackwardShape {
   static constexpr int kColumnStep = DS == 2 ? 2 * kColumns : kColumns / XS;  // of dy, between column groups
   static constexpr int kWarps = kGroups > 4 ? 2 : 4;
   static constexpr int kThreads = kWarps * kGroups * kLanes;
+  static constexpr int kBlocks = kGroups > 1 ? 1 : 3;  // of a multiprocessor: 168 registers a thread
   static_assert(U % XS == 0 && (DS == 1 || kRing % U == 0), "rings must turn in whole steps");
   // The column tap that joins column p of a thread to dy's q, or none.
   __host__ __device__ static constexpr int tap_column(int p, int q) {
@@ -82,7 +84,7 @@ struct BackwardShape {
 
 template <Dtype D, int K, int XS, int DS, int U, int PATTERN>
 __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
-                                  (BackwardShape<K, XS, DS, U>::kGroups == 1 ? 3 : 1))
+                                  (BackwardShape<K, XS, DS, U>::kBlocks))
     depthwise_backward_kernel(const BackwardLaunch a) {
   using Shape = BackwardShape<K, XS, DS, U>;
   using Bits = typename Word<D>::Type;
@@ -111,7 +113,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   if (warp == 0) {
     alpha[lane] = a.p.alpha != nullptr && exists ? static_cast<const float*>(a.p.alpha)[channel] : 1.f;
     beta[lane] = a.p.beta != nullptr && exists ? static_cast<const float*>(a.p.beta)[channel] : 0.f;
-    const float constant = a.p.gamma != nullptr && exists ? static_cast<const float*>(a.p.gamma)[channel] : 0.f;
+    const float constant =
+        a.p.gamma != nullptr && exists ? static_cast<const float*>(a.p.gamma)[channel] : 0.f;
     gamma[lane] = pooled ? 4.f * constant : constant;  // of four pixels
     const bool affine = a.p.scale != nullptr && exists;
     scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
@@ -123,7 +126,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   constexpr int taps = K * K;
   const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] = a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
+    tile[i] =
+        a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
   __syncthreads();
   // Row s of tap rows, in the order in which a step meets them: s = ring row * DS + row of dy.
   float weight[R][T], weight_sum[R][T];
@@ -159,17 +163,17 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   float* handed = reinterpret_cast<float*>(kept - (walker * kLanes + lane) + U * P * walkers * kLanes);
   uint4* raw = reinterpret_cast<uint4*>(handed + (G - 1) * 2 * U * P * walkers * kLanes);
   Stage<D, Shape::kRows, 2> stage = {w,
-                                         w.y,
-                                         {static_cast<const Bits*>(a.p.grad), static_cast<const Bits*>(a.p.out)},
-                                         pooled ? px.height : py.height,
-                                         pooled ? px.width : py.width,
-                                         here,
-                                         w.vector && !pooled,
-                                         raw,
-                                         tile,
-                                         0,
-                                         0,
-                                         0};
+                                     w.y,
+                                     {static_cast<const Bits*>(a.p.grad), static_cast<const Bits*>(a.p.out)},
+                                     pooled ? px.height : py.height,
+                                     pooled ? px.width : py.width,
+                                     here,
+                                     w.vector && !pooled,
+                                     raw,
+                                     tile,
+                                     0,
+                                     0,
+                                     0};
   const OnLoadGradient on_load{alpha, beta, gamma, pooled ? w.y.row / 2 : 0, w.y.column / 2};
 
   const bool need_weight = a.p.grad_weight != nullptr, need_x = a.p.grad_x != nullptr;
@@ -184,9 +188,11 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     const int b0 = job.tile * w.column_groups * P, b_mine = b0 + column_group * P;
     if (rows <= 0 || b0 >= px.width) continue;
     constexpr int pad = K / 2;
-    // At step n ring row k is row XS n + k + low of x, and dy's rows are DS n + top and, with DS = 2, the next.
-    const int top = DS == 2 ? 2 * a0 - pad
-                            : XS == 2 ? floor_half(a0 + pad - G * U + 2) : a0 + pad - G * U + 1;
+    // At step n ring row k is row XS n + k + low of x, and dy's rows are DS n + top and, with DS = 2, the
+    // next.
+    const int top = DS == 2   ? 2 * a0 - pad
+                    : XS == 2 ? floor_half(a0 + pad - G * U + 2)
+                              : a0 + pad - G * U + 1;
     const int low = DS == 2 ? a0 - (G * U - 1) : XS * top - pad;
     const int steps = (a0 + rows - 1 - low) / XS + 1;
     const int chunks = (steps + Shape::kSteps - 1) / Shape::kSteps;
@@ -195,10 +201,10 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     stage.left = DS == 2 ? 2 * b0 - pad : XS == 2 ? (b0 - pad + Shape::kOdd) / 2 : b0 - pad;
     const bool mine = exists && image < stage.images_here;
     // Of the thread's columns, those that exist.
-    const int columns_left = px.width - b_mine, columns_here = mine && columns_left < P ? columns_left : mine ? P : 0;
+    const int columns_left = px.width - b_mine, columns_here = mine && columns_left < P ? columns_left
+                                                               : mine                   ? P
+                                                                                        : 0;
     const int64_t corner = px.base + (job.image + image) * w.x.image + b_mine * w.x.column + channel;
-    const Bits* x = static_cast<const Bits*>(a.p.x) + corner;
-    Bits* grad_x = static_cast<Bits*>(a.p.grad_x) + corner;
 
     float h[U][P], dh[U][P];
 #pragma unroll
@@ -213,7 +219,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
       for (int j = 0; j < XS; ++j) {
         const int row = XS * step + group * U + U - XS + j + low;
         const int inside = row >= a0 && row < a0 + rows ? columns_here : 0;
-        const Bits* from = x + row * w.x.row;
+        const Bits* from = static_cast<const Bits*>(a.p.x) + (corner + row * w.x.row);
 #pragma unroll
         for (int p = 0; p < P; ++p) {
           coming[j][p] = Bits(0);
@@ -250,7 +256,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
           for (int p = 0; p < P; ++p) {
             h[slot][p] = p < inside ? value[p] : 0.f;
             dh[slot][p] = 0.f;
-            if (group == 0) kept[(slot * P + p) * walkers * kLanes] = make_float2(raw[p], p < inside ? slope[p] : 0.f);
+            if (group == 0)
+              kept[(slot * P + p) * walkers * kLanes] = make_float2(raw[p], p < inside ? slope[p] : 0.f);
           }
         }
         fetch(step + 1);
@@ -271,7 +278,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 #pragma unroll
                   for (int p = 0; p < P; ++p) {
                     const int v = Shape::tap_column(p, q);
-                    if (v >= 0 && tap_exists(PATTERN, k, v)) dh[slot][p] = fmaf(weight[s][v], dy[q], dh[slot][p]);
+                    if (v >= 0 && tap_exists(PATTERN, k, v))
+                      dh[slot][p] = fmaf(weight[s][v], dy[q], dh[slot][p]);
                   }
               }
               if (need_weight) {
@@ -300,23 +308,34 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
             if (group < G - 1 && row >= a0)
 #pragma unroll
               for (int p = 0; p < P; ++p)
-                dh[slot][p] += handed[group * boundary + (~chunk & 1) * (boundary / 2) + mine_at + p * walkers * kLanes];
+                dh[slot][p] +=
+                    handed[group * boundary + (~chunk & 1) * (boundary / 2) + mine_at + p * walkers * kLanes];
             if (group > 0)
 #pragma unroll
               for (int p = 0; p < P; ++p)
-                handed[(group - 1) * boundary + (chunk & 1) * (boundary / 2) + mine_at + p * walkers * kLanes] =
-                    dh[slot][p];
+                handed[(group - 1) * boundary + (chunk & 1) * (boundary / 2) + mine_at +
+                       p * walkers * kLanes] = dh[slot][p];
           }
           if (group == 0 && row >= a0 && row < a0 + rows) {
-            Bits* to = grad_x + row * w.x.row;
+            float gradient[P];
 #pragma unroll
             for (int p = 0; p < P; ++p) {
               const float2 was = kept[(slot * P + p) * walkers * kLanes];
               const float du = dh[slot][p] * was.y;
               shift_sum += du;
               scale_sum = fmaf(du, was.x - pivot[lane], scale_sum);
-              if (need_x && p < columns_here) *to = narrow<D>(scale[lane] * du);
-              to += w.x.column;
+              gradient[p] = scale[lane] * du;
+            }
+            if (need_x) {
+              Bits* to = static_cast<Bits*>(a.p.grad_x) + (corner + row * w.x.row);
+              Bits bits[P];
+#pragma unroll
+              for (int p = 0; p < P; p += 2) narrow_two<D>(gradient[p], gradient[p + 1], bits + p);
+#pragma unroll
+              for (int p = 0; p < P; ++p) {
+                if (p < columns_here) *to = bits[p];
+                to += w.x.column;
+              }
             }
           }
         }
@@ -324,7 +343,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     }
   }
 
-  // The block's sums, warp after warp in a fixed order, then to the workspace: [block][tap, shift, scale][channel].
+  // The block's sums, warp after warp in a fixed order, then to the workspace: [block][tap, shift,
+  // scale][channel].
   float* sums = tile;
   __syncthreads();
   for (int i = threadIdx.x; i < (T * T + 2) * kLanes; i += blockDim.x) sums[i] = 0.f;

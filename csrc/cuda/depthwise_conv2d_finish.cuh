@@ -1,4 +1,5 @@
-// Second stage of the sums of depthwise_conv2d: partial results of blocks, added in a fixed order and in double.
+// Second stage of the sums of depthwise_conv2d: partial results of blocks, added in a fixed order and in
+// double.
 #pragma once
 #include "elements.cuh"
 
@@ -58,7 +59,8 @@ struct FinishGradients {
   int kernel;
   bool masked;
   uint32_t live[32];
-  int taps;  // each way: kernel, or kernel + 1: then tap m holds dh's neighbours, and a weight has four of them
+  int taps;  // each way: kernel, or kernel + 1: then tap m holds dh's neighbours, and a weight has four of
+             // them
   int64_t channels;
   void* weight;  // null where not wanted
   Dtype weight_dtype;
@@ -94,7 +96,9 @@ __global__ void __launch_bounds__(32 * kStrands) depthwise_finish_gradients(cons
   sum = across_strands(sum, shared);
   if (!exists || strand != 0) return;
   if (result < weights) {
-    if (a.weight) store_any(a.weight, a.weight_dtype, channel * weights + result, a.masked && !(a.live[result / 32] >> (result % 32) & 1) ? S(0) : static_cast<S>(sum));
+    if (a.weight)
+      store_any(a.weight, a.weight_dtype, channel * weights + result,
+                a.masked && !(a.live[result / 32] >> (result % 32) & 1) ? S(0) : static_cast<S>(sum));
   } else if (a.shift) {
     static_cast<S*>(result == weights ? a.shift : a.scale)[channel] = static_cast<S>(sum);
   }

@@ -1,7 +1,7 @@
-// The forward kernel of depthwise_conv2d. A thread reads each row of its columns once from shared memory (activated
-// already) and adds it to the M output rows that it touches; these accumulators are a ring, unrolled so that every
-// index is known to the compiler. Large kernels split their rows over G groups of warps, which hand the
-// partial sums of a row on through shared memory.
+// The forward kernel of depthwise_conv2d. A thread reads each row of its columns once from shared memory
+// (activated already) and adds it to the M output rows that it touches; these accumulators are a ring,
+// unrolled so that every index is known to the compiler. Large kernels split their rows over G groups of
+// warps, which hand the partial sums of a row on through shared memory.
 #pragma once
 #include "depthwise_conv2d_tile.cuh"
 
@@ -13,15 +13,15 @@ struct ForwardLaunch {
   Walk w;
 };
 
-// Patterns the compiler knows: 0 all taps, 1 the first 13 of 5x5 in raster order, 2 the last 13 (causal kernels).
+// Patterns the compiler knows: 0 all taps, 1 the first 13 of 5x5 in raster order, 2 the last 13 (causal
+// kernels).
 __host__ __device__ constexpr bool tap_exists(int pattern, int u, int v) {
   return pattern == 0 || (pattern == 1 ? u * 5 + v < 13 : u * 5 + v >= 12);
 }
 
-// Rows and columns of a folded filter: upsampled offset d from phase p reaches source pixel floor((p + d) / 2).
-__host__ __device__ constexpr int folded(int phase, int offset) {
-  return (phase + offset + 1024) / 2 - 512;
-}
+// Rows and columns of a folded filter: upsampled offset d from phase p reaches source pixel floor((p + d) /
+// 2).
+__host__ __device__ constexpr int folded(int phase, int offset) { return (phase + offset + 1024) / 2 - 512; }
 __host__ __device__ constexpr int folded_pad(int phase, int kernel) { return -folded(phase, -(kernel / 2)); }
 
 struct OnLoad {
@@ -94,7 +94,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
   const int kernel = w.kernel, taps = kernel * kernel;
   const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] = a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
+    tile[i] =
+        a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
   __syncthreads();
   const int fp = w.fold ? at.view >> 1 : 0, fq = w.fold ? at.view & 1 : 0;
   const int pad_rows = w.fold ? folded_pad(fp, kernel) : kernel / 2;
@@ -127,7 +128,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
 
   uint4* raw = reinterpret_cast<uint4*>(tile + w.images * Shape::kRows * w.columns * kLanes);
   Stage<D, Shape::kRows, 1> stage = {
-      w, w.x, {static_cast<const Bits*>(a.p.x)}, px.height, px.width, here, w.vector != 0, raw, tile, 0, 0, 0};
+      w, w.x, {static_cast<const Bits*>(a.p.x)}, px.height, px.width, here, w.vector != 0, raw, tile, 0,
+      0, 0};
   // [boundary between groups][parity of chunk][row][column][column group and image][lane]
   float* handed = reinterpret_cast<float*>(raw + w.raw_vectors);
   const int walkers = w.column_groups * w.images, walker = image * w.column_groups + column_group;
@@ -167,8 +169,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
       stage.convert(top + chunk * Shape::kRows, on_load);
       if (chunk + 1 < chunks) stage.copy(top + (chunk + 1) * Shape::kRows);
       __syncthreads();
-      const float* from =
-          tile + (image * Shape::kRows * w.columns + column_group * P * S) * kLanes + lane;
+      const float* from = tile + (image * Shape::kRows * w.columns + column_group * P * S) * kLanes + lane;
 #pragma unroll
       for (int t = 0; t < M; ++t) {
 #pragma unroll
@@ -187,7 +188,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
                   if (!tap_exists(PATTERN, u, v)) continue;
 #pragma unroll
                   for (int p = 0; p < P; ++p)
-                    acc[(t - m + M) % M][p] = fmaf(weight[m * S + phase][v], in[S * p + v], acc[(t - m + M) % M][p]);
+                    acc[(t - m + M) % M][p] =
+                        fmaf(weight[m * S + phase][v], in[S * p + v], acc[(t - m + M) % M][p]);
                 }
               }
             }
@@ -204,20 +206,23 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 
           const int boundary = 2 * M * P * walkers * kLanes;
           if (group > 0 && o >= 0 && o < rows)
 #pragma unroll
-            for (int p = 0; p < P; ++p) acc[slot][p] += there_row[(group - 1) * boundary + p * walkers * kLanes];
+            for (int p = 0; p < P; ++p)
+              acc[slot][p] += there_row[(group - 1) * boundary + p * walkers * kLanes];
           if (group < G - 1)
 #pragma unroll
             for (int p = 0; p < P; ++p) here_row[group * boundary + p * walkers * kLanes] = acc[slot][p];
         }
         if (group == G - 1 && o >= 0 && o < rows && stores) {
           Bits* to = out + o * w.y.row;
+          Bits bits[P];
           float value[P];
 #pragma unroll
+          for (int p = 0; p < P; p += 2) narrow_two<D>(acc[slot][p], acc[slot][p + 1], bits + p);
+#pragma unroll
           for (int p = 0; p < P; ++p) {
-            const Bits bits = narrow<D>(acc[slot][p]);
-            if (p < columns_here) *to = bits;
+            if (p < columns_here) *to = bits[p];
             to += w.y.column;
-            value[p] = widen<D>(bits);
+            value[p] = widen<D>(bits[p]);
           }
           if (stats) {
             // Shifted by the thread's own first value, so that little is lost where |mean| >> std.

@@ -1,5 +1,5 @@
-// depthwise_conv2d for every odd kernel, both layouts and float64, by the formula: a block takes one channel and a
-// range of its pixels. Neighbouring threads take neighbouring columns, which suits NCHW.
+// depthwise_conv2d for every odd kernel, both layouts and float64, by the formula: a block takes one channel
+// and a range of its pixels. Neighbouring threads take neighbouring columns, which suits NCHW.
 #pragma once
 #include "depthwise_conv2d.h"
 #include "elements.cuh"
@@ -66,12 +66,13 @@ struct GeneralLoad {
     return activate(scale * raw(b, i, j) + shift, static_cast<int>(p.activation));
   }
   __device__ S weight(int tap) const {
-    return p.tap_is_live(tap) ? load_any<S>(p.weight, p.weight_dtype, channel * p.kernel * p.kernel + tap) : S(0);
+    return p.tap_is_live(tap) ? load_any<S>(p.weight, p.weight_dtype, channel * p.kernel * p.kernel + tap)
+                              : S(0);
   }
 };
 
 template <class S>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 1)
     depthwise_general_forward(const DepthwiseForward p, int chunks) {
   const unsigned channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const GeneralLoad<S> load(p, channel);
@@ -87,7 +88,8 @@ __global__ void __launch_bounds__(kGeneralThreads)
       if (row < 0 || row >= height) continue;
       for (int v = 0; v < k; ++v) {
         const int column = j * stride + v * dilation - pad;
-        if (column >= 0 && column < width) y += load.weight(u * k + v) * load.h(b, row >> halve, column >> halve);
+        if (column >= 0 && column < width)
+          y += load.weight(u * k + v) * load.h(b, row >> halve, column >> halve);
       }
     }
     const int64_t at = out.at(b, channel, i, j);
@@ -101,11 +103,12 @@ __global__ void __launch_bounds__(kGeneralThreads)
   });
   if (!p.mean) return;
   const S n = block_sum(count);
-  const S mine = count > S(0) ? pivot + sum / count : S(0);
+  const S share = count > S(0) ? reciprocal(count) : S(0);  // 0 where there is nothing
+  const S mine = count > S(0) ? pivot + sum * share : S(0);
   // The block's mean as a distance from its first thread's pivot, so that nothing large is summed.
   const S centre = block_sum(threadIdx.x == 0 ? pivot : S(0));
-  const S mean = n > S(0) ? centre + block_sum(count * (mine - centre)) / n : S(0);
-  const S own = count > S(0) ? squares - sum * sum / count + count * (mine - mean) * (mine - mean) : S(0);
+  const S mean = n > S(0) ? centre + block_sum(count * (mine - centre)) * reciprocal(n) : S(0);
+  const S own = count > S(0) ? squares - sum * sum * share + count * (mine - mean) * (mine - mean) : S(0);
   const S m2 = block_sum(own);
   if (threadIdx.x == 0) {
     S* partial = static_cast<S*>(p.workspace) + chunk * 3 * p.channels + channel;
@@ -116,13 +119,14 @@ __global__ void __launch_bounds__(kGeneralThreads)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kGeneralThreads)
+__global__ void __launch_bounds__(kGeneralThreads, 1)
     depthwise_general_backward(const DepthwiseBackward p, int chunks) {
   const unsigned channel = blockIdx.x / chunks, chunk = blockIdx.x % chunks;
   const GeneralLoad<S> load(p, channel);
   const GeneralMap out(p, p.out_height(), p.out_width());
   const int k = static_cast<int>(p.kernel), halved = p.stride == 2 ? 1 : 0;
-  const int dilation = static_cast<int>(p.dilation), doubled = p.upsample == 2 ? 1 : 0, pad = k / 2 * dilation;
+  const int dilation = static_cast<int>(p.dilation), doubled = p.upsample == 2 ? 1 : 0,
+            pad = k / 2 * dilation;
   const auto vector = [&](const void* of, S otherwise) {
     return of ? static_cast<const S*>(of)[channel] : otherwise;
   };

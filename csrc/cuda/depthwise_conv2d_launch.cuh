@@ -6,8 +6,8 @@
 namespace nvae {
 namespace cuda {
 
-// Grids aim at this many blocks: eight for each of the 132 multiprocessors of an H200, more than are resident at a
-// time. One number for every GPU, so that sums have the same order on all.
+// Grids aim at this many blocks: eight for each of the 132 multiprocessors of an H200, more than are resident
+// at a time. One number for every GPU, so that sums have the same order on all.
 constexpr int64_t kBlocks = 1056;
 constexpr int64_t kSegmentRows = 8;  // strips are not cut shorter: each repeats the rows of a kernel
 
@@ -73,7 +73,8 @@ inline void set_strides(Lattice& l, const DepthwiseConv2d& p, int64_t height, in
 template <class Shape>
 Walk forward_walk(const DepthwiseForward& p) {
   Walk w = common_walk(p);
-  if (p.upsample == 2) {  // the four phases of y: filters of their own, or with dilation 2 four times the same
+  if (p.upsample ==
+      2) {  // the four phases of y: filters of their own, or with dilation 2 four times the same
     w.y.step = 2, w.y.phased = 1;
     w.views = 4;
     w.fold = p.dilation == 1;
@@ -96,8 +97,8 @@ Walk backward_walk(const DepthwiseBackward& p) {
   return w;
 }
 
-// Shapes of kernels, K taps each way and a stride in rings of so many rows: what fits into 128 registers, or 168
-// where few threads do.
+// Shapes of kernels, K taps each way and a stride in rings of so many rows: what fits into 128 registers, or
+// 168 where few threads do.
 template <int K_, int S_, int M_, int G_, int PATTERN_ = 0>
 struct ForwardKind {
   static constexpr int K = K_, S = S_, M = M_, G = G_, PATTERN = PATTERN_;
@@ -141,7 +142,7 @@ auto backward_kind(const DepthwiseConv2d& p, Visit visit) {
     if (k == 3) return visit(BackwardKind<3, 1, 2, 2>{});
     if (k == 5) return visit(BackwardKind<5, 1, 2, 3>{});
     if (k == 7) return visit(BackwardKind<7, 1, 2, 2>{});
-    return visit(BackwardKind<11, 1, 2, 2>{});
+    return visit(BackwardKind<11, 1, 2, 1>{});
   }
   if (k == 3) return visit(BackwardKind<3, 1, 1, 3>{});
   if (k == 5 && pattern(p) == 1) return visit(BackwardKind<5, 1, 1, 5, 1>{});

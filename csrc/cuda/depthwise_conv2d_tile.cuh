@@ -1,10 +1,10 @@
-// What the forward and the backward kernel of depthwise_conv2d share: how an image is cut up and how rows of it
-// come into shared memory.
+// What the forward and the backward kernel of depthwise_conv2d share: how an image is cut up and how rows of
+// it come into shared memory.
 //
-// A lane is a channel, a warp a group of kColumns columns of one image, and a block walks down the rows of a strip
-// of columns. So weights live in registers, shared memory is read without bank conflicts, and all control flow is
-// the same for the whole warp. Dilation 2 needs no code of its own: the image then falls apart into interleaved
-// images ("views") of twice the strides, in each of which neighbours are neighbours.
+// A lane is a channel, a warp a group of kColumns columns of one image, and a block walks down the rows of a
+// strip of columns. So weights live in registers, shared memory is read without bank conflicts, and all
+// control flow is the same for the whole warp. Dilation 2 needs no code of its own: the image then falls
+// apart into interleaved images ("views") of twice the strides, in each of which neighbours are neighbours.
 #pragma once
 #include "depthwise_conv2d.h"
 #include "elements.cuh"
@@ -12,8 +12,8 @@
 namespace nvae {
 namespace cuda {
 
-constexpr int kLanes = 32;    // channels of a block
-constexpr int kColumns = 4;   // columns of a thread
+constexpr int kLanes = 32;   // channels of a block
+constexpr int kColumns = 4;  // columns of a thread
 
 // How one map is seen: every step-th row and column, from the view's phase on.
 struct Lattice {
@@ -33,8 +33,8 @@ struct Walk {
   int kernel;  // width of the weights
   int fold;    // forward only: upsampling as four filters of (kernel + 1) / 2 taps
   int vector;  // 16-byte loads are possible
-  // The rectangle of a chunk in shared memory, and how threads share it: [0] element by element, [1] by 16 bytes.
-  // Factors divide: n / d == n * ceil(2^20 / d) >> 20 for the small n that occur.
+  // The rectangle of a chunk in shared memory, and how threads share it: [0] element by element, [1] by 16
+  // bytes. Factors divide: n / d == n * ceil(2^20 / d) >> 20 for the small n that occur.
   int columns, raw_vectors;
   int bands[2], band_factor[2], column_factor;
 
@@ -85,14 +85,15 @@ struct Job {
   }
 };
 
-// A rectangle of ROWS rows of every image of a block on its way into shared memory: copied raw (asynchronously,
-// each thread its own 16 bytes), then converted by the thread that copied it to floats [image][row][column][lane].
-// Outside the image, and in channels that do not exist, there are zeros; rows outside are left out altogether,
-// nobody reads them. Without 16-byte alignment the conversion reads global memory itself.
+// A rectangle of ROWS rows of every image of a block on its way into shared memory: copied raw
+// (asynchronously, each thread its own 16 bytes), then converted by the thread that copied it to floats
+// [image][row][column][lane]. Outside the image, and in channels that do not exist, there are zeros; rows
+// outside are left out altogether, nobody reads them. Without 16-byte alignment the conversion reads global
+// memory itself.
 template <Dtype D, int ROWS, int SOURCES>
 struct Stage {
   using Bits = typename Word<D>::Type;
-  static constexpr int kVector = 16 / kBytes<D>;          // channels of 16 bytes
+  static constexpr int kVector = 16 / kBytes<D>;      // channels of 16 bytes
   static constexpr int kPerPixel = kLanes / kVector;  // vectors of a pixel
 
   const Walk& w;
@@ -108,7 +109,8 @@ struct Stage {
   int images_here;  // that exist
   int left;         // column of the rectangle's first
 
-  // visit(inside, element of the source, slot of raw, element of the tile, channel) for what this thread moves.
+  // visit(inside, element of the source, slot of raw, element of the tile, channel) for what this thread
+  // moves.
   template <int PER, class Visit>
   __device__ __forceinline__ void each(int top, Visit visit) const {
     constexpr int kind = PER == kLanes ? 0 : 1;

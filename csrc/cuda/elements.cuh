@@ -36,6 +36,25 @@ __device__ __forceinline__ typename Word<D>::Type narrow(float value) {
   return static_cast<typename Word<D>::Type>(__bfloat16_as_ushort(__float2bfloat16_rn(value)));
 }
 
+// Two elements in one instruction; converting one alone runs at a quarter of the speed.
+template <Dtype D>
+__device__ __forceinline__ void narrow_two(float a, float b, typename Word<D>::Type* to) {
+#ifdef __CUDA_ARCH__
+  if constexpr (D != Dtype::f32) {
+    unsigned both;
+    if constexpr (D == Dtype::bf16)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    else
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    to[0] = static_cast<unsigned short>(both);
+    to[1] = static_cast<unsigned short>(both >> 16);
+    return;
+  }
+#endif
+  to[0] = narrow<D>(a);
+  to[1] = narrow<D>(b);
+}
+
 // Four elements of 16 bytes: the first four, or of 2-byte elements with part = 1 the others.
 template <Dtype D>
 __device__ __forceinline__ float4 widen_four(const uint4* from, int part) {
@@ -107,13 +126,16 @@ __device__ __forceinline__ float reciprocal(float x) {
 __device__ __forceinline__ float sigmoid(float u) {
   return reciprocal(1.f + power_of_two(u * -1.442695041f));
 }
-// By Newton's method from an estimate: the compiler's own division is a call, around which registers are spilled.
+// 1/x of moderate x by Newton's method: the compiler's division is a call, around which registers are
+// spilled.
+__device__ __forceinline__ double reciprocal(double x) {
+  double r = reciprocal(static_cast<float>(x));
+  r = r * (2.0 - x * r);
+  return r * (2.0 - x * r);
+}
 __device__ __forceinline__ double sigmoid(double u) {
   const double d = 1.0 + exp(-u);
-  double r = reciprocal(static_cast<float>(d));
-  r = r * (2.0 - d * r);
-  r = r * (2.0 - d * r);
-  return d > 1e37 ? exp(u) : r;
+  return d > 1e37 ? exp(u) : reciprocal(d);
 }
 __device__ __forceinline__ float exp_minus_one(float u) { return expm1f(u); }
 __device__ __forceinline__ double exp_minus_one(double u) { return expm1(u); }
@@ -170,8 +192,8 @@ __device__ __forceinline__ void activate_all(float* u, float* slope, int activat
   }
 }
 
-// 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of the
-// calling thread, which alone may then read them without a barrier.
+// 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of
+// the calling thread, which alone may then read them without a barrier.
 __device__ __forceinline__ void copy_async(uint4* shared, const void* global) {
 #ifdef __CUDA_ARCH__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));

@@ -1,4 +1,5 @@
-// Starts a kernel. The CPU stand-in of the tests (tests/cuda_shim) defines NVAE_LAUNCH before this file is read.
+// Starts a kernel. The CPU stand-in of the tests (tests/cuda_shim) defines NVAE_LAUNCH before this file is
+// read.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,8 +9,8 @@ namespace nvae {
 template <class Kernel>
 inline cudaError_t allow_shared(Kernel* kernel, size_t bytes) {
   if (bytes <= 48 * 1024) return cudaSuccess;
-  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              static_cast<int>(bytes));
+  return cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                              cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
 }
 
 }  // namespace nvae

@@ -51,7 +51,12 @@ def library() -> ctypes.CDLL:
         pytest.skip("the fibers are written for x86-64")
     path = Path(mkdtemp()) / "shim.so"
     command = [compiler, "-std=c++17", "-O1", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command += [f"-I{HERE}", f"-I{ROOT / 'csrc'}", str(HERE / "fibers.cpp"), str(HERE / "depthwise_conv2d.cpp")]
+    command += [
+        f"-I{HERE}",
+        f"-I{ROOT / 'csrc'}",
+        str(HERE / "fibers.cpp"),
+        str(HERE / "depthwise_conv2d.cpp"),
+    ]
     done = subprocess.run([*command, "-o", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
@@ -81,7 +86,9 @@ class Guarded:
 
     def check(self) -> None:
         for buffer in self.buffers:
-            assert bool((buffer[:256] == 0x5A).all() and (buffer[-256:] == 0x5A).all()), "written out of bounds"
+            assert bool((buffer[:256] == 0x5A).all() and (buffer[-256:] == 0x5A).all()), (
+                "written out of bounds"
+            )
 
 
 def pointer(t: torch.Tensor | None) -> int | None:
@@ -141,9 +148,7 @@ def forward(
     channels_last: bool = True,
 ) -> tuple[torch.Tensor, ...]:
     p, guard = Forward(), Guarded()
-    hold = describe(
-        p, x, weight, scale, shift, stride, dilation, upsample, activation, taps, channels_last
-    )
+    hold = describe(p, x, weight, scale, shift, stride, dilation, upsample, activation, taps, channels_last)
     b, c, h, w = x.shape
     shape = (b, c, extent(h, stride, upsample), extent(w, stride, upsample))
     y = guard.tensor(shape, x.dtype, channels_last)
@@ -178,9 +183,7 @@ def backward(
     need: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[torch.Tensor | None, ...]:
     p, guard = Backward(), Guarded()
-    hold = describe(
-        p, x, weight, scale, shift, stride, dilation, upsample, activation, taps, channels_last
-    )
+    hold = describe(p, x, weight, scale, shift, stride, dilation, upsample, activation, taps, channels_last)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     for name, value in (("grad", grad), ("out", out)):
         if value is not None:

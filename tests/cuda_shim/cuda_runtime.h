@@ -1,5 +1,5 @@
-// Stands in for CUDA's header where kernels are compiled for the CPU and run there by the tests: a fiber per thread, so
-// that barriers really let threads overtake each other. Only what csrc/cuda uses.
+// Stands in for CUDA's header where kernels are compiled for the CPU and run there by the tests: a fiber per
+// thread, so that barriers really let threads overtake each other. Only what csrc/cuda uses.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -52,7 +52,9 @@ using cudaError_t = int;
 using cudaStream_t = void*;
 constexpr int cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 constexpr int kShimMostShared = 227 * 1024;  // of a block of sm_90
-inline int cudaFuncSetAttribute(const void*, int, int bytes) { return bytes > kShimMostShared ? 1 : cudaSuccess; }
+inline int cudaFuncSetAttribute(const void*, int, int bytes) {
+  return bytes > kShimMostShared ? 1 : cudaSuccess;
+}
 inline int cudaSetDevice(int) { return cudaSuccess; }
 int cudaGetLastError();
 inline const char* cudaGetErrorString(int) { return "an error of the stand-in"; }

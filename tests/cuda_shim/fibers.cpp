@@ -63,8 +63,8 @@ void run() {
 void prepare(Fiber& fiber, unsigned index) {
   if (!fiber.memory) fiber.memory = std::aligned_alloc(64, kStack);
   void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.memory) + kStack - 64);
-  *--top = nullptr;                         // where run() would return to
-  *--top = reinterpret_cast<void*>(&run);   // where shim_switch returns to
+  *--top = nullptr;                        // where run() would return to
+  *--top = reinterpret_cast<void*>(&run);  // where shim_switch returns to
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   fiber.stack_pointer = top;
   fiber.index = index;
@@ -92,7 +92,8 @@ int cudaGetLastError() {
 }
 
 void shim_launch(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& kernel) {
-  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 || shared > kShimMostShared) {
+  if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 ||
+      shared > kShimMostShared) {
     error = 9;  // as a GPU would say: an invalid configuration
     return;
   }
