@@ -261,11 +261,13 @@ def test_operators_on_the_gpu(
 
 @pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
 def test_registers(arch: str) -> None:
-    """The 5x5 kernels in bf16: forward five blocks of 128 threads to a multiprocessor, backward three; no spills."""
+    """The 5x5 kernels in bf16: forward five blocks of 128 threads to a multiprocessor, backward three (four and two
+    where ptxas would spill); no spills."""
     forward, backward = sorted(
         aot.nvcc_usages(cuda_shim.HERE / "registers.cu", arch), key=lambda usage: usage.registers
     )
-    assert forward.registers <= 96
-    assert backward.registers <= 168
+    hopper = arch == "sm_90a"
+    assert forward.registers <= (96 if hopper else 128)
+    assert backward.registers <= (168 if hopper else 255)
     assert forward.spill_bytes == backward.spill_bytes == 0
     assert forward.stack_bytes == backward.stack_bytes == 0
