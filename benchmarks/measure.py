@@ -60,6 +60,16 @@ def kernel_launches(work: Callable[[], Any]) -> int:
     )
 
 
+def host_launches(work: Callable[[], Any]) -> int:
+    """How often the host sends something for ``work`` to the GPU: kernels, copies, fills, whole graphs."""
+    torch.cuda.synchronize()
+    with _quiet(), profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as record:
+        work()
+        torch.cuda.synchronize()
+    launches = ("cudaLaunchKernel", "cuLaunchKernel", "cudaGraphLaunch", "cudaMemcpy", "cudaMemset")
+    return sum(event.name().startswith(launches) for event in record.profiler.kineto_results.events())
+
+
 def peak_bytes(work: Callable[[], Any], device: torch.device) -> int | None:
     """The most memory ``work`` held at once beyond what was there before it: outputs, gradients, saved and
     temporary tensors. On the GPU the allocator's own peak; on the CPU the running sum of what PyTorch's

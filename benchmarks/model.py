@@ -1,9 +1,12 @@
 """Whole training steps (forward, loss, regularisers, backward, Adamax) and sampling, of the published
 settings.
 
-On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast; on a CPU, scaled down
-in width, groups and batch so that a step takes about half a second, in float32. The two settings at 256 pixels are
-alike and stand for one row; on a CPU its images are 64 pixels.
+On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast. On a CPU they are scaled down
+by one rule (`scaled`) so that a step takes about half a second, in float32; `--full-models` measures the two of
+`FULL` instead, at a size that is trained in earnest. The two settings at 256 pixels are alike and stand for one row.
+
+This package's own step and sampler are those of `nvae_fast.training`: one CUDA graph each on a GPU. The others run
+eagerly, as one would write them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from benchmarks.gate import finite, relative_error
 from benchmarks.providers import FORMAT_NAMES, MEMORY_FORMATS, OURS, cudnn_benchmark, one_line, time_limit
 from benchmarks.timing import Clock, WallClock, interleave
 from nvae_fast.nn import FlowCell, ResidualCell
-from nvae_fast.training import Step, TrainingConfig
+from nvae_fast.training import Sampler, Step, TrainingConfig
+from nvae_fast.training.graph import WARM_UP
 
 CASES = {
     "training_step": "forward, loss, regularisers, backward and Adamax",
@@ -38,21 +42,15 @@ LEARNING_RATE = 1e-5  # so small that the weights of all providers stay where th
 # and some forty layers of it lie between the image and the first gradient.
 TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (5e-2, 0.1)}
 
-# In order of measurement: where time is short, the last ones are skipped.
-_SMALL: dict[str, dict[str, Any]] = {
-    "mnist": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 2},
-    "cifar10": {"num_channels_enc": 16, "num_channels_dec": 16, "num_groups_per_scale": 2},
-    "celeba_256": {
-        "num_channels_enc": 4,
-        "num_channels_dec": 4,
-        "num_groups_per_scale": 1,
-        "min_groups_per_scale": 1,
-        "image_size": 64,
-    },
-    "celeba_64": {"num_channels_enc": 8, "num_channels_dec": 8, "num_groups_per_scale": 2},
-    "imagenet_32": {"num_channels_enc": 24, "num_channels_dec": 24, "num_groups_per_scale": 2},
+# In order of measurement: where time is short, the last ones are skipped. ffhq is celeba_256 with other images.
+PRESETS = ("mnist", "cifar10", "celeba_256", "celeba_64", "imagenet_32")
+SHRINK, LEAST_CHANNELS, MOST_GROUPS, MOST_PIXELS, BATCH_AT_32 = 8, 8, 2, 64, 8
+
+# On a CPU with --full-models: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
+FULL: dict[str, tuple[int, dict[str, Any]]] = {
+    "mnist": (16, {}),
+    "cifar10": (8, {"num_channels_enc": 64, "num_channels_dec": 64, "num_groups_per_scale": 10}),
 }
-_SMALL_BATCH = {"mnist": 8, "cifar10": 8, "celeba_256": 2, "celeba_64": 4, "imagenet_32": 8}
 _TINY: dict[str, Any] = {
     "num_latent_scales": 1,
     "num_groups_per_scale": 2,
@@ -80,22 +78,54 @@ class Workload:
         return f"{self.preset} B{self.batch} {c.resolution}px {c.num_channels_dec}ch {c.num_groups} groups"
 
 
-def workloads(device: torch.device, *, quick: bool = False, tiny: bool = False) -> list[Workload]:
-    """What is measured on ``device``. quick: one scaled-down setting; tiny: one for tests."""
+def scaled(name: str) -> tuple[int, Any]:
+    """(batch, configuration) of a preset for a CPU.
+
+    Channels: an eighth, in multiples of 4, at least 8. Latent groups: at most 2 at the finest scale, at least 1 at the
+    others. Images: at most 64 pixels a side. Batch: 8 images of 32 pixels, fewer in proportion to the pixels of larger
+    ones, at least 2 and at most the preset's. Everything else (cells, scales, flows, likelihood) is the preset's.
+    """
+    config = nf.NVAEConfig.preset(name)
+    width = max(config.num_channels_dec // SHRINK // 4 * 4, LEAST_CHANNELS)
+    changes: dict[str, Any] = {
+        "num_channels_enc": width,
+        "num_channels_dec": width,
+        "num_groups_per_scale": min(config.num_groups_per_scale, MOST_GROUPS),
+        "min_groups_per_scale": 1,
+    }
+    if config.resolution > MOST_PIXELS:
+        changes["image_size"] = MOST_PIXELS
+    side = min(config.resolution, MOST_PIXELS)
+    batch = max(BATCH_AT_32 * 32**2 // side**2, 2)
+    return min(batch, nf.training.preset(name).training.batch_size), config.replace(**changes)
+
+
+def workloads(
+    device: torch.device, *, quick: bool = False, tiny: bool = False, full: bool = False
+) -> list[Workload]:
+    """What is measured on ``device``. quick: one scaled-down setting; tiny: one for tests; full: see ``FULL``."""
     if tiny or quick:
         width = 4 if tiny else 16
         config = nf.NVAEConfig.preset("mnist").replace(
             **_TINY, num_channels_enc=width, num_channels_dec=width
         )
         return [Workload("mnist", config, 2 if tiny else 8, "float32")]
-    rows = []
-    for name, changes in _SMALL.items():
-        config = nf.NVAEConfig.preset(name)
-        if device.type == "cuda":
-            rows.append(Workload(name, config, nf.training.preset(name).training.batch_size, "bfloat16"))
-        else:
-            rows.append(Workload(name, config.replace(**changes), _SMALL_BATCH[name], "float32"))
-    return rows
+    if device.type == "cuda":
+        return [
+            Workload(
+                name,
+                nf.NVAEConfig.preset(name),
+                nf.training.preset(name).training.batch_size,
+                "bfloat16",
+            )
+            for name in PRESETS
+        ]
+    if full:
+        return [
+            Workload(name, nf.NVAEConfig.preset(name).replace(**changes), batch, "float32")
+            for name, (batch, changes) in FULL.items()
+        ]
+    return [Workload(name, config, batch, "float32") for name in PRESETS for batch, config in [scaled(name)]]
 
 
 class RandnNoise(nn.Module):
@@ -135,6 +165,11 @@ class Contender:
     plain_noise: bool = False
     compiled: bool = False
     reason: str = ""
+
+    @property
+    def captured(self) -> bool:
+        """Whether step and sampler are a CUDA graph where there is a GPU."""
+        return self.provider == OURS
 
     @property
     def name(self) -> str:
@@ -198,9 +233,12 @@ class Bench:
                 model = RandnNoise(model)
         return model
 
-    def step(self, model: nn.Module, *, double: bool = False) -> Step:
+    def step(self, model: nn.Module, *, double: bool = False, graph: bool = False) -> Step:
         autocast = "bf16" if self.workload.precision == "bfloat16" and not double else None
-        return Step(model, TrainingConfig(autocast=autocast, weight_decay_norm=REGULARIZER))
+        config = TrainingConfig(
+            autocast=autocast, weight_decay_norm=REGULARIZER, cuda_graph=None if graph else False
+        )
+        return Step(model, config)
 
 
 class TrainingRun:
@@ -212,7 +250,7 @@ class TrainingRun:
         if given_noise:
             _give_noise(self, bench, contender, double)
         self.model.train()
-        self.step = bench.step(self.model, double=double)
+        self.step = bench.step(self.model, double=double, graph=contender is not None and contender.captured)
         layout = MEMORY_FORMATS[contender.memory_format] if contender else torch.contiguous_format
         self.images = bench.images.to(torch.float64 if double else torch.float32).contiguous(
             memory_format=layout
@@ -242,6 +280,10 @@ class SamplingRun:
             _give_noise(self, bench, contender, double)
         self.batch, self.device = bench.workload.batch, bench.device
         self.autocast = bench.workload.precision == "bfloat16" and not double
+        self.sampler = None
+        if contender is not None and contender.captured and not given_noise:
+            autocast = "bf16" if self.autocast else None
+            self.sampler = Sampler(self.model, temperature=TEMPERATURE, autocast=autocast)
 
     @torch.no_grad()
     def logits(self) -> torch.Tensor:
@@ -256,6 +298,9 @@ class SamplingRun:
 
     @torch.no_grad()
     def __call__(self) -> None:
+        if self.sampler is not None:
+            self.sampler(self.batch, seed=SEED)
+            return
         self.model.likelihood(self.logits()).sample(temperature=TEMPERATURE, seed=SEED)
 
 
@@ -337,10 +382,11 @@ def _measure(
                 row["status"], row["reason"] = row["gate"].pop("status"), row["gate"].pop("reason")
                 if row["status"] != "ok":
                     continue
+                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
                 run = make(bench, contender, given_noise=False)
                 run()  # compiles, tries algorithms, and makes the optimizer's state
                 run()
-            row |= _costs(run, contender, device)
+            row |= _costs(run, contender, device, before)
             samples[contender.name] = _sampler(run, contender, device, case)
         except Exception as error:
             # A compiler that gives up is worth knowing, but no fault of ours.
@@ -376,12 +422,25 @@ def _judge(actual: Any, expected: Any, precision: str) -> dict[str, Any]:
     }
 
 
-def _costs(run: Callable[[], None], contender: Contender, device: torch.device) -> dict[str, Any]:
+def _costs(
+    run: Callable[[], None], contender: Contender, device: torch.device, before: int
+) -> dict[str, Any]:
+    """Peak memory, operator calls or kernels and launches. before: bytes held on the GPU before ``run`` was built.
+
+    On the GPU the peak holds model and optimizer too, and what a capture keeps: a replay alone allocates nothing.
+    """
     with contender.context(device):
-        costs: dict[str, Any] = {"peak_bytes": measure.peak_bytes(run, device)}
         if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            for _ in range(WARM_UP + 1):
+                run()
+            torch.cuda.synchronize()
+            costs: dict[str, Any] = {"peak_bytes": torch.cuda.max_memory_allocated() - before}
             costs["kernel_launches"] = measure.kernel_launches(run)
-        elif not contender.compiled:
+            costs["host_launches"] = measure.host_launches(run)
+            return costs
+        costs = {"peak_bytes": measure.peak_bytes(run, device)}
+        if not contender.compiled:
             costs["operator_calls"] = measure.operator_calls(run)
     return costs
 

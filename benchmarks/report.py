@@ -8,7 +8,8 @@ since, ``date``, ``settings``, ``ceilings`` and ``rows``. A row is one provider 
 workload: ``status`` "ok", "absent" or "failed" with its ``reason``, the gate's ``errors`` and ``tolerance``,
 and for every pass the median, quartiles and minimum in milliseconds, ``gb_per_s`` against the bytes the pass
 must move, ``copy_fraction`` of the copy bandwidth measured in the same run; ``peak_bytes``,
-``operator_calls`` (CPU) or ``kernel_launches`` (GPU) of all passes together.
+``operator_calls`` (CPU) or ``kernel_launches`` (GPU) of all passes together; of whole models on a GPU also
+``host_launches``, where a CUDA graph counts once.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ def write_json(results: dict[str, Any], path: Path) -> None:
     """Write a results file whole or not at all."""
     validate(results, "results")
     path.parent.mkdir(parents=True, exist_ok=True)
-    _replace(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(results, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
@@ -136,7 +137,8 @@ def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
         )
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
@@ -188,7 +190,11 @@ def console(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-_COUNTS = {"operator_calls": "operator calls", "kernel_launches": "kernel launches"}
+_COUNTS = {
+    "operator_calls": "operator calls",
+    "kernel_launches": "kernel launches",
+    "host_launches": "launches by the host",
+}
 
 
 def _timed(timed: dict[str, Any]) -> str:
@@ -381,7 +387,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{readme}: the results table is stale; run python -m benchmarks.report --readme")
         return int(old != new)
     if old != new:
-        _replace(readme, new)
+        write_text(readme, new)
     return 0
 
 

@@ -36,6 +36,7 @@ class Settings:
     compile_seconds: compilation time of all ops together, shared evenly by the cases; model_compile_seconds:
         of all whole models.
     models_until: settings that would start later than this after the first are skipped. scale: which shapes.
+    full_models: on a CPU measure ``model.FULL`` in place of the scaled-down settings.
     """
 
     device: torch.device
@@ -46,6 +47,7 @@ class Settings:
     model_compile_seconds: float
     models_until: float
     all_shapes_compiled: bool = False
+    full_models: bool = False
     min_rounds: int = 5
 
     @property
@@ -193,7 +195,12 @@ def measure_models(
     )
     budget.next_case()
     started = time.perf_counter()
-    choice = model.workloads(settings.device, quick=settings.scale == "quick", tiny=settings.scale == "tiny")
+    choice = model.workloads(
+        settings.device,
+        quick=settings.scale == "quick",
+        tiny=settings.scale == "tiny",
+        full=settings.full_models,
+    )
     for index, workload in enumerate(choice):
         if index and time.perf_counter() - started > settings.models_until:
             skipped.append(f"{workload.label} (--models-until {settings.models_until:g})")
@@ -358,6 +365,12 @@ def parser() -> argparse.ArgumentParser:
         "--compile-all-shapes", action="store_true", help="compile every shape, not only a case's first"
     )
     p.add_argument(
+        "--full-models",
+        action="store_true",
+        help="on a CPU, whole models in earnest (mnist, and cifar10 with 64 channels and 10 groups; a quarter of an "
+        "hour on two cores) in place of the scaled-down settings",
+    )
+    p.add_argument(
         "--overwrite",
         action="store_true",
         help="replace a results file even if it holds cases this run leaves out",
@@ -399,6 +412,7 @@ def main(argv: list[str] | None = None) -> int:
                 p.error(f"--{name.replace('_', '-')} must not be negative, got {value:g}")
             setattr(settings, name, value)
     settings.all_shapes_compiled = arguments.compile_all_shapes
+    settings.full_models = arguments.full_models
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
     results = run(names, settings, say=lambda line: print(line, file=sys.stderr, flush=True))

@@ -6,6 +6,9 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
+#include <string>
+
 #include "capability.h"
 #include "types.h"
 
@@ -32,6 +35,13 @@ inline Dtype dtype_of(const char* op, ScalarType type) {
 }
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+inline Activation activation_of(const char* op, const std::optional<std::string>& name) {
+  if (!name) return Activation::none;
+  if (*name == "swish") return Activation::swish;
+  STD_TORCH_CHECK(*name == "elu", op, ": activation must be None, 'swish' or 'elu', got '", *name, "'");
+  return Activation::elu;
+}
 
 // The value of a seed tensor on the CPU.
 inline uint64_t seed_of(const char* op, const Tensor& seed) {

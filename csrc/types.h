@@ -15,4 +15,6 @@ struct f16 {
 
 enum class Dtype { f32, f64, bf16, f16 };
 
+enum class Activation { none, swish, elu };
+
 }  // namespace nvae

@@ -182,5 +182,16 @@ NVAE_INLINE void transpose_chunks(VecF z0, VecF z1, VecF z2, VecF z3, VecF* out)
   out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, d));
 }
 
+// Row j lane k = row k lane j, in place.
+NVAE_INLINE void transpose(VecF* rows) {
+  VecF low[4], high[4];
+  transpose_chunks(rows[0], rows[1], rows[2], rows[3], low);
+  transpose_chunks(rows[4], rows[5], rows[6], rows[7], high);
+  for (int j = 0; j < 4; ++j) {
+    rows[j] = _mm256_permute2f128_ps(low[j].v, high[j].v, 0x20);
+    rows[4 + j] = _mm256_permute2f128_ps(low[j].v, high[j].v, 0x31);
+  }
+}
+
 }  // namespace NVAE_ISA
 }  // namespace nvae

@@ -170,5 +170,22 @@ NVAE_INLINE void transpose_chunks(VecF z0, VecF z1, VecF z2, VecF z3, VecF* out)
   out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
 }
 
+// Row j lane k = row k lane j, in place.
+NVAE_INLINE void transpose(VecF* rows) {
+  VecF part[4][4];
+  for (int i = 0; i < 4; ++i)
+    transpose_chunks(rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3], part[i]);
+  for (int j = 0; j < 4; ++j) {
+    const __m512 even01 = _mm512_shuffle_f32x4(part[0][j].v, part[1][j].v, 0x88);
+    const __m512 odd01 = _mm512_shuffle_f32x4(part[0][j].v, part[1][j].v, 0xdd);
+    const __m512 even23 = _mm512_shuffle_f32x4(part[2][j].v, part[3][j].v, 0x88);
+    const __m512 odd23 = _mm512_shuffle_f32x4(part[2][j].v, part[3][j].v, 0xdd);
+    rows[j] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+    rows[4 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+    rows[8 + j] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+    rows[12 + j] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+  }
+}
+
 }  // namespace NVAE_ISA
 }  // namespace nvae

@@ -190,5 +190,12 @@ NVAE_INLINE void transpose_chunks(VecF z0, VecF z1, VecF z2, VecF z3, VecF* out)
 #endif
 }
 
+// Row j lane k = row k lane j, in place.
+NVAE_INLINE void transpose(VecF* rows) {
+  VecF turned[4];
+  transpose_chunks(rows[0], rows[1], rows[2], rows[3], turned);
+  for (int j = 0; j < 4; ++j) rows[j] = turned[j];
+}
+
 }  // namespace NVAE_ISA
 }  // namespace nvae

@@ -55,9 +55,17 @@ NVAE_INLINE VecD select(Mask1 m, VecD yes, VecD no) { return m.m ? yes : no; }
 NVAE_INLINE double sum(VecD a) { return a.v; }
 NVAE_INLINE double max_lane(VecD a) { return a.v; }
 NVAE_INLINE VecD exp(VecD a) { return __builtin_exp(a.v); }
+NVAE_INLINE VecD exp_negative(VecD a) { return __builtin_exp(a.v); }
+NVAE_INLINE VecD exp_negative(VecD a, VecD& minus_one) {
+  minus_one = __builtin_expm1(a.v);
+  return __builtin_exp(a.v);
+}
+NVAE_INLINE VecD log1p_positive(VecD a) { return __builtin_log1p(a.v); }
 NVAE_INLINE VecD log(VecD a) { return __builtin_log(a.v); }
 NVAE_INLINE VecD log_positive(VecD a) { return __builtin_log(a.v); }
 NVAE_INLINE VecD tanh(VecD a) { return __builtin_tanh(a.v); }
+NVAE_INLINE void transpose(VecD*) {}
+NVAE_INLINE VecD expm1_negative(VecD a) { return __builtin_expm1(a.v); }
 NVAE_INLINE VecD sigmoid(VecD a) { return 1.0 / (1.0 + __builtin_exp(-a.v)); }
 
 }  // namespace NVAE_ISA

@@ -112,3 +112,33 @@ def shared_logs(clamp: float | None, sigma_floor: float) -> bool:
     """Whether four sigmas, or ratios of sigmas, may be multiplied before a logarithm is taken: with the clamp at 5 a ratio
     lies within exp(+-10), and the product far from the ends of float32."""
     return clamp is not None and clamp <= 5.0 and sigma_floor <= 1.0
+
+
+@triton.jit
+def activate(u, ACTIVATION: tl.constexpr):
+    """``"swish"``: u sigmoid(u); ``"elu"``: u above 0, else exp(u) - 1; ``""``: u."""
+    if ACTIVATION == "swish":
+        return u / (1.0 + tl.exp(-u))
+    elif ACTIVATION == "elu":
+        return tl.where(u > 0.0, u, _expm1(u))
+    else:
+        return u
+
+
+@triton.jit
+def activation_slope(u, ACTIVATION: tl.constexpr):
+    """The derivative of :func:`activate`."""
+    if ACTIVATION == "swish":
+        s = 1.0 / (1.0 + tl.exp(-u))
+        return s * (1.0 + u * (1.0 - s))
+    elif ACTIVATION == "elu":
+        return tl.where(u > 0.0, 1.0, tl.exp(u))
+    else:
+        return tl.zeros_like(u) + 1.0
+
+
+@triton.jit
+def _expm1(u):
+    """``exp(u) - 1`` for u <= 0, by its series where the difference would lose digits."""
+    series = u * (1.0 + u * (0.5 + u * (0.16666667163372040 + u * 0.041666667908430099)))
+    return tl.where(u > -0.03, series, tl.exp(u) - 1.0)

@@ -44,6 +44,11 @@ def fused(op: str, device_type: str) -> bool:
     return _choice == "auto" and (op, device_type) in _fused
 
 
+def kernel(op: str, device_type: str) -> str | None:
+    """Name of the fused kernel of ``op`` on ``device_type``, whatever backend is in force; None without one."""
+    return _fused.get((op, device_type))
+
+
 @contextmanager
 def use_backend(choice: str) -> Iterator[None]:
     """Use ``"auto"`` (fused kernels where they exist) or ``"reference"`` (plain PyTorch) inside the block.

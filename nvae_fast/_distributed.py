@@ -27,6 +27,36 @@ def average(tensors: Sequence[torch.Tensor], group: Any = None) -> list[torch.Te
     return [part.view_as(t) for part, t in zip(parts, tensors, strict=True)]
 
 
+def total(t: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """Sum of ``t`` over the processes of ``group`` (not differentiable)."""
+    if world_size(group) == 1:
+        return t
+    t = t.clone()
+    dist.all_reduce(t, group=group)
+    return t
+
+
+def totals(tensors: Sequence[torch.Tensor], group: Any = None) -> Sequence[torch.Tensor]:
+    """:func:`total` of several vectors of one length in one exchange."""
+    return tensors if world_size(group) == 1 else total(torch.stack(tuple(tensors)), group).unbind()
+
+
+def merge(
+    mean: torch.Tensor, m2: torch.Tensor, count: int, group: Any = None
+) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
+    """Mean, sum of squared deviations (C,) and count over every process of ``group`` from each one's, by Chan's formula
+    (not differentiable). A count of 0 counts as nothing; the count returned is at least 1."""
+    if world_size(group) == 1:
+        return mean, m2, max(count, 1)
+    mine = torch.cat([mean, m2, mean.new_full((1,), count)])
+    everyone = [torch.empty_like(mine) for _ in range(world_size(group))]
+    dist.all_gather(everyone, mine, group=group)
+    means, m2s, counts = torch.stack(everyone).split([mean.numel(), m2.numel(), 1], dim=1)
+    n = counts.sum().clamp_min(1)
+    merged = (counts * means).sum(0) / n
+    return merged, (m2s + counts * (means - merged).square()).sum(0), n
+
+
 def merged_statistics(
     x: torch.Tensor, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None:

@@ -15,6 +15,7 @@ from torch import nn
 
 from nvae_fast import _distributed
 from nvae_fast._prepared import prepared_weight
+from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -195,6 +196,23 @@ class BatchNormSwish(nn.Module):
         return f"{self.weight.numel()}, activation={self.activation!r}"
 
 
+@torch.no_grad()
+def _update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.BatchStatistics]) -> None:
+    """Running statistics of several batch norms from what they saw: a few calls for all of them."""
+    counts = [s.count for s in seen]
+    alike = len({norm.momentum for norm in norms}) == 1
+    if not alike or not all(isinstance(count, int) and count > 1 for count in counts):
+        for norm, s in zip(norms, seen, strict=True):
+            norm._update(*s)
+        return
+    unbiased = torch._foreach_mul([s.var for s in seen], [count / (count - 1) for count in counts])
+    new = [s.mean.to(norm.running_mean.dtype) for s, norm in zip(seen, norms, strict=True)]
+    new += [t.to(norm.running_var.dtype) for t, norm in zip(unbiased, norms, strict=True)]
+    old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
+    torch._foreach_lerp_(old, new, norms[0].momentum)
+    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+
+
 class SqueezeExcite(nn.Module):
     """Channel gate with ``max(C // 16, 4)`` hidden units; optionally adds the gated x, scaled, to a skip."""
 
@@ -279,6 +297,33 @@ class InvertedResidual(nn.Module):
             h = conv(h)
         return self.project_norm(self.project(self.depthwise_norm(h)))
 
+    def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
+        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode."""
+        norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
+        depthwise = self.depthwise.groups == self.depthwise.in_channels
+        if not depthwise or not fused_cell.available(x.device.type) or len({n.training for n in norms}) > 1:
+            s = self(x)
+            return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
+        parameters = fused_cell.CellParameters(
+            self.norm.weight, self.norm.bias,
+            self.expand.weight, self.expand_norm.weight, self.expand_norm.bias,
+            self.depthwise.weight, self.depthwise_norm.weight, self.depthwise_norm.bias,
+            self.project.weight, self.project_norm.weight, self.project_norm.bias,
+            *(() if se is None else (se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias)),
+        )  # fmt: skip
+        stride = -1 if self.upsample else self.depthwise.stride[0]
+        if not self.norm.training:
+            return fused_cell.inverted_residual_cell_evaluation(
+                x, skip, parameters, [(n.running_mean, n.running_var) for n in norms],
+                stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
+            )  # fmt: skip
+        y, statistics = fused_cell.inverted_residual_cell(
+            x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
+            group=self.norm.process_group,
+        )  # fmt: skip
+        _update_together(norms, statistics)
+        return y
+
 
 class SkipDown(nn.Module):
     """Stride-2 skip: swish, then four 1x1 convolutions, each on one of the four pixel phases, concatenated.
@@ -338,10 +383,12 @@ class ResidualCell(nn.Module):
             self.skip = (SkipDown if stride == 2 else SkipUp)(in_channels, out_channels)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        skip = self.skip(x)
+        if len(self.ops) == 1 and isinstance(self.ops[0], InvertedResidual):
+            return self.ops[0].residual(x, skip, self.se)
         s = x
         for op in self.ops:
             s = op(s)
-        skip = self.skip(x)
         return skip + RESIDUAL_SCALE * s if self.se is None else self.se(s, skip, RESIDUAL_SCALE)
 
 

@@ -255,6 +255,7 @@ def test_opcheck(affine: bool, device: torch.device) -> None:
         2,
         activation,
         affine,
+        None,
         differentiable=wanted,
     )
 
@@ -279,7 +280,7 @@ def test_layouts_repeats_and_empty(route: str, device: torch.device) -> None:
 def test_no_double_backward() -> None:
     t = inputs(3, (1, 2, 4, 4), affine=False)
     leaf = t["x"].requires_grad_()
-    y, _, _ = torch.ops.nvae_fast.depthwise_conv2d(leaf, t["weight"], None, None, 1, 1, 1, None, False)
+    y, _, _ = torch.ops.nvae_fast.depthwise_conv2d(leaf, t["weight"], None, None, 1, 1, 1, None, False, None)
     assert_no_double_backward("depthwise_conv2d", y, leaf)
 
 

@@ -26,6 +26,8 @@ OPERATORS = sorted(
     if schema.name.startswith("nvae_fast::")
 )
 PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: nothing to differentiate
+# Passes that rooms and cells are made of, which see to the gradients.
+PASSES = {"affine_activation", "affine_activation_reduce", "affine_activation_grad", "plane_dots"}
 
 
 def rooms_of(name: str) -> list[Room]:
@@ -46,7 +48,9 @@ def test_there_are_rooms() -> None:
         "normal_sample",
         "normal_log_prob",
         "depthwise_conv2d",
+        "channel_statistics",
         "batch_norm_swish",
+        "plane_affine",
         "squeeze_excite",
         "weight_norm",
         "mixture_logistic",
@@ -63,7 +67,7 @@ def test_every_room_is_complete(name: str) -> None:
 
 
 def test_every_operator_belongs_to_a_room() -> None:
-    of_rooms = {room.name for room in EVERY_ROOM} | PHILOX
+    of_rooms = {room.name for room in EVERY_ROOM} | PHILOX | PASSES
     of_rooms |= {f"{name}_backward" for name in of_rooms}
     assert set(OPERATORS) <= of_rooms
 
@@ -80,7 +84,7 @@ def test_every_operator_is_registered_in_full(room: Room) -> None:
     assert torch._library.simple_registry.singleton.find(qualified).fake_impl.kernel is not None, "no fake"
 
 
-@pytest.mark.parametrize("name", [n for n in OPERATORS if n in PHILOX or n.endswith("_backward")])
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n in PHILOX | PASSES or n.endswith("_backward")])
 def test_helper_operators_have_a_fake(name: str) -> None:
     assert torch._library.simple_registry.singleton.find(f"nvae_fast::{name}").fake_impl.kernel is not None
 

@@ -20,6 +20,7 @@ LEVELS = {
 }
 # Units in the last place; csrc/vec_math.h has the errors of a full sweep.
 BOUNDS = {"exp": 1.25, "log": 1.25, "log_positive": 1.25, "tanh": 1.75, "sigmoid": 2.75, "cos_turn": 2.0}
+BOUNDS |= {"exp_negative": 1.25, "expm1": 1.25, "log1p_positive": 1.75}
 BOUNDS["sin_turn"] = BOUNDS["cos_turn"]
 EVERY = 4099  # a prime, so that all exponents and all patterns of mantissa bits come by
 

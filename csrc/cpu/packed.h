@@ -83,11 +83,13 @@ inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channe
   return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, hold)
       .const_data_ptr();
 }
-// An upstream gradient of sums (B, Z) as float64, null when there is none. Read here: it is small, often expanded
-// from one number, and two trips through the dispatcher cost more.
-inline const double* sums_gradient(const std::optional<Tensor>& grad, std::vector<std::vector<double>>& hold) {
+// An upstream gradient of sums (B, Z) as float64, null when there is none. Read here: it is small, often
+// expanded from one number, and two trips through the dispatcher cost more.
+inline const double* sums_gradient(const std::optional<Tensor>& grad,
+                                   std::vector<std::vector<double>>& hold) {
   if (!grad) return nullptr;
-  STD_TORCH_CHECK(grad->dim() == 2, "gradient of sums: expected shape (B, Z), got ", grad->dim(), " dimensions");
+  STD_TORCH_CHECK(grad->dim() == 2, "gradient of sums: expected shape (B, Z), got ", grad->dim(),
+                  " dimensions");
   const int64_t rows = grad->size(0), columns = grad->size(1);
   std::vector<double> values(static_cast<size_t>(rows * columns) + 1);
   const auto read = [&](auto* data) {

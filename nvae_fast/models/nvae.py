@@ -16,6 +16,7 @@ from torch import nn
 
 from nvae_fast._prepared import forget_weights, prepare_weights
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
+from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
@@ -114,6 +115,8 @@ class NVAE(nn.Module):
                 self.postprocess.append(cell(architecture.postprocess, dec, multiplier))
         self.image_head = WeightNormConv2d(dec * multiplier, c.head_channels, 3)
         self.spectral = SpectralEstimate(self)
+        # Keep a cell's input only and compute the cell again in the backward pass.
+        self.checkpoint_cells = False
 
     def train(self, mode: bool = True) -> NVAE:
         """As :meth:`torch.nn.Module.train`; the normalised weights that evaluation keeps are dropped."""
@@ -160,7 +163,7 @@ class NVAE(nn.Module):
         log_p_sum: Any = 0.0
         for index, prefix, combine in self._groups():
             for part in prefix:
-                s = part(s)
+                s = self._cell(part, s)
             prior = None if index == 0 else self.prior[index - 1](F.elu(s))
             if index:
                 combiner, feature = kept.pop()
@@ -243,13 +246,13 @@ class NVAE(nn.Module):
         """The last feature, and with every combiner the feature that enters it (used in reverse order)."""
         s = self.stem(2.0 * x - 1.0)
         for part in self.preprocess:
-            s = part(s)
+            s = self._cell(part, s)
         kept: list[tuple[nn.Module, torch.Tensor]] = []
         for part in self.encoder:
             if isinstance(part, EncoderCombiner):
                 kept.append((part, s))
             else:
-                s = part(s)
+                s = self._cell(part, s)
         return s, kept
 
     def _groups(self) -> Iterator[tuple[int, list[nn.Module], Any]]:
@@ -267,9 +270,12 @@ class NVAE(nn.Module):
             else:
                 cells.append(part)
 
+    def _cell(self, cell: nn.Module, s: torch.Tensor) -> torch.Tensor:
+        return recomputed(cell, s) if self.checkpoint_cells and torch.is_grad_enabled() else cell(s)
+
     def _image(self, s: torch.Tensor) -> torch.Tensor:
         for part in self.postprocess:
-            s = part(s)
+            s = self._cell(part, s)
         return self.image_head(F.elu(s))
 
     # ------------------------------------------------------------------------------------------- likelihood

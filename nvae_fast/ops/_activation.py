@@ -13,3 +13,11 @@ def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
     if activation == "swish":
         return F.silu(x)
     return F.elu(x) if activation == "elu" else x
+
+
+def activation_slope(u: torch.Tensor, activation: str | None) -> torch.Tensor:
+    """The derivative of :func:`activate`."""
+    if activation == "swish":
+        s = torch.sigmoid(u)
+        return s * (1 + u * (1 - s))
+    return u.clamp_max(0).exp() if activation == "elu" else torch.ones_like(u)

@@ -102,7 +102,9 @@ def room(
     differentiable: Sequence[int],
     fake: Callable[..., Any] | None = None,
     backward: Callable[..., Sequence[torch.Tensor | None]] | None = None,
+    cpu: Callable[..., Any] | None = None,
     gpu: Callable[..., Any] | None = None,
+    save_outputs: Sequence[int] | Callable[..., Sequence[int]] = (),
 ) -> Room:
     """Register ``nvae_fast::<name>``.
 
@@ -115,7 +117,10 @@ def room(
         fake: shapes of the outputs; by default the reference run on fake tensors.
         backward: ``backward(grads, wanted, *args) -> gradients of the differentiable arguments``, of which those at the
             positions ``wanted`` are used; by default the reference is recomputed and differentiated.
+        cpu: composition of C++ operators, registered for the CPU when the extension is loaded.
         gpu: launcher of the Triton kernel, registered for CUDA when triton is installed.
+        save_outputs: positions of outputs that ``backward`` is given after ``*args``, or a function of ``*args`` that says
+            which.
     """
     qualified = f"{NAMESPACE}::{name}"
     LIBRARY.define(name + schema)
@@ -134,7 +139,10 @@ def room(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         ctx.is_tensor = [isinstance(value, torch.Tensor) for value in inputs]
-        ctx.save_for_backward(*(value for value in inputs if isinstance(value, torch.Tensor)))
+        tensors = [value for value in inputs if isinstance(value, torch.Tensor)]
+        outputs = _as_tuple(output)
+        kept = save_outputs(*inputs) if callable(save_outputs) else save_outputs
+        ctx.save_for_backward(*tensors, *(outputs[i] for i in kept))
         ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
 
     def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
@@ -153,10 +161,10 @@ def room(
             if backward is None:
                 gradients = recompute(grads, *args)
             elif torch.compiler.is_compiling():
-                gradients = backward(grads, wanted, *args)
+                gradients = backward(grads, wanted, *args, *saved)
             else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
                 with torch._C._AutoDispatchBelowAutograd():
-                    gradients = backward(grads, wanted, *args)
+                    gradients = backward(grads, wanted, *args, *saved)
             for i, gradient in zip(differentiable, gradients, strict=True):
                 result[i] = gradient if i in wanted else None
         return tuple(result)
@@ -179,6 +187,8 @@ def room(
 
     torch.library.register_autograd(qualified, run_backward, setup_context=setup_context, lib=LIBRARY)
 
+    if cpu is not None and _extension.load():
+        LIBRARY.impl(name, cpu, "CPU")
     record_kernels(name, gpu)
     return Room(name, check, reference, setup_context, run_backward)
 

@@ -10,14 +10,17 @@ NVAE (arXiv 2007.03898), section 3.1.1 (BN + swish) and 3.1.2 (swish recomputed 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _affine as affine
+from nvae_fast.ops import _checks, channel_statistics  # noqa: F401  the operator that batch statistics come from
 from nvae_fast.ops._activation import ACTIVATIONS, activate
-from nvae_fast.ops._register import room
+from nvae_fast.ops._register import operator, room
+from nvae_fast.ops._squash import empty_map
 
 
 class BatchNormOutput(NamedTuple):
@@ -117,6 +120,154 @@ def _reference(
     return activate(y, activation), mean.clone(), var.clone()
 
 
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = _checks.accumulate_dtype(x.dtype)
+    if mean is None or var is None:
+        return (
+            empty_map(x, x.shape[1]),
+            x.new_empty(x.shape[1], dtype=wide),
+            x.new_empty(x.shape[1], dtype=wide),
+        )
+    return empty_map(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(var)
+
+
+def _backward_formula(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    activation: str | None,
+    given: bool,
+    need_x: bool,
+    need_sums: bool,
+) -> tuple[torch.Tensor, ...]:
+    """The gradients from x and the statistics alone. With ``r = 1 / sqrt(var + eps)``, ``u`` what the activation is applied
+    to and ``g = grad act'(u)``, sums over the values of a channel::
+
+        weight: r sum g (x - mean)      bias: sum g      mean: -weight r sum g      var: -weight r^3 sum g (x - mean) / 2
+        x:      weight r (g - (sum g) / n - (x - mean) r^2 (sum g (x - mean)) / n)        without the sums when statistics
+                                                                                          were given
+    """
+    wide = _checks.accumulate_dtype(x.dtype)
+    mean, weight = mean.to(wide), weight.to(wide)
+    inverse = torch.rsqrt(var.to(wide) + eps)
+    scale = weight * inverse
+    shift = torch.addcmul(bias.to(wide), mean, scale, value=-1)
+    nothing = torch.zeros_like(scale)
+    sum_g = sum_gx = nothing
+    if need_sums or (need_x and not given):
+        sum_g, sum_gx, _, _ = affine.reduce(grad, x, scale, shift, mean, activation, False, False)
+    grad_x = x.new_empty(0)
+    if need_x:
+        share = 0.0 if given else 1 / max(x.numel() // max(x.shape[1], 1), 1)
+        beta = scale * inverse.square() * sum_gx * -share
+        gamma = -(scale * sum_g * share + beta * mean)
+        grad_x = affine.gradient(grad, x, scale, shift, scale, beta, gamma, activation)
+    results = (sum_gx * inverse, sum_g, -sum_g * scale, -0.5 * sum_gx * scale * inverse.square())
+    needed = (need_sums, need_sums, need_sums and given, need_sums and given)
+    return grad_x, *(r.clone() if n else r.new_empty(0) for r, n in zip(results, needed, strict=True))
+
+
+def _backward_fake(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    var: torch.Tensor,
+    eps: float,
+    activation: str | None,
+    given: bool,
+    need_x: bool,
+    need_sums: bool,
+) -> tuple[torch.Tensor, ...]:
+    wide = _checks.accumulate_dtype(x.dtype)
+    sizes = (need_sums, need_sums, need_sums and given, need_sums and given)
+    return (
+        empty_map(x, x.shape[1]) if need_x else x.new_empty(0),
+        *(x.new_empty(x.shape[1] if need else 0, dtype=wide) for need in sizes),
+    )
+
+
+_backward_operator = operator(
+    "batch_norm_swish_backward",
+    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, str? activation,"
+    " bool given, bool need_x, bool need_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    default=_backward_formula,
+    fake=_backward_fake,
+)
+
+
+def _backward(
+    grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[int],
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+    used_mean: torch.Tensor,
+    used_var: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    grad, *of_statistics = grads
+    found: list[torch.Tensor | None] = [None] * 5
+    if grad is not None:
+        need_sums = any(i in wanted for i in (1, 2, 3, 4))
+        found = list(
+            _backward_operator(
+                grad, x, weight, bias, used_mean, used_var, eps, activation, mean is not None, 0 in wanted, need_sums
+            )
+        )  # fmt: skip
+    for i, (given, through) in enumerate(zip((mean, var), of_statistics, strict=True), start=3):
+        # What reaches given statistics as outputs; the batch's own are constants.
+        before = found[i]
+        if given is None:
+            found[i] = None
+        elif through is not None:
+            found[i] = through if before is None or before.numel() == 0 else before + through
+    for i, like in enumerate((weight, bias, mean, var), start=1):
+        value = found[i]
+        if i in wanted and value is not None and like is not None:
+            found[i] = value.to(like.dtype)
+    return found
+
+
+def _gpu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor | None,
+    var: torch.Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Two passes: statistics, then normalisation and activation."""
+    if mean is None or var is None:
+        wide = _checks.accumulate_dtype(x.dtype)
+        count = x.numel() // max(x.shape[1], 1)
+        used_mean, m2 = torch.ops.nvae_fast.channel_statistics(x, False)
+        used_var = m2 / count if count else torch.ones_like(m2)
+    else:
+        wide, used_mean, used_var = mean.dtype, mean.clone(), var.clone()
+        wide = torch.promote_types(wide, _checks.accumulate_dtype(x.dtype))
+    scale = weight.to(wide) * torch.rsqrt(used_var.to(wide) + eps)
+    shift = torch.addcmul(bias.to(wide), used_mean.to(wide), scale, value=-1)
+    return affine.forward(x, scale, shift, activation), used_mean, used_var
+
+
 _room = room(
     "batch_norm_swish",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, str? activation)"
@@ -124,4 +275,8 @@ _room = room(
     check=_check,
     reference=_reference,
     differentiable=(0, 1, 2, 3, 4),
+    fake=_fake,
+    backward=_backward,
+    gpu=_gpu,
+    save_outputs=(1, 2),
 )

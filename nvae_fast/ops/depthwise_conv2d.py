@@ -12,22 +12,17 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, overload
+from collections.abc import Sequence
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
-from nvae_fast.ops._register import room
-
-
-class ChannelStatistics(NamedTuple):
-    """Per-channel ``mean`` (C,), ``m2`` (C,) = sum of squared deviations from the mean, and ``count`` = B*H*W."""
-
-    mean: torch.Tensor
-    m2: torch.Tensor
-    count: int  # type: ignore[assignment]  # tuple.count gives way
+from nvae_fast.ops._register import operator, room
+from nvae_fast.ops._squash import memory_format
+from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 
 @overload
@@ -42,6 +37,7 @@ def depthwise_conv2d(
     shift: torch.Tensor | None = None,
     activation: str | None = None,
     stats: Literal[False] = False,
+    taps: Sequence[int] | None = None,
 ) -> torch.Tensor: ...
 @overload
 def depthwise_conv2d(
@@ -55,6 +51,7 @@ def depthwise_conv2d(
     shift: torch.Tensor | None = None,
     activation: str | None = None,
     stats: Literal[True],
+    taps: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, ChannelStatistics]: ...
 def depthwise_conv2d(
     x: torch.Tensor,
@@ -67,6 +64,7 @@ def depthwise_conv2d(
     shift: torch.Tensor | None = None,
     activation: str | None = None,
     stats: bool = False,
+    taps: Sequence[int] | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, ChannelStatistics]:
     """Depthwise convolution with "same" padding; formula in the module's docstring.
 
@@ -77,6 +75,8 @@ def depthwise_conv2d(
         scale, shift: (C,) each, both or neither; applied to x on load.
         activation: None, "swish" or "elu", applied after scale and shift.
         stats: also return :class:`ChannelStatistics` of y (mean and m2 differentiable).
+        taps: positions ``u * K + v`` of the taps that exist, for masked weights: the others are not read, cost nothing
+            where whole rows or columns of them are missing, and their weights have gradient zero. None: all.
 
     Returns:
         y (B, C, H', W') with H' = ceil(H * upsample / stride), or ``(y, statistics)``.
@@ -84,7 +84,8 @@ def depthwise_conv2d(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    y, mean, m2 = _room(x, weight, scale, shift, stride, dilation, upsample, activation, stats)
+    live = None if taps is None else list(taps)
+    y, mean, m2 = _room(x, weight, scale, shift, stride, dilation, upsample, activation, stats, live)
     if not stats:
         return y
     return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
@@ -100,6 +101,7 @@ def _check(
     upsample: int,
     activation: str | None,
     stats: bool,
+    taps: Sequence[int] | None,
 ) -> None:
     op = "depthwise_conv2d"
     _checks.feature_map(op, "x", x)
@@ -121,6 +123,21 @@ def _check(
     if upsample == 2 and stride == 2:
         raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    if taps is not None:
+        inside = all(isinstance(tap, int) and 0 <= tap < k * k for tap in taps)
+        if not taps or not inside or len(set(taps)) != len(taps):
+            raise ValueError(
+                f"{op}: taps must be None or different positions between 0 and {k * k - 1}, at least one, got {list(taps)}"
+            )
+
+
+def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
+    """``weight`` with zeros where no tap is; nothing that stands there gets through."""
+    if taps is None:
+        return weight
+    live = torch.zeros(weight.shape[-1] ** 2, dtype=torch.bool, device=weight.device)
+    live[list(taps)] = True
+    return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
 
 
 def _reference(
@@ -133,11 +150,12 @@ def _reference(
     upsample: int,
     activation: str | None,
     stats: bool,
+    taps: Sequence[int] | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = _checks.accumulate_dtype(x.dtype)
     h = x
     if scale is not None and shift is not None:
         # In the dtype sums are computed in: a half-precision x would otherwise be rounded twice on its way in.
-        wide = _checks.accumulate_dtype(x.dtype)
         affine = h.to(wide) * scale.to(wide)[:, None, None] + shift.to(wide)[:, None, None]
         h = activate(affine, activation).to(x.dtype)
     else:
@@ -147,27 +165,204 @@ def _reference(
     k = weight.shape[-1]
     y = F.conv2d(
         h,
-        weight.to(h.dtype),
+        _masked(weight, taps).to(h.dtype),
         stride=stride,
         padding=k // 2 * dilation,
         dilation=dilation,
         groups=weight.shape[0],
     )
     if not stats:
-        empty = y.new_empty(0, dtype=_checks.accumulate_dtype(y.dtype))
+        empty = y.new_empty(0, dtype=wide)
         return y, empty, empty.clone()
     if y.numel() == 0:  # nothing has mean 0 and spread 0, so that merging by counts never meets a NaN
-        zero = y.to(_checks.accumulate_dtype(y.dtype)).sum((0, 2, 3))
+        zero = y.to(wide).sum((0, 2, 3))
         return y, zero, zero.clone()
-    var, mean = torch.var_mean(y.to(_checks.accumulate_dtype(y.dtype)), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y.to(wide), (0, 2, 3), correction=0)
     return y, mean, var * (y.numel() // max(y.shape[1], 1))
+
+
+def _fake(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: int,
+    dilation: int,
+    upsample: int,
+    activation: str | None,
+    stats: bool,
+    taps: Sequence[int] | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    b, c, h, w = x.shape
+    size = (b, c, (h * upsample + stride - 1) // stride, (w * upsample + stride - 1) // stride)
+    y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    mean, m2 = (x.new_empty(c if stats else 0, dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
+    return y, mean, m2
+
+
+def _backward_formula(
+    grad: torch.Tensor,
+    out: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    pivot: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: int,
+    dilation: int,
+    upsample: int,
+    activation: str | None,
+    taps: Sequence[int] | None,
+    need_x: bool,
+    need_weight: bool,
+    need_affine: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The gradients from the input and what reached the output; every fused backward kernel computes this.
+
+    ::
+
+        dy = alpha[c] * grad + beta[c] * out + gamma[c]          (grad alone when these are None)
+        u = scale * x + shift,  h = act(u),  du = (conv^T dy) * act'(u)
+        grad_x = scale * du,  grad_shift = sum du,  grad_scale = sum du * (x - pivot[c])
+
+    grad_scale and grad_shift are wanted with and without scale and shift (then 1 and 0): they are what an affine map
+    folded in from outside needs. alpha, beta and gamma fold in batch norm's backward pass over the output, and the
+    gradients of the statistics. Gradients that are not wanted come back empty.
+    """
+    wide = _checks.accumulate_dtype(x.dtype)
+
+    def column(t: torch.Tensor) -> torch.Tensor:
+        return t.to(wide)[:, None, None]
+
+    dy = grad.to(wide)
+    if alpha is not None and beta is not None and gamma is not None and out is not None:
+        dy = column(alpha) * dy + column(beta) * out.to(wide) + column(gamma)
+    centred = x.to(wide)
+    u = centred if scale is None or shift is None else column(scale) * centred + column(shift)
+    if pivot is not None:
+        centred = centred - column(pivot)
+    h = activate(u, activation)
+    if upsample == 2:
+        h = F.interpolate(h, scale_factor=2, mode="nearest")
+    k, channels = weight.shape[-1], weight.shape[0]
+    du, to_weight, _ = torch.ops.aten.convolution_backward(
+        dy,
+        h,
+        _masked(weight, taps).to(wide),
+        None,
+        [stride] * 2,
+        [k // 2 * dilation] * 2,
+        [dilation] * 2,
+        False,
+        [0, 0],
+        channels,
+        [need_x or need_affine, need_weight, False],
+    )
+    results = _backward_fake(
+        grad, out, alpha, beta, gamma, pivot, x, weight, scale, shift, stride, dilation, upsample, activation, taps,
+        need_x, need_weight, need_affine,
+    )  # fmt: skip
+    if need_weight:
+        results[1].copy_(_masked(to_weight, taps))
+    if need_x or need_affine:
+        if upsample == 2:
+            du = du.unflatten(3, (-1, 2)).sum(4).unflatten(2, (-1, 2)).sum(3)
+        if activation == "swish":
+            sigma = torch.sigmoid(u)
+            du = du * (sigma + u * sigma * (1 - sigma))
+        elif activation == "elu":
+            du = du * torch.where(u > 0, torch.ones_like(u), u.exp())
+    if need_x:
+        results[0].copy_(du if scale is None else column(scale) * du)
+    if need_affine:
+        results[2].copy_((du * centred).sum((0, 2, 3)))
+        results[3].copy_(du.sum((0, 2, 3)))
+    return results
+
+
+def _backward_fake(
+    grad: torch.Tensor,
+    out: torch.Tensor | None,
+    alpha: torch.Tensor | None,
+    beta: torch.Tensor | None,
+    gamma: torch.Tensor | None,
+    pivot: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+    stride: int,
+    dilation: int,
+    upsample: int,
+    activation: str | None,
+    taps: Sequence[int] | None,
+    need_x: bool,
+    need_weight: bool,
+    need_affine: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    wide = _checks.accumulate_dtype(x.dtype)
+    channels = x.shape[1] if need_affine else 0
+    return (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+        if need_x
+        else x.new_empty(0),
+        weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
+        x.new_empty(channels, dtype=wide),
+        x.new_empty(channels, dtype=wide),
+    )
+
+
+_backward_operator = operator(
+    "depthwise_conv2d_backward",
+    "(Tensor grad, Tensor? out, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? pivot, Tensor x, Tensor weight,"
+    " Tensor? scale, Tensor? shift, int stride, int dilation, int upsample, str? activation, int[]? taps,"
+    " bool need_x, bool need_weight, bool need_affine)"
+    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
+    default=_backward_formula,
+    fake=_backward_fake,
+)
+
+
+def _backward(
+    grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[int],
+    *args: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """The gradients of the statistics are part of dy: mean's is spread evenly, m2's is 2 (y - mean)."""
+    grad, grad_mean, grad_m2 = grads
+    x, weight, scale, shift, stride, dilation, upsample, activation, stats, taps, *saved = args
+    y = alpha = beta = gamma = None
+    if stats and (grad_mean is not None or grad_m2 is not None):
+        y, mean = saved
+        grad = torch.zeros_like(y) if grad is None else grad
+        beta = torch.zeros_like(mean) if grad_m2 is None else 2 * grad_m2
+        gamma = -beta * mean
+        if grad_mean is not None:
+            gamma = gamma + grad_mean / max(y.shape[0] * y.shape[2] * y.shape[3], 1)
+        alpha = torch.ones_like(mean)
+    to_x, to_weight, to_scale, to_shift = _backward_operator(
+        grad, y, alpha, beta, gamma, None, x, weight, scale, shift, stride, dilation, upsample, activation, taps,
+        0 in wanted, 1 in wanted, 2 in wanted or 3 in wanted,
+    )  # fmt: skip
+    return (
+        to_x,
+        to_weight,
+        None if scale is None else to_scale.to(scale.dtype),
+        None if shift is None else to_shift.to(shift.dtype),
+    )
 
 
 _room = room(
     "depthwise_conv2d",
     "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride, int dilation, int upsample,"
-    " str? activation, bool stats) -> (Tensor, Tensor, Tensor)",
+    " str? activation, bool stats, int[]? taps) -> (Tensor y, Tensor mean, Tensor m2)",
     check=_check,
     reference=_reference,
     differentiable=(0, 1, 2, 3),
+    fake=_fake,
+    backward=_backward,
+    save_outputs=lambda *args: (0, 1) if args[8] else (),  # y and mean, for the gradients of the statistics
 )

@@ -10,11 +10,19 @@ NVAE (arXiv 2007.03898), section 3.1.1 and appendix A; Hu et al., arXiv 1709.015
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 
-from nvae_fast.ops import _checks
+from nvae_fast.ops import (  # noqa: F401  operators that this one is made of
+    _checks,
+    channel_statistics,
+    plane_affine,
+)
 from nvae_fast.ops._register import room
+from nvae_fast.ops._squash import empty_map
 
 
 def squeeze_excite(
@@ -41,7 +49,7 @@ def squeeze_excite(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
-    return _room(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, float(residual_scale))
+    return _room(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, float(residual_scale))[0]
 
 
 def _check(
@@ -73,22 +81,116 @@ def _reference(
     expand_bias: torch.Tensor,
     skip: torch.Tensor | None,
     residual_scale: float,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """y, and the pooled x (B, C), which the backward pass needs."""
     wide = _checks.accumulate_dtype(x.dtype)
-    pooled = x.mean((2, 3), dtype=wide).to(reduce_weight.dtype)
-    hidden = F.relu(F.linear(pooled, reduce_weight, reduce_bias))
+    pooled = x.mean((2, 3), dtype=wide)
+    hidden = F.relu(F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
     gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
     y = x * gate
     if skip is not None:
-        return skip + residual_scale * y
-    return y if residual_scale == 1.0 else residual_scale * y
+        y = skip + residual_scale * y
+    elif residual_scale != 1.0:
+        y = residual_scale * y
+    return y, pooled.detach()
+
+
+def _fake(
+    x: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    reduce_bias: torch.Tensor,
+    expand_weight: torch.Tensor,
+    expand_bias: torch.Tensor,
+    skip: torch.Tensor | None,
+    residual_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = x.dtype if skip is None else torch.promote_types(x.dtype, skip.dtype)
+    like = x if skip is None else skip
+    return empty_map(like, x.shape[1], dtype), x.new_empty(
+        x.shape[:2], dtype=_checks.accumulate_dtype(x.dtype)
+    )
+
+
+def _gate(pooled: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The hidden values (B, R) and the gate (B, C), in the dtype of ``pooled``, and the weights in that dtype."""
+    w1, b1, w2, b2 = (p.to(pooled.dtype) for p in parameters)
+    hidden = torch.addmm(b1, pooled, w1.t()).relu_()
+    return hidden, torch.addmm(b2, hidden, w2.t()).sigmoid_(), w1, w2
+
+
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    """The layers of the gate are too small to gain from half precision."""
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _fused(
+    x: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    reduce_bias: torch.Tensor,
+    expand_weight: torch.Tensor,
+    expand_bias: torch.Tensor,
+    skip: torch.Tensor | None,
+    residual_scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two passes: x is read to be pooled, then read and gated on the way to the sum."""
+    ops = torch.ops.nvae_fast
+    with _no_autocast(x):
+        pooled = ops.channel_statistics(x, True)[0]
+        _, gate, _, _ = _gate(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
+        if residual_scale != 1.0:
+            gate = gate.mul_(residual_scale)
+        if skip is not None:
+            skip = skip.to(torch.promote_types(x.dtype, skip.dtype))
+        return ops.plane_affine(x, gate, skip, None, None), pooled
+
+
+def _backward(
+    grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[int],
+    x: torch.Tensor,
+    reduce_weight: torch.Tensor,
+    reduce_bias: torch.Tensor,
+    expand_weight: torch.Tensor,
+    expand_bias: torch.Tensor,
+    skip: torch.Tensor | None,
+    residual_scale: float,
+    pooled: torch.Tensor,
+) -> list[torch.Tensor | None]:
+    """From x and the pooled values; the gate is computed again. Two passes: the sums ``sum_p grad x`` reach the gate, and
+    ``dx = residual_scale gate grad + (what reaches the pooled value) / HW``."""
+    grad, ops = grads[0], torch.ops.nvae_fast
+    found: list[torch.Tensor | None] = [None] * 6
+    if grad is None:
+        return found
+    if skip is not None and 5 in wanted:
+        found[5] = grad.to(skip.dtype)
+    if all(i == 5 for i in wanted):
+        return found
+    with _no_autocast(x):
+        hidden, gate, w1, w2 = _gate(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
+        to_gate = ops.plane_dots(grad, x, None)[1].to(gate.dtype)
+        to_expand = to_gate * (gate * (1 - gate)) * residual_scale
+        to_hidden = (to_expand @ w2) * (hidden > 0)
+        found[1:5] = to_hidden.t() @ pooled, to_hidden.sum(0), to_expand.t() @ hidden, to_expand.sum(0)
+        if 0 in wanted:
+            shift = (to_hidden @ w1) / max(x.shape[2] * x.shape[3], 1)
+            found[0] = ops.plane_affine(grad, gate * residual_scale, None, None, shift).to(x.dtype)
+    for i, like in enumerate((reduce_weight, reduce_bias, expand_weight, expand_bias), start=1):
+        found[i] = found[i].to(like.dtype) if i in wanted else None  # type: ignore[union-attr]
+    return found
 
 
 _room = room(
     "squeeze_excite",
     "(Tensor x, Tensor reduce_weight, Tensor reduce_bias, Tensor expand_weight, Tensor expand_bias, Tensor? skip,"
-    " float residual_scale) -> Tensor",
+    " float residual_scale) -> (Tensor y, Tensor pooled)",
     check=_check,
     reference=_reference,
     differentiable=(0, 1, 2, 3, 4, 5),
+    fake=_fake,
+    backward=_backward,
+    cpu=_fused,
+    gpu=_fused,
+    save_outputs=(1,),
 )

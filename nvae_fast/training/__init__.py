@@ -2,8 +2,8 @@
 
     from nvae_fast.training import balanced_kl, kl_coefficient, TrainingConfig, Trainer, evaluate
 
-`objective` and `schedule` are pure functions for one's own loop; `Step` is one optimizer step; `Trainer` is
-the whole of `python -m nvae_fast train`.
+`objective` and `schedule` are pure functions for one's own loop; `Step` is one optimizer step and `Sampler` draws
+images (each of them one CUDA graph on a GPU); `Trainer` is the whole of `python -m nvae_fast train`.
 """
 
 from nvae_fast.training.checkpoint import CheckpointError, load_model
@@ -13,6 +13,7 @@ from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
 from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
 from nvae_fast.training.run_folder import RunFolderError
+from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.schedule import learning_rate
 from nvae_fast.training.step import Step, StepResult
 
@@ -22,6 +23,7 @@ __all__ = [
     "Evaluation",
     "RunFolderError",
     "RunResult",
+    "Sampler",
     "Step",
     "StepResult",
     "Trainer",

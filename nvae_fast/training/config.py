@@ -49,6 +49,15 @@ class TrainingConfig:
     )
     kl_balance: bool = _option(True, "balance the KL over the groups while its coefficient is below 1")
     autocast: str | None = _option(None, "mixed precision of the network: none or bf16")
+    cuda_graph: bool | None = _option(
+        None,
+        "capture the whole step in one CUDA graph; none does where it can be done (one process on a GPU)",
+    )
+    checkpoint_cells: bool = _option(
+        False,
+        "keep only the input of every cell for the backward pass and compute the cell again there: "
+        "less memory, about a third more time, same numbers",
+    )
     channels_last: bool = _option(True, "keep images and feature maps in the channels_last memory format")
     grad_clip: float | None = _option(
         None, "largest norm of the gradient, longer ones are scaled down; none clips nothing"

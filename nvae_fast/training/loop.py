@@ -129,6 +129,8 @@ class Trainer:
                 tensorboard=self.config.tensorboard,
             )
         progress = Progress("train", self.total_steps, quiet=self.quiet)
+        if self.world.device.type == "cuda" and not self.quiet:
+            progress.message(f"step: {self.step_function.mode}")
         started = time.perf_counter() - self.elapsed
         pace: deque[float] = deque(maxlen=_PACE_STEPS)
         self._log_mark = (self.step, self.elapsed)
@@ -175,7 +177,7 @@ class Trainer:
             "training_config": self.config.to_dict(),
             "model": self.model.state_dict(),
             "awaiting_data": awaiting_data(self.model),
-            "optimizer": self.step_function.optimizer.state_dict(),
+            "optimizer": self.step_function.optimizer_state(),
             "progress": {
                 "step": self.step,
                 "epoch": self.step // self.steps_per_epoch,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.seeds import mix_seed
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def draw_images(
     pixels: str = "auto",
     on_batch: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU. The model must be in evaluation mode.
+    """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU; the model in evaluation mode.
 
     temperature: multiplies every prior's sigma, and the likelihood's noise. seed: same seed and batch_size,
     same images. pixels: "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean
@@ -41,15 +42,11 @@ def draw_images(
         raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
     if pixels == "auto":
         pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
+    sampler = Sampler(model, temperature=temperature, pixels=pixels)
     parts = []
     for start in range(0, count, batch_size):
         size = min(batch_size, count - start)
-        logits = model.sample(size, temperature=temperature, seed=mix_seed(seed, start, 0))
-        likelihood = model.likelihood(logits)
-        if pixels == "mean":
-            images = likelihood.mean()
-        else:
-            images = likelihood.sample(temperature=temperature, seed=mix_seed(seed, start, 1))
+        images = sampler(size, seed=mix_seed(seed, start, 0), pixel_seed=mix_seed(seed, start, 1))
         parts.append(images.float().cpu())
         if on_batch is not None:
             on_batch(start + size)

@@ -1,10 +1,16 @@
-"""One training step: forward, loss, backward, Adamax; undone as a whole when anything in it is not finite."""
+"""One training step: forward, loss, backward, Adamax; undone as a whole when anything in it is not finite.
+
+On one GPU the whole step is a single CUDA graph: its body is a function of device tensors alone (images, and the
+coefficients, learning rate and seed in `Controls`), never waits for the device and never decides anything on the host.
+Everywhere else the same body runs eagerly. Whether a step counts is decided outside of it, from the one vector of
+numbers that the host reads: eagerly before the optimizer moves, after a graph by putting everything back.
+"""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +20,7 @@ from torch import Tensor, nn
 from nvae_fast._prepared import prepare_weights
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
+from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay, layout
 from nvae_fast.training.objective import balanced_kl, full_precision
 
 if TYPE_CHECKING:
@@ -65,9 +72,10 @@ class Objective(nn.Module):
             average = self.world.mean if self.world.size > 1 else None
             weighted = balanced_kl(kl, coefficient, self.model.config, average=average)
         else:
-            weighted = coefficient * kl.sum(1)
+            weighted = _as(coefficient, kl) * kl.sum(1)
         spectral, batch_norm = self.model.regularization()
-        loss = (reconstruction + weighted).mean() + weight * (spectral + batch_norm)
+        penalty = spectral + batch_norm
+        loss = (reconstruction + weighted).mean() + _as(weight, penalty) * penalty
         numbers = torch.stack(
             [loss, reconstruction.mean(), kl.sum(1).mean(), spectral.to(loss), batch_norm.to(loss)]
         )
@@ -80,20 +88,50 @@ class Step:
     model: the NVAE, already on its device and in its memory format. After a step whose loss or gradient was
     not finite (on any process), parameters, optimizer, batch-norm statistics and spectral vectors are what
     they were before it.
+
+    `config.cuda_graph` None captures the step in a CUDA graph where that is possible and `mode` says what
+    became of it; True raises ValueError where it is not. The first steps run eagerly (they initialise, choose
+    algorithms and make the optimizer's state), and so do the first after a change of batch shape. A capture keeps
+    copies of parameters and optimizer state, three times the parameters' memory, to undo a bad step with.
+    recorder: what captures, in tests.
     """
 
-    def __init__(self, model: NVAE, config: TrainingConfig, world: World | None = None) -> None:
+    def __init__(
+        self,
+        model: NVAE,
+        config: TrainingConfig,
+        world: World | None = None,
+        *,
+        recorder: Recorder | None = None,
+    ) -> None:
         self.world = world or World()
         self.model = model
         self.config = config
         self.parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, config)
+        self.device = self.parameters[0].device
+        reason = "" if recorder is not None else _no_graph(self.device, self.world, config)
+        if reason and config.cuda_graph:
+            raise ValueError(f"Step: cuda_graph asked for, but {reason}")
+        self.mode = f"eager: {reason}" if reason else "one CUDA graph"
+        self._replay: Replay | None = None
+        if not reason:
+            self._replay = Replay(recorder or CudaRecorder(self.device))
+        if config.checkpoint_cells:
+            model.checkpoint_cells = True
+        self.optimizer = make_optimizer(self.parameters, config, capturable=self._replay is not None)
+        self._controls = Controls(("coefficient", "weight", "learning_rate"), self.device)
+        self._rate = torch.zeros((), device=self.device)  # what a capturable optimizer reads
         objective: nn.Module = Objective(model, config, self.world)
         if self.world.size > 1:
             objective = _data_parallel(objective, self.world, unused=model.config.is_vanilla)
         self.objective = objective
         self._buffers = [b for b in model.buffers() if b is not None]
         self._saved = [torch.empty_like(b) for b in self._buffers]
+        # Parameters and optimizer state with their copies, once a capture updates them before the host decides.
+        self._moved: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._images: Tensor | None = None
+        self._layout: Hashable = None  # of the batches that `_images` was made for
         # Data-dependent initialisation sets parameters in the first forward, so until one step went well they
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
@@ -102,29 +140,104 @@ class Step:
         self, x: Tensor, *, seed: Tensor | int, coefficient: float, weight: float, learning_rate: float
     ) -> StepResult:
         """Take one step on images x (B,C,H,W) in [0,1]; weight is lambda, coefficient the KL coefficient."""
-        self._remember()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss, numbers = self.objective(x, seed, coefficient, weight)
-        loss.backward()
-        norm = self._clip()
-        # One wait for the device a step: everything the host wants to know travels together.
-        values = torch.cat([numbers, norm.to(numbers).reshape(1)])
-        finite, *host = torch.cat([torch.isfinite(values).all().to(values).reshape(1), values]).tolist()
-        (bad,) = self.world.largest(0.0 if finite else 1.0)
-        if bad:
-            self._undo()
-        else:
-            self.optimizer.step()
-            self._first = None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss_value, reconstruction, kl, spectral, batch_norm, grad_norm = host
-        return StepResult(loss_value, reconstruction, kl, spectral, batch_norm, grad_norm, skipped=bool(bad))
+        self._controls.write(seed, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
+        if self._replay is None:
+            return self._eager(x, learning_rate, lambda body: body())
+        # What a capture only writes must be there before: the optimizer's state, too.
+        begun = self._first is None and len(self.optimizer.state) > 0
+        if not self._replay.ready(layout(x)) or not begun:
+            return self._eager(x, self._rate, self._replay.warm_up)
+        return self._captured(x, self._replay)
 
     def restore(self, optimizer_state: dict[str, Any]) -> None:
         """Continue from a saved optimizer state; the model's own state was loaded before."""
-        self.optimizer.load_state_dict(optimizer_state)
+        capturable = self._replay is not None
+        groups = [
+            {**group, "lr": self.config.learning_rate, "capturable": capturable}
+            for group in optimizer_state["param_groups"]
+        ]
+        self.optimizer.load_state_dict({**optimizer_state, "param_groups": groups})
         self._first = _Beginning(self.model) if awaiting_data(self.model) else None
+        self._moved, self._copies = [], []
+        if self._replay is not None:
+            self._replay.reset()
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimizer's state as any device and mode can continue from it."""
+        state = self.optimizer.state_dict()
+        groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
+        return {**state, "param_groups": groups}
+
+    def _eager(
+        self, x: Tensor, rate: float | Tensor, run: Callable[[Callable[[], Tensor]], Tensor]
+    ) -> StepResult:
+        """Forward and backward, the host's decision, then the optimizer or nothing. run: how to run each half."""
+        values = run(lambda: self.gradients(x))
+        result = self._decide(values)
+        if result.skipped:
+            self._undo()
+        else:
+            run_update = self._replay.recorder.warm_up if self._replay is not None else lambda body: body()
+            run_update(lambda: self.update(rate))
+            self._first = None
+        self.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def _captured(self, x: Tensor, replay: Replay) -> StepResult:
+        """All of it, then the host's decision: a bad step is put back."""
+        if self._images is None or self._layout != layout(x):
+            self._images, self._layout = torch.empty_like(x), layout(x)
+        if not self._moved:
+            state = [
+                value
+                for parameter in self.parameters
+                for value in self.optimizer.state.get(parameter, {}).values()
+            ]
+            self._moved = [*(p.detach() for p in self.parameters), *state]
+            self._copies = [torch.empty_like(value) for value in self._moved]
+        images = self._images
+        images.copy_(x, non_blocking=True)
+        values = replay.run(lambda: self.body(images))
+        # A replay writes behind autograd's back; caches of what follows from the weights look at their versions.
+        torch.autograd.graph.increment_version([*self.parameters, *self._buffers])
+        result = self._decide(values)
+        if result.skipped:
+            self._undo()
+            _copy(self._moved, self._copies)
+        return result
+
+    def body(self, x: Tensor) -> Tensor:
+        """What a graph holds: the copies to undo it with, the step itself; returns what `gradients` returns."""
+        _copy(self._copies, self._moved)
+        values = self.gradients(x)
+        self.update(self._rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        return values
+
+    def gradients(self, x: Tensor) -> Tensor:
+        """Forward and backward into `.grad`, clipped: [all finite, the numbers of the loss, the gradient's norm]."""
+        _copy(self._saved, self._buffers)
+        numbers = self._controls.numbers
+        loss, parts = self.objective(x, self._controls.seed, numbers["coefficient"], numbers["weight"])
+        loss.backward()
+        norm = self._clip()
+        # One wait for the device a step: everything the host wants to know travels together.
+        values = torch.cat([parts, norm.to(parts).reshape(1)])
+        return torch.cat([torch.isfinite(values).all().to(values).reshape(1), values])
+
+    @torch.no_grad()
+    def update(self, rate: float | Tensor) -> None:
+        """The optimizer's step at a learning rate: a number, or the 0-d tensor that follows the controls."""
+        if isinstance(rate, Tensor):
+            rate.copy_(self._controls.numbers["learning_rate"])
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+
+    def _decide(self, values: Tensor) -> StepResult:
+        finite, loss, reconstruction, kl, spectral, batch_norm, norm = values.tolist()
+        (bad,) = self.world.largest(0.0 if finite else 1.0)
+        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=bool(bad))
 
     def _clip(self) -> Tensor:
         """The gradient's norm over all parameters; scales the gradient when clipping is on."""
@@ -135,16 +248,33 @@ class Step:
         return norm
 
     @torch.no_grad()
-    def _remember(self) -> None:
-        with contextlib.suppress(IndexError):  # a model without buffers has nothing to copy
-            torch._foreach_copy_(self._saved, self._buffers)
-
-    @torch.no_grad()
     def _undo(self) -> None:
-        for buffer, saved in zip(self._buffers, self._saved, strict=True):
-            buffer.copy_(saved)
+        _copy(self._buffers, self._saved)
         if self._first is not None:
             self._first.bring_back()
+
+
+@torch.no_grad()
+def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
+    if targets:  # a model without buffers has nothing to copy
+        torch._foreach_copy_(targets, sources)
+
+
+def _as(value: float | Tensor, like: Tensor) -> float | Tensor:
+    """A 0-d tensor in the dtype of `like`, so that it does not widen the result; a number as it is."""
+    return value.to(like.dtype) if isinstance(value, Tensor) else value
+
+
+def _no_graph(device: torch.device, world: World, config: TrainingConfig) -> str:
+    """Why the step cannot be captured, or must not; empty when it will be."""
+    if config.cuda_graph is False:
+        return "cuda_graph is off"
+    if device.type != "cuda":
+        return f"a CUDA graph needs a GPU, the model is on {device.type}"
+    if world.size > 1:
+        # Gradient buckets, collectives and the other processes' verdict on a bad step would all be captured.
+        return f"a CUDA graph holds the step of one process, this run has {world.size}"
+    return ""
 
 
 def _data_parallel(objective: nn.Module, world: World, *, unused: bool) -> nn.Module:
@@ -195,8 +325,18 @@ def _has_extra_state(module: nn.Module) -> bool:
     return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
-def make_optimizer(parameters: list[nn.Parameter], config: TrainingConfig) -> torch.optim.Optimizer:
-    """Adamax as NVAE uses it: eps 1e-3, default betas, L2 weight decay, in a few large operations."""
+def make_optimizer(
+    parameters: list[nn.Parameter], config: TrainingConfig, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """Adamax as NVAE uses it: eps 1e-3, default betas, L2 weight decay, in a few large operations.
+
+    capturable: the count of steps stays on the device and the learning rate may be a tensor there.
+    """
     return torch.optim.Adamax(
-        parameters, lr=config.learning_rate, eps=ADAMAX_EPS, weight_decay=config.weight_decay, foreach=True
+        parameters,
+        lr=config.learning_rate,
+        eps=ADAMAX_EPS,
+        weight_decay=config.weight_decay,
+        foreach=True,
+        capturable=capturable,
     )

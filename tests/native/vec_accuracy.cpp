@@ -162,6 +162,21 @@ int main(int argc, char** argv) {
   sweep(
       "sigmoid", step, 0, all, [](VecF x) { return sigmoid(x); },
       [](double x) { return 1 / (1 + std::exp(-x)); });
+  // Negative numbers down to -86, where exp_negative stops.
+  sweep(
+      "exp_negative", step, 0x80000000u, 0xc2ac0000u, [](VecF x) { return exp_negative(x); },
+      [](double x) { return std::exp(x); });
+  sweep(
+      "expm1", step, 0x80000000u, 0xc2ac0000u,
+      [](VecF x) {
+        VecF minus_one;
+        exp_negative(x, minus_one);
+        return minus_one;
+      },
+      [](double x) { return std::expm1(x); });
+  sweep(
+      "log1p_positive", step, 0, 0x7f7fffffu, [](VecF x) { return log1p_positive(x); },
+      [](double x) { return std::log1p(x); });
   turns(step);
   std::printf("stream %d 0\n", stream());
   std::printf("conversions %d 0\n", conversions(step));

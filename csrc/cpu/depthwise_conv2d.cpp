@@ -1,0 +1,391 @@
+// nvae_fast::depthwise_conv2d and its backward on the CPU: layouts, tasks, the packing of taps and the second
+// stage of all sums; the arithmetic is in depthwise_conv2d*.vec.cpp.
+#include "depthwise_conv2d.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <string>
+#include <tuple>
+
+#include "depthwise_conv2d_plan.h"
+#include "packed.h"
+
+namespace nvae {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Memory of a thread that outlives a call: fresh pages would cost as much as the kernel.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* at_least(int64_t bytes) {
+    const size_t wanted = (static_cast<size_t>(bytes) + 63) / 64 * 64;
+    if (wanted > size_) {
+      std::free(data_);
+      size_ = 0;
+      data_ = std::aligned_alloc(64, wanted);
+      if (!data_) throw std::bad_alloc();
+      size_ = wanted;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+ScalarType wide_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+
+Tensor empty_like_sums(const Tensor& like, int64_t n, ScalarType type) {
+  return torch::stable::empty({n}, type, std::nullopt, like.device());
+}
+
+// A map as it is where the kernels can walk it, else a dense copy.
+DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
+  const bool last = t.stride(1) == 1 || t.size(1) == 1;
+  if (!last && t.stride(3) != 1 && t.size(3) != 1) {
+    hold.push_back(torch::stable::contiguous(t));
+    return view(hold.back(), hold);
+  }
+  DepthwiseMap m;
+  m.data = const_cast<void*>(t.const_data_ptr());
+  m.batch = t.stride(0);
+  m.channel = t.stride(1);
+  m.row = t.stride(2);
+  m.pixel = t.stride(3);
+  m.channels_last = last;
+  m.height = t.size(2);
+  m.width = t.size(3);
+  return m;
+}
+DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
+  const DepthwiseMap m = view(t, hold);
+  if (m.channels_last == channels_last || t.numel() == 0) return m;
+  return view(dense(t, channels_last, hold), hold);
+}
+
+const void* channel_values(const char* op, const char* name, const OptionalTensor& t, const Tensor& x,
+                           ScalarType type, std::vector<Tensor>& hold) {
+  if (!t) return nullptr;
+  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1), op, ": ", name, " must have shape (C,)");
+  hold.push_back(torch::stable::contiguous(t->scalar_type() == type ? *t : torch::stable::to(*t, type)));
+  return hold.back().const_data_ptr();
+}
+
+DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
+                              int64_t dilation, int64_t upsample,
+                              const std::optional<std::vector<int64_t>>& taps) {
+  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
+                      weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
+                  op, ": x must have shape (B, C, H, W) and weight (C, 1, K, K) with odd K");
+  const auto one_or_two = [](int64_t n) { return n == 1 || n == 2; };
+  STD_TORCH_CHECK(one_or_two(stride) && one_or_two(dilation) && one_or_two(upsample), op,
+                  ": stride, dilation and upsample must be 1 or 2");
+  STD_TORCH_CHECK(upsample == 1 || stride == 1, op, ": upsample=2 needs stride=1");
+  DepthwiseGeometry g;
+  g.kernel = static_cast<int>(weight.size(2));
+  g.stride = static_cast<int>(stride);
+  g.dilation = static_cast<int>(dilation);
+  g.upsample = static_cast<int>(upsample);
+  g.live.assign(static_cast<size_t>(g.kernel * g.kernel), !taps.has_value());
+  if (taps)
+    for (int64_t tap : *taps) {
+      STD_TORCH_CHECK(tap >= 0 && tap < g.kernel * g.kernel, op, ": taps must lie in the kernel");
+      g.live[static_cast<size_t>(tap)] = true;
+    }
+  return g;
+}
+
+int activation_of(const char* op, const std::optional<std::string>& name) {
+  if (!name) return 0;
+  STD_TORCH_CHECK(*name == "swish" || *name == "elu", op, ": activation must be None, swish or elu");
+  return *name == "swish" ? 1 : 2;
+}
+
+// Taps of the plan as vectors of channels: [vector][tap][lane], folded and zero where dead or no channel is.
+template <class S>
+void pack_taps(const DepthwiseGeometry& g, const std::vector<DepthwiseFold>& folds, const S* weight,
+               int64_t channels, int lanes, int64_t begin, int64_t end, S* out) {
+  const int64_t k = g.kernel, n = static_cast<int64_t>(folds.size());
+  for (int64_t vector = begin; vector < end; ++vector)
+    for (int lane = 0; lane < lanes; ++lane) {
+      const int64_t c = vector * lanes + lane;
+      S* to = out + vector * n * lanes + lane;
+      for (const DepthwiseFold& f : folds) {
+        S sum = 0;
+        if (c < channels)
+          for (int u = f.u0; u <= f.u1; ++u)
+            for (int v = f.v0; v <= f.v1; ++v)
+              if (g.live[static_cast<size_t>(u * k + v)]) sum += weight[(c * k + u) * k + v];
+        *to = sum;
+        to += lanes;
+      }
+    }
+}
+
+// What forward and backward are told alike.
+struct Job {
+  DepthwiseArgs args;
+  ScalarType wide = ScalarType::Float;
+  int lanes = 1;
+  std::vector<Tensor> hold;
+  std::unique_ptr<DepthwisePlanner> planner;
+  DepthwiseGeometry geometry;
+
+  void describe(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
+                const std::optional<std::string>& activation) {
+    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
+    args.dtype = dtype_of(op, x.scalar_type());
+    wide = wide_type(args.dtype);
+    lanes = NVAE_CALL(depthwise_lanes, args.dtype);
+    args.activation = activation_of(op, activation);
+    args.batches = x.size(0);
+    args.channels = x.size(1);
+    args.vectors = (args.channels + lanes - 1) / lanes;
+    args.scale = channel_values(op, "scale", scale, x, wide, hold);
+    args.shift = channel_values(op, "shift", shift, x, wide, hold);
+  }
+
+  void plan(bool backward, const DepthwiseMap& scanned, const DepthwiseMap& stationary) {
+    const bool wide_registers = capability() == Capability::avx512;
+    const int columns = wide_registers ? (backward ? 6 : 7) : (backward ? 3 : 6);
+    planner =
+        std::make_unique<DepthwisePlanner>(geometry, backward, columns, scanned.width, stationary.width);
+    args.plan = planner->plan;
+    // The cut into tasks depends on shapes alone, so that sums do not depend on the number of threads.
+    const bool planar = !(scanned.channels_last && stationary.channels_last);
+    const int64_t row = args.plan.left + scanned.width + args.plan.right;
+    const int64_t bytes = (args.ring() * row + (backward ? 3 : 1) * stationary.width) * lanes *
+                          (wide == ScalarType::Double ? 8 : 4);
+    const int64_t fit = std::max<int64_t>(1, kScratch / std::max<int64_t>(bytes, 1));
+    args.group = planar ? 1 : std::max<int64_t>(1, std::min(args.vectors, fit));
+    args.groups = (args.vectors + args.group - 1) / args.group;
+    if (args.groups) args.group = (args.vectors + args.groups - 1) / args.groups;
+    if (args.group) args.groups = (args.vectors + args.group - 1) / args.group;
+    const int64_t rows = (stationary.height + args.plan.row_phases - 1) / args.plan.row_phases;
+    const int64_t pixels = stationary.height * stationary.width;
+    int64_t bands = std::max<int64_t>((pixels + kPixels - 1) / kPixels, 1);
+    bands = std::max(bands, kTasks / std::max<int64_t>(args.batches * args.groups, 1));
+    bands = std::min(bands, std::max<int64_t>(rows / (2 * geometry.kernel), 1));
+    args.band = std::max<int64_t>((rows + bands - 1) / bands, 1);
+    args.bands = pixels ? (rows + args.band - 1) / args.band : 0;
+  }
+  static constexpr int64_t kScratch =
+      7 << 17;  // bytes that rings and rows of a group may take, of the L2 cache
+  static constexpr int64_t kPixels = 1 << 13;  // of a task: float32 sums of more lose digits
+  static constexpr int64_t kTasks = 8;         // at least, for the threads, where the map is high enough
+
+  void pack(const Tensor& weight) {
+    hold.push_back(
+        torch::stable::contiguous(weight.scalar_type() == wide ? weight : torch::stable::to(weight, wide)));
+    const void* from = hold.back().const_data_ptr();
+    hold.push_back(empty_like_sums(weight, args.vectors * args.plan.taps * lanes + 1, wide));
+    void* to = hold.back().mutable_data_ptr();
+    torch::stable::parallel_for(0, args.vectors, 4096 / (args.plan.taps * lanes + 1) + 1,
+                                [&](int64_t begin, int64_t end) {
+                                  if (wide == ScalarType::Double)
+                                    pack_taps(geometry, planner->folds, static_cast<const double*>(from),
+                                              args.channels, lanes, begin, end, static_cast<double*>(to));
+                                  else
+                                    pack_taps(geometry, planner->folds, static_cast<const float*>(from),
+                                              args.channels, lanes, begin, end, static_cast<float*>(to));
+                                });
+    args.taps = to;
+  }
+
+  // Tasks to a thread: at least so many that its start pays.
+  int64_t grain(const DepthwiseMap& stationary) const {
+    const int64_t work = args.band * stationary.width * args.plan.row_phases * args.group * lanes;
+    return 8192 / std::max<int64_t>(work, 1) + 1;
+  }
+
+  // The task of a vector in a band of a sample, and the vector's place in it.
+  int64_t slot(int64_t sample_band, int64_t vector) const {
+    return (sample_band * args.groups + vector / args.group) * args.group + vector % args.group;
+  }
+};
+
+Tensor shaped_output(const Tensor& x, int64_t height, int64_t width) {
+  const int64_t size[4] = {x.size(0), x.size(1), height, width};
+  return torch::stable::empty({size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+}
+
+void store_wide(const Tensor& t, int64_t i, double value) {
+  if (t.scalar_type() == ScalarType::Double)
+    static_cast<double*>(t.mutable_data_ptr())[i] = value;
+  else
+    static_cast<float*>(t.mutable_data_ptr())[i] = static_cast<float>(value);
+}
+
+// Second stage of the statistics: partial ones are merged in a fixed order (Chan, Golub, LeVeque).
+void merge_statistics(const Job& job, const double* sums, const Tensor& mean, const Tensor& m2) {
+  const DepthwiseArgs& a = job.args;
+  const int64_t lanes = job.lanes, rows = (a.y.height + a.plan.row_phases - 1) / a.plan.row_phases;
+  for (int64_t c = 0; c < a.channels; ++c) {
+    double count = 0, middle = 0, squares = 0;
+    for (int64_t part = 0; part < a.batches * a.bands; ++part) {
+      const double* p = sums + job.slot(part, c / lanes) * 3 * lanes + c % lanes;
+      const int64_t first = part % a.bands * a.band, last = std::min(first + a.band, rows);
+      const double n = static_cast<double>(
+          (std::min(last * a.plan.row_phases, a.y.height) - first * a.plan.row_phases) * a.y.width);
+      const double its_mean = p[2 * lanes] + p[0] / n, its_squares = p[lanes] - p[0] * p[0] / n;
+      const double delta = its_mean - middle, both = count + n;
+      middle += delta * n / both;
+      squares += its_squares + delta * delta * count * n / both;
+      count = both;
+    }
+    store_wide(mean, c, middle);
+    store_wide(m2, c, squares < 0 ? 0 : squares);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d(const Tensor& x, const Tensor& weight,
+                                                    const OptionalTensor& scale, const OptionalTensor& shift,
+                                                    int64_t stride, int64_t dilation, int64_t upsample,
+                                                    std::optional<std::string> activation, bool stats,
+                                                    std::optional<std::vector<int64_t>> taps) {
+  const char* op = "depthwise_conv2d";
+  Job job;
+  DepthwiseArgs& a = job.args;
+  job.geometry = geometry_of(op, x, weight, stride, dilation, upsample, taps);
+  job.describe(op, x, scale, shift, activation);
+  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
+  const Tensor y = shaped_output(x, extent(x.size(2)), extent(x.size(3)));
+  a.x = view(x, job.hold);
+  a.y = view(y, job.hold);
+  job.plan(false, a.x, a.y);
+  job.pack(weight);
+  std::unique_ptr<double[]> sums;
+  if (stats) sums.reset(new double[static_cast<size_t>(a.tasks() * a.group * 3 * job.lanes) + 1]);
+  a.sums = sums.get();
+  const int64_t bytes = NVAE_CALL(depthwise_forward_scratch, a);
+  torch::stable::parallel_for(0, a.tasks(), job.grain(a.y), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    NVAE_CALL(depthwise_forward, a, scratch.at_least(bytes), begin, end);
+  });
+  const Tensor mean = empty_like_sums(x, stats ? a.channels : 0, job.wide);
+  const Tensor m2 = empty_like_sums(x, stats ? a.channels : 0, job.wide);
+  if (stats) merge_statistics(job, sums.get(), mean, m2);
+  return {y, mean, m2};
+}
+
+// Second stage of the weight gradient, for vectors begin .. end of channels.
+template <class S>
+void total_taps(const Job& job, const S* partial, int64_t begin, int64_t end, const Tensor& out) {
+  const DepthwiseArgs& a = job.args;
+  const int64_t lanes = job.lanes, k = job.geometry.kernel;
+  const auto& folds = job.planner->folds;
+  const size_t size = static_cast<size_t>(a.plan.taps * lanes);
+  std::vector<double> total(size), gradient(static_cast<size_t>(k * k * lanes));
+  for (int64_t vector = begin; vector < end; ++vector) {
+    std::fill(total.begin(), total.end(), 0.0);
+    std::fill(gradient.begin(), gradient.end(), 0.0);
+    for (int64_t part = 0; part < a.batches * a.bands; ++part) {
+      const S* p = partial + job.slot(part, vector) * a.plan.taps * lanes;
+      for (size_t i = 0; i < size; ++i) total[i] += p[i];
+    }
+    for (size_t i = 0; i < folds.size(); ++i)
+      for (int u = folds[i].u0; u <= folds[i].u1; ++u)
+        for (int v = folds[i].v0; v <= folds[i].v1; ++v)
+          for (int64_t lane = 0; lane < lanes; ++lane)
+            gradient[static_cast<size_t>((u * k + v) * lanes + lane)] +=
+                total[i * static_cast<size_t>(lanes) + static_cast<size_t>(lane)];
+    for (int64_t lane = 0; lane < lanes && vector * lanes + lane < a.channels; ++lane)
+      for (int64_t tap = 0; tap < k * k; ++tap)
+        store_wide(out, (vector * lanes + lane) * k * k + tap,
+                   job.geometry.live[static_cast<size_t>(tap)]
+                       ? gradient[static_cast<size_t>(tap * lanes + lane)]
+                       : 0.0);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
+    const Tensor& grad, const OptionalTensor& out, const OptionalTensor& alpha, const OptionalTensor& beta,
+    const OptionalTensor& gamma, const OptionalTensor& pivot, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& scale, const OptionalTensor& shift, int64_t stride, int64_t dilation,
+    int64_t upsample, std::optional<std::string> activation, std::optional<std::vector<int64_t>> taps,
+    bool need_x, bool need_weight, bool need_affine) {
+  const char* op = "depthwise_conv2d_backward";
+  Job job;
+  DepthwiseArgs& a = job.args;
+  job.geometry = geometry_of(op, x, weight, stride, dilation, upsample, taps);
+  job.describe(op, x, scale, shift, activation);
+  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
+  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
+                      grad.size(2) == extent(x.size(2)) && grad.size(3) == extent(x.size(3)),
+                  op, ": grad must have the shape of the output");
+  STD_TORCH_CHECK(alpha.has_value() == beta.has_value() && alpha.has_value() == gamma.has_value() &&
+                      (!alpha || (out && out->sizes() == grad.sizes())),
+                  op, ": alpha, beta and gamma must be given together, with the output");
+  a.x = view(x, job.hold);
+  // As x is laid out where both are more than a pixel: then no row takes two forms.
+  const bool format = a.x.channels_last;
+  a.grad = view(as_dtype_of(x, grad), format, job.hold);
+  if (alpha) {
+    a.out = view(as_dtype_of(x, *out), a.grad.channels_last, job.hold);
+    a.alpha = channel_values(op, "alpha", alpha, x, job.wide, job.hold);
+    a.beta = channel_values(op, "beta", beta, x, job.wide, job.hold);
+    a.gamma = channel_values(op, "gamma", gamma, x, job.wide, job.hold);
+  }
+  a.pivot = channel_values(op, "pivot", pivot, x, job.wide, job.hold);
+  const Tensor nothing = empty_like_sums(x, 0, x.scalar_type());
+  const Tensor grad_x = need_x ? shaped_output(x, x.size(2), x.size(3)) : nothing;
+  if (need_x) a.grad_x = view(grad_x, job.hold);
+  job.plan(true, a.grad, a.x);
+  job.pack(weight);
+
+  const int64_t parts = a.tasks() * a.group;
+  Tensor partial;
+  if (need_weight) {
+    partial = empty_like_sums(x, parts * a.plan.taps * job.lanes + 1, job.wide);
+    a.tap_gradients = partial.mutable_data_ptr();
+  }
+  std::unique_ptr<double[]> sums;
+  if (need_affine) sums.reset(new double[static_cast<size_t>(parts * 2 * job.lanes) + 1]);
+  a.sums = sums.get();
+  if (need_x || need_weight || need_affine) {
+    const int64_t bytes = NVAE_CALL(depthwise_backward_scratch, a);
+    torch::stable::parallel_for(0, a.tasks(), job.grain(a.x), [&](int64_t begin, int64_t end) {
+      static thread_local Scratch scratch;
+      NVAE_CALL(depthwise_backward, a, scratch.at_least(bytes), begin, end);
+    });
+  }
+
+  Tensor grad_weight = empty_like_sums(x, 0, weight.scalar_type());
+  if (need_weight) {
+    const Tensor total = torch::stable::empty(weight.sizes(), job.wide, std::nullopt, x.device());
+    torch::stable::parallel_for(0, a.vectors, 1, [&](int64_t begin, int64_t end) {
+      if (job.wide == ScalarType::Double)
+        total_taps(job, static_cast<const double*>(a.tap_gradients), begin, end, total);
+      else
+        total_taps(job, static_cast<const float*>(a.tap_gradients), begin, end, total);
+    });
+    grad_weight = as_dtype_of(weight, total);
+  }
+  const Tensor grad_scale = empty_like_sums(x, need_affine ? a.channels : 0, job.wide);
+  const Tensor grad_shift = empty_like_sums(x, need_affine ? a.channels : 0, job.wide);
+  if (need_affine)
+    for (int64_t c = 0; c < a.channels; ++c) {
+      double by_scale = 0, by_shift = 0;
+      for (int64_t part = 0; part < a.batches * a.bands; ++part) {
+        const double* p = sums.get() + job.slot(part, c / job.lanes) * 2 * job.lanes + c % job.lanes;
+        by_scale += p[0];
+        by_shift += p[job.lanes];
+      }
+      store_wide(grad_scale, c, by_scale);
+      store_wide(grad_shift, c, by_shift);
+    }
+  return {grad_x, grad_weight, grad_scale, grad_shift};
+}
+
+}  // namespace
+}  // namespace nvae
+
+STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("depthwise_conv2d", TORCH_BOX(&nvae::depthwise_conv2d));
+  m.impl("depthwise_conv2d_backward", TORCH_BOX(&nvae::depthwise_conv2d_backward));
+}

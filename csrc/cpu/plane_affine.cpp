@@ -1,0 +1,113 @@
+// nvae_fast::plane_affine and plane_dots on the CPU: layouts, threads and the second stage of the sums; the
+// arithmetic is in plane_affine.vec.cpp.
+#include "plane_affine.h"
+
+#include <tuple>
+
+#include "planes.h"
+
+namespace nvae {
+
+// Whether t is dense in the memory format; extents of 1 may have any stride.
+static bool is_dense(const Tensor& t, bool channels_last) {
+  const int order[2][4] = {{3, 2, 1, 0}, {1, 3, 2, 0}};
+  int64_t expected = 1;
+  for (const int d : order[channels_last]) {
+    if (t.size(d) != 1 && t.stride(d) != expected) return false;
+    expected *= t.size(d);
+  }
+  return true;
+}
+
+// x beside a map whose format is `channels_last`: as it is when dense in either format, else a copy in that
+// one; says whether it is the other one.
+static bool beside(const Tensor& x, Dtype dtype, ScalarType type, bool channels_last, const void** data,
+                   std::vector<Tensor>& hold) {
+  hold.push_back(x);
+  if (dtype_of("plane_affine", x.scalar_type()) != dtype) hold.push_back(torch::stable::to(x, type));
+  const Tensor& same = hold.back();
+  const bool mixed = !is_dense(same, channels_last) && is_dense(same, !channels_last);
+  *data = mixed ? same.const_data_ptr() : dense(Tensor(same), channels_last, hold).const_data_ptr();
+  return mixed;
+}
+
+// Coefficients (B, C) or (1, C), in the dtype the kernels compute in.
+static PlaneCoefficients planes(const char* name, const Tensor& t, const MapShape& m, Dtype dtype,
+                                std::vector<Tensor>& hold) {
+  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == m.batches || t.size(0) == 1) && t.size(1) == m.channels,
+                  "plane_affine: ", name, " must have shape (B, C) or (1, C)");
+  const ScalarType type = wide_type(dtype);
+  hold.push_back(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  hold.push_back(torch::stable::contiguous(Tensor(hold.back())));
+  return {hold.back().const_data_ptr(), t.size(0) == 1 ? 0 : m.channels};
+}
+
+static Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
+                           const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
+  const char* op = "plane_affine";
+  check_feature_map(op, "x", x);
+  STD_TORCH_CHECK(y || !b, op, ": b needs y");
+  if (y) check_same_shape(op, "y", *y, x);
+  const Tensor& like = y ? *y : x;
+  const bool last = is_channels_last(like);
+  std::vector<Tensor> hold;
+  hold.reserve(16);
+  PlaneAffineArgs args;
+  static_cast<MapShape&>(args) = planes_of(like);
+  args.dtype = dtype_of(op, like.scalar_type());
+  args.mixed = beside(x, args.dtype, like.scalar_type(), last, &args.x, hold);
+  if (y) args.y = dense(*y, last, hold).const_data_ptr();
+  args.a = planes("a", a, args, args.dtype, hold);
+  if (b) args.b = planes("b", *b, args, args.dtype, hold);
+  if (c) args.c = planes("c", *c, args, args.dtype, hold);
+  const Tensor out = empty_map_like(like);
+  args.out = out.mutable_data_ptr();
+  MapShape walk = args;
+  walk.channels_last |= args.mixed;
+  for_planes(walk, [&](int64_t begin, int64_t end) { NVAE_CALL(plane_affine_forward, args, begin, end); });
+  return out;
+}
+
+static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
+                                             const std::optional<Tensor>& pivot) {
+  const char* op = "plane_dots";
+  check_feature_map(op, "x", x);
+  check_same_shape(op, "y", y, x);
+  const bool last = is_channels_last(x);
+  std::vector<Tensor> hold;
+  hold.reserve(8);
+  PlaneDotsArgs args;
+  static_cast<MapShape&>(args) = planes_of(x);
+  args.dtype = dtype_of(op, x.scalar_type());
+  args.x = dense(x, last, hold).const_data_ptr();
+  args.mixed = beside(y, args.dtype, x.scalar_type(), last, &args.y, hold);
+  args.x_channels_last = last;
+  args.channels_last |= args.mixed;
+  std::optional<Coefficients> pivots;
+  if (pivot) pivots = Coefficients(args.dtype, doubles_of(op, "pivot", *pivot, args.channels));
+  args.pivot = pivots ? pivots->data() : nullptr;
+  Partials partial(args, 2);
+  args.sum_x = partial.data(0);
+  args.sum_xy = partial.data(1);
+  for_planes(args, [&](int64_t begin, int64_t end) { NVAE_CALL(plane_dots_parts, args, begin, end); });
+  const Tensor out[2] = {empty_vector(x, args.dtype, {args.batches, args.channels}),
+                         empty_vector(x, args.dtype, {args.batches, args.channels})};
+  const int64_t spans = args.spans();
+  for (int kind = 0; kind < 2; ++kind) {
+    if (spans == 1) {
+      write(out[kind], args.dtype, 0, partial.data(kind), args.rows());
+      continue;
+    }
+    for (int64_t sample = 0; sample < args.batches; ++sample)
+      write(out[kind], args.dtype, sample * args.channels, partial.total(kind, sample * spans, spans),
+            args.channels);
+  }
+  return {out[0], out[1]};
+}
+
+}  // namespace nvae
+
+STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("plane_affine", TORCH_BOX(&nvae::plane_affine));
+  m.impl("plane_dots", TORCH_BOX(&nvae::plane_dots));
+}

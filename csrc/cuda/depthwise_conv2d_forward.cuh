@@ -1,0 +1,277 @@
+// The forward kernel of depthwise_conv2d. A thread reads each row of its columns once from shared memory
+// (activated already) and adds it to the M output rows that it touches; these accumulators are a ring,
+// unrolled so that every index is known to the compiler. Large kernels split their rows over G groups of
+// warps, which hand the partial sums of a row on through shared memory.
+#pragma once
+#include "depthwise_conv2d_tile.cuh"
+
+namespace nvae {
+namespace cuda {
+
+struct ForwardLaunch {
+  DepthwiseForward p;
+  Walk w;
+};
+
+// Patterns the compiler knows: 0 all taps, 1 the first 13 of 5x5 in raster order, 2 the last 13 (causal
+// kernels).
+__host__ __device__ constexpr bool tap_exists(int pattern, int u, int v) {
+  return pattern == 0 || (pattern == 1 ? u * 5 + v < 13 : u * 5 + v >= 12);
+}
+
+// Rows and columns of a folded filter: upsampled offset d from phase p reaches source pixel floor((p + d) /
+// 2).
+__host__ __device__ constexpr int folded(int phase, int offset) { return (phase + offset + 1024) / 2 - 512; }
+__host__ __device__ constexpr int folded_pad(int phase, int kernel) { return -folded(phase, -(kernel / 2)); }
+
+struct OnLoad {
+  const float* scale;  // in shared memory
+  const float* shift;
+  int activation;
+  __device__ __forceinline__ float one(int lane, float x, float) const {
+    return activate(fmaf(scale[lane], x, shift[lane]), activation);
+  }
+  __device__ __forceinline__ float4 four(int lane, float4 x, float4) const {
+    const float4 k = *reinterpret_cast<const float4*>(scale + lane);
+    const float4 b = *reinterpret_cast<const float4*>(shift + lane);
+    float u[4] = {fmaf(k.x, x.x, b.x), fmaf(k.y, x.y, b.y), fmaf(k.z, x.z, b.z), fmaf(k.w, x.w, b.w)};
+    activate_all<4>(u, activation);
+    return make_float4(u[0], u[1], u[2], u[3]);
+  }
+  template <Dtype D>
+  __device__ float load(const typename Word<D>::Type* from) const {
+    return widen<D>(*from);
+  }
+};
+
+template <int K, int S, int M, int G>
+struct ForwardShape {
+  static constexpr int kRows = M * S;  // input rows of a chunk
+  static constexpr int kInputs = S * (kColumns - 1) + K;
+  static constexpr int kWarps = 4;  // column groups x images, at most
+  static constexpr int kThreads = kWarps * G * kLanes;
+  static int columns(const Walk& w) { return S * (kColumns * w.column_groups - 1) + K; }
+  static int threads(const Walk& w) { return w.column_groups * w.images * G * kLanes; }
+  static size_t shared(const Walk& w, int bytes) {
+    const size_t pixels = static_cast<size_t>(w.images) * kRows * w.columns;
+    const size_t handed = (G - 1) * 2 * M * kColumns * w.column_groups * w.images;
+    const size_t walking = 2 * kLanes * 4 + pixels * kLanes * (4 + bytes) + handed * kLanes * 4;
+    const size_t taps = w.kernel * w.kernel + (w.fold ? (K * K | 1) : 0);
+    const size_t weights = (2 + taps) * kLanes * 4;
+    return walking > weights ? walking : weights;
+  }
+};
+
+template <Dtype D, int K, int S, int M, int G, int PATTERN>
+__global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 ? (K <= 5 ? 5 : 4) : 1))
+    depthwise_forward_kernel(const ForwardLaunch a) {
+  using Shape = ForwardShape<K, S, M, G>;
+  using Bits = typename Word<D>::Type;
+  constexpr int P = kColumns;
+  extern __shared__ uint4 nvae_shared[];
+  const Walk& w = a.w;
+  const Position at(w);
+  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int column_group = warp % w.column_groups;
+  const int group = G == 1 ? 0 : warp / w.column_groups % G;
+  const int image = warp / (w.column_groups * G);
+  const int64_t channels = a.p.channels, first = static_cast<int64_t>(at.channel_group) * kLanes;
+  const int64_t channel = first + lane;
+  const bool exists = channel < channels;
+  const Plane px(w.x, at.view);
+  const Plane py(w.y, at.view);
+
+  float* scale = reinterpret_cast<float*>(nvae_shared);
+  float* shift = scale + kLanes;
+  float* tile = shift + kLanes;
+  if (warp == 0) {
+    const bool affine = a.p.scale != nullptr && exists;
+    scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
+    shift[lane] = affine ? static_cast<const float*>(a.p.shift)[channel] : 0.f;
+  }
+
+  // Weights: contiguous into shared memory, from there into registers (K^2 is odd: no bank conflicts).
+  const int kernel = w.kernel, taps = kernel * kernel;
+  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
+  for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
+    tile[i] =
+        a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
+  __syncthreads();
+  const int fp = w.fold ? at.view >> 1 : 0, fq = w.fold ? at.view & 1 : 0;
+  const int pad_rows = w.fold ? folded_pad(fp, kernel) : kernel / 2;
+  const int pad_columns = w.fold ? folded_pad(fq, kernel) : kernel / 2;
+  const float* weights = tile;
+  int width = kernel, pitch = taps;
+  if (w.fold) {
+    float* sums = tile + kLanes * taps;
+    weights = sums, width = K, pitch = K * K | 1;
+    for (int i = threadIdx.x; i < here * K * K; i += blockDim.x) {
+      const int c = i / (K * K), u = i / K % K, v = i % K;
+      float sum = 0.f;
+      for (int s = 0; s < kernel; ++s)
+        for (int t = 0; t < kernel; ++t)
+          if (folded(fp, s - kernel / 2) + pad_rows == u && folded(fq, t - kernel / 2) + pad_columns == v)
+            sum += tile[c * taps + s * kernel + t];
+      sums[c * pitch + u * K + v] = sum;
+    }
+    __syncthreads();
+  }
+  float weight[M * S][K];
+#pragma unroll
+  for (int r = 0; r < M * S; ++r)
+#pragma unroll
+    for (int v = 0; v < K; ++v) {
+      const int u = S * M * group + r;
+      weight[r][v] = exists && u < K ? weights[lane * pitch + u * width + v] : 0.f;
+    }
+  __syncthreads();  // what lies there now may be overwritten
+
+  uint4* raw = reinterpret_cast<uint4*>(tile + w.images * Shape::kRows * w.columns * kLanes);
+  Stage<D, Shape::kRows, 1> stage = {
+      w, w.x, {static_cast<const Bits*>(a.p.x)}, px.height, px.width, here, w.vector != 0, raw, tile, 0,
+      0, 0};
+  // [boundary between groups][parity of chunk][row][column][column group and image][lane]
+  float* handed = reinterpret_cast<float*>(raw + w.raw_vectors);
+  const int walkers = w.column_groups * w.images, walker = image * w.column_groups + column_group;
+  const OnLoad on_load{scale, shift, static_cast<int>(a.p.activation)};
+
+  float pivot = 0.f, sum = 0.f, squares = 0.f;
+  int count = 0;
+  const bool stats = a.p.mean != nullptr;
+
+  const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
+  for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+    const Job job(w, index);
+    const int i0 = job.segment * w.segment_rows;
+    const int rows = py.height - i0 < w.segment_rows ? py.height - i0 : w.segment_rows;
+    const int j0 = (job.tile * w.column_groups) * P, j_mine = j0 + column_group * P;
+    if (rows <= 0 || j0 >= py.width) continue;
+    stage.offset = px.base + job.image * w.x.image + first;
+    stage.images_here = static_cast<int>(a.p.batch - job.image < w.images ? a.p.batch - job.image : w.images);
+    stage.left = S * j0 - pad_columns;
+    // Of the thread's columns, those that exist.
+    const int columns_left = py.width - j_mine, columns_here = columns_left < P ? columns_left : P;
+    const bool stores = exists && image < stage.images_here && columns_here > 0;
+    Bits* out = static_cast<Bits*>(a.p.y) + py.base + (job.image + image) * w.y.image + i0 * w.y.row +
+                j_mine * w.y.column + channel;
+
+    float acc[M][P];
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+      for (int p = 0; p < P; ++p) acc[m][p] = 0.f;
+
+    const int chunks = (rows + G * M - 1 + M - 1) / M;
+    const int top = S * i0 - pad_rows;
+    stage.copy(top);
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      __syncthreads();  // the tile has been read
+      stage.convert(top + chunk * Shape::kRows, on_load);
+      if (chunk + 1 < chunks) stage.copy(top + (chunk + 1) * Shape::kRows);
+      __syncthreads();
+      const float* from = tile + (image * Shape::kRows * w.columns + column_group * P * S) * kLanes + lane;
+#pragma unroll
+      for (int t = 0; t < M; ++t) {
+#pragma unroll
+        for (int phase = 0; phase < S; ++phase) {
+          const int r = top + (chunk * M + t) * S + phase;
+          if (r >= 0 && r < px.height) {
+            float in[Shape::kInputs];
+#pragma unroll
+            for (int q = 0; q < Shape::kInputs; ++q) in[q] = from[q * kLanes];
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+              const int u = S * (group * M + m) + phase;
+              if (u < K) {
+#pragma unroll
+                for (int v = 0; v < K; ++v) {
+                  if (!tap_exists(PATTERN, u, v)) continue;
+#pragma unroll
+                  for (int p = 0; p < P; ++p)
+                    acc[(t - m + M) % M][p] =
+                        fmaf(weight[m * S + phase][v], in[S * p + v], acc[(t - m + M) % M][p]);
+                }
+              }
+            }
+          }
+          from += w.columns * kLanes;
+        }
+        // The oldest row of this group's ring is complete.
+        constexpr int kOldest = 1;
+        const int slot = (t + kOldest) % M;
+        const int o = chunk * M + t - group * M - (M - 1);
+        if constexpr (G > 1) {
+          float* here_row = handed + ((chunk & 1) * M + t) * P * walkers * kLanes + walker * kLanes + lane;
+          float* there_row = handed + ((~chunk & 1) * M + t) * P * walkers * kLanes + walker * kLanes + lane;
+          const int boundary = 2 * M * P * walkers * kLanes;
+          if (group > 0 && o >= 0 && o < rows)
+#pragma unroll
+            for (int p = 0; p < P; ++p)
+              acc[slot][p] += there_row[(group - 1) * boundary + p * walkers * kLanes];
+          if (group < G - 1)
+#pragma unroll
+            for (int p = 0; p < P; ++p) here_row[group * boundary + p * walkers * kLanes] = acc[slot][p];
+        }
+        if (group == G - 1 && o >= 0 && o < rows && stores) {
+          Bits* to = out + o * w.y.row;
+          Bits bits[P];
+          float value[P];
+#pragma unroll
+          for (int p = 0; p < P; p += 2) narrow_two<D>(acc[slot][p], acc[slot][p + 1], bits + p);
+#pragma unroll
+          for (int p = 0; p < P; ++p) {
+            if (p < columns_here) *to = bits[p];
+            to += w.y.column;
+            value[p] = widen<D>(bits[p]);
+          }
+          if (stats) {
+            // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
+            if (count == 0) pivot = value[0];
+            count += columns_here;
+#pragma unroll
+            for (int p = 0; p < P; ++p) {
+              const float d = p < columns_here ? value[p] - pivot : 0.f;
+              sum += d;
+              squares = fmaf(d, d, squares);
+            }
+          }
+        }
+#pragma unroll
+        for (int p = 0; p < P; ++p) acc[slot][p] = 0.f;
+      }
+    }
+  }
+  if (!stats) return;
+
+  // Chan's merge of the block's warps, in their order.
+  __syncthreads();
+  float* of_warp = tile;  // [walker][count, mean, m2][lane]
+  if (group == G - 1) {
+    const float n = static_cast<float>(count), inverse = count ? 1.f / n : 0.f;
+    float* mine = of_warp + walker * 3 * kLanes + lane;
+    mine[0] = n;
+    mine[kLanes] = pivot + sum * inverse;
+    mine[2 * kLanes] = fmaxf(squares - sum * sum * inverse, 0.f);
+    if (squares != squares) mine[2 * kLanes] = squares;
+  }
+  __syncthreads();
+  if (warp == 0 && exists) {
+    float n = 0.f, mean = 0.f, m2 = 0.f;
+    for (int i = 0; i < walkers; ++i) {
+      const float* other = of_warp + i * 3 * kLanes + lane;
+      if (other[0] == 0.f) continue;
+      const float all = n + other[0], part = other[0] / all, d = other[kLanes] - mean;
+      mean += d * part;
+      m2 += other[2 * kLanes] + d * d * n * part;
+      n = all;
+    }
+    float* partial = static_cast<float*>(a.p.workspace) +
+                     static_cast<int64_t>(at.job_block * w.views + at.view) * 3 * channels + channel;
+    partial[0] = n;
+    partial[channels] = mean;
+    partial[2 * channels] = m2;
+  }
+}
+
+}  // namespace cuda
+}  // namespace nvae

@@ -1,0 +1,212 @@
+// Elements of tensors on the GPU, and the activations.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../types.h"
+
+namespace nvae {
+namespace cuda {
+
+template <Dtype D>
+struct Word {
+  using Type = unsigned short;
+};
+template <>
+struct Word<Dtype::f32> {
+  using Type = unsigned int;
+};
+template <Dtype D>
+constexpr int kBytes = static_cast<int>(sizeof(typename Word<D>::Type));
+
+template <Dtype D>
+__device__ __forceinline__ float widen(typename Word<D>::Type bits) {
+  if constexpr (D == Dtype::f32) return __uint_as_float(bits);
+  if constexpr (D == Dtype::f16) return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+  return __uint_as_float(static_cast<unsigned>(bits) << 16);
+}
+
+template <Dtype D>
+__device__ __forceinline__ typename Word<D>::Type narrow(float value) {
+  if constexpr (D == Dtype::f32) return __float_as_uint(value);
+  if constexpr (D == Dtype::f16) return __half_as_ushort(__float2half_rn(value));
+  return static_cast<typename Word<D>::Type>(__bfloat16_as_ushort(__float2bfloat16_rn(value)));
+}
+
+// Two elements in one instruction; converting one alone runs at a quarter of the speed.
+template <Dtype D>
+__device__ __forceinline__ void narrow_two(float a, float b, typename Word<D>::Type* to) {
+#ifdef __CUDA_ARCH__
+  if constexpr (D != Dtype::f32) {
+    unsigned both;
+    if constexpr (D == Dtype::bf16)
+      asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    else
+      asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(b), "f"(a));
+    to[0] = static_cast<unsigned short>(both);
+    to[1] = static_cast<unsigned short>(both >> 16);
+    return;
+  }
+#endif
+  to[0] = narrow<D>(a);
+  to[1] = narrow<D>(b);
+}
+
+// Four elements of 16 bytes: the first four, or of 2-byte elements with part = 1 the others.
+template <Dtype D>
+__device__ __forceinline__ float4 widen_four(const uint4* from, int part) {
+  if constexpr (D == Dtype::f32) {
+    return *reinterpret_cast<const float4*>(from);
+  } else {
+    const uint2 w = reinterpret_cast<const uint2*>(from)[part];
+    if constexpr (D == Dtype::bf16)  // in place, which takes no conversion
+      return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u),
+                         __uint_as_float(w.y << 16), __uint_as_float(w.y & 0xffff0000u));
+    using Bits = typename Word<D>::Type;
+    return make_float4(widen<D>(static_cast<Bits>(w.x)), widen<D>(static_cast<Bits>(w.x >> 16)),
+                       widen<D>(static_cast<Bits>(w.y)), widen<D>(static_cast<Bits>(w.y >> 16)));
+  }
+}
+
+// Any element of a small tensor, whatever its type. S is what sums are computed in.
+template <class S>
+__device__ __forceinline__ S load_any(const void* data, Dtype dtype, int64_t i) {
+  switch (dtype) {
+    case Dtype::f32:
+      return static_cast<S>(static_cast<const float*>(data)[i]);
+    case Dtype::f64:
+      return static_cast<S>(static_cast<const double*>(data)[i]);
+    case Dtype::bf16:
+      return static_cast<S>(widen<Dtype::bf16>(static_cast<const unsigned short*>(data)[i]));
+    default:
+      return static_cast<S>(widen<Dtype::f16>(static_cast<const unsigned short*>(data)[i]));
+  }
+}
+template <class S>
+__device__ __forceinline__ void store_any(void* data, Dtype dtype, int64_t i, S value) {
+  switch (dtype) {
+    case Dtype::f32:
+      static_cast<float*>(data)[i] = static_cast<float>(value);
+      break;
+    case Dtype::f64:
+      static_cast<double*>(data)[i] = static_cast<double>(value);
+      break;
+    case Dtype::bf16:
+      static_cast<unsigned short*>(data)[i] = narrow<Dtype::bf16>(static_cast<float>(value));
+      break;
+    default:
+      static_cast<unsigned short*>(data)[i] = narrow<Dtype::f16>(static_cast<float>(value));
+  }
+}
+
+constexpr int kIdentity = 0, kSwish = 1, kElu = 2;
+
+// 2^x and 1/x to two units in the last place, subnormal numbers taken for zero: one instruction each.
+__device__ __forceinline__ float power_of_two(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return exp2f(x);
+#endif
+}
+__device__ __forceinline__ float reciprocal(float x) {
+#ifdef __CUDA_ARCH__
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  return 1.f / x;
+#endif
+}
+__device__ __forceinline__ float sigmoid(float u) {
+  return reciprocal(1.f + power_of_two(u * -1.442695041f));
+}
+// 1/x of moderate x by Newton's method: the compiler's division is a call, around which registers are
+// spilled.
+__device__ __forceinline__ double reciprocal(double x) {
+  double r = reciprocal(static_cast<float>(x));
+  r = r * (2.0 - x * r);
+  return r * (2.0 - x * r);
+}
+__device__ __forceinline__ double sigmoid(double u) {
+  const double d = 1.0 + exp(-u);
+  return d > 1e37 ? exp(u) : reciprocal(d);
+}
+__device__ __forceinline__ float exp_minus_one(float u) { return expm1f(u); }
+__device__ __forceinline__ double exp_minus_one(double u) { return expm1(u); }
+
+template <class S>
+__device__ __forceinline__ S activate(S u, int activation) {
+  if (activation == kSwish) return u * sigmoid(u);
+  if (activation == kElu) return u > S(0) ? u : exp_minus_one(u);
+  return u;
+}
+// The activation and its derivative.
+template <class S>
+__device__ __forceinline__ S activate(S u, int activation, S& slope) {
+  slope = S(1);
+  if (activation == kSwish) {
+    const S s = sigmoid(u);
+    slope = s + s * (u - u * s);
+    return u * s;
+  }
+  if (activation == kElu && !(u > S(0))) {
+    const S e = exp_minus_one(u);
+    slope = e + S(1);
+    return e;
+  }
+  return u;
+}
+
+// The same for N values at once: one branch for all.
+template <int N>
+__device__ __forceinline__ void activate_all(float* u, int activation) {
+  if (activation == kSwish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = u[i] * sigmoid(u[i]);
+  } else if (activation == kElu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = u[i] > 0.f ? u[i] : exp_minus_one(u[i]);
+  }
+}
+template <int N>
+__device__ __forceinline__ void activate_all(float* u, float* slope, int activation) {
+  if (activation == kSwish) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) u[i] = activate(u[i], kSwish, slope[i]);
+  } else if (activation == kElu) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const float e = exp_minus_one(u[i]);
+      slope[i] = u[i] > 0.f ? 1.f : e + 1.f;
+      u[i] = u[i] > 0.f ? u[i] : e;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; ++i) slope[i] = 1.f;
+  }
+}
+
+// 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of
+// the calling thread, which alone may then read them without a barrier.
+__device__ __forceinline__ void copy_async(uint4* shared, const void* global) {
+#ifdef __CUDA_ARCH__
+  const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+#else
+  *shared = *static_cast<const uint4*>(global);
+#endif
+}
+__device__ __forceinline__ void wait_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
+
+}  // namespace cuda
+}  // namespace nvae

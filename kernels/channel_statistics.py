@@ -1,0 +1,96 @@
+"""channel_statistics in Triton; formulas are the docstring of nvae_fast/ops/channel_statistics.py.
+
+One pass over x leaves sums of d and d^2 of every part, d the deviation from the part's first value; the second stage merges
+them in double precision, in a fixed order: with the mean m of everything,
+``m2 = sum (s2 + 2 s1 (pivot - m) + n (pivot - m)^2)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from nvae_fast.kernels.map_launch import _on, _power
+from nvae_fast.kernels.planes import dense, is_last, leave, offsets, plan, program
+
+
+@triton.jit
+def parts_kernel(
+    x, workspace, batches, channels, pixels, c_tiles, parts,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    pivot = tl.load(x + offsets(b, c, first, channels, pixels, LAST), mask=c < channels, other=0.0)
+    pivot = pivot.to(tl.float32)
+    pivot = tl.where(pivot - pivot == 0.0, pivot, 0.0)
+    sums = tl.zeros((BC, BP), tl.float32)
+    squares = tl.zeros((BC, BP), tl.float32)
+    for i in range(TIMES):
+        p = first + i * BP + tl.arange(0, BP)[None, :]
+        mask = (c < channels) & (p < pixels)
+        value = tl.load(x + offsets(b, c, p, channels, pixels, LAST), mask=mask, other=0.0).to(tl.float32)
+        d = tl.where(mask, value - pivot, 0.0)
+        sums += d
+        squares += d * d
+    leave(workspace, 0, sums, b, c, part, batches, channels, parts)
+    leave(workspace, 1, squares, b, c, part, batches, channels, parts)
+    place = ((2 * parts + part) * batches + b) * channels + c
+    tl.store(workspace + place, pivot, mask=c < channels)
+
+
+@triton.jit
+def merge_kernel(
+    workspace, out_mean, out_m2, rows, chunks, pixels, count, kind,
+    SPAN: tl.constexpr, REPEAT: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
+    """``workspace`` (3, chunks, rows) -> mean and m2 (rows). REPEAT chunks follow each other that begin at the same pixel:
+    those of the samples, where they are merged."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[None, :]
+    total = tl.zeros((CHUNKS, ROWS), tl.float64)
+    for i in range(STEPS):
+        chunk = i * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+        mask = (chunk < chunks) & (row < rows)
+        place = workspace + chunk.to(tl.int64) * rows + row
+        n = tl.minimum(pixels - (chunk // REPEAT) * SPAN, SPAN).to(tl.float64)
+        sums = tl.load(place, mask=mask, other=0.0).to(tl.float64)
+        pivot = tl.load(place + 2 * kind, mask=mask, other=0.0).to(tl.float64)
+        total += tl.where(mask, sums + n * pivot, 0.0)
+    mean = tl.sum(total, 0)[None, :] / count
+    spread = tl.zeros((CHUNKS, ROWS), tl.float64)
+    for i in range(STEPS):
+        chunk = i * CHUNKS + tl.arange(0, CHUNKS)[:, None]
+        mask = (chunk < chunks) & (row < rows)
+        place = workspace + chunk.to(tl.int64) * rows + row
+        n = tl.minimum(pixels - (chunk // REPEAT) * SPAN, SPAN).to(tl.float64)
+        sums = tl.load(place, mask=mask, other=0.0).to(tl.float64)
+        squares = tl.load(place + kind, mask=mask, other=0.0).to(tl.float64)
+        off = tl.load(place + 2 * kind, mask=mask, other=0.0).to(tl.float64) - mean
+        spread += tl.where(mask, squares + off * (2.0 * sums + n * off), 0.0)
+    m2 = tl.sum(spread, 0)[None, :]
+    m2 = tl.where(m2 < 0.0, 0.0, m2)
+    tl.store(out_mean + row, mean.to(tl.float32), mask=row < rows)
+    tl.store(out_m2 + row, m2.to(tl.float32), mask=row < rows)
+
+
+def channel_statistics(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean and m2 of the operator's arguments."""
+    last = is_last(x)
+    launch = plan("channel_statistics", x, by_channels=last, sums=True)
+    shape = (launch.batches, launch.channels) if per_sample else (launch.channels,)
+    if launch.empty:
+        return x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
+    mean, m2 = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
+    workspace = launch.workspace(3)
+    launch.run(parts_kernel, dense(x, last), workspace, launch.batches, LAST=last)
+    repeat = 1 if per_sample else launch.batches
+    rows, chunks = mean.numel(), launch.parts * repeat
+    block = min(_power(chunks), 32)
+    with _on(x.device):
+        merge_kernel[(-(-rows // 32),)](
+            workspace, mean, m2, rows, chunks, launch.pixels,
+            launch.pixels * repeat, chunks * rows,
+            SPAN=launch.constants["BP"] * launch.constants["TIMES"], REPEAT=repeat,
+            ROWS=32, CHUNKS=block, STEPS=-(-chunks // block),
+        )  # fmt: skip
+    return mean, m2

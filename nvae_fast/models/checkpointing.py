@@ -1,0 +1,44 @@
+"""Activation checkpointing of a cell: its input is kept, everything inside is computed again in the backward pass.
+
+The second pass must leave no trace. Nothing is drawn inside a cell (latent variables are sampled between cells), so
+there is no noise to repeat; the buffers that a forward pass in training mode moves (batch norm's running statistics)
+are put back after it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+def recomputed(cell: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """``cell(x)``, with the same gradients and a fraction of the memory held until the backward pass.
+
+    Arithmetic and autocast are those of the first pass, so the results are bitwise equal to ``cell(x)`` wherever the
+    cell's own kernels repeat themselves.
+    """
+    result: torch.Tensor = checkpoint(
+        cell,
+        x,
+        use_reentrant=False,
+        preserve_rng_state=False,  # a cell draws nothing; saving the state would synchronise
+        context_fn=lambda: (contextlib.nullcontext(), _buffers_kept(cell)),
+    )
+    return result
+
+
+@contextlib.contextmanager
+def _buffers_kept(cell: nn.Module) -> Iterator[None]:
+    """What happens to the buffers inside is undone, however the block is left (the second pass stops early)."""
+    buffers = [b for b in cell.buffers() if b is not None] if cell.training else []
+    saved = [b.clone() for b in buffers]
+    try:
+        yield
+    finally:
+        if buffers:
+            with torch.no_grad():
+                torch._foreach_copy_(buffers, saved)

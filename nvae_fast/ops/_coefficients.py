@@ -1,0 +1,128 @@
+"""The small arithmetic between the passes of the inverted residual cell: from sums to coefficients. On vectors (C,) and
+(B, C) one operator stands for five to twenty calls, whose dispatch would cost more than their work. Not differentiable;
+arguments are trusted: contiguous, float32 or float64, all of one dtype; a missing mean or
+bias counts as 0, a missing weight as 1.
+
+::
+
+    coefficients   var = m2 / count,  rstd = 1 / sqrt(var + eps),  scale = weight rstd,  shift = bias - mean scale
+    corrections    BN's backward pass as dx = scale g + beta x + gamma, from sum_g = sum g and sum_gx = sum g (x - mean):
+                   grad_weight = rstd sum_gx,  beta = -scale rstd grad_weight / count,
+                   gamma = -scale sum_g / count - beta mean
+    merge_planes   mean and m2 (C,) of B planes of equal size from each one's (B, C), by Chan's formula
+    gate           pooled = scale mean + shift,  hidden = relu(W1 pooled + b1),  gate = sigmoid(W2 hidden + b2),
+                   factor = residual_scale gate scale,  offset = residual_scale gate shift
+    gate_backward  from sum_x = sum_p grad and sum_xp = sum_p grad (p - mean3): the layers' gradients; through (B, C), what
+                   reaches the pooled value; sum_y, dot_y (C,): sums of BN3's gradient and of it times phat;
+                   factor = residual_scale gate
+"""
+
+from __future__ import annotations
+
+import torch
+
+from nvae_fast.ops._register import operator
+
+Tensor = torch.Tensor
+
+
+def _coefficients(
+    mean: Tensor | None, m2: Tensor, weight: Tensor | None, bias: Tensor | None, count: float, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    var = m2 / count
+    rstd = torch.rsqrt(var + eps)
+    scale = rstd.clone() if weight is None else weight * rstd
+    shift = torch.zeros_like(scale) if bias is None else bias.clone()
+    return var, rstd, scale, shift if mean is None else shift - mean * scale
+
+
+def _corrections(
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad_weight = rstd * sum_gx
+    beta = -scale * rstd * grad_weight / count
+    gamma = -scale * sum_g / count
+    return grad_weight, beta, gamma if mean is None else gamma - beta * mean
+
+
+def _merge_planes(mean: Tensor, m2: Tensor, pixels: int) -> tuple[Tensor, Tensor]:
+    merged = mean.sum(0) / max(mean.shape[0], 1)
+    return merged, m2.sum(0) + pixels * (mean - merged).square().sum(0)
+
+
+def _gate(
+    mean: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    w1: Tensor,
+    b1: Tensor,
+    w2: Tensor,
+    b2: Tensor,
+    residual_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    pooled = mean * scale + shift
+    hidden = torch.relu(torch.addmm(b1, pooled, w1.t()))
+    gate = torch.sigmoid(torch.addmm(b2, hidden, w2.t()))
+    return pooled, hidden, gate, residual_scale * gate * scale, residual_scale * gate * shift
+
+
+def _gate_backward(
+    sum_x: Tensor, sum_xp: Tensor, plane_mean: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
+    pooled: Tensor, hidden: Tensor, gate: Tensor, w1: Tensor, w2: Tensor, residual_scale: float,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    to_y, to_dot = residual_scale * sum_x, residual_scale * rstd * sum_xp
+    to_logit = (weight * to_dot + bias * to_y) * gate * (1 - gate)
+    to_hidden = (to_logit @ w2) * (hidden > 0)
+    through = to_hidden @ w1
+    return (
+        to_hidden.t() @ pooled, to_hidden.sum(0), to_logit.t() @ hidden, to_logit.sum(0), through,
+        (gate * to_y + through).sum(0), (gate * to_dot + through * (plane_mean - mean) * rstd).sum(0),
+        residual_scale * gate,
+    )  # fmt: skip
+
+
+def _like(*positions: int):  # type: ignore[no-untyped-def]
+    """A fake: empty results shaped like the arguments at these positions."""
+    return lambda *args: tuple(torch.empty_like(args[i]) for i in positions)
+
+
+coefficients = operator(
+    "batch_norm_coefficients",
+    "(Tensor? mean, Tensor m2, Tensor? weight, Tensor? bias, float count, float eps)"
+    " -> (Tensor var, Tensor rstd, Tensor scale, Tensor shift)",
+    default=_coefficients,
+    fake=_like(1, 1, 1, 1),
+)
+corrections = operator(
+    "batch_norm_corrections",
+    "(Tensor sum_g, Tensor sum_gx, Tensor? mean, Tensor rstd, Tensor scale, float count)"
+    " -> (Tensor grad_weight, Tensor beta, Tensor gamma)",
+    default=_corrections,
+    fake=_like(0, 0, 0),
+)
+merge_planes = operator(
+    "merge_planes",
+    "(Tensor mean, Tensor m2, int pixels) -> (Tensor mean, Tensor m2)",
+    default=_merge_planes,
+    fake=lambda mean, m2, pixels: (mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])),
+)
+gate = operator(
+    "gate_coefficients",
+    "(Tensor mean, Tensor scale, Tensor shift, Tensor w1, Tensor b1, Tensor w2, Tensor b2, float residual_scale)"
+    " -> (Tensor pooled, Tensor hidden, Tensor gate, Tensor factor, Tensor offset)",
+    default=_gate,
+    fake=lambda mean, scale, shift, w1, *_: (
+        torch.empty_like(mean), mean.new_empty(mean.shape[0], w1.shape[0]), *(torch.empty_like(mean) for _ in range(3)),
+    ),
+)  # fmt: skip
+gate_backward = operator(
+    "gate_gradients",
+    "(Tensor sum_x, Tensor sum_xp, Tensor plane_mean, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor pooled,"
+    " Tensor hidden, Tensor gate, Tensor w1, Tensor w2, float residual_scale) -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
+    " Tensor through, Tensor sum_y, Tensor dot_y, Tensor factor)",
+    default=_gate_backward,
+    fake=lambda sum_x, sum_xp, plane_mean, mean, rstd, weight, bias, pooled, hidden, gate, w1, w2, scale: (
+        torch.empty_like(w1), w1.new_empty(w1.shape[0]), torch.empty_like(w2), w2.new_empty(w2.shape[0]),
+        torch.empty_like(sum_x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(sum_x),
+    ),
+)  # fmt: skip

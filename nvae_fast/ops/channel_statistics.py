@@ -1,0 +1,114 @@
+"""Mean and spread of the channels of a map, in one pass.
+
+::
+
+    mean[c] = sum_bp x[b,c,p] / n        m2[c] = sum_bp (x[b,c,p] - mean[c])^2        n = B*H*W
+
+or with ``per_sample`` the same of every (b, c), n = H*W. Batch norm and squeeze-and-excitation are made of these. Parts of
+the map are summed as deviations from a value of their own and merged by Chan's formula (Chan, Golub, LeVeque 1979,
+"Updating formulae and a pairwise algorithm for computing sample variances"), so that \\|mean\\| far above the spread loses
+no digits. PyTorch's nearest: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from nvae_fast.ops import _checks
+from nvae_fast.ops._register import room
+
+
+class ChannelStatistics(NamedTuple):
+    """``mean``, and ``m2``: the sum of squared deviations from it, (C,) or (B, C); ``count`` values were in each."""
+
+    mean: torch.Tensor
+    m2: torch.Tensor
+    count: int  # type: ignore[assignment]  # tuple.count gives way
+
+
+def channel_statistics(x: torch.Tensor, per_sample: bool = False) -> ChannelStatistics:
+    """Statistics of the channels of ``x`` (B, C, H, W); formulas in the module's docstring.
+
+    Returns:
+        :class:`ChannelStatistics` in float32 (float64 for float64), (C,) or with ``per_sample`` (B, C); zeros where there
+        are no values. Differentiable in x.
+
+    Raises:
+        TypeError, ValueError: x is not a floating tensor of four dimensions.
+    """
+    mean, m2 = _room(x, per_sample)
+    return ChannelStatistics(mean, m2, _count(x, per_sample))
+
+
+def _count(x: torch.Tensor, per_sample: bool) -> int:
+    pixels = x.shape[2] * x.shape[3]
+    return pixels if per_sample else x.shape[0] * pixels
+
+
+def _check(x: torch.Tensor, per_sample: bool) -> None:
+    _checks.feature_map("channel_statistics", "x", x)
+
+
+def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    wide = x.to(_checks.accumulate_dtype(x.dtype))
+    dims = (2, 3) if per_sample else (0, 2, 3)
+    count = _count(x, per_sample)
+    if x.numel() == 0:
+        zero = wide.sum(dims)
+        return zero, zero.clone()
+    var, mean = torch.var_mean(wide, dims, correction=0)
+    return mean, var * count
+
+
+def _fake(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    size = x.shape[:2] if per_sample else x.shape[1:2]
+    wide = _checks.accumulate_dtype(x.dtype)
+    return x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
+
+
+def _backward(
+    grads: Sequence[torch.Tensor | None],
+    wanted: Sequence[int],
+    x: torch.Tensor,
+    per_sample: bool,
+    mean: torch.Tensor,
+) -> tuple[torch.Tensor]:
+    """``dx = dmean / n + 2 dm2 (x - mean)``."""
+    grad_mean, grad_m2 = grads
+    count = max(_count(x, per_sample), 1)
+    constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
+    if grad_m2 is None:
+        return (constant.to(x.dtype).reshape(_column(x, per_sample)).expand_as(x),)
+    slope = 2 * grad_m2
+    slope, constant = (
+        t.reshape(_column(x, per_sample)) for t in (slope, torch.addcmul(constant, slope, mean, value=-1))
+    )
+    return (torch.addcmul(constant, slope, x.to(mean.dtype)).to(x.dtype),)
+
+
+def _column(x: torch.Tensor, per_sample: bool) -> tuple[int, int, int, int]:
+    return (x.shape[0] if per_sample else 1, x.shape[1], 1, 1)
+
+
+def _gpu(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    if x.dtype == torch.float64:  # the kernels compute in float32
+        return _reference(x, per_sample)
+    from nvae_fast.kernels import channel_statistics as kernels
+
+    return kernels.channel_statistics(x, per_sample)
+
+
+_room = room(
+    "channel_statistics",
+    "(Tensor x, bool per_sample) -> (Tensor mean, Tensor m2)",
+    check=_check,
+    reference=_reference,
+    differentiable=(0,),
+    fake=_fake,
+    backward=_backward,
+    gpu=_gpu,
+    save_outputs=(0,),
+)

@@ -1,0 +1,429 @@
+"""The whole inverted residual cell in training, on the 4E + 6 schedule.
+
+NVAE (arXiv 2007.03898), section 3.1.1 and appendix A. With BN the batch norm of batch statistics (biased variance, eps)::
+
+    h = W1 BN0(x)                          1x1, C_in -> E C_in            (nearest x2 upsampling first when stride is -1)
+    d = depthwise(swish(BN1(h)))           KxK, stride 1 or 2
+    p = W3 swish(BN2(d))                   1x1, E C_in -> C_out
+    y = skip + residual_scale * gate * BN3(p),   gate = sigmoid(We relu(Wr mean_hw(BN3(p)) + br) + be), or 1
+
+Traffic in units of x, E the expansion: eager 14 E + 14 forward, here 4 E + 6, and backward keeps four maps (normalised
+input, expansion, depthwise and projection output) where eager keeps about 6 E + 4. What makes it so, each exact:
+
+- BN0 is affine and BN1 follows the 1x1 convolution, so with xhat = (x - mean0) / std0 the expansion is a = (W1 gamma0) xhat: it
+  has mean 0, beta0 only moves the running mean of BN1 (its gradient is 0), and its variance is the diagonal of
+  W (xhat' xhat / n) W': a Gram matrix costs 1 / E of the convolution.
+- BN and swish are applied where the depthwise kernel loads, and its output's statistics are taken where it stores.
+- BN3, gate, scale and skip are one affine map a plane: y = skip + A[b,c] p + B[b,c]; its reductions are sums over planes.
+- 1x1 convolutions and BN commute with nearest upsampling: the expansion runs at low resolution, the depthwise kernel indexes by
+  half. Statistics are equal but for the running variance's n / (n - 1), which counts upsampled pixels.
+- Backward, BN1 is linear in (du, a): da = scale du + beta a + const, hence da W = du (scale W) + xhat (W' beta W) + const and
+  da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from nvae_fast import _backend, _distributed
+from nvae_fast.ops import _affine, _checks, _coefficients, channel_statistics, plane_affine  # noqa: F401  registers them
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+
+NAME = "inverted_residual_cell"
+_OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
+_PARTS = ("depthwise_conv2d", "batch_norm_swish", "channel_statistics", "plane_affine")
+
+
+class CellParameters(NamedTuple):
+    """Parameters of a cell. Convolutions as PyTorch stores them: ``expand`` (E C_in, C_in, 1, 1), ``depthwise``
+    (E C_in, 1, K, K), ``project`` (C_out, E C_in, 1, 1); weight and bias of the four batch norms in order; the gate's two
+    linear layers, or None for all four."""
+
+    norm_weight: torch.Tensor
+    norm_bias: torch.Tensor
+    expand: torch.Tensor
+    expand_norm_weight: torch.Tensor
+    expand_norm_bias: torch.Tensor
+    depthwise: torch.Tensor
+    depthwise_norm_weight: torch.Tensor
+    depthwise_norm_bias: torch.Tensor
+    project: torch.Tensor
+    project_norm_weight: torch.Tensor
+    project_norm_bias: torch.Tensor
+    reduce_weight: torch.Tensor | None = None
+    reduce_bias: torch.Tensor | None = None
+    gate_weight: torch.Tensor | None = None
+    gate_bias: torch.Tensor | None = None
+
+
+class BatchStatistics(NamedTuple):
+    """``mean`` and biased ``var`` (C,) of what a batch norm saw, and of how many values: what running averages want."""
+
+    mean: torch.Tensor
+    var: torch.Tensor
+    count: int | torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
+
+
+# The cell is fused where all its parts are.
+for _device in _backend.DEVICES:
+    _missing = [part for part in _PARTS if _backend.kernel(part, _device) is None]
+    _backend.record(
+        NAME,
+        _device,
+        None if _missing else _backend.kernel(_PARTS[0], _device),
+        f"{', '.join(_missing)} has no fused kernel" if _missing else "",
+    )
+
+
+def available(device_type: str) -> bool:
+    """Whether the cell runs fused on this device."""
+    return _backend.fused(NAME, device_type)
+
+
+def inverted_residual_cell(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    parameters: CellParameters,
+    *,
+    stride: int = 1,
+    eps: float = 1e-5,
+    residual_scale: float = 0.1,
+    group: Any = None,
+) -> tuple[torch.Tensor, tuple[BatchStatistics, ...]]:
+    """The cell with batch statistics; formulas in the module's docstring.
+
+    Args:
+        x: (B, C_in, H, W). Channels_last is computed in whatever the format; NCHW costs a transposition of x.
+        skip: (B, C_out, H', W') with H' = H, ceil(H / 2) or 2 H; x itself where the skip is the identity.
+        parameters: see :class:`CellParameters`.
+        stride: 1, 2 or -1 (upsample by 2).
+        eps: of all batch norms. residual_scale: factor of the residual branch.
+        group: process group over which statistics are merged; None for the default one, if there is any.
+
+    Returns:
+        y in the dtype and memory format of skip, and the :class:`BatchStatistics` of the four batch norms in order.
+        Differentiable once in x, skip and the parameters; double backward raises.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or device.
+    """
+    _check(x, skip, parameters, stride)
+    if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1 and _distributed.world_size(group) == 1:
+        raise ValueError(
+            f"{NAME}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
+        )
+    y, *flat = _Cell.apply(x, None if skip is x else skip, stride, eps, residual_scale, group, *parameters)
+    b, _, h, w = x.shape
+    size = _distributed.world_size(group)
+    counts: list[int | torch.Tensor] = [b * h * w * (4 if stride == -1 else 1)] * 2 + [
+        y.shape[0] * y.shape[2] * y.shape[3]
+    ] * 2
+    if size > 1:
+        counts = list(flat.pop().unbind())
+    return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
+
+
+def inverted_residual_cell_evaluation(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    parameters: CellParameters,
+    running: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    *,
+    stride: int = 1,
+    eps: float = 1e-5,
+    residual_scale: float = 0.1,
+) -> torch.Tensor:
+    """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
+
+    The first two batch norms fold into the expansion, the last into the projection; the third is applied with its swish.
+    Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
+    that they have.
+    """
+    _check(x, skip, parameters, stride)
+    q = parameters
+    expand, project = q.expand.flatten(1), q.project.flatten(1)
+    scale0, shift0 = _fold(q.norm_weight, q.norm_bias, running[0], eps)
+    scale1, shift1 = _fold(q.expand_norm_weight, q.expand_norm_bias, running[1], eps)
+    scale3, shift3 = _fold(q.project_norm_weight, q.project_norm_bias, running[3], eps)
+    xl = x.contiguous(memory_format=torch.channels_last)
+    h = _conv(xl, scale1[:, None] * expand * scale0, scale1 * (expand @ shift0) + shift1)
+    d = depthwise_conv2d(
+        h, q.depthwise, stride=max(stride, 1), upsample=2 if stride == -1 else 1, activation="swish"
+    )
+    h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
+    if q.reduce_weight is None:
+        return skip + _conv(h, residual_scale * scale3[:, None] * project, residual_scale * shift3)
+    return squeeze_excite(
+        _conv(h, scale3[:, None] * project, shift3),
+        *(q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias),  # type: ignore[arg-type]
+        skip=skip,
+        residual_scale=residual_scale,
+    )
+
+
+def _fold(
+    weight: torch.Tensor, bias: torch.Tensor, running: tuple[torch.Tensor, torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch norm with given statistics as ``scale * x + shift``."""
+    scale = weight * torch.rsqrt(running[1].to(weight.dtype) + eps)
+    return scale, bias - running[0].to(weight.dtype) * scale
+
+
+def _check(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
+    _checks.feature_map(NAME, "x", x)
+    _checks.one_of(NAME, "stride", stride, (1, 2, -1))
+    b, c, h, w = x.shape
+    _checks.feature_map(NAME, "expand", parameters.expand)
+    _checks.feature_map(NAME, "depthwise", parameters.depthwise)
+    _checks.feature_map(NAME, "project", parameters.project)
+    hidden, k, c_out = parameters.expand.shape[0], parameters.depthwise.shape[3], parameters.project.shape[0]
+    if k % 2 == 0:
+        raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
+    widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}
+    expected: dict[str, tuple[int, ...]] = {
+        "expand": (hidden, c, 1, 1),
+        "depthwise": (hidden, 1, k, k),
+        "project": (c_out, hidden, 1, 1),
+        **{f"{name}_{part}": (width,) for name, width in widths.items() for part in ("weight", "bias")},
+    }
+    if parameters.reduce_weight is not None:
+        r = parameters.reduce_weight.shape[0]
+        expected |= {
+            "reduce_weight": (r, c_out),
+            "reduce_bias": (r,),
+            "gate_weight": (c_out, r),
+            "gate_bias": (c_out,),
+        }
+    for name, size in expected.items():
+        _checks.shape(NAME, name, getattr(parameters, name), size, x)
+    h_out, w_out = (
+        (2 * h, 2 * w) if stride == -1 else ((h + stride - 1) // stride, (w + stride - 1) // stride)
+    )
+    _checks.shape(NAME, "skip", skip, (b, c_out, h_out, w_out), x)
+
+
+def _matrix(t: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in channels_last as the matrix (B H W, C) it is in memory."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _coefficients_of(
+    mean: torch.Tensor | None,
+    m2: torch.Tensor,
+    count: int | torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+) -> tuple[torch.Tensor, ...]:
+    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
+    if isinstance(count, int):
+        return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
+    return _coefficients.coefficients(mean, m2 / count, weight, bias, 1.0, eps)
+
+
+def _corrections_of(
+    sum_g: torch.Tensor,
+    sum_gx: torch.Tensor,
+    mean: torch.Tensor | None,
+    rstd: torch.Tensor,
+    scale: torch.Tensor,
+    count: int | torch.Tensor,
+    group: Any,
+) -> tuple[torch.Tensor, ...]:
+    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
+    if isinstance(count, int):
+        return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
+    g, gx = (t / count for t in _distributed.totals((sum_g, sum_gx), group))
+    _, beta, gamma = _coefficients.corrections(g, gx, mean, rstd, scale, 1.0)
+    return rstd * sum_gx, beta, gamma
+
+
+def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
+    return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
+
+
+def _conv(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1 convolution with a (C_out, C_in) matrix, in the dtype of x."""
+    weight = matrix.to(x.dtype).reshape(*matrix.shape, 1, 1)
+    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad' x over pixels, (C_out, C_in): the weight gradient of a 1x1 convolution."""
+    weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1].flatten(1)
+
+
+class _Cell(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        skip: torch.Tensor | None,  # None: x itself
+        stride: int,
+        eps: float,
+        residual_scale: float,
+        group: Any,
+        *parameters: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, ...]:
+        device = x.device.type
+        identity = skip is None
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        if x.dtype == torch.float64:
+            dtype = torch.float64  # autocast leaves float64 alone
+        wide = _checks.accumulate_dtype(dtype)
+        given = CellParameters._make(parameters)
+        q = _widened(given, wide)
+        with torch.autocast(device, enabled=False):
+            skip = x if skip is None else skip
+            xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
+            b, _, h, w = xl.shape
+            mean0, m2, n_in = _distributed.merge(*_OPS.channel_statistics(xl, False), b * h * w, group)
+            var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
+            xhat = _affine.forward(xl, rstd0, shift0, None)
+            rows = _matrix(xhat).to(wide)
+            gram = rows.t() @ rows
+            expand = q.expand.flatten(1) * q.norm_weight
+            a = _conv(xhat, expand)
+            m2 = _distributed.total(((expand @ gram) * expand).sum(1), group)
+            mean1 = q.expand.flatten(1) @ q.norm_bias
+            var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
+
+            d, mean2, m2 = _OPS.depthwise_conv2d(
+                a,
+                q.depthwise,
+                scale1,
+                q.expand_norm_bias,
+                max(stride, 1),
+                1,
+                2 if stride == -1 else 1,
+                "swish",
+                True,
+                None,
+            )
+            pixels = d.shape[2] * d.shape[3]
+            mean2, m2, n_out = _distributed.merge(mean2, m2, b * pixels, group)
+            var2, rstd2, scale2, shift2 = _coefficients_of(
+                mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
+            )
+            p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project.flatten(1))
+
+            plane_mean, m2 = _OPS.channel_statistics(p, True)
+            mean3, m2, _ = _distributed.merge(
+                *_coefficients.merge_planes(plane_mean, m2, pixels), b * pixels, group
+            )
+            var3, rstd3, scale3, shift3 = _coefficients_of(
+                mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
+            )
+            pooled = hidden = gate = None
+            if q.reduce_weight is None:
+                factor, offset = (residual_scale * scale3)[None], (residual_scale * shift3)[None]
+            else:
+                pooled, hidden, gate, factor, offset = _coefficients.gate(
+                    plane_mean,
+                    scale3,
+                    shift3,
+                    q.reduce_weight,
+                    q.reduce_bias,
+                    q.gate_weight,
+                    q.gate_bias,
+                    residual_scale,
+                )
+            y = _OPS.plane_affine(p, factor, skip, None, offset)
+
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, scale2, shift2, mean3, rstd3, scale3,
+            plane_mean, pooled, hidden, gate, *given,
+        )  # fmt: skip
+        ctx.constants = (stride, residual_scale, group, n_in, n_out, x.dtype, skip.dtype, identity)
+        statistics: tuple[torch.Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
+        if not isinstance(n_in, int):
+            upsampled = n_in * (4 if stride == -1 else 1)
+            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
+        ctx.mark_non_differentiable(*statistics)
+        return y, *statistics
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                f"{NAME}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
+            )
+        if grad is None:
+            return (None,) * (6 + len(CellParameters._fields))
+        (
+            xhat, a, d, p, gram, expand, rstd0, scale1, rstd1, mean2, rstd2, scale2, shift2, mean3, rstd3, scale3,
+            plane_mean, pooled, hidden, gate, *given,
+        ) = ctx.saved_tensors  # fmt: skip
+        stride, residual_scale, group, n_in, n_out, x_dtype, skip_dtype, identity = ctx.constants
+        kept = CellParameters._make(given)
+        wide = gram.dtype
+        q = _widened(kept, wide)
+        with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
+            # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
+            sum_grad, sum_grad_p = _OPS.plane_dots(grad, p, mean3)
+            to_gate: tuple[torch.Tensor | None, ...] = (None,) * 4
+            if gate is None:
+                sum3, dot3 = residual_scale * sum_grad.sum(0), residual_scale * sum_grad_p.sum(0)
+                _, beta3, gamma3 = _corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
+                to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
+                factor = (residual_scale * scale3)[None]
+            else:
+                *to_gate, through, to_bias3, to_weight3, factor = _coefficients.gate_backward(
+                    sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
+                    hidden, gate, q.reduce_weight, q.gate_weight, residual_scale,
+                )  # fmt: skip
+                _, beta3, gamma3 = _corrections_of(
+                    to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group
+                )
+                offset = torch.addcmul(gamma3, scale3, through, value=1.0 / (p.shape[2] * p.shape[3]))
+                factor = scale3 * factor
+            to_p = _OPS.plane_affine(grad, factor, p, beta3[None], offset)
+
+            to_h3 = _conv(to_p, q.project.flatten(1).t())
+            to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
+            del to_h3
+            to_project = _weight_gradient(to_p, h3)
+            del h3, to_p
+            to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
+            to_a, to_depthwise, dot1, to_bias1 = _OPS.depthwise_conv2d_backward(
+                g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
+                max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
+            )  # fmt: skip
+            del g
+
+            # da = to_a + beta1 a + gamma1, never written.
+            to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
+            column = beta1[:, None]
+            to_expand = torch.addcmul(_weight_gradient(to_a, xhat).to(wide), column, expand @ gram)
+            if not isinstance(n_in, int):  # of one process alone xhat has mean 0
+                to_expand += gamma1[:, None] * _matrix(xhat).to(wide).sum(0)
+            to_x = None
+            if ctx.needs_input_grad[0]:
+                dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in
+                mixing = (expand * column).t() @ expand - torch.diag(dot0)
+                to_x = _conv(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
+                to_x += _conv(to_a, (expand * rstd0).t())
+                to_x = to_x.to(x_dtype)
+                if identity:
+                    to_x = to_x + grad
+            weights = q.expand.flatten(1)
+            gradients = CellParameters(
+                (to_expand * weights).sum(0), torch.zeros_like(q.norm_bias),
+                (to_expand * q.norm_weight).view_as(q.expand), to_weight1, to_bias1,
+                to_depthwise, to_weight2, to_bias2, to_project.view_as(q.project), to_weight3, to_bias3,
+                *to_gate,
+            )  # fmt: skip
+        flat = [
+            None if g is None or k is None else g.to(k.dtype) for g, k in zip(gradients, kept, strict=True)
+        ]
+        return (to_x, grad.to(skip_dtype) if ctx.needs_input_grad[1] else None, None, None, None, None, *flat)

@@ -1,0 +1,136 @@
+"""A function of tensors captured once in a CUDA graph and replayed: one launch in place of thousands.
+
+A graph replays kernels on fixed addresses. Whatever changes between two replays therefore lives in device tensors
+that are written before the replay: images in a buffer of their own, numbers in `Controls`. What Python decides while
+the function is captured is decided for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+# Runs before a capture: libraries choose their algorithms and Triton compiles in the first, the optimizer's state is
+# made by then, and the allocator has seen a whole run.
+WARM_UP = 3
+
+
+class Recorder(Protocol):
+    """What captures: `CudaRecorder`, and in tests without a GPU a stand-in that calls the function again."""
+
+    def warm_up(self, body: Callable[[], Any]) -> Any:
+        """Run `body` for real, where a capture would run it."""
+        ...
+
+    def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """(replay, what `body` returned): the outputs are written by every replay."""
+        ...
+
+
+class CudaRecorder:
+    """Captures on a side stream of `device`, where the warm-up runs too (the default stream cannot be captured)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.stream = torch.cuda.Stream(device)
+
+    def warm_up(self, body: Callable[[], Any]) -> Any:
+        current = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            result = body()
+        current.wait_stream(self.stream)
+        for tensor in _tensors(result):
+            tensor.record_stream(current)
+        return result
+
+    def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=self.stream):
+            result = body()
+        return graph.replay, result
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
+
+
+class Replay:
+    """Holds the newest capture of one function, known by a key (shapes, or anything else that was decided for good).
+
+    A new key drops the old capture: its memory goes back before the new one takes its own.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.captures = 0
+        self._key: Hashable = None
+        self._warm = 0
+        self._replay: Callable[[], None] | None = None
+        self._outputs: Any = None
+
+    def reset(self) -> None:
+        """Forget the capture, for what it points at has gone."""
+        self._key, self._warm, self._replay, self._outputs = None, 0, None, None
+
+    def ready(self, key: Hashable) -> bool:
+        """Whether `key` was warmed up often enough; a new one starts from nothing."""
+        if key != self._key:
+            self.reset()
+            self._key = key
+        return self._warm >= WARM_UP
+
+    def warm_up(self, body: Callable[[], Any]) -> Any:
+        """One real run that counts as warm-up."""
+        result = self.recorder.warm_up(body)
+        self._warm += 1
+        return result
+
+    def run(self, body: Callable[[], Any]) -> Any:
+        """Replay, after capturing `body` if that was not done yet. The outputs are overwritten by the next replay."""
+        if self._replay is None:
+            self._replay, self._outputs = self.recorder.capture(body)
+            self.captures += 1
+        self._replay()
+        return self._outputs
+
+
+class Controls:
+    """A few numbers and a seed on the device, written together in one copy before each run.
+
+    `numbers`: 0-d float64 views, in the order of the names; `seed`: a 0-d int64 view.
+    """
+
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        size = len(names) + 1
+        self._names = tuple(names)
+        self._host = torch.zeros(size, dtype=torch.float64, pin_memory=device.type == "cuda")
+        self._device = torch.zeros(size, dtype=torch.float64, device=device)
+        self.numbers = {name: self._device[index] for index, name in enumerate(names)}
+        self.seed = self._device.view(torch.int64)[-1]
+        # Only when the copy before has been read may its source be written again.
+        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+
+    @torch.no_grad()
+    def write(self, seed: Tensor | int, **values: float) -> None:
+        """Set every number and the seed (an int mod 2^64, or a 0-d int64 tensor on the device)."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        for index, name in enumerate(self._names):
+            self._host[index] = values[name]
+        if not isinstance(seed, Tensor):
+            self._host.view(torch.int64)[-1] = (seed + 2**63) % 2**64 - 2**63
+        self._device.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+        if isinstance(seed, Tensor):
+            self.seed.copy_(seed)
+
+
+def layout(tensor: Tensor) -> Hashable:
+    """What a capture fixes of an input: shape, strides and dtype."""
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype

@@ -1,0 +1,93 @@
+"""Drawing images again and again: on a GPU one CUDA graph launch a batch, elsewhere the same code eagerly."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
+
+PIXELS = ("sample", "mean", "logits")
+
+
+class Sampler:
+    """Images from the prior of `model`, in evaluation mode whatever mode it is in.
+
+    temperature: multiplies every prior's sigma, and the likelihood's noise. pixels: "sample" draws them from the
+    likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or "bf16", for the network
+    alone. recorder: what captures, in tests. Raises ValueError for other values.
+
+    On a GPU the newest batch size is kept captured. The same seed gives the same images, replayed or not. A capture
+    reads the weights where they are; when they were changed (or moved), the next call captures again.
+    """
+
+    def __init__(
+        self,
+        model: NVAE,
+        *,
+        temperature: float = 1.0,
+        pixels: str = "sample",
+        autocast: str | None = None,
+        recorder: Recorder | None = None,
+    ) -> None:
+        if pixels not in PIXELS:
+            raise ValueError(f"Sampler: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
+        if autocast not in (None, "bf16"):
+            raise ValueError(f"Sampler: autocast must be None or 'bf16', got {autocast!r}")
+        self.model = model
+        self.temperature = temperature
+        self.pixels = pixels
+        self.autocast = autocast
+        self.device = next(model.parameters()).device
+        # Two streams of noise: of the latent variables and of the pixels.
+        self._latent = Controls((), self.device)
+        self._pixel = Controls((), self.device)
+        if recorder is None and self.device.type == "cuda":
+            recorder = CudaRecorder(self.device)
+        self._replay = Replay(recorder) if recorder is not None else None
+
+    @torch.no_grad()
+    def __call__(self, n: int, *, seed: int, pixel_seed: int | None = None) -> Tensor:
+        """`n` images (N,C,H,W) in [0,1] (or the likelihood's parameters), on the model's device, the caller's own.
+
+        pixel_seed: of the likelihood's noise, by default another stream of `seed`.
+        """
+        self._latent.write(seed)
+        self._pixel.write(seed ^ 0x9E3779B97F4A7C15 if pixel_seed is None else pixel_seed)
+        training = self.model.training
+        if training:
+            self.model.eval()
+        try:
+            if self._replay is None:
+                return self.body(n)
+            if not self._replay.ready((n, *self._weights())):
+                images: Tensor = self._replay.warm_up(lambda: self.body(n))
+                return images
+            replayed: Tensor = self._replay.run(lambda: self.body(n))
+            return replayed.clone()
+        finally:
+            if training:
+                self.model.train()
+
+    def body(self, n: int) -> Tensor:
+        """What a graph holds."""
+        enabled = self.autocast == "bf16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+            logits = self.model.sample(n, self.temperature, seed=self._latent.seed)
+        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        if self.pixels == "logits":
+            return logits
+        likelihood = self.model.likelihood(logits)
+        if self.pixels == "mean":
+            return likelihood.mean()
+        return likelihood.sample(temperature=self.temperature, seed=self._pixel.seed)
+
+    def _weights(self) -> tuple[int, int]:
+        """Changes whenever a parameter or buffer was written or replaced."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return sum(t._version for t in tensors), hash(tuple(t.data_ptr() for t in tensors))

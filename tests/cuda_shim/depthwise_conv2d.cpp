@@ -1,0 +1,16 @@
+// The GPU kernels of depthwise_conv2d on the CPU, for ctypes.
+#include "cuda/depthwise_conv2d_bf16.cu"
+#include "cuda/depthwise_conv2d_f16.cu"
+#include "cuda/depthwise_conv2d_f32.cu"
+// After the specialisations that it calls.
+#include "cuda/depthwise_conv2d.cu"
+
+using namespace nvae::cuda;
+
+extern "C" {
+int shim_is_fast(const DepthwiseConv2d* p) { return depthwise_is_fast(*p); }
+int64_t shim_forward_workspace(const DepthwiseForward* p) { return depthwise_workspace(*p); }
+int64_t shim_backward_workspace(const DepthwiseBackward* p) { return depthwise_workspace(*p); }
+int shim_forward(const DepthwiseForward* p) { return depthwise_forward(*p, nullptr); }
+int shim_backward(const DepthwiseBackward* p) { return depthwise_backward(*p, nullptr); }
+}

@@ -1,0 +1,105 @@
+"""Sampling as one unit: no waiting, captures that follow the weights, the images that `NVAE.sample` gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_step import WARM_UP, Again, NoWaiting, gpu
+from training_runs import tiny_model
+
+from nvae_fast.training import Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MODELS = [{}, {"dataset": "photos", "num_nf": 1}, {"dataset": "photos", "num_mixture_dec": 1}]
+
+
+@pytest.mark.parametrize("changes", MODELS)
+@pytest.mark.parametrize("pixels", ["sample", "mean", "logits"])
+def test_images_are_those_of_the_model(changes, pixels):
+    model = tiny_model(**changes).train()
+    images = Sampler(model, temperature=0.7, pixels=pixels)(3, seed=5, pixel_seed=6)
+    assert model.training
+    model.eval()
+    with torch.no_grad():
+        logits = model.sample(3, 0.7, seed=5)
+        likelihood = model.likelihood(logits)
+    expected = {
+        "logits": lambda: logits,
+        "mean": likelihood.mean,
+        "sample": lambda: likelihood.sample(temperature=0.7, seed=6),
+    }[pixels]()
+    assert torch.equal(images, expected)
+    assert not images.requires_grad
+
+
+def test_statistics_stay_and_seeds_matter():
+    model = tiny_model().train()
+    before = [b.clone() for b in model.buffers()]
+    sampler = Sampler(model, pixels="mean")
+    one, two, again = (sampler(2, seed=seed) for seed in (1, 2, 1))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, two)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+@pytest.mark.parametrize("autocast", [None, "bf16"])
+@pytest.mark.parametrize("changes", MODELS)
+def test_sampling_never_waits_for_the_device(changes, autocast, route):
+    sampler = Sampler(tiny_model(**changes).eval(), temperature=0.8, autocast=autocast)
+    sampler(2, seed=1)
+    with torch.no_grad(), NoWaiting("cpu") as mode:
+        images = sampler.body(2)
+    assert mode.calls > 20
+    assert torch.isfinite(images).all()
+    assert images.dtype == torch.float32
+
+
+def test_sampling_stays_on_its_device():
+    sampler = Sampler(tiny_model(dataset="photos", num_nf=1).eval(), recorder=Again())
+    sampler.model.to("meta")
+    sampler._latent.seed, sampler._pixel.seed = (torch.empty((), dtype=torch.int64, device="meta"),) * 2
+    with torch.no_grad(), NoWaiting("meta"):
+        logits = sampler.model.sample(2, 0.8, seed=sampler._latent.seed)
+        assert sampler.model.likelihood(logits).sample(seed=sampler._pixel.seed).shape == (2, 3, 32, 32)
+
+
+def test_captures_follow_batch_size_and_weights():
+    model = tiny_model().eval()
+    sampler = Sampler(model, pixels="mean", recorder=Again())
+    first = sampler(2, seed=1)
+    for _ in range(WARM_UP + 1):
+        assert torch.equal(sampler(2, seed=1), first)
+    assert sampler._replay.captures == 1
+    kept = sampler(2, seed=2)
+    copy = kept.clone()
+    sampler(2, seed=3)
+    assert torch.equal(kept, copy), "images are the caller's, the next replay does not touch them"
+    with torch.no_grad():
+        model.image_head.bias.add_(1.0)
+    for _ in range(WARM_UP + 1):
+        assert not torch.equal(sampler(2, seed=1), first)
+    assert sampler._replay.captures == 2
+    for _ in range(WARM_UP + 1):
+        assert sampler(3, seed=1).shape[0] == 3
+    assert sampler._replay.captures == 3
+
+
+def test_wrong_options_are_named():
+    with pytest.raises(ValueError, match="pixels must be one of sample, mean, logits, got 'dots'"):
+        Sampler(tiny_model(), pixels="dots")
+    with pytest.raises(ValueError, match="autocast must be None or 'bf16', got 'fp8'"):
+        Sampler(tiny_model(), autocast="fp8")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("changes", MODELS)
+def test_a_replay_draws_what_the_model_draws(changes):
+    model = tiny_model(**changes).cuda().eval()
+    sampler = Sampler(model, temperature=0.7, pixels="logits")
+    for seed in range(WARM_UP + 3):
+        images = sampler(3, seed=seed)
+        with torch.no_grad():
+            torch.testing.assert_close(images, model.sample(3, 0.7, seed=seed), rtol=1e-4, atol=1e-4)
+    assert sampler._replay.captures == 1

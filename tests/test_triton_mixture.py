@@ -1,0 +1,285 @@
+"""The Triton kernels of the mixture of logistics: run in Triton's interpreter against the reference in float64, and
+compiled ahead of time for sm_80, sm_90 and sm_100. As in test_triton_normal.py, the interpreter runs in a process of its
+own: this file, started with the file to write to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import relative_error, strided
+
+import nvae_fast as nf
+from nvae_fast.ops import mixture_logistic as room
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
+SEED = 2**40 + 12345
+
+
+@dataclass(frozen=True)
+class Case:
+    """All kernels on one set of inputs."""
+
+    size: tuple[int, int, int] = (2, 7, 9)
+    layout: str = "rows"
+    dtype: torch.dtype = torch.float32
+    mixtures: int = 2
+    bits: int = 8
+    log_scale: float = -2.5
+    temperature: float = 0.7
+    change: str = ""
+    wide: bool = False
+    tolerance: float = 4.0  # in units of what the reference loses in the dtype
+
+
+DEFAULT = Case()
+CASES = [
+    *(replace(DEFAULT, layout=layout, bits=bits) for layout in FORMATS for bits in (8, 5, 1)),
+    *(replace(DEFAULT, layout=layout, dtype=torch.bfloat16) for layout in FORMATS),
+    replace(DEFAULT, dtype=torch.float16, size=(3, 1, 1), mixtures=1),
+    replace(DEFAULT, size=(1, 13, 11), mixtures=10),
+    replace(DEFAULT, size=(1, 16, 16), log_scale=2.0),
+    replace(DEFAULT, size=(1, 16, 16), log_scale=-6.0),
+    # The smallest scales with few bits: a bin is up to a thousand scales wide.
+    *(replace(DEFAULT, size=(1, 16, 16), log_scale=-5.0, bits=bits) for bits in (1, 2, 4)),
+    *(
+        replace(DEFAULT, change=change, layout=layout)
+        for change in ("strided", "expanded")
+        for layout in FORMATS
+    ),
+    replace(DEFAULT, wide=True),
+    replace(DEFAULT, temperature=2.5, mixtures=5),
+]
+
+
+def inputs(case: Case, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """params, x and the gradient of the log-probability."""
+    generator = torch.Generator().manual_seed(3)
+    b, h, w = case.size
+    m = case.mixtures
+    params = torch.randn((b, 10 * m, h, w), generator=generator)
+    params[:, m:].view(b, 3, 3, m, h, w)[:, :, 1] += case.log_scale
+    params[:, m:].view(b, 3, 3, m, h, w)[:, :, 0] *= 0.5
+    x = torch.randint(0, 2**case.bits, (b, 3, h, w), generator=generator).float() / (2**case.bits - 1)
+    x.view(-1)[::5], x.view(-1)[1::7] = 0.0, 1.0
+    grad = torch.randn((b, h, w), generator=generator)
+    params, x = (t.to(case.dtype).contiguous(memory_format=FORMATS[case.layout]) for t in (params, x))
+    if case.change == "strided":
+        params, x, grad = strided(params), strided(x), strided(grad)
+    elif case.change == "expanded":
+        params, grad = params[:1].expand_as(params), grad[:1, :1, :1].expand_as(grad)
+    return tuple(t.to(dtype or t.dtype) for t in (params, x, grad))
+
+
+def compute(case: Case, functions: Any, dtype: torch.dtype | None = None) -> dict[str, torch.Tensor]:
+    params, x, grad = inputs(case, dtype)
+    seed = torch.tensor(SEED)
+    log_prob, backward, sample, mean = functions
+    return {
+        "log_prob": log_prob(params, x, case.mixtures, case.bits),
+        "gradient": backward(grad, params, x, case.mixtures, case.bits),
+        "sample": sample(params, seed, case.mixtures, case.temperature),
+        "mean": mean(params, case.mixtures),
+    }
+
+
+REFERENCES = (
+    room._log_prob_reference,
+    room._log_prob_backward_formula,
+    room._sample_reference,
+    room._mean_reference,
+)
+NAMES = ("log_prob", "log_prob_backward", "sample", "mean")
+
+
+def launchers() -> tuple[Any, ...]:
+    from nvae_fast.kernels import mixture_logistic as kernels
+
+    return tuple(getattr(kernels, f"mixture_logistic_{name}") for name in NAMES)
+
+
+HARD = torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4, 88.0, -9.0, 9.0, -1e30, float("nan")])
+
+
+def hard(functions: Any) -> dict[str, torch.Tensor]:
+    """Every triple of extreme values for the means, log-scales and coefficients of one component, at three pixels."""
+    grid = HARD[torch.tensor(list(itertools.product(range(len(HARD)), repeat=3)))]
+    params = torch.zeros(len(grid), 10, 1, 3)
+    params[:, 1:] = grid[:, None, :, None].expand(-1, 3, -1, 3).reshape(-1, 9, 1, 3)
+    x = torch.tensor([0.0, 0.4, 1.0]).expand(len(grid), 3, 1, 3)
+    log_prob, backward, sample, mean = functions
+    return {
+        "log_prob": log_prob(params, x, 1, 8),
+        "gradient": backward(torch.ones(len(grid), 1, 3), params, x, 1, 8),
+        "mean": mean(params, 1),
+        "sample": sample(params, torch.tensor(SEED), 1, 1.0),
+    }
+
+
+def run_cases(path: str) -> None:
+    """In the process with the interpreter. Fresh memory holds NaN there."""
+    from test_triton_normal import fused
+    from triton.runtime import interpreter
+
+    from nvae_fast.kernels import mixture_logistic as kernels
+
+    if hasattr(interpreter.InterpreterBuilder, "create_fma"):
+        interpreter.InterpreterBuilder.create_fma = fused
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    found: dict[str, torch.Tensor] = {}
+    limit = kernels._INT32_LIMIT
+    for number, case in enumerate(CASES):
+        kernels._INT32_LIMIT = 0 if case.wide else limit
+        found |= {
+            f"{number} | {name} | {value.dtype} {value.stride()}": value.float()
+            for name, value in compute(case, launchers()).items()
+        }
+    found |= {f"hard | {name}": value for name, value in hard(launchers()).items()}
+    np.savez(path, **{key: value.numpy() for key, value in found.items()})
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, torch.Tensor]:
+    pytest.importorskip("triton")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.npz"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+            "PYTHONWARNINGS": "ignore",
+        }
+        command = [sys.executable, __file__, str(path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_interpreter(number: int, found: dict[str, torch.Tensor]) -> None:
+    """Values, dtypes and strides."""
+    case = CASES[number]
+    with nf.use_backend("reference"):
+        truth = compute(case, REFERENCES, torch.float64)
+        native = compute(case, REFERENCES)
+        params, x, grad = inputs(case)
+        fakes = (
+            room._log_prob_fake(params, x, case.mixtures, case.bits),
+            room._log_prob_backward_fake(grad, params, x, case.mixtures, case.bits),
+            room._image_fake(params),
+            room._image_fake(params),
+        )
+    for (name, expected), like in zip(truth.items(), fakes, strict=True):
+        key = f"{number} | {name} | {like.dtype} {like.stride()}"
+        assert key in found, f"{key} is missing; there are {[k for k in found if k.startswith(f'{number} ')]}"
+        unavoidable = relative_error(expected.to(like.dtype), expected)
+        lost = relative_error(native[name], expected)
+        bound = case.tolerance * max(lost, unavoidable, torch.finfo(torch.float32).eps)
+        error = relative_error(found[key], expected)
+        assert error <= bound, f"{name}: relative error {error:.3g} exceeds {bound:.3g}"
+
+
+def test_extremes(found: dict[str, torch.Tensor]) -> None:
+    """NaN where the reference has NaN, and the same numbers elsewhere. Where the log-probability is NaN, so are gradients,
+    but a log-scale's below the clamp is 0 there for the reference."""
+    with nf.use_backend("reference"):
+        expected = hard(REFERENCES)
+    lost = expected["log_prob"].isnan()[:, None]
+    for name, value in expected.items():
+        actual = found[f"hard | {name}"]
+        if name == "gradient":
+            assert actual[lost.expand_as(actual)].isnan().all()
+            actual, value = actual.masked_fill(lost, 0.0), value.masked_fill(lost, 0.0)
+        # A unit in the last place of tanh, times the largest inverse scale.
+        atol = 2e-6 * (1097 if name == "gradient" else 1)
+        torch.testing.assert_close(
+            actual, value, rtol=2e-5, atol=atol, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_float64_is_the_references() -> None:
+    pytest.importorskip("triton")
+    case = replace(DEFAULT, size=(1, 2, 3))
+    gpu = [
+        room._gpu(f"mixture_logistic_{name}", plain, int(name == "log_prob_backward"))
+        for name, plain in zip(NAMES, REFERENCES, strict=True)
+    ]
+    expected = compute(case, REFERENCES, torch.float64)
+    for name, value in compute(case, gpu, torch.float64).items():
+        assert torch.equal(value, expected[name])
+    with pytest.raises(TypeError, match=r"the GPU kernel computes in float32; .*got torch\.float64"):
+        compute(case, launchers(), torch.float64)
+
+
+def test_empty() -> None:
+    pytest.importorskip("triton")
+    for size in ((0, 3, 4), (2, 0, 4)):
+        case = replace(DEFAULT, size=size)
+        expected = {name: value.shape for name, value in compute(case, launchers()).items()}
+        assert list(expected.values()) == [
+            size,
+            (size[0], 20, *size[1:]),
+            (size[0], 3, *size[1:]),
+            (size[0], 3, *size[1:]),
+        ]
+
+
+# Ahead of time.
+
+POINTERS = ("params", "x", "out", "grad")
+COMPILED = [
+    (kernel, layout, dtype)
+    for kernel in ("log_prob_kernel", "log_prob_backward_kernel", "sample_kernel", "mean_kernel")
+    for layout, dtype in (("rows", "fp32"), ("channels", "bf16"))
+]
+
+
+def compile_kernel(kernel: str, layout: str, dtype: str, capability: int, far: bool = False) -> Any:
+    """For ten components of 32x32 pixels: usage and PTX."""
+    import aot
+
+    from nvae_fast.kernels import mixture_logistic as kernels
+
+    function = getattr(kernels, kernel)
+    constants: dict[str, Any] = {"M": 10, "FAR": far, "BLOCK": kernels.BLOCK, "WIDE": False}
+    # Triton specialises a stride of 1.
+    constants |= {"pixel": 1, "x_pixel": 1, "out_pixel": 1} if layout == "rows" else {"channel": 1}
+    constants = {name: value for name, value in constants.items() if name in function.arg_names}
+    types = dict.fromkeys(POINTERS, f"*{dtype}") | {"seed": "*i64", "temperature": "fp32"}
+    types |= {"half": "fp32", "log_density": "fp32"}
+    types |= {"out": "*fp32"} if kernel == "log_prob_kernel" else {}
+    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
+    return aot.triton_usage(function, signature, constants, capability)
+
+
+@pytest.mark.parametrize("index", range(len(COMPILED)), ids=["-".join(c) for c in COMPILED])
+def test_kernels_compile_without_spills(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The three architectures in turn."""
+    pytest.importorskip("triton")
+    import aot
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    capability = aot.TRITON_CAPABILITIES[(index + index // 3) % 3]
+    usage, ptx = compile_kernel(*COMPILED[index], capability, far=index % 2 == 1)
+    assert usage.spill_bytes == 0, (capability, usage)
+    assert usage.stack_bytes == 0
+    assert usage.registers <= 128, usage
+    assert "bar.sync" not in ptx, "nothing moves between threads"
+    assert "atom" not in ptx
+
+
+if __name__ == "__main__":
+    run_cases(sys.argv[1])

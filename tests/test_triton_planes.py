@@ -1,0 +1,213 @@
+"""The Triton kernels over planes (channel_statistics, batch_norm_swish, plane_affine): run in Triton's interpreter against
+the formulas in float64, and compiled ahead of time for sm_80, sm_90 and sm_100.
+
+The interpreter must be chosen before triton is imported, so the kernels run in a process of their own: this file, started
+with the file to write to.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aot
+import numpy as np
+import pytest
+import torch
+
+from nvae_fast.ops import _affine, channel_statistics, plane_affine
+
+ROOT = Path(__file__).resolve().parent.parent
+FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# One pixel, one channel, prime extents, several parts a plane (in the interpreter a program adds up a few tiles).
+SIZES = [(2, 6, 5, 7), (3, 17, 1, 1), (2, 1, 9, 9), (1, 20, 40, 57), (2, 130, 4, 4), (0, 3, 4, 4)]
+
+
+def draws(size: tuple[int, ...], number: int, dtype: torch.dtype, offset: float = 0.0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(sum(size) + number)
+    return [(torch.randn(size, generator=generator) + offset).to(dtype) for _ in range(number)]
+
+
+def calls() -> Iterator[tuple[str, str, list[Any]]]:
+    """Name of the case, operator, arguments."""
+    for size, (layout, memory_format) in itertools.product(SIZES, FORMATS.items()):
+        for dtype in FLOATS if size in SIZES[:2] else FLOATS[:1]:
+            x, grad, other = (t.contiguous(memory_format=memory_format) for t in draws(size, 3, dtype))
+            far = draws(size, 1, dtype, 100.0)[0].contiguous(memory_format=memory_format)
+            rows = draws(size[:2], 3, torch.float32)
+            vectors = draws(size[1:2], 5, torch.float32)
+            name = f"{size} {layout} {dtype}"
+            for per_sample in (False, True):
+                yield f"{name} {per_sample}", "channel_statistics", [far, per_sample]
+            for activation in ("swish", "elu", None)[: 3 if size in SIZES[:2] else 1]:
+                case = f"{name} {activation}"
+                yield case, "affine_activation", [x, *vectors[:2], activation]
+                need = activation == "swish"
+                pivot = vectors[2] if activation != "elu" else None
+                args = [grad, x, *vectors[:2], pivot, activation, need, not need]
+                yield case, "affine_activation_reduce", args
+                yield case, "affine_activation_grad", [grad, x, *vectors, activation]
+            turned = other.contiguous(memory_format=FORMATS["rows" if layout == "channels" else "channels"])
+            for y, which in ((other, "same"), (turned, "mixed")):
+                case = f"{name} {which}"
+                yield f"{case} all", "plane_affine", [x, rows[0], y, rows[1][:1], rows[2]]
+                yield f"{case} sum", "plane_affine", [x, rows[0], y, None, None]
+                yield f"{case} pivot", "plane_dots", [x, y, vectors[0]]
+                yield case, "plane_dots", [x, y, None]
+            yield name, "plane_affine", [x, rows[0], None, None, rows[1]]
+
+
+TRUTH = {
+    "channel_statistics": channel_statistics._reference,
+    "affine_activation": _affine._forward,
+    "affine_activation_reduce": _affine._reduce,
+    "affine_activation_grad": _affine._gradient,
+    "plane_affine": plane_affine._reference,
+    "plane_dots": plane_affine._dots_formula,
+}
+
+
+def programs_of(case: str) -> tuple[int, ...]:
+    """Launch choices: as they are, and with programs that add up many tiles and have 64-bit offsets."""
+    return (1024, 1) if case.startswith(str(SIZES[3])) else (1024,)
+
+
+def outputs_of(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
+def run_cases(path: str) -> None:
+    """In the process with the interpreter: results to ``path``. Fresh memory holds NaN there."""
+    from nvae_fast.kernels import batch_norm_swish as bn
+    from nvae_fast.kernels import channel_statistics as cs
+    from nvae_fast.kernels import plane_affine as pa
+    from nvae_fast.kernels import planes
+
+    functions = {name: getattr(m, name) for m in (bn, cs, pa) for name in TRUTH if hasattr(m, name)}
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    found: dict[str, torch.Tensor] = {}
+    for programs, wide in ((planes.PROGRAMS, planes._INT32_LIMIT), (1, 0)):
+        planes.PROGRAMS, planes._INT32_LIMIT = programs, wide
+        for case, op, args in calls():
+            if programs not in programs_of(case):
+                continue
+            for i, out in enumerate(outputs_of(functions[op](*args))):
+                found[f"{programs} | {op} | {case} | {i} | {out.dtype} {out.stride()}"] = out.float()
+    np.savez(path, **{key: value.numpy() for key, value in found.items()})
+
+
+def test_interpreter() -> None:
+    """Values, dtypes and strides."""
+    pytest.importorskip("triton")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "found.npz"
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "TRITON_INTERPRET": "1",
+            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
+            "PYTHONWARNINGS": "ignore",
+        }
+        command = [sys.executable, __file__, str(path)]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found = {key: torch.from_numpy(value) for key, value in np.load(path).items()}
+    for case, op, args in calls():
+        wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
+        fakes = outputs_of(getattr(torch.ops.nvae_fast, op)(*args))  # of the CPU: the same dtypes and strides
+        for i, (expected, like) in enumerate(zip(outputs_of(TRUTH[op](*wide)), fakes, strict=True)):
+            for programs in programs_of(case):
+                name = f"{programs} | {op} | {case} | {i} | {like.dtype} {like.stride()}"
+                assert name in found, (name, [n for n in found if f"| {case} |" in n])
+                actual = found.pop(name).double()
+                # bfloat16 is truncated by the interpreter; the others are rounded.
+                unit = torch.finfo(like.dtype).eps * (2 if like.dtype == torch.bfloat16 else 1)
+                # A sum of n numbers about 0 is no larger than sqrt(n), and may be nearly 0.
+                terms = args[0].numel() / max(actual.numel(), 1)
+                error = (actual - expected).norm() / expected.norm().clamp_min(
+                    (terms * actual.numel()) ** 0.5
+                )
+                assert actual.numel() == 0 or error <= max(4e-7, unit), f"{name}: {float(error):.3g}"
+    assert not found, f"not expected: {sorted(found)[:3]}"
+
+
+SIZES_ARGUMENTS = dict.fromkeys(("channels", "pixels", "c_tiles", "parts"), "i32")
+BATCHES = {"batches": "i32"}
+
+
+def compile_kernel(name: str, layout: str, dtype: str, capability: int) -> tuple[aot.Usage, str]:
+    from nvae_fast.kernels import batch_norm_swish as bn
+    from nvae_fast.kernels import channel_statistics as cs
+    from nvae_fast.kernels import plane_affine as pa
+
+    kernel = next(getattr(m, name) for m in (bn, cs, pa) if hasattr(m, name))
+    maps = {"x", "y", "grad", "g", "out"}
+    last = layout != "rows"
+    bc = {"rows": 4, "channels": 128, "mixed": 32}[layout]
+    constants: dict[str, Any] = {
+        "BC": bc,
+        "BP": 1024 // bc,
+        "TIMES": 8,
+        "WIDE": layout == "rows",
+        "LAST": last,
+    }
+    constants |= {"X_LAST": layout == "channels", "ACTIVATION": "elu" if dtype == "fp16" else "swish"}
+    constants |= {"SPAN": 2048, "REPEAT": 8, "ROWS": 32, "CHUNKS": 32, "STEPS": 4}
+    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
+    signature = {
+        n: f"*{dtype}" if n in maps else "i32" if n in INTEGERS else "*fp32"
+        for n in kernel.arg_names
+        if n not in constants
+    }
+    return aot.triton_usage(kernel, signature, constants, capability)
+
+
+INTEGERS = {
+    *SIZES_ARGUMENTS,
+    *BATCHES,
+    "a_batch",
+    "k_batch",
+    "constant_batch",
+    "rows",
+    "chunks",
+    "count",
+    "kind",
+}
+KERNELS = (
+    "parts_kernel",
+    "forward_kernel",
+    "reduce_kernel",
+    "gradient_kernel",
+    "affine_kernel",
+    "dots_kernel",
+)
+COMPILED = [
+    *itertools.product(KERNELS, ("rows", "channels"), ("fp32", "bf16")),
+    *itertools.product(("affine_kernel", "dots_kernel"), ("mixed",), ("fp32", "fp16")),
+    ("gradient_kernel", "channels", "fp16"),
+    ("merge_kernel", "rows", "fp32"),
+]
+
+
+@pytest.mark.parametrize("index", range(len(COMPILED)), ids=["-".join(c) for c in COMPILED])
+def test_compiles_without_spills(index: int) -> None:
+    """The architectures take turns; registers for at least 16 warps on a multiprocessor."""
+    name, layout, dtype = COMPILED[index]
+    capability = aot.TRITON_CAPABILITIES[(index + index // 3) % 3]
+    usage, ptx = compile_kernel(name, layout, dtype, capability)
+    assert usage.spill_bytes == 0, usage
+    assert usage.registers <= 128, usage
+    if name != "merge_kernel":
+        assert ".f64" not in ptx, "nothing over maps is computed in double precision"
+
+
+if __name__ == "__main__":
+    run_cases(sys.argv[1])
