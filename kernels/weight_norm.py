@@ -30,7 +30,13 @@ def _rows(blocks, sizes, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     pid = tl.program_id(0)
     layer = tl.load(blocks + 2 * pid)
     row = tl.load(blocks + 2 * pid + 1) + tl.arange(0, ROWS)[:, None]
-    return layer, tl.load(sizes + 2 * layer + 1), row, row < tl.load(sizes + 2 * layer), tl.arange(0, COLUMNS)[None, :]
+    return (
+        layer,
+        tl.load(sizes + 2 * layer + 1),
+        row,
+        row < tl.load(sizes + 2 * layer),
+        tl.arange(0, COLUMNS)[None, :],
+    )
 
 
 @triton.jit
@@ -197,7 +203,11 @@ def written(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
 def _plan(shapes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], tuple[int, ...], int]:
     """Sizes of the layers, and layer and first row of every program."""
     blocks = [(i, row) for i, (rows, columns) in enumerate(shapes) if columns for row in range(0, rows, ROWS)]
-    return tuple(n for shape in shapes for n in shape), tuple(n for block in blocks for n in block), len(blocks)
+    return (
+        tuple(n for shape in shapes for n in shape),
+        tuple(n for block in blocks for n in block),
+        len(blocks),
+    )
 
 
 def _strides(t: torch.Tensor, channels_last: bool) -> tuple[int, ...]:
@@ -297,15 +307,17 @@ def weight_norm_backward(
     given = [_ordered(d, layer.channels_last) for d, layer in zip(grads, layers, strict=True)]
     of_weights = [layer.empty(layer.weight.dtype) if need_weights else None for layer in layers]
     of_norms = [
-        (torch.zeros_like if not layer.shape[1] else torch.empty_like)(layer.log_norm) if need_log_norms else None
-        for layer in layers
+        layer.log_norm.new_zeros(layer.log_norm.shape)
+        if not layer.shape[1]
+        else layer.log_norm.new_empty(layer.log_norm.shape)
+        for layer in (layers if need_log_norms else ())
     ]
     rows = [
         (x.weight, x.log_norm, x.mask, d, to_weight, to_norm)
-        for x, d, to_weight, to_norm in zip(layers, given, of_weights, of_norms, strict=True)
+        for x, d, to_weight, to_norm in zip(
+            layers, given, of_weights, of_norms or [None] * len(layers), strict=True
+        )
     ]
-    _launch(
-        backward_kernel, layers, rows, eps, NEED_WEIGHT=need_weights, NEED_LOG_NORM=need_log_norms
-    )
+    _launch(backward_kernel, layers, rows, eps, NEED_WEIGHT=need_weights, NEED_LOG_NORM=need_log_norms)
     found = [layer.result(t) for layer, t in zip(layers, of_weights, strict=True) if t is not None]
-    return found + [t.to(g.dtype) for t, g in zip(of_norms, log_norms, strict=True) if t is not None]
+    return found + [t.to(g.dtype) for t, g in zip(of_norms, log_norms, strict=False)]

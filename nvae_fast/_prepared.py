@@ -43,7 +43,9 @@ class _Layer(NamedTuple):
     sources: tuple[torch.Tensor | None, ...]
     versions: tuple[int, ...]
     places: tuple[Any, ...]
-    aliases: tuple[torch.Tensor, ...]  # where it lasts: no other tensor can come to stand in the sources' places
+    aliases: tuple[
+        torch.Tensor, ...
+    ]  # where it lasts: no other tensor can come to stand in the sources' places
 
     def fits(self, conv: Convolution) -> bool:
         sources = _sources(conv)
@@ -103,7 +105,7 @@ class _Prepared:
         with torch.inference_mode(False) if self.lasting else nullcontext(), torch.set_grad_enabled(mode[1]):
             for group in groups.values():
                 weights, log_norms, masks = zip(*map(_sources, group), strict=True)
-                normalized = weight_norm_many(weights, log_norms, masks, dtype=mode[0])  # type: ignore[arg-type]
+                normalized = weight_norm_many(weights, log_norms, masks, dtype=mode[0])
                 for conv, value in zip(group, normalized, strict=True):
                     layers[conv] = self._layer(conv, value)
         self.layers[mode] = layers

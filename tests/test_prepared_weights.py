@@ -89,7 +89,9 @@ def gradients(module: nn.Module, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     return {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
 
 
-def assert_equal(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+def assert_equal(
+    actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0
+) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         if tolerance:
@@ -135,9 +137,7 @@ def test_training_moves_alike() -> None:
 
     def train(model: nf.NVAE) -> list[float]:
         step = Step(model, TrainingConfig())
-        return [
-            step(x, seed=i, coefficient=0.5, weight=1e-2, learning_rate=1e-3).loss for i in range(4)
-        ]
+        return [step(x, seed=i, coefficient=0.5, weight=1e-2, learning_rate=1e-3).loss for i in range(4)]
 
     for a, b in zip(train(first), alone(lambda: train(second)), strict=True):
         assert abs(a - b) <= 1e-4 * abs(b)
@@ -209,7 +209,7 @@ def test_weights_that_change_inside_a_scope(computed: list[int]) -> None:
 CHANGES: dict[str, Callable[[Net], Any]] = {
     "in place": lambda net: net.first.weight.mul_(2),
     "optimizer": lambda net: optimize(net),
-    "foreach": lambda net: torch._foreach_add_([p for p in net.parameters()], 0.1),
+    "foreach": lambda net: torch._foreach_add_(list(net.parameters()), 0.1),
     "state dict": lambda net: net.load_state_dict(Net().state_dict()),
     "state dict assigned": lambda net: net.load_state_dict(Net().state_dict(), assign=True),
     "dtype": lambda net: net.double(),
@@ -260,7 +260,9 @@ def test_address_that_returns(computed: list[int]) -> None:
     net = Net().eval()
     with torch.no_grad():
         for value in range(1, 6):
-            net.last.weight.data = torch.full((4, 4, 1, 1), float(value)) * torch.arange(4.0)[:, None, None, None]
+            net.last.weight.data = (
+                torch.full((4, 4, 1, 1), float(value)) * torch.arange(4.0)[:, None, None, None]
+            )
             net.last.log_weight_norm.data = torch.full((4, 1, 1, 1), 0.1 * value)
             assert torch.equal(net(X), alone(lambda: net.body(X)))
 

@@ -219,7 +219,11 @@ def test_no_double_backward() -> None:
     weights, norms, masks = layers()
     for out in (
         torch.ops.nvae_fast.weight_norm_many(weights, norms, masks, 1e-5, None)[0],
-        *([nf.weight_norm_many(weights, norms, masks)[0]] if nf.backends()["weight_norm"]["cpu"] == "cpp" else []),
+        *(
+            [nf.weight_norm_many(weights, norms, masks)[0]]
+            if nf.backends()["weight_norm"]["cpu"] == "cpp"
+            else []
+        ),
     ):
         assert_no_double_backward("weight_norm_many", out, weights[0])
 
@@ -229,8 +233,16 @@ ERRORS = [
     ({"log_weight_norms": [N]}, ValueError, r"log_weight_norms must have one entry per weight \(2\), got 1"),
     ({"masks": [None]}, ValueError, r"masks must have one entry per weight \(2\), got 1"),
     ({"weights": [W, None]}, TypeError, "layer 1: weight must be a torch.Tensor, got NoneType"),
-    ({"weights": [W, W[0]]}, ValueError, r"layer 1: weight must have shape \(C_out, C_in, K, K\), got \(3, 3, 3\)"),
-    ({"log_weight_norms": [N, N[:3]]}, ValueError, r"layer 1: log_weight_norm must have shape \(4, 1, 1, 1\)"),
+    (
+        {"weights": [W, W[0]]},
+        ValueError,
+        r"layer 1: weight must have shape \(C_out, C_in, K, K\), got \(3, 3, 3\)",
+    ),
+    (
+        {"log_weight_norms": [N, N[:3]]},
+        ValueError,
+        r"layer 1: log_weight_norm must have shape \(4, 1, 1, 1\)",
+    ),
     ({"masks": [None, W.bool()]}, TypeError, "layer 1: mask must have one of the dtypes .*got torch.bool"),
     (
         {"weights": [W, W.to("meta")], "log_weight_norms": [N, N.to("meta")]},

@@ -12,7 +12,6 @@ import nvae_fast as nf
 from benchmarks.case import Case, Inputs, Shape, Work
 from benchmarks.sizes import per_preset
 
-
 LAYERS = 150
 
 

@@ -26,7 +26,6 @@ from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.philox import as_seed, split_seed
 from nvae_fast.ops.residual_normal import residual_normal
 
-
 Draw = tuple[torch.Tensor | None, torch.Tensor | None]  # a group's noise or seed
 
 

@@ -59,9 +59,7 @@ def _check(
     op, count = "weight_norm_many", len(weights)
     for name, values in (("log_weight_norms", log_weight_norms), ("masks", masks)):
         if len(values) != count:
-            raise ValueError(
-                f"{op}: {name} must have one entry per weight ({count}), got {len(values)}"
-            )
+            raise ValueError(f"{op}: {name} must have one entry per weight ({count}), got {len(values)}")
     if dtype is not None and dtype not in OUTPUTS:
         raise TypeError(f"{op}: dtype must be None or one of {[str(d) for d in OUTPUTS]}, got {dtype!r}")
     if not eps >= 0:
