@@ -318,9 +318,8 @@ class _Cell(torch.autograd.Function):
             p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project.flatten(1))
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
-            mean3, m2, _ = _distributed.merge(
-                *_coefficients.merge_planes(plane_mean, m2, pixels), b * pixels, group
-            )
+            mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
+            mean3, m2, _ = _distributed.merge(mean3, m2, b * pixels, group)
             var3, rstd3, scale3, shift3 = _coefficients_of(
                 mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
             )
