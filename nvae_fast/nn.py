@@ -483,12 +483,15 @@ class AutoregressiveTransform(nn.Module):
         self.expand = WeightNormConv2d(z, hidden, 3, bias=False, mask=first)
         self.depthwise = WeightNormConv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=spatial)
         self.project = WeightNormConv2d(hidden, z, 1, mask=last)
+        # The taps that `spatial` leaves, the same for every channel; the dark ones need not be multiplied.
+        self.spatial_taps = tuple(range(12, 25)) if mirrored else tuple(range(13))
         with torch.no_grad():
             self.project.log_weight_norm.sub_(math.log(10.0))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
         h = F.elu(self.expand(z))
-        h = F.elu(F.elu(depthwise_conv2d(h, self.depthwise.normalized_weight().to(h.dtype))))
+        weight = self.depthwise.normalized_weight().to(h.dtype)
+        h = F.elu(F.elu(depthwise_conv2d(h, weight, taps=self.spatial_taps)))
         return z - self.project(h)
 
 

@@ -8,18 +8,6 @@ int depthwise_lanes(Dtype dtype) { return dtype == Dtype::f64 ? VecD::size : Vec
 
 namespace {
 
-template <class V>
-Group group_of(const DepthwiseArgs& a, int64_t group) {
-  const int64_t first = group * a.group * V::size, rest = a.channels - first;
-  const int64_t count = a.vectors - group * a.group;
-  Group c;
-  c.first = first;
-  c.count = static_cast<int>(count < a.group ? count : a.group);
-  c.full = rest >= c.count * V::size ? c.count : c.count - 1;
-  c.tail = static_cast<int>(rest - c.full * V::size);
-  return c;
-}
-
 // h = act(scale x + shift) of one row into the ring.
 template <class V, int activation, class T>
 void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x, int64_t row,

@@ -41,18 +41,6 @@ Scratch<typename V::Scalar> cut_scratch(const DepthwiseArgs& a, void* memory) {
   return s;
 }
 
-template <class V>
-Group group_of(const DepthwiseArgs& a, int64_t group) {
-  const int64_t first = group * a.group * V::size, rest = a.channels - first;
-  const int64_t count = a.vectors - group * a.group;
-  Group c;
-  c.first = first;
-  c.count = static_cast<int>(count < a.group ? count : a.group);
-  c.full = rest >= c.count * V::size ? c.count : c.count - 1;
-  c.tail = static_cast<int>(rest - c.full * V::size);
-  return c;
-}
-
 // dy = alpha grad + beta out + gamma of one row into the ring.
 template <class V, class T>
 void upstream_row(const DepthwiseArgs& a, const Group& c, Row<const T> grad, const Row<const T>* out,

@@ -75,6 +75,17 @@ struct Group {
   int full, tail;  // vectors with all lanes; lanes of the one after them
 };
 template <class V>
+NVAE_INLINE Group group_of(const DepthwiseArgs& a, int64_t group) {
+  const int64_t first = group * a.group * V::size, rest = a.channels - first;
+  const int64_t count = a.vectors - group * a.group;
+  Group c;
+  c.first = first;
+  c.count = static_cast<int>(count < a.group ? count : a.group);
+  c.full = rest >= c.count * V::size ? c.count : c.count - 1;
+  c.tail = static_cast<int>(rest - c.full * V::size);
+  return c;
+}
+template <class V>
 NVAE_INLINE int lanes(const Group& c, int g) {
   return g < c.full ? V::size : c.tail;
 }
