@@ -93,9 +93,10 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
   const Tensor out[2] = {empty_vector(x, args.dtype, {args.batches, args.channels}),
                          empty_vector(x, args.dtype, {args.batches, args.channels})};
   const int64_t spans = args.spans();
+  const std::vector<double> zeros(spans ? 0 : static_cast<size_t>(args.rows()), 0.0);
   for (int kind = 0; kind < 2; ++kind) {
-    if (spans == 1) {
-      write(out[kind], args.dtype, 0, partial.data(kind), args.rows());
+    if (spans <= 1) {
+      write(out[kind], args.dtype, 0, spans ? partial.data(kind) : zeros.data(), args.rows());
       continue;
     }
     for (int64_t sample = 0; sample < args.batches; ++sample)

@@ -132,7 +132,7 @@ class Partials {
   int64_t size() const { return parts_ * channels_; }
   double* data(int kind = 0) { return data_.get() + kind * size(); }
 
-  // The sums of n parts from `first` on, added in order into those of the first: one value a channel.
+  // The sums of n > 0 parts from `first` on, added in order into those of the first: one value a channel.
   const double* total(int kind, int64_t first, int64_t n) {
     double* sums = data(kind) + first * channels_;
     const double* from = sums + channels_;
