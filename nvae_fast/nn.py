@@ -199,9 +199,9 @@ class BatchNormSwish(nn.Module):
 @torch.no_grad()
 def _update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.BatchStatistics]) -> None:
     """Running statistics of several batch norms from what they saw: a few calls for all of them."""
-    counts = [s.count for s in seen]
+    counts = [s.count for s in seen if isinstance(s.count, int) and s.count > 1]
     alike = len({norm.momentum for norm in norms}) == 1
-    if not alike or not all(isinstance(count, int) and count > 1 for count in counts):
+    if not alike or len(counts) < len(seen):
         for norm, s in zip(norms, seen, strict=True):
             norm._update(*s)
         return

@@ -10,9 +10,10 @@ import aot
 import cuda_shim
 import pytest
 import torch
+import torch.nn.functional as F
 from harness import assert_close
 
-from nvae_fast.ops import depthwise_conv2d as room
+from nvae_fast.ops._activation import activate
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
 ROOM = (1, 1, 1)
@@ -45,17 +46,21 @@ def inputs(
 
 
 def truth(t: dict[str, Any], step: tuple[int, int, int], activation: str | None, taps: Any = None) -> dict:
-    """Outputs and gradients of the room's formula in float64, of the same inputs."""
+    """Outputs and gradients of the formula in float64, of the same inputs."""
     wide = {name: v.double() for name, v in t.items() if v is not None}
     leaves = {n: wide[n].requires_grad_() for n in GRADIENTS if n in wide}
-    weight = leaves["weight"]
+    h, weight, (stride, dilation, upsample) = leaves["x"], leaves["weight"], step
     if taps is not None:
         mask = torch.zeros(weight.shape[-1] ** 2, dtype=torch.float64)
         mask[taps] = 1
         weight = weight * mask.view(weight.shape[-2:])
-    y, mean, m2 = room._reference(
-        leaves["x"], weight, leaves.get("scale"), leaves.get("shift"), *step, activation, True
-    )[:3]
+    if "scale" in leaves:
+        h = h * leaves["scale"][:, None, None] + leaves["shift"][:, None, None]
+    h = activate(h, activation).repeat_interleave(upsample, 2).repeat_interleave(upsample, 3)
+    pad = weight.shape[-1] // 2 * dilation
+    y = F.conv2d(h, weight, stride=stride, padding=pad, dilation=dilation, groups=weight.shape[0])
+    var, mean = torch.var_mean(y, (0, 2, 3), correction=0)
+    m2 = var * (y.numel() // y.shape[1])
     dy = wide["grad"]
     if "alpha" in wide:
         alpha, beta, gamma = (wide[n][:, None, None] for n in ("alpha", "beta", "gamma"))
@@ -216,13 +221,53 @@ def test_which_kernels_are_fast() -> None:
         assert bool(cuda_shim.library().shim_is_fast(ctypes.byref(p))) == fast
 
 
+def on_the_gpu(
+    t: dict[str, Any], step: tuple[int, int, int], activation: str | None, taps: Any, channels_last: bool
+) -> dict:
+    ops, name = torch.ops.nvae_fast, "nvae_fast::depthwise_conv2d"
+    if not (torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")):
+        pytest.skip("needs a GPU and the extension built for it")
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    t = {
+        n: v.cuda().contiguous(memory_format=memory_format) if v.dim() == 4 else v.cuda()
+        for n, v in t.items()
+    }
+    problem = (t["x"], t["weight"].contiguous(), t["scale"], t["shift"], *step, activation)
+    y, mean, m2 = ops.depthwise_conv2d(*problem, True, taps)
+    assert y.is_contiguous(memory_format=memory_format)
+    combined = (t[n] for n in ("grad", "out", "alpha", "beta", "gamma", "pivot"))
+    gradients = ops.depthwise_conv2d_backward(*combined, *problem, taps, True, True, True)
+    return {"y": y, "mean": mean, "m2": m2} | {
+        f"grad {n}": g for n, g in zip(GRADIENTS, gradients, strict=True)
+    }
+
+
+@pytest.mark.parametrize("dtype", [*FAST, torch.float64])
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize(
+    "kernel, taps", [(3, None), (5, None), (5, cuda_shim.LAST), (7, None), (9, None), (11, None)]
+)
+def test_operators_on_the_gpu(
+    kernel: int, taps: Any, step: str, channels_last: bool, dtype: torch.dtype
+) -> None:
+    steps = (STEPS | DILATED)[step]
+    for size in ((3, 40, 17, 18), (1, 3, 5, 70)):
+        t = inputs(kernel, size, dtype, steps)
+        first, second = (on_the_gpu(t, steps, "swish", taps, channels_last) for _ in range(2))
+        compare({n: v.cpu() for n, v in first.items()}, truth(t, steps, "swish", taps), dtype)
+        assert all(torch.equal(first[n], second[n]) for n in first), "two runs differ"
+
+
 @pytest.mark.parametrize("arch", aot.CUDA_ARCHS)
 def test_registers(arch: str) -> None:
-    """The 5x5 kernels in bf16: forward five blocks of 128 threads to a multiprocessor, backward three; no spills."""
+    """The 5x5 kernels in bf16: forward five blocks of 128 threads to a multiprocessor, backward three (four and two
+    where ptxas would spill); no spills."""
     forward, backward = sorted(
         aot.nvcc_usages(cuda_shim.HERE / "registers.cu", arch), key=lambda usage: usage.registers
     )
-    assert forward.registers <= 96
-    assert backward.registers <= 168
+    hopper = arch == "sm_90a"
+    assert forward.registers <= (96 if hopper else 128)
+    assert backward.registers <= (168 if hopper else 255)
     assert forward.spill_bytes == backward.spill_bytes == 0
     assert forward.stack_bytes == backward.stack_bytes == 0

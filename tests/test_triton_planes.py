@@ -83,6 +83,28 @@ def outputs_of(found: Any) -> list[torch.Tensor]:
     return [found] if isinstance(found, torch.Tensor) else list(found)
 
 
+def truth(op: str, args: list[Any]) -> list[torch.Tensor]:
+    return outputs_of(TRUTH[op](*(a.double() if isinstance(a, torch.Tensor) else a for a in args)))
+
+
+def assert_near(actual: torch.Tensor, expected: torch.Tensor, unit: float, count: int, name: str) -> None:
+    """As vectors. A sum of n numbers about 0 is no larger than sqrt(n), and may be nearly 0."""
+    scale = expected.norm().clamp_min(max(count, 1) ** 0.5) if expected.dim() < 3 else expected.norm()
+    error = (actual.double() - expected).norm()
+    assert error <= max(4e-7, unit) * scale, f"{name}: {float(error / scale):.3g}"
+
+
+def test_cpu() -> None:
+    """The C++ operators (or the formulas, without the extension) at the same calls."""
+    for case, op, args in calls():
+        for i, (a, e) in enumerate(zip(on_cpu(op, args), truth(op, args), strict=True)):
+            assert_near(a, e, torch.finfo(a.dtype).eps, args[0].numel(), f"{op} | {case} | {i}")
+
+
+def on_cpu(op: str, args: list[Any]) -> list[torch.Tensor]:
+    return outputs_of(getattr(torch.ops.nvae_fast, op)(*args))
+
+
 def run_cases(path: str) -> None:
     """In the process with the interpreter: results to ``path``. Fresh memory holds NaN there."""
     from nvae_fast.kernels import batch_norm_swish as bn
@@ -121,21 +143,15 @@ def test_interpreter() -> None:
         assert done.returncode == 0, done.stderr[-4000:]
         found = {key: torch.from_numpy(value) for key, value in np.load(path).items()}
     for case, op, args in calls():
-        wide = [a.double() if isinstance(a, torch.Tensor) else a for a in args]
-        fakes = outputs_of(getattr(torch.ops.nvae_fast, op)(*args))  # of the CPU: the same dtypes and strides
-        for i, (expected, like) in enumerate(zip(outputs_of(TRUTH[op](*wide)), fakes, strict=True)):
+        for i, (expected, like) in enumerate(zip(truth(op, args), on_cpu(op, args), strict=True)):
             for programs in programs_of(case):
                 name = f"{programs} | {op} | {case} | {i} | {like.dtype} {like.stride()}"
                 assert name in found, (name, [n for n in found if f"| {case} |" in n])
-                actual = found.pop(name).double()
                 # bfloat16 is truncated by the interpreter; the others are rounded.
-                unit = torch.finfo(like.dtype).eps * (2 if like.dtype == torch.bfloat16 else 1)
-                # A sum of n numbers about 0 is no larger than sqrt(n), and may be nearly 0.
-                terms = args[0].numel() / max(actual.numel(), 1)
-                error = (actual - expected).norm() / expected.norm().clamp_min(
-                    (terms * actual.numel()) ** 0.5
+                slack = 2 if like.dtype == torch.bfloat16 else 1
+                assert_near(
+                    found.pop(name), expected, slack * torch.finfo(like.dtype).eps, args[0].numel(), name
                 )
-                assert actual.numel() == 0 or error <= max(4e-7, unit), f"{name}: {float(error):.3g}"
     assert not found, f"not expected: {sorted(found)[:3]}"
 
 

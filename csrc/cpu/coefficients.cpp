@@ -1,5 +1,5 @@
-// The small arithmetic of the inverted residual cell on the CPU; formulas in nvae_fast/ops/_coefficients.py. Vectors of
-// a few hundred numbers: plain loops, one thread. Sums over samples in double, in order.
+// The small arithmetic of the inverted residual cell on the CPU; formulas in nvae_fast/ops/_coefficients.py.
+// Vectors of a few hundred numbers: plain loops, one thread. Sums over samples in double, in order.
 #include <cmath>
 #include <tuple>
 #include <vector>
@@ -36,7 +36,8 @@ static void by_type(const char* op, const Tensor& t, F run) {
     STD_TORCH_CHECK(false, op, ": expected float32 or float64");
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const std::optional<Tensor>& mean, const Tensor& m2,
+static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const std::optional<Tensor>& mean,
+                                                                          const Tensor& m2,
                                                                           const std::optional<Tensor>& weight,
                                                                           const std::optional<Tensor>& bias,
                                                                           double count, double eps) {
@@ -60,15 +61,17 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const 
 }
 
 static std::tuple<Tensor, Tensor, Tensor> batch_norm_corrections(const Tensor& sum_g, const Tensor& sum_gx,
-                                                                 const std::optional<Tensor>& mean, const Tensor& rstd,
-                                                                 const Tensor& scale, double count) {
+                                                                 const std::optional<Tensor>& mean,
+                                                                 const Tensor& rstd, const Tensor& scale,
+                                                                 double count) {
   const char* op = "batch_norm_corrections";
   const int64_t n = sum_g.numel();
-  const Tensor grad_weight = vector_like(sum_g, n), beta = vector_like(sum_g, n), gamma = vector_like(sum_g, n);
+  const Tensor grad_weight = vector_like(sum_g, n), beta = vector_like(sum_g, n),
+               gamma = vector_like(sum_g, n);
   by_type(op, sum_g, [&](auto kind) {
     using S = decltype(kind);
-    const S *g = in<S>(op, sum_g), *gx = in<S>(op, sum_gx), *m = mean ? in<S>(op, *mean) : nullptr, *r = in<S>(op, rstd),
-            *s = in<S>(op, scale);
+    const S *g = in<S>(op, sum_g), *gx = in<S>(op, sum_gx), *m = mean ? in<S>(op, *mean) : nullptr,
+            *r = in<S>(op, rstd), *s = in<S>(op, scale);
     S *w = out<S>(grad_weight), *b = out<S>(beta), *c = out<S>(gamma);
     for (int64_t i = 0; i < n; ++i) {
       w[i] = r[i] * gx[i];
@@ -139,13 +142,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_gradients(
-    const Tensor& sum_x, const Tensor& sum_xp, const Tensor& plane_mean, const Tensor& mean, const Tensor& rstd,
-    const Tensor& weight, const Tensor& bias, const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
-    const Tensor& w1, const Tensor& w2, double residual_scale) {
+    const Tensor& sum_x, const Tensor& sum_xp, const Tensor& plane_mean, const Tensor& mean,
+    const Tensor& rstd, const Tensor& weight, const Tensor& bias, const Tensor& pooled, const Tensor& hidden,
+    const Tensor& gate, const Tensor& w1, const Tensor& w2, double residual_scale) {
   const char* op = "gate_gradients";
   const int64_t batch = sum_x.size(0), n = sum_x.size(1), units = w1.size(0);
-  const Tensor to_w1 = matrix_like(w1, units, n), to_b1 = vector_like(w1, units), to_w2 = matrix_like(w2, n, units),
-               to_b2 = vector_like(w2, n), through = matrix_like(sum_x, batch, n), sum_y = vector_like(sum_x, n),
+  const Tensor to_w1 = matrix_like(w1, units, n), to_b1 = vector_like(w1, units),
+               to_w2 = matrix_like(w2, n, units), to_b2 = vector_like(w2, n),
+               through = matrix_like(sum_x, batch, n), sum_y = vector_like(sum_x, n),
                dot_y = vector_like(sum_x, n), factor = matrix_like(sum_x, batch, n);
   by_type(op, sum_x, [&](auto kind) {
     using S = decltype(kind);
@@ -158,7 +162,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
         e1(static_cast<size_t>(units)), e2(static_cast<size_t>(n)), sums(static_cast<size_t>(n)),
         dots(static_cast<size_t>(n));
     std::vector<S> logit(static_cast<size_t>(n)), unit(static_cast<size_t>(units));
-    for (int64_t b = 0; b < batch; ++b, x += n, xp += n, pm += n, p += n, g += n, h += units, t += n, f += n) {
+    for (int64_t b = 0; b < batch;
+         ++b, x += n, xp += n, pm += n, p += n, g += n, h += units, t += n, f += n) {
       for (S& u : unit) u = S(0);
       for (int64_t i = 0; i < n; ++i) {
         logit[i] = (w[i] * (rs * r[i] * xp[i]) + c[i] * (rs * x[i])) * g[i] * (S(1) - g[i]);
@@ -186,7 +191,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     const auto write = [](const std::vector<double>& from, const Tensor& to) {
       for (size_t i = 0; i < from.size(); ++i) out<S>(to)[i] = static_cast<S>(from[i]);
     };
-    write(d1, to_w1), write(e1, to_b1), write(d2, to_w2), write(e2, to_b2), write(sums, sum_y), write(dots, dot_y);
+    write(d1, to_w1), write(e1, to_b1), write(d2, to_w2), write(e2, to_b2), write(sums, sum_y),
+        write(dots, dot_y);
   });
   return {to_w1, to_b1, to_w2, to_b2, through, sum_y, dot_y, factor};
 }

@@ -61,7 +61,9 @@ struct BackwardShape {
   static constexpr int kColumnStep = DS == 2 ? 2 * kColumns : kColumns / XS;  // of dy, between column groups
   static constexpr int kWarps = kGroups > 4 ? 2 : 4;
   static constexpr int kThreads = kWarps * kGroups * kLanes;
-  static constexpr int kBlocks = kGroups > 1 ? 1 : 3;  // of a multiprocessor: 168 registers a thread
+  // Blocks of a multiprocessor: three leave a thread 168 registers, of which other things than these take 60.
+  static constexpr int kHeld = 2 * U * DS * kTaps + (2 * U + XS) * kColumns + kInputs;
+  static constexpr int kBlocks = kGroups > 1 ? 1 : kHeld <= 108 ? 2 + kSpare : 2;
   static_assert(U % XS == 0 && (DS == 1 || kRing % U == 0), "rings must turn in whole steps");
   // The column tap that joins column p of a thread to dy's q, or none.
   __host__ __device__ static constexpr int tap_column(int p, int q) {

@@ -63,7 +63,9 @@ struct ForwardShape {
 };
 
 template <Dtype D, int K, int S, int M, int G, int PATTERN>
-__global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G == 1 ? (K <= 5 ? 5 : 4) : 1))
+__global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1    ? 1
+                                                                         : K <= 5 ? 4 + kSpare
+                                                                                  : 4))
     depthwise_forward_kernel(const ForwardLaunch a) {
   using Shape = ForwardShape<K, S, M, G>;
   using Bits = typename Word<D>::Type;

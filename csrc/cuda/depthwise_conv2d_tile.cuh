@@ -15,6 +15,14 @@ namespace cuda {
 constexpr int kLanes = 32;   // channels of a block
 constexpr int kColumns = 4;  // columns of a thread
 
+// Blocks of a multiprocessor decide how many registers a thread may have. ptxas keeps what is counted here
+// without spilling for sm_90 alone; the others get one block less.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kSpare = 1;
+#else
+constexpr int kSpare = 0;
+#endif
+
 // How one map is seen: every step-th row and column, from the view's phase on.
 struct Lattice {
   int step;    // 1 or 2

@@ -158,6 +158,7 @@ def room(
         result: list[torch.Tensor | None] = [None] * len(args)
         wanted = [i for i in differentiable if ctx.needs_input_grad[i]]
         if wanted and any(grad is not None for grad in grads):
+            gradients: Sequence[torch.Tensor | None]
             if backward is None:
                 gradients = recompute(grads, *args)
             elif torch.compiler.is_compiling():

@@ -286,7 +286,8 @@ class _Cell(torch.autograd.Function):
             skip = x if skip is None else skip
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
             b, _, h, w = xl.shape
-            mean0, m2, n_in = _distributed.merge(*_OPS.channel_statistics(xl, False), b * h * w, group)
+            mean0, m2 = _OPS.channel_statistics(xl, False)
+            mean0, m2, n_in = _distributed.merge(mean0, m2, b * h * w, group)
             var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
             xhat = _affine.forward(xl, rstd0, shift0, None)
             rows = _matrix(xhat).to(wide)
@@ -317,9 +318,8 @@ class _Cell(torch.autograd.Function):
             p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project.flatten(1))
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
-            mean3, m2, _ = _distributed.merge(
-                *_coefficients.merge_planes(plane_mean, m2, pixels), b * pixels, group
-            )
+            mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
+            mean3, m2, _ = _distributed.merge(mean3, m2, b * pixels, group)
             var3, rstd3, scale3, shift3 = _coefficients_of(
                 mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
             )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_fast._prepared import prepare_weights
+from nvae_fast.training.adamax import Adamax
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay, layout
@@ -332,7 +333,7 @@ def make_optimizer(
 
     capturable: the count of steps stays on the device and the learning rate may be a tensor there.
     """
-    return torch.optim.Adamax(
+    return Adamax(
         parameters,
         lr=config.learning_rate,
         eps=ADAMAX_EPS,

@@ -1,0 +1,89 @@
+"""Adamax is PyTorch's, bit for bit, with one number read by the host."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from test_step import NoWaiting
+
+from nvae_fast.training.adamax import Adamax
+
+OPTIONS = {"lr": 1e-2, "eps": 1e-3, "foreach": True}
+
+
+def parameters() -> list[torch.nn.Parameter]:
+    shapes = ((3, 4), (), (5,), (2, 3, 3, 3), (0,))
+    found = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    found.append(torch.nn.Parameter(torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)))
+    return found
+
+
+def both(decay: float) -> list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]]:
+    ours = parameters()
+    theirs = copy.deepcopy(ours)
+    return [
+        (ours, Adamax(ours, weight_decay=decay, **OPTIONS)),
+        (theirs, torch.optim.Adamax(theirs, weight_decay=decay, **OPTIONS)),
+    ]
+
+
+def step(pair: list, without: tuple[int, ...] = (), scale: float = 1.0) -> None:
+    grads = [torch.randn_like(p) * scale for p in pair[0][0]]
+    for own, optimizer in pair:
+        for index, (p, grad) in enumerate(zip(own, grads, strict=True)):
+            p.grad = None if index in without else grad.clone()
+        optimizer.step()
+        assert all(p.grad is None or torch.equal(p.grad, g) for p, g in zip(own, grads, strict=True))
+
+
+def same(pair: list) -> None:
+    for a, b in zip(pair[0][0], pair[1][0], strict=True):
+        assert torch.equal(a, b)
+    states = [optimizer.state_dict()["state"] for _, optimizer in pair]
+    assert states[0].keys() == states[1].keys()
+    for index, entry in states[0].items():
+        assert all(torch.equal(value, states[1][index][name]) for name, value in entry.items())
+
+
+@pytest.mark.parametrize("decay", [0.0, 3e-4])
+def test_bit_for_bit(decay: float):
+    pair = both(decay)
+    for number in range(12):
+        step(pair, scale=10.0 ** (number - 6))
+        for _, optimizer in pair:
+            optimizer.param_groups[0]["lr"] = 1e-2 / (number + 1)
+    same(pair)
+
+
+def test_counts_that_differ_are_pytorchs_own_business():
+    """Parameters that join late, leave, and come back keep counts of their own; so does a loaded state."""
+    pair = both(3e-4)
+    for without in ((1, 2), (1, 2), (), (0,), (), (), (0, 1), ()):
+        step(pair, without)
+        same(pair)
+    saved = [copy.deepcopy(optimizer.state_dict()) for _, optimizer in pair]
+    for state, (_, optimizer) in zip(saved[::-1], pair, strict=True):
+        optimizer.load_state_dict(state)
+    for _ in range(3):
+        step(pair)
+    same(pair)
+
+
+def test_one_number_is_read():
+    pair = both(3e-4)
+    step(pair)
+    ours, optimizer = pair[0]
+    reads = []
+
+    class Count(NoWaiting):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            reads.append("_local_scalar_dense" in str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Count("cpu"):
+        optimizer.step()
+    assert sum(reads) == 1
+    assert len(reads) < 15
+    assert len(ours) == 6
