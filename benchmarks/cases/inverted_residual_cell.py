@@ -6,6 +6,8 @@ depthwise convolution count as operations."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch.func import functional_call
 
@@ -17,6 +19,7 @@ EXPANSION, KERNEL = 6, 5
 ZERO = "ops.0.norm.bias"  # batch norm follows: its gradient is zero but for rounding
 
 
+@cache
 def _cell(channels: int) -> torch.nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(1)
@@ -68,7 +71,8 @@ CASES = (
         run=_run,
         work=_work,
         differentiable=("x", *(name for name in _NAMES if name != ZERO)),
-        keep=_NAMES,
         dtypes=NETWORK_DTYPES,
+        # Nine operations one after the other: PyTorch's own composition loses 0.03 in bfloat16.
+        tolerances={torch.float32: 2e-5, torch.bfloat16: 6e-2},
     ),
 )
