@@ -426,3 +426,20 @@ def test_one_call_a_pass() -> None:
     w, g, m = ([getattr(c, name) for c in convs] for name in ("weight", "log_weight_norm", "mask"))
     assert operator_calls(lambda: nf.weight_norm_many(w, g, m)) == 1
     assert weight_norm_many._room.name == "weight_norm_many"
+
+
+def test_checkpointed_cells_share_the_weights(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """``checkpoint_cells``: one computation a step, the gradients of a step that keeps everything."""
+    monkeypatch.setattr("nvae_fast.nn.weight_norm", None)  # no layer computes its own
+    torch.manual_seed(1)
+    model = nf.NVAE(CONFIG)
+    for part in model.modules():
+        part.awaits_data = False
+    x = torch.rand(2, 3, 16, 16)
+
+    def run(recompute: bool) -> dict[str, torch.Tensor]:
+        model.checkpoint_cells = recompute
+        return gradients(model, nf.training.balanced_kl(model(x, seed=3).kl, 0.5, model.config).sum())
+
+    assert_same_gradients(run(True), run(False))
+    assert len(computed) == 2

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+
+from nvae_fast._prepared import checkpoint_contexts
 
 
 def recomputed(cell: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -26,9 +29,23 @@ def recomputed(cell: nn.Module, x: torch.Tensor) -> torch.Tensor:
         x,
         use_reentrant=False,
         preserve_rng_state=False,  # a cell draws nothing; saving the state would synchronise
-        context_fn=lambda: (contextlib.nullcontext(), _buffers_kept(cell)),
+        context_fn=lambda: _contexts(cell),
     )
     return result
+
+
+def _contexts(cell: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Of the first and the second pass: the normalised weights of the step are used in both."""
+    first, second = checkpoint_contexts()
+    return first, _together(second, _buffers_kept(cell))
+
+
+@contextlib.contextmanager
+def _together(*contexts: AbstractContextManager[None]) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 @contextlib.contextmanager
