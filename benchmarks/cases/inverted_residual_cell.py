@@ -72,7 +72,7 @@ CASES = (
         work=_work,
         differentiable=("x", *(name for name in _NAMES if name != ZERO)),
         dtypes=NETWORK_DTYPES,
-        # Nine operations one after the other: PyTorch's own composition loses 0.03 in bfloat16.
-        tolerances={torch.float32: 2e-5, torch.bfloat16: 6e-2},
+        # Nine operations one after the other: PyTorch's own composition loses 2.1e-5, and 0.03 in bfloat16.
+        tolerances={torch.float32: 5e-5, torch.bfloat16: 6e-2},
     ),
 )
