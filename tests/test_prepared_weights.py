@@ -279,6 +279,8 @@ def test_modes_do_not_mix(computed: list[int]) -> None:
         net.body(X)
         with torch.enable_grad():
             assert_equal(gradients(net, net(X).sum()), expected, 1e-6)
+            for _ in range(2):  # without a scope of its own
+                assert_equal(gradients(net, net.body(X).sum()), expected, 1e-6)
     with torch.inference_mode():
         net(X)
     with torch.no_grad():
