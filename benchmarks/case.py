@@ -18,7 +18,7 @@ Inputs = dict[str, Any]
 Outputs = torch.Tensor | tuple[torch.Tensor, ...]
 
 FLOAT32 = (torch.float32,)
-NETWORK_DTYPES = (torch.float32, torch.bfloat16)  # what training computes in; bfloat16 is measured on GPUs
+NETWORK_DTYPES = (torch.float32, torch.bfloat16)  # what training computes in
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Case:
         float32 tensors are cast to the dtype under test, except those in ``keep``.
     run: the op through the public API. differentiable: names of the inputs whose gradients are taken.
     work: ``(shape, itemsize) -> {"forward": Work, "backward": Work}``.
+    dtypes: measured on GPUs; cpu_dtypes: on CPUs.
     noise: size of the noise the op draws (then ``inputs["noise"]`` exists: None to draw, or the numbers to
         use).
     tolerances: relative error norm allowed, per dtype. outliers: fraction of elements that may differ freely,
@@ -79,6 +80,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOAT32
+    cpu_dtypes: tuple[torch.dtype, ...] = FLOAT32
     memory_formats: tuple[str, ...] = ("contiguous", "channels_last")
     library: Library | None = None
     noise: Callable[[Shape], Shape] | None = None

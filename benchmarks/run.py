@@ -105,7 +105,7 @@ def measure_case(
 ) -> list[dict[str, Any]]:
     """Every shape and dtype of ``case``: one row for each provider and memory format."""
     rows: list[dict[str, Any]] = []
-    dtypes = case.dtypes if settings.device.type == "cuda" else case.dtypes[:1]
+    dtypes = case.dtypes if settings.device.type == "cuda" else case.cpu_dtypes
     for dtype in dtypes:
         for index, shape in enumerate(case.shapes[settings.scale]):
             say(f"{case.name}  {case.label(shape)}  {str(dtype).removeprefix('torch.')}")

@@ -61,6 +61,7 @@ CASES = (
         differentiable=("x", "weight", "scale", "shift"),
         keep=("scale", "shift"),
         dtypes=NETWORK_DTYPES,
+        cpu_dtypes=NETWORK_DTYPES,
         library=Library("conv2d with groups", _library),
     ),
 )

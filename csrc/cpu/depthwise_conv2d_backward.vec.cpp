@@ -113,9 +113,13 @@ void add_sums(const Group& c, const Scratch<typename V::Scalar>& s, double* sums
   }
 }
 
-template <class V, class T, bool data, bool weight>
+template <class V, class T>
 void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
+  const bool data = a.grad_x.data || a.sums, weight = a.tap_gradients;
+  const auto phase = data && weight ? run_phase<V, true, true>
+                     : data         ? run_phase<V, true, false>
+                                    : run_phase<V, false, true>;
   const DepthwisePlan& plan = a.plan;
   const Scratch<S> s = cut_scratch<V>(a, scratch);
   const int64_t rows = (a.x.height + plan.row_phases - 1) / plan.row_phases;
@@ -171,10 +175,9 @@ void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end)
             activate_row<V, 0>(a, c, x, s);
           for (int g = 0; g < c.count; ++g)
             for (int f = 0; f < plan.col_phases; ++f)
-              run_phase<V, data, weight>(a, plan.phases[e * plan.col_phases + f], R, a.grad.height, a.x.width,
-                                         s.ring, g, taps + g * plan.taps * V::size,
-                                         weight ? gradients + g * plan.taps * V::size : nullptr,
-                                         s.h + g * s.vector, s.dh + g * s.vector);
+              phase(a, plan.phases[e * plan.col_phases + f], R, a.grad.height, a.x.width, s.ring, g,
+                    taps + g * plan.taps * V::size, weight ? gradients + g * plan.taps * V::size : nullptr,
+                    s.h + g * s.vector, s.dh + g * s.vector);
           if (!data) return;
           if (!a.grad_x.data) {
             leave_row<V>(a, c, x, static_cast<const Row<T>*>(nullptr), s, sums != nullptr);
@@ -193,17 +196,6 @@ void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end)
   }
 }
 
-template <class V, class T>
-void choose(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) {
-  const bool data = a.grad_x.data || a.sums, weight = a.tap_gradients;
-  if (data && weight)
-    backward<V, T, true, true>(a, scratch, begin, end);
-  else if (data)
-    backward<V, T, true, false>(a, scratch, begin, end);
-  else if (weight)
-    backward<V, T, false, true>(a, scratch, begin, end);
-}
-
 }  // namespace
 
 int64_t depthwise_backward_scratch(const DepthwiseArgs& a) {
@@ -213,13 +205,13 @@ int64_t depthwise_backward_scratch(const DepthwiseArgs& a) {
 void depthwise_backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) {
   switch (a.dtype) {
     case Dtype::f32:
-      return choose<VecF, float>(a, scratch, begin, end);
+      return backward<VecF, float>(a, scratch, begin, end);
     case Dtype::f64:
-      return choose<VecD, double>(a, scratch, begin, end);
+      return backward<VecD, double>(a, scratch, begin, end);
     case Dtype::bf16:
-      return choose<VecF, bf16>(a, scratch, begin, end);
+      return backward<VecF, bf16>(a, scratch, begin, end);
     case Dtype::f16:
-      return choose<VecF, f16>(a, scratch, begin, end);
+      return backward<VecF, f16>(a, scratch, begin, end);
   }
 }
 
