@@ -160,7 +160,11 @@ struct Job {
     const int64_t row = args.plan.left + scanned.width + args.plan.right;
     const int64_t bytes = (args.ring() * row + (backward ? 3 : 1) * stationary.width) * lanes *
                           (wide == ScalarType::Double ? 8 : 4);
-    const int64_t fit = std::max<int64_t>(1, kScratch / std::max<int64_t>(bytes, 1));
+    // A group whose scratch stays in the L1 cache is best. Where rows are so long that few vectors fit, and
+    // these would cut cache lines of every pixel in two, the L2 cache is filled instead.
+    int64_t fit = kNear / std::max<int64_t>(bytes, 1);
+    const bool whole = scanned.pixel % lanes == 0 && stationary.pixel % lanes == 0;
+    if (fit < (whole ? 1 : 3)) fit = std::max<int64_t>(kFar / std::max<int64_t>(bytes, 1), 1);
     args.group = planar ? 1 : std::max<int64_t>(1, std::min(args.vectors, fit));
     args.groups = (args.vectors + args.group - 1) / args.group;
     if (args.groups) args.group = (args.vectors + args.groups - 1) / args.groups;
@@ -173,10 +177,9 @@ struct Job {
     args.band = std::max<int64_t>((rows + bands - 1) / bands, 1);
     args.bands = pixels ? (rows + args.band - 1) / args.band : 0;
   }
-  static constexpr int64_t kScratch =
-      7 << 17;  // bytes that rings and rows of a group may take, of the L2 cache
-  static constexpr int64_t kPixels = 1 << 13;  // of a task: float32 sums of more lose digits
-  static constexpr int64_t kTasks = 8;         // at least, for the threads, where the map is high enough
+  static constexpr int64_t kNear = 28 << 10, kFar = 7 << 17;  // bytes for the rings and rows of a group
+  static constexpr int64_t kPixels = 1 << 13;                 // of a task: float32 sums of more lose digits
+  static constexpr int64_t kTasks = 8;  // at least, for the threads, where the map is high enough
 
   void pack(const Tensor& weight) {
     hold.push_back(
