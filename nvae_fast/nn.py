@@ -188,8 +188,8 @@ class BatchNormSwish(nn.Module):
         if isinstance(count, int) and count == 0:
             return  # an empty batch says nothing
         unbiased = var * (count / (count - 1))
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        mean, unbiased = mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
+        torch._foreach_lerp_([self.running_mean, self.running_var], [mean, unbiased], self.momentum)
         self.num_batches_tracked += 1
 
     def extra_repr(self) -> str:

@@ -181,7 +181,7 @@ def test_the_body_never_waits_for_the_device(changes, options, capturable, route
     step, x = prepared("cpu", changes, options)
     with NoWaiting("cpu") as mode:
         values = step.body(x)
-    assert mode.calls > 500
+    assert mode.calls > 300
     assert torch.isfinite(values).all()
     assert all(p.grad is None for p in step.parameters)
 

@@ -15,11 +15,20 @@ static Tensor matrix_like(const Tensor& t, int64_t rows, int64_t columns) {
   return torch::stable::empty({rows, columns}, t.scalar_type(), std::nullopt, t.device());
 }
 
-template <class S>
-static const S* in(const char* op, const Tensor& t) {
-  STD_TORCH_CHECK(t.is_contiguous(), op, ": expected contiguous arguments");
-  return t.const_data_ptr<S>();
-}
+// Arguments as contiguous arrays, null where absent; copies live as long as this.
+struct Arguments {
+  std::vector<Tensor> hold;
+  template <class S>
+  const S* read(const Tensor& t) {
+    if (t.is_contiguous()) return t.const_data_ptr<S>();
+    hold.push_back(torch::stable::contiguous(t));
+    return hold.back().const_data_ptr<S>();
+  }
+  template <class S>
+  const S* read(const std::optional<Tensor>& t) {
+    return t ? read<S>(*t) : nullptr;
+  }
+};
 template <class S>
 static S* out(const Tensor& t) {
   return t.mutable_data_ptr<S>();
@@ -47,8 +56,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const 
                shift = vector_like(m2, n);
   by_type(op, m2, [&](auto kind) {
     using S = decltype(kind);
-    const S *a = mean ? in<S>(op, *mean) : nullptr, *m = in<S>(op, m2),
-            *w = weight ? in<S>(op, *weight) : nullptr, *b = bias ? in<S>(op, *bias) : nullptr;
+    Arguments given;
+    const S *a = given.read<S>(mean), *m = given.read<S>(m2), *w = given.read<S>(weight),
+            *b = given.read<S>(bias);
     S *v = out<S>(var), *r = out<S>(rstd), *s = out<S>(scale), *t = out<S>(shift);
     for (int64_t i = 0; i < n; ++i) {
       v[i] = static_cast<S>(m[i] / count);
@@ -70,8 +80,9 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_corrections(const Tensor& s
                gamma = vector_like(sum_g, n);
   by_type(op, sum_g, [&](auto kind) {
     using S = decltype(kind);
-    const S *g = in<S>(op, sum_g), *gx = in<S>(op, sum_gx), *m = mean ? in<S>(op, *mean) : nullptr,
-            *r = in<S>(op, rstd), *s = in<S>(op, scale);
+    Arguments given;
+    const S *g = given.read<S>(sum_g), *gx = given.read<S>(sum_gx), *m = given.read<S>(mean),
+            *r = given.read<S>(rstd), *s = given.read<S>(scale);
     S *w = out<S>(grad_weight), *b = out<S>(beta), *c = out<S>(gamma);
     for (int64_t i = 0; i < n; ++i) {
       w[i] = r[i] * gx[i];
@@ -89,7 +100,8 @@ static std::tuple<Tensor, Tensor> merge_planes(const Tensor& mean, const Tensor&
   const Tensor merged = vector_like(mean, n), total = vector_like(mean, n);
   by_type(op, mean, [&](auto kind) {
     using S = decltype(kind);
-    const S *a = in<S>(op, mean), *m = in<S>(op, m2);
+    Arguments given;
+    const S *a = given.read<S>(mean), *m = given.read<S>(m2);
     std::vector<double> center(static_cast<size_t>(n)), spread(static_cast<size_t>(n));
     for (int64_t b = 0; b < planes; ++b)
       for (int64_t i = 0; i < n; ++i) center[i] += a[b * n + i];
@@ -99,17 +111,18 @@ static std::tuple<Tensor, Tensor> merge_planes(const Tensor& mean, const Tensor&
         const double d = a[b * n + i] - center[i];
         spread[i] += m[b * n + i] + static_cast<double>(pixels) * d * d;
       }
+    S *to_mean = out<S>(merged), *to_m2 = out<S>(total);
     for (int64_t i = 0; i < n; ++i) {
-      out<S>(merged)[i] = static_cast<S>(center[i]);
-      out<S>(total)[i] = static_cast<S>(spread[i]);
+      to_mean[i] = static_cast<S>(center[i]);
+      to_m2[i] = static_cast<S>(spread[i]);
     }
   });
   return {merged, total};
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
-    const Tensor& mean, const Tensor& scale, const Tensor& shift, const Tensor& w1, const Tensor& b1,
-    const Tensor& w2, const Tensor& b2, double residual_scale) {
+    const Tensor& mean, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
+    const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, double residual_scale) {
   const char* op = "gate_coefficients";
   const int64_t batch = mean.size(0), n = mean.size(1), units = w1.size(0);
   const Tensor pooled = matrix_like(mean, batch, n), hidden = matrix_like(mean, batch, units),
@@ -117,24 +130,36 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
                offset = matrix_like(mean, batch, n);
   by_type(op, mean, [&](auto kind) {
     using S = decltype(kind);
-    const S *m = in<S>(op, mean), *s = in<S>(op, scale), *t = in<S>(op, shift), *u1 = in<S>(op, w1),
-            *c1 = in<S>(op, b1), *u2 = in<S>(op, w2), *c2 = in<S>(op, b2);
+    Arguments given;
+    const S *m = given.read<S>(mean), *s = given.read<S>(scale), *t = given.read<S>(shift),
+            *u1 = given.read<S>(w1), *c1 = given.read<S>(b1), *u2 = given.read<S>(w2),
+            *c2 = given.read<S>(b2);
     const S rs = static_cast<S>(residual_scale);
+    // Transposed, so that the inner loops add to different numbers and the compiler makes vectors of them.
+    std::vector<double> w1t(static_cast<size_t>(units * n)), w2t(static_cast<size_t>(units * n)),
+        unit(static_cast<size_t>(units)), logit(static_cast<size_t>(n));
+    for (int64_t r = 0; r < units; ++r)
+      for (int64_t i = 0; i < n; ++i) {
+        w1t[i * units + r] = u1[r * n + i];
+        w2t[r * n + i] = u2[i * units + r];
+      }
     for (int64_t b = 0; b < batch; ++b) {
       S *p = out<S>(pooled) + b * n, *h = out<S>(hidden) + b * units, *g = out<S>(gate) + b * n;
       S *f = out<S>(factor) + b * n, *o = out<S>(offset) + b * n;
-      for (int64_t i = 0; i < n; ++i) p[i] = m[b * n + i] * s[i] + t[i];
+      for (int64_t r = 0; r < units; ++r) unit[r] = c1[r];
+      for (int64_t i = 0; i < n; ++i) {
+        p[i] = s ? m[b * n + i] * s[i] + t[i] : m[b * n + i];
+        for (int64_t r = 0; r < units; ++r) unit[r] += w1t[i * units + r] * p[i];
+      }
+      for (int64_t i = 0; i < n; ++i) logit[i] = c2[i];
       for (int64_t r = 0; r < units; ++r) {
-        S sum = c1[r];
-        for (int64_t i = 0; i < n; ++i) sum += u1[r * n + i] * p[i];
-        h[r] = sum > S(0) || sum != sum ? sum : S(0);
+        h[r] = unit[r] > 0 || unit[r] != unit[r] ? static_cast<S>(unit[r]) : S(0);
+        for (int64_t i = 0; i < n; ++i) logit[i] += w2t[r * n + i] * h[r];
       }
       for (int64_t i = 0; i < n; ++i) {
-        S sum = c2[i];
-        for (int64_t r = 0; r < units; ++r) sum += u2[i * units + r] * h[r];
-        g[i] = S(1) / (S(1) + std::exp(-sum));
-        f[i] = rs * g[i] * s[i];
-        o[i] = rs * g[i] * t[i];
+        g[i] = static_cast<S>(1.0 / (1.0 + std::exp(-logit[i])));
+        f[i] = s ? rs * g[i] * s[i] : rs * g[i];
+        o[i] = s ? rs * g[i] * t[i] : S(0);
       }
     }
   });
@@ -142,9 +167,10 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gate_gradients(
-    const Tensor& sum_x, const Tensor& sum_xp, const Tensor& plane_mean, const Tensor& mean,
-    const Tensor& rstd, const Tensor& weight, const Tensor& bias, const Tensor& pooled, const Tensor& hidden,
-    const Tensor& gate, const Tensor& w1, const Tensor& w2, double residual_scale) {
+    const Tensor& sum_x, const Tensor& sum_xp, const std::optional<Tensor>& plane_mean,
+    const std::optional<Tensor>& mean, const std::optional<Tensor>& rstd, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
+    const Tensor& w1, const Tensor& w2, double residual_scale) {
   const char* op = "gate_gradients";
   const int64_t batch = sum_x.size(0), n = sum_x.size(1), units = w1.size(0);
   const Tensor to_w1 = matrix_like(w1, units, n), to_b1 = vector_like(w1, units),
@@ -153,43 +179,50 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
                dot_y = vector_like(sum_x, n), factor = matrix_like(sum_x, batch, n);
   by_type(op, sum_x, [&](auto kind) {
     using S = decltype(kind);
-    const S *x = in<S>(op, sum_x), *xp = in<S>(op, sum_xp), *pm = in<S>(op, plane_mean), *m = in<S>(op, mean),
-            *r = in<S>(op, rstd), *w = in<S>(op, weight), *c = in<S>(op, bias), *p = in<S>(op, pooled),
-            *h = in<S>(op, hidden), *g = in<S>(op, gate), *u1 = in<S>(op, w1), *u2 = in<S>(op, w2);
+    Arguments given;
+    const S *x = given.read<S>(sum_x), *xp = given.read<S>(sum_xp), *pm = given.read<S>(plane_mean),
+            *m = given.read<S>(mean), *r = given.read<S>(rstd), *w = given.read<S>(weight),
+            *c = given.read<S>(bias), *p = given.read<S>(pooled), *h = given.read<S>(hidden),
+            *g = given.read<S>(gate), *u1 = given.read<S>(w1), *u2 = given.read<S>(w2);
     S *t = out<S>(through), *f = out<S>(factor);
     const S rs = static_cast<S>(residual_scale);
     std::vector<double> d1(static_cast<size_t>(units * n)), d2(static_cast<size_t>(units * n)),
         e1(static_cast<size_t>(units)), e2(static_cast<size_t>(n)), sums(static_cast<size_t>(n)),
         dots(static_cast<size_t>(n));
-    std::vector<S> logit(static_cast<size_t>(n)), unit(static_cast<size_t>(units));
+    std::vector<double> logit(static_cast<size_t>(n)), unit(static_cast<size_t>(units)),
+        reached(static_cast<size_t>(n));
     for (int64_t b = 0; b < batch;
-         ++b, x += n, xp += n, pm += n, p += n, g += n, h += units, t += n, f += n) {
-      for (S& u : unit) u = S(0);
+         ++b, x += n, xp += n, pm = pm ? pm + n : pm, p += n, g += n, h += units, t += n, f += n) {
+      for (double& u : unit) u = 0;
+      for (double& u : reached) u = 0;
       for (int64_t i = 0; i < n; ++i) {
-        logit[i] = (w[i] * (rs * r[i] * xp[i]) + c[i] * (rs * x[i])) * g[i] * (S(1) - g[i]);
+        const S to_gate = r ? w[i] * (rs * r[i] * xp[i]) + c[i] * (rs * x[i]) : rs * xp[i];
+        logit[i] = static_cast<double>(to_gate) * g[i] * (1.0 - g[i]);
         e2[i] += logit[i];
         for (int64_t k = 0; k < units; ++k) {
           unit[k] += logit[i] * u2[i * units + k];
-          d2[i * units + k] += static_cast<double>(logit[i]) * h[k];
+          d2[i * units + k] += logit[i] * h[k];
         }
-        t[i] = S(0);
       }
       for (int64_t k = 0; k < units; ++k) {
-        if (!(h[k] > S(0))) unit[k] *= S(0);  // a NaN stays one
+        if (!(h[k] > S(0))) unit[k] *= 0;  // a NaN stays one
         e1[k] += unit[k];
         for (int64_t i = 0; i < n; ++i) {
-          t[i] += unit[k] * u1[k * n + i];
-          d1[k * n + i] += static_cast<double>(unit[k]) * p[i];
+          reached[i] += unit[k] * u1[k * n + i];
+          d1[k * n + i] += unit[k] * p[i];
         }
       }
       for (int64_t i = 0; i < n; ++i) {
-        sums[i] += static_cast<double>(g[i] * (rs * x[i])) + t[i];
-        dots[i] += static_cast<double>(g[i] * (rs * r[i] * xp[i])) + t[i] * (pm[i] - m[i]) * r[i];
         f[i] = rs * g[i];
+        t[i] = static_cast<S>(reached[i]);
+        if (!r) continue;
+        sums[i] += static_cast<double>(g[i] * (rs * x[i])) + reached[i];
+        dots[i] += static_cast<double>(g[i] * (rs * r[i] * xp[i])) + reached[i] * (pm[i] - m[i]) * r[i];
       }
     }
     const auto write = [](const std::vector<double>& from, const Tensor& to) {
-      for (size_t i = 0; i < from.size(); ++i) out<S>(to)[i] = static_cast<S>(from[i]);
+      S* data = out<S>(to);
+      for (size_t i = 0; i < from.size(); ++i) data[i] = static_cast<S>(from[i]);
     };
     write(d1, to_w1), write(e1, to_b1), write(d2, to_w2), write(e2, to_b2), write(sums, sum_y),
         write(dots, dot_y);

@@ -2,7 +2,7 @@
 
 Spectral: the sum over all convolutions of the largest singular value of the normalised weight, reshaped to
 ``(C_out, -1)``; estimated by power iteration, batched over the layers of one shape. Batch norm: the sum over layers of
-``max |gamma|``. Neither works layer by layer: layers of one shape are stacked, and the groups normalise together.
+``max |gamma|``. Neither is called layer by layer.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _checks, _spectral
 
 ITERATIONS = 4
 FIRST_ITERATIONS = 40
@@ -57,54 +57,40 @@ class SpectralEstimate(nn.Module):
 
     def forward(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the estimated largest singular values of ``weights`` (normalised, by layer name)."""
-        matrices, rows, columns = [], [], []
+        ordered, rows, columns = [], [], []
         for (height, width), names in self.layers.items():
-            w = _stacked([weights[name] for name in names], height, width)
-            matrices.append(w.to(_checks.accumulate_dtype(w.dtype)))
-            rows.append(self.get_buffer(f"u_{height}x{width}").unsqueeze(1))
-            columns.append(self.get_buffer(f"v_{height}x{width}").unsqueeze(1))
+            ordered += [weights[name] for name in names]
+            rows.append(self.get_buffer(f"u_{height}x{width}"))
+            columns.append(self.get_buffer(f"v_{height}x{width}"))
+        wide = _checks.accumulate_dtype(ordered[0].dtype)
+        value, *vectors = _Values.apply(
+            ITERATIONS if self.warm else FIRST_ITERATIONS,
+            [u.to(wide) for u in rows],
+            *(w.to(wide) for w in ordered),
+        )
         with torch.no_grad():
-            u = [vectors.to(w.dtype) for vectors, w in zip(rows, matrices, strict=True)]
-            transposed = [w.mT for w in matrices]
-            for _ in range(ITERATIONS if self.warm else FIRST_ITERATIONS):
-                v, _ = _normalized([torch.bmm(x, w) for x, w in zip(u, matrices, strict=True)])
-                u, lengths = _normalized([torch.bmm(x, w) for x, w in zip(v, transposed, strict=True)])
-            torch._foreach_copy_(rows + columns, u + v)
+            torch._foreach_copy_(rows + columns, vectors)
         self.warm = True
-        return _Values.apply(torch.cat(lengths), u, v, *matrices)
-
-
-def _stacked(weights: list[torch.Tensor], height: int, width: int) -> torch.Tensor:
-    """Weights of one matrix shape as (n, height, width)."""
-    if any(w.shape != weights[0].shape for w in weights):
-        weights = [w.reshape(height, width) for w in weights]
-    return torch.stack(weights).reshape(len(weights), height, width)
-
-
-def _normalized(vectors: list[torch.Tensor]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """``vectors`` (n, 1, length) over their norms, in place, and the norms (n, 1, 1)."""
-    lengths = [torch.linalg.vector_norm(x, dim=2, keepdim=True) for x in vectors]
-    torch._foreach_div_(vectors, torch._foreach_clamp_min(lengths, NORMALIZE_EPS))
-    return vectors, lengths
+        return value
 
 
 class _Values(torch.autograd.Function):
     """The sum of ``u^T W v``, of which ``||W v||`` is known: ``u = W v / max(||W v||, eps)``. Its gradient is ``u v^T``."""
 
     @staticmethod
-    def forward(
-        ctx: Any, lengths: torch.Tensor, u: list[torch.Tensor], v: list[torch.Tensor], *matrices: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(*u, *v)
-        return (lengths.square() / lengths.clamp_min(NORMALIZE_EPS)).sum()
+    def forward(ctx: Any, iterations: int, start: list[torch.Tensor], *weights: torch.Tensor) -> Any:
+        lengths, u, v = _spectral.lengths(list(weights), start, iterations, NORMALIZE_EPS)
+        ctx.save_for_backward(*weights, *u, *v)
+        ctx.groups = len(u)
+        ctx.mark_non_differentiable(*u, *v)
+        return (lengths.square() / lengths.clamp_min(NORMALIZE_EPS)).sum(), *u, *v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        vectors, count = ctx.saved_tensors, len(ctx.saved_tensors) // 2
-        scaled = torch._foreach_mul(vectors[:count], grad)
-        gradients = [torch.bmm(u.mT, v) for u, v in zip(scaled, vectors[count:], strict=True)]
-        return None, None, None, *gradients
+    def backward(ctx: Any, grad: torch.Tensor, *unused: Any) -> Any:
+        saved, groups = list(ctx.saved_tensors), ctx.groups
+        weights, u, v = saved[: -2 * groups], saved[-2 * groups : -groups], saved[-groups:]
+        return None, None, *_spectral.gradients(grad, weights, u, v)
 
 
 def batch_norm_regularizer(model: nn.Module) -> torch.Tensor:

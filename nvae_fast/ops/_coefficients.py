@@ -1,7 +1,7 @@
 """The small arithmetic between the passes of the inverted residual cell: from sums to coefficients. On vectors (C,) and
 (B, C) one operator stands for five to twenty calls, whose dispatch would cost more than their work. Not differentiable;
-arguments are trusted: contiguous, float32 or float64, all of one dtype; a missing mean or
-bias counts as 0, a missing weight as 1.
+arguments are trusted: contiguous, float32 or float64, all of one dtype. A missing mean or
+bias counts as 0, a missing weight as 1; a gate without scale and shift stands on the maps themselves, without a BN3.
 
 ::
 
@@ -60,25 +60,34 @@ def _gate(
     b2: Tensor,
     residual_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    pooled = mean * scale + shift
+    pooled = mean.clone() if scale is None or shift is None else mean * scale + shift
     hidden = torch.relu(torch.addmm(b1, pooled, w1.t()))
     gate = torch.sigmoid(torch.addmm(b2, hidden, w2.t()))
-    return pooled, hidden, gate, residual_scale * gate * scale, residual_scale * gate * shift
+    factor = residual_scale * gate
+    if scale is None or shift is None:
+        return pooled, hidden, gate, factor, torch.zeros_like(gate)
+    return pooled, hidden, gate, factor * scale, factor * shift
 
 
 def _gate_backward(
-    sum_x: Tensor, sum_xp: Tensor, plane_mean: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, bias: Tensor,
-    pooled: Tensor, hidden: Tensor, gate: Tensor, w1: Tensor, w2: Tensor, residual_scale: float,
+    sum_x: Tensor, sum_xp: Tensor, plane_mean: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, pooled: Tensor, hidden: Tensor, gate: Tensor, w1: Tensor, w2: Tensor,
+    residual_scale: float,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    to_y, to_dot = residual_scale * sum_x, residual_scale * rstd * sum_xp
-    to_logit = (weight * to_dot + bias * to_y) * gate * (1 - gate)
+    to_y, to_dot = residual_scale * sum_x, residual_scale * sum_xp
+    to_gate = to_dot
+    if rstd is not None and weight is not None and bias is not None:
+        to_dot = to_dot * rstd
+        to_gate = weight * to_dot + bias * to_y
+    to_logit = to_gate * gate * (1 - gate)
     to_hidden = (to_logit @ w2) * (hidden > 0)
     through = to_hidden @ w1
-    return (
-        to_hidden.t() @ pooled, to_hidden.sum(0), to_logit.t() @ hidden, to_logit.sum(0), through,
-        (gate * to_y + through).sum(0), (gate * to_dot + through * (plane_mean - mean) * rstd).sum(0),
-        residual_scale * gate,
-    )  # fmt: skip
+    sum_y, dot_y = gate.new_zeros(gate.shape[1]), gate.new_zeros(gate.shape[1])
+    if plane_mean is not None and mean is not None and rstd is not None:
+        sum_y = (gate * to_y + through).sum(0)
+        dot_y = (gate * to_dot + through * (plane_mean - mean) * rstd).sum(0)
+    layers = to_hidden.t() @ pooled, to_hidden.sum(0), to_logit.t() @ hidden, to_logit.sum(0)
+    return *layers, through, sum_y, dot_y, residual_scale * gate
 
 
 def _like(*positions: int):  # type: ignore[no-untyped-def]
@@ -108,7 +117,7 @@ merge_planes = operator(
 )
 gate = operator(
     "gate_coefficients",
-    "(Tensor mean, Tensor scale, Tensor shift, Tensor w1, Tensor b1, Tensor w2, Tensor b2, float residual_scale)"
+    "(Tensor mean, Tensor? scale, Tensor? shift, Tensor w1, Tensor b1, Tensor w2, Tensor b2, float residual_scale)"
     " -> (Tensor pooled, Tensor hidden, Tensor gate, Tensor factor, Tensor offset)",
     default=_gate,
     fake=lambda mean, scale, shift, w1, *_: (
@@ -117,12 +126,12 @@ gate = operator(
 )  # fmt: skip
 gate_backward = operator(
     "gate_gradients",
-    "(Tensor sum_x, Tensor sum_xp, Tensor plane_mean, Tensor mean, Tensor rstd, Tensor weight, Tensor bias, Tensor pooled,"
-    " Tensor hidden, Tensor gate, Tensor w1, Tensor w2, float residual_scale) -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2,"
-    " Tensor through, Tensor sum_y, Tensor dot_y, Tensor factor)",
+    "(Tensor sum_x, Tensor sum_xp, Tensor? plane_mean, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias,"
+    " Tensor pooled, Tensor hidden, Tensor gate, Tensor w1, Tensor w2, float residual_scale)"
+    " -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor through, Tensor sum_y, Tensor dot_y, Tensor factor)",
     default=_gate_backward,
     fake=lambda sum_x, sum_xp, plane_mean, mean, rstd, weight, bias, pooled, hidden, gate, w1, w2, scale: (
         torch.empty_like(w1), w1.new_empty(w1.shape[0]), torch.empty_like(w2), w2.new_empty(w2.shape[0]),
-        torch.empty_like(sum_x), torch.empty_like(mean), torch.empty_like(mean), torch.empty_like(sum_x),
+        torch.empty_like(sum_x), gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1]), torch.empty_like(sum_x),
     ),
 )  # fmt: skip

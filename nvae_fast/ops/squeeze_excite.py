@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from nvae_fast.ops import (  # noqa: F401  operators that this one is made of
     _checks,
+    _coefficients,
     channel_statistics,
     plane_affine,
 )
@@ -111,11 +112,9 @@ def _fake(
     )
 
 
-def _gate(pooled: torch.Tensor, *parameters: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The hidden values (B, R) and the gate (B, C), in the dtype of ``pooled``, and the weights in that dtype."""
-    w1, b1, w2, b2 = (p.to(pooled.dtype) for p in parameters)
-    hidden = torch.addmm(b1, pooled, w1.t()).relu_()
-    return hidden, torch.addmm(b2, hidden, w2.t()).sigmoid_(), w1, w2
+def _weights(pooled: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
+    """The two layers in the dtype of ``pooled``."""
+    return [p if p.dtype == pooled.dtype else p.to(pooled.dtype) for p in parameters]
 
 
 def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
@@ -137,12 +136,11 @@ def _fused(
     ops = torch.ops.nvae_fast
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
-        _, gate, _, _ = _gate(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
-        if residual_scale != 1.0:
-            gate = gate.mul_(residual_scale)
+        weights = _weights(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
+        factor = _coefficients.gate(pooled, None, None, *weights, residual_scale)[3]
         if skip is not None:
             skip = skip.to(torch.promote_types(x.dtype, skip.dtype))
-        return ops.plane_affine(x, gate, skip, None, None), pooled
+        return ops.plane_affine(x, factor, skip, None, None), pooled
 
 
 def _backward(
@@ -168,14 +166,16 @@ def _backward(
     if all(i == 5 for i in wanted):
         return found
     with _no_autocast(x):
-        hidden, gate, w1, w2 = _gate(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
-        to_gate = ops.plane_dots(grad, x, None)[1].to(gate.dtype)
-        to_expand = to_gate * (gate * (1 - gate)) * residual_scale
-        to_hidden = (to_expand @ w2) * (hidden > 0)
-        found[1:5] = to_hidden.t() @ pooled, to_hidden.sum(0), to_expand.t() @ hidden, to_expand.sum(0)
+        w1, b1, w2, b2 = _weights(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
+        _, hidden, gate, _, _ = _coefficients.gate(pooled, None, None, w1, b1, w2, b2, residual_scale)
+        sum_x, sum_xp = ops.plane_dots(grad, x, None)
+        *layers, through, _, _, factor = _coefficients.gate_backward(
+            sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, w1, w2, residual_scale
+        )
+        found[1:5] = layers
         if 0 in wanted:
-            shift = (to_hidden @ w1) / max(x.shape[2] * x.shape[3], 1)
-            found[0] = ops.plane_affine(grad, gate * residual_scale, None, None, shift).to(x.dtype)
+            shift = through / max(x.shape[2] * x.shape[3], 1)
+            found[0] = ops.plane_affine(grad, factor, None, None, shift).to(x.dtype)
     for i, like in enumerate((reduce_weight, reduce_bias, expand_weight, expand_bias), start=1):
         found[i] = found[i].to(like.dtype) if i in wanted else None  # type: ignore[union-attr]
     return found
