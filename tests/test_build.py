@@ -101,7 +101,11 @@ def test_unknown_capability_warns_and_is_ignored(monkeypatch: pytest.MonkeyPatch
 CUDA_SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 # The same templates once a dtype take half a minute a target: each is compiled for one of them, and for all when
 # NVAE_FAST_TEST_EVERY_ARCH is set.
-ONE_ARCH = {"depthwise_conv2d_f32": "sm_80", "depthwise_conv2d_bf16": "sm_90a", "depthwise_conv2d_f16": "sm_100"}
+ONE_ARCH = {
+    "depthwise_conv2d_f32": "sm_80",
+    "depthwise_conv2d_bf16": "sm_90a",
+    "depthwise_conv2d_f16": "sm_100",
+}
 
 
 @pytest.mark.parametrize("arch", aot.CUDA_ARCHS)

@@ -240,7 +240,7 @@ def _backward(
             found[i] = through if before is None or before.numel() == 0 else before + through
     for i, like in enumerate((weight, bias, mean, var), start=1):
         value = found[i]
-        if i in wanted and value is not None and like is not None:
+        if i in wanted and value is not None and like is not None and value.dtype != like.dtype:
             found[i] = value.to(like.dtype)
     return found
 

@@ -162,7 +162,7 @@ def _backward(
     if grad is None:
         return found
     if skip is not None and 5 in wanted:
-        found[5] = grad.to(skip.dtype)
+        found[5] = grad if grad.dtype == skip.dtype else grad.to(skip.dtype)
     if all(i == 5 for i in wanted):
         return found
     with _no_autocast(x):
@@ -175,9 +175,15 @@ def _backward(
         found[1:5] = layers
         if 0 in wanted:
             shift = through / max(x.shape[2] * x.shape[3], 1)
-            found[0] = ops.plane_affine(grad, factor, None, None, shift).to(x.dtype)
+            to_x = ops.plane_affine(grad, factor, None, None, shift)
+            found[0] = to_x if to_x.dtype == x.dtype else to_x.to(x.dtype)
     for i, like in enumerate((reduce_weight, reduce_bias, expand_weight, expand_bias), start=1):
-        found[i] = found[i].to(like.dtype) if i in wanted else None  # type: ignore[union-attr]
+        value = found[i]
+        assert value is not None
+        if i not in wanted:
+            found[i] = None
+        elif value.dtype != like.dtype:
+            found[i] = value.to(like.dtype)
     return found
 
 
