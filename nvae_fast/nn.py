@@ -257,6 +257,15 @@ class ConvBlock(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample else x)
 
 
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
 class InvertedResidual(nn.Module):
     """``[nearest x2] -> BN -> conv1x1 -> BN+swish -> conv KxK -> BN+swish -> conv1x1 -> BN``; depthwise when groups is 0."""
 
@@ -291,17 +300,32 @@ class InvertedResidual(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         h = self.expand_norm(self.expand(self.norm(x)))
         conv = self.depthwise
-        if conv.groups == conv.in_channels:
+        if conv.groups == conv.in_channels and type(conv) is PlainConv2d and not _has_hooks(conv):
             h = depthwise_conv2d(h, conv.weight, stride=conv.stride[0])
         else:
             h = conv(h)
         return self.project_norm(self.project(self.depthwise_norm(h)))
 
+    def _is_plain(self, norms: Sequence[BatchNormSwish], se: SqueezeExcite | None) -> bool:
+        """Whether the cell is what the fused function computes: depthwise, all batch norms alike and in one mode, every part
+        of the type it was made with, and nobody's hook waiting inside."""
+        alike = {(n.training, n.eps, n.process_group) for n in norms}
+        activations = [n.activation for n in norms] == [None, "swish", "swish", None]
+        convolutions = (self.expand, self.depthwise, self.project)
+        types = [BatchNormSwish] * 4 + [PlainConv2d] * 3 + [SqueezeExcite, nn.Linear, nn.Linear]
+        parts: tuple[nn.Module, ...] = (
+            *norms,
+            *convolutions,
+            *(() if se is None else (se, se.reduce, se.expand)),
+        )
+        if any(type(part) is not kind or _has_hooks(part) for part, kind in zip(parts, types, strict=False)):
+            return False
+        return self.depthwise.groups == self.depthwise.in_channels and len(alike) == 1 and activations
+
     def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
         """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode."""
         norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
-        depthwise = self.depthwise.groups == self.depthwise.in_channels
-        if not depthwise or not fused_cell.available(x.device.type) or len({n.training for n in norms}) > 1:
+        if not fused_cell.available(x.device.type) or not self._is_plain(norms, se):
             s = self(x)
             return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
         parameters = fused_cell.CellParameters(

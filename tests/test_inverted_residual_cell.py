@@ -218,6 +218,50 @@ def test_mixed_modes_take_the_composition() -> None:
     compare(run(cell, x, upstream), truth, 1e-12)
 
 
+@pytest.mark.parametrize("part", ["depthwise", "expand_norm", "project"])
+def test_hooks_inside_are_called(part: str) -> None:
+    """Somebody looks at what is inside: then it is computed as modules, with the same result."""
+    cell = make(1, 6, dtype=torch.float64)
+    x, upstream = inputs(1, 6, torch.float64, torch.channels_last)
+    expected = run(cell, x, upstream)
+    seen = []
+    getattr(cell.ops[0], part).register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    compare(run(cell, x, upstream), expected, 1e-11)
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("change", ["eps", "activation", "subclass"])
+def test_changed_parts_are_respected(change: str) -> None:
+    """A cell that is no longer what the fused function computes is computed as it stands."""
+    cell = make(1, 6, dtype=torch.float64)
+    norm = cell.ops[0].depthwise_norm
+    if change == "eps":
+        norm.eps = 0.5
+    elif change == "activation":
+        norm.activation = "elu"
+    else:
+        kind = type(cell.ops[0].depthwise)
+        doubled = type("Doubled", (kind,), {"forward": lambda self, h: 2 * kind.forward(self, h)})
+        cell.ops[0].depthwise.__class__ = doubled
+    x, upstream = inputs(1, 6, torch.float64, torch.channels_last)
+    with nf.use_backend("reference"):
+        truth = run(cell, x, upstream)
+    compare(run(cell, x, upstream), truth, 1e-12)
+
+
+@pytest.mark.parametrize("stride, c_out", STRIDES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_module_in_half_precision(stride: int, c_out: int, dtype: torch.dtype) -> None:
+    """Parameters and input in half precision: output and gradients in it, near the truth."""
+    cell = make(stride, c_out)
+    x, upstream = inputs(stride, c_out, torch.float32, torch.channels_last)
+    with nf.use_backend("reference"):
+        truth = run(copy.deepcopy(cell).double(), x.double(), upstream)
+    found = run(cell.to(dtype), x.to(dtype), upstream)
+    assert found["y"].dtype == found["grad x"].dtype == found["grad ops.0.expand.weight"].dtype == dtype
+    assert_close(found["y"], truth["y"], 16 * torch.finfo(dtype).eps)
+
+
 def test_empty_batch() -> None:
     cell = make(1, 6)
     before = {name: b.clone() for name, b in cell.named_buffers()}
