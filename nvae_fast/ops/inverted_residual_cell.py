@@ -248,18 +248,19 @@ def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
     return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
 
 
-def _conv(x: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1 convolution with a (C_out, C_in) matrix, in the dtype of x."""
-    weight = matrix.to(x.dtype).reshape(*matrix.shape, 1, 1)
-    return F.conv2d(x, weight, None if bias is None else bias.to(x.dtype))
+def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
+    if weight.dim() == 2:
+        weight = weight.reshape(*weight.shape, 1, 1)
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 def _weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad' x over pixels, (C_out, C_in): the weight gradient of a 1x1 convolution."""
+    """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution."""
     weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
-    )[1].flatten(1)
+    )[1]
 
 
 class _Cell(torch.autograd.Function):
@@ -292,10 +293,11 @@ class _Cell(torch.autograd.Function):
             xhat = _affine.forward(xl, rstd0, shift0, None)
             rows = _matrix(xhat).to(wide)
             gram = rows.t() @ rows
-            expand = q.expand.flatten(1) * q.norm_weight
+            weights = q.expand.flatten(1)
+            expand = weights * q.norm_weight
             a = _conv(xhat, expand)
             m2 = _distributed.total(((expand @ gram) * expand).sum(1), group)
-            mean1 = q.expand.flatten(1) @ q.norm_bias
+            mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
             d, mean2, m2 = _OPS.depthwise_conv2d(
@@ -315,7 +317,7 @@ class _Cell(torch.autograd.Function):
             var2, rstd2, scale2, shift2 = _coefficients_of(
                 mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
             )
-            p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project.flatten(1))
+            p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project)
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
             mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
@@ -389,7 +391,7 @@ class _Cell(torch.autograd.Function):
                 factor = scale3 * factor
             to_p = _OPS.plane_affine(grad, factor, p, beta3[None], offset)
 
-            to_h3 = _conv(to_p, q.project.flatten(1).t())
+            to_h3 = _conv(to_p, q.project.transpose(0, 1))
             to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
             del to_h3
             to_project = _weight_gradient(to_p, h3)
@@ -404,7 +406,7 @@ class _Cell(torch.autograd.Function):
             # da = to_a + beta1 a + gamma1, never written.
             to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
-            to_expand = torch.addcmul(_weight_gradient(to_a, xhat).to(wide), column, expand @ gram)
+            to_expand = torch.addcmul(_weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram)
             if not isinstance(n_in, int):  # of one process alone xhat has mean 0
                 to_expand += gamma1[:, None] * _matrix(xhat).to(wide).sum(0)
             to_x = None
@@ -420,7 +422,7 @@ class _Cell(torch.autograd.Function):
             gradients = CellParameters(
                 (to_expand * weights).sum(0), torch.zeros_like(q.norm_bias),
                 (to_expand * q.norm_weight).view_as(q.expand), to_weight1, to_bias1,
-                to_depthwise, to_weight2, to_bias2, to_project.view_as(q.project), to_weight3, to_bias3,
+                to_depthwise, to_weight2, to_bias2, to_project, to_weight3, to_bias3,
                 *to_gate,
             )  # fmt: skip
         flat = [

@@ -220,7 +220,13 @@ class Step:
         _copy(self._saved, self._buffers)
         numbers = self._controls.numbers
         loss, parts = self.objective(x, self._controls.seed, numbers["coefficient"], numbers["weight"])
-        loss.backward()
+        if self.world.size > 1:
+            loss.backward()  # the reduction over processes hangs on it
+        else:
+            # Nothing to accumulate into: the gradients are taken as they come, without two calls a parameter.
+            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
         norm = self._clip()
         # One wait for the device a step: everything the host wants to know travels together.
         values = torch.cat([parts, norm.to(parts).reshape(1)])
