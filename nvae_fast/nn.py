@@ -337,9 +337,11 @@ class InvertedResidual(nn.Module):
         )  # fmt: skip
         stride = -1 if self.upsample else self.depthwise.stride[0]
         if not self.norm.training:
+            running = [(n.running_mean, n.running_var) for n in norms]
+            eps = self.norm.eps
             return fused_cell.inverted_residual_cell_evaluation(
-                x, skip, parameters, [(n.running_mean, n.running_var) for n in norms],
-                stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
+                x, skip, parameters, running, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE,
+                folded=fused_cell.folded_once(self, parameters, running, eps=eps, residual_scale=RESIDUAL_SCALE),
             )  # fmt: skip
         y, statistics = fused_cell.inverted_residual_cell(
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,

@@ -150,6 +150,44 @@ def test_evaluation_folds(stride: int, c_out: int, se: bool, layout: torch.memor
     compare(run(cell.float(), x.float(), upstream), truth, 2e-5)
 
 
+@pytest.mark.parametrize("se", [True, False])
+@pytest.mark.parametrize("stride, c_out", STRIDES)
+def test_folded_weights_follow_every_change(stride: int, c_out: int, se: bool) -> None:
+    """Without gradients the folds are kept, and made again when any parameter or statistic changes, however."""
+    cell = make(stride, c_out, se=se, dtype=torch.float64)
+    x, _ = inputs(stride, c_out, torch.float64, torch.channels_last)
+    cell(x)
+    cell.eval()
+
+    def check() -> None:
+        with torch.no_grad():
+            found = cell(x)
+            assert torch.equal(cell(x), found)
+            with nf.use_backend("reference"):
+                assert_close(found, cell(x), 1e-11)
+
+    check()
+    for tensor in (*cell.ops.parameters(), *cell.ops.buffers()):
+        if tensor.is_floating_point():
+            with torch.no_grad():
+                tensor.mul_(1.25)
+            check()
+    with torch.no_grad():
+        cell.ops[0].project.weight.data = cell.ops[0].project.weight.data * 0.5
+    check()
+    cell.load_state_dict(make(stride, c_out, se=se, dtype=torch.float64).state_dict())
+    check()
+    other = copy.deepcopy(cell)
+    with torch.no_grad():
+        other.ops[0].norm.weight.add_(1)
+    check()
+    with torch.inference_mode():
+        assert torch.equal(cell(x), cell(x))
+    cell.float()
+    with torch.no_grad():
+        assert cell(x.float()).dtype == torch.float32
+
+
 def test_memory_held_for_backward() -> None:
     """At most half of what eager holds, in channels_last, at expansion 6."""
     cell = InvertedResidualCell(16, 16, 6, 5, squeeze_excite=True).train()
