@@ -356,20 +356,32 @@ class DiscMixLogistic:
         """Log-probability (B, H, W) in nats of pixels in [-1, 1]; one kernel, differentiable in ``param``.
 
         Args:
-            samples: (B, 3, H, W) on the grid ``2 k / (2^num_bits - 1) - 1``. Data: :func:`nvae_fast.mixture_logistic_log_prob`
-                is the same for pixels in [0, 1].
+            samples: (B, 3, H, W) on the grid ``2 k / (2^num_bits - 1) - 1``. Where they ask for a gradient they get it, at the
+                price of a copy of ``param``; :func:`nvae_fast.mixture_logistic_log_prob` takes pixels in [0, 1], as data.
 
         Raises:
             TypeError, ValueError: ``samples`` is not a floating (B, 3, H, W) tensor on ``param``'s device.
-            ValueError: it asks for a gradient, which the kernel has not.
         """
         op = "DiscMixLogistic.log_prob"
         b, _, h, w = self.param.shape
         _checks.shape(op, "samples", samples, (b, 3, h, w), self.param)
-        if samples.requires_grad and torch.is_grad_enabled():
-            raise ValueError(f"{op}: samples must be data, got a tensor that requires a gradient; detach it")
-        x = samples.to(_checks.accumulate_dtype(self.param.dtype)) * 0.5 + 0.5
-        return mixture_logistic_log_prob(self.param, x, num_mixtures=self.num_mix, num_bits=self.num_bits)
+        samples = samples.to(_checks.accumulate_dtype(self.param.dtype))
+        differentiable = samples.requires_grad and torch.is_grad_enabled()
+        param = self._followed_by_means(samples) if differentiable else self.param
+        x = samples.detach() * 0.5 + 0.5
+        return mixture_logistic_log_prob(param, x, num_mixtures=self.num_mix, num_bits=self.num_bits)
+
+    def _followed_by_means(self, samples: torch.Tensor) -> torch.Tensor:
+        """``param``, its means moved against ``samples`` by nothing: only differences of pixels and means matter, so that the
+        gradients of the means, which the kernel has, are the pixels' as well."""
+        b, _, h, w = samples.shape
+        wide, m = self.param.to(samples.dtype), self.num_mix
+        means, log_scales, coefficients = wide[:, m:].reshape(b, 3, 3, m, h, w).unbind(2)
+        red, green, blue = (samples - samples.detach())[:, :, None].unbind(1)
+        c0, c1, c2 = torch.tanh(coefficients.detach()).unbind(1)
+        moved = torch.stack((-red.expand_as(c0), c0 * red - green, c1 * red + c2 * green - blue), dim=1)
+        colours = torch.stack((means + moved, log_scales, coefficients), dim=2)
+        return torch.cat((wide[:, :m], colours.reshape(b, 9 * m, h, w)), dim=1)
 
     def sample(self, temp: float = 1.0, seed: Seed = None) -> torch.Tensor:
         """An image (B, 3, H, W) in [0, 1]; one kernel, not differentiable.
