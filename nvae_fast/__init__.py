@@ -3,7 +3,7 @@
 Importing this package neither initialises CUDA nor imports triton.
 """
 
-from nvae_fast import data, nn, training
+from nvae_fast import data, distributions, nn, training
 from nvae_fast._backend import backends, use_backend
 from nvae_fast._version import __version__
 from nvae_fast.models.config import NVAEConfig
@@ -34,6 +34,7 @@ __all__ = [
     "batch_norm_swish",
     "data",
     "depthwise_conv2d",
+    "distributions",
     "load_official",
     "mixture_logistic_log_prob",
     "mixture_logistic_mean",

@@ -1,0 +1,537 @@
+"""Distributions for models built elsewhere: the classes of NVAE-type models, on this package's kernels.
+
+:class:`Normal`, :class:`DiscMixLogistic` and :class:`Bernoulli` take the raw tensors a network emits and the arguments such
+code uses already. Constructing one checks its arguments and computes nothing; a value is computed when it is first asked for.
+
+What code asks for element by element (``mu``, ``sigma``, ``kl``, ``log_p``) is plain PyTorch. What it then sums over pixels
+has a method that is one kernel: :meth:`Normal.kl_per_channel`, :meth:`Normal.log_p_per_channel`, and
+:meth:`Normal.sample_with_kl`, which samples as well. Raw mu and raw log sigma are usually the two halves of one convolution's
+output: the kernels then read that tensor where it is. Arithmetic and every result but samples are float32 for half-precision
+parameters.
+
+:func:`draw_gaussian`, :func:`gaussian_analytical_kl` and :func:`draw_gaussian_with_kl` are the plain Gaussian pair of very deep
+VAEs (arXiv 2011.10650): no clamp, no floor. The formulas of the others: NVAE (arXiv 2007.03898), sections 3.2 and 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from nvae_fast._halves import pack
+from nvae_fast.ops import _checks
+from nvae_fast.ops._squash import LOG_SQRT_2PI, draw_like, soft_clamp
+from nvae_fast.ops.mixture_logistic import (
+    mixture_logistic_log_prob,
+    mixture_logistic_mean,
+    mixture_logistic_sample,
+    uniform,
+)
+from nvae_fast.ops.normal_log_prob import normal_log_prob
+from nvae_fast.ops.normal_sample import normal_sample
+from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
+
+__all__ = [
+    "Bernoulli",
+    "DiscMixLogistic",
+    "Normal",
+    "draw_gaussian",
+    "draw_gaussian_with_kl",
+    "gaussian_analytical_kl",
+]
+
+CLAMP, SIGMA_FLOOR = 5.0, 0.01
+_PLAIN: dict[str, Any] = dict(clamp=None, sigma_floor=0.0)
+
+Seed = int | torch.Tensor | None
+
+
+def _check_pair(op: str, names: tuple[str, str], mu: Any, log_sigma: Any) -> None:
+    _checks.feature_map(op, names[0], mu)
+    _checks.shape(op, names[1], log_sigma, tuple(mu.shape), mu)
+    if log_sigma.dtype != mu.dtype:
+        raise TypeError(f"{op}: {names[1]} must have {names[0]}'s dtype {mu.dtype}, got {log_sigma.dtype}")
+
+
+def _same_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Both in the wider of their dtypes: the kernels read their maps in one."""
+    dtype = torch.promote_types(a.dtype, b.dtype)
+    return a.to(dtype), b.to(dtype)
+
+
+def _residual_normal(posterior: torch.Tensor, prior: torch.Tensor | None, **options: Any) -> ResidualNormal:
+    """The absolute form; z in the dtype of ``posterior`` whatever that of ``prior``."""
+    dtype = posterior.dtype
+    if prior is not None:
+        posterior, prior = _same_dtype(posterior, prior)
+    found = residual_normal(posterior, prior, residual=False, **options)
+    return found._replace(z=found.z.to(dtype))
+
+
+class _Lazy:
+    """Values computed on first use from raw tensors that must not change in between."""
+
+    def _keep(self, **raw: torch.Tensor) -> None:
+        self._raw = raw
+        self._known: dict[str, torch.Tensor] = {}
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> tuple[int, ...] | None:
+        # Inference tensors count no versions.
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in self._raw.values()):
+            return None
+        return tuple(t._version for t in self._raw.values())
+
+    def _check_unchanged(self) -> None:
+        now = self._current_versions()
+        if self._versions is None or now is None:
+            return
+        for name, before, after in zip(self._raw, self._versions, now, strict=True):
+            if before != after:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {name} must stay as it was when the distribution was made (values are computed on "
+                    "first use), got a tensor modified in place since; pass a clone"
+                )
+
+    def _get(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The value ``name``, kept for the next use. A value from a ``no_grad`` block has no graph and one from inference mode
+        may not enter one: where a graph is wanted they are computed again."""
+        known = self._known.get(name)
+        if known is not None:
+            wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._raw.values())
+            usable = (
+                torch.compiler.is_compiling()  # cannot trace the question
+                or not known.is_inference()
+                or torch.is_inference_mode_enabled()
+            )
+            if usable and (known.requires_grad or not wants_graph):
+                return known
+        self._check_unchanged()
+        value = self._known[name] = compute()
+        return value
+
+
+class Normal(_Lazy):
+    """Independent normals with squashed parameters; with ``c(t) = 5 tanh(t / 5)``::
+
+        mu = c(raw mu)        sigma = temp * (exp(c(raw log sigma)) + 0.01)
+
+    Args:
+        mu: raw mu (B, Z, H, W).
+        log_sigma: raw log sigma, like ``mu``. Halves of one tensor (``mu, log_sigma = torch.chunk(x, 2, dim=1)``) are read in
+            place, anything else is concatenated when a kernel first needs it.
+        temp: temperature, >= 0, a factor on sigma.
+
+    Raises:
+        TypeError: ``mu`` or ``log_sigma`` is not a dense floating tensor, or their dtypes differ.
+        ValueError: not four dimensions, shapes or devices that differ, a temperature that is negative or not finite.
+        RuntimeError: on first use, if ``mu`` or ``log_sigma`` were modified in place since.
+    """
+
+    def __init__(self, mu: torch.Tensor, log_sigma: torch.Tensor, temp: float = 1.0) -> None:
+        _check_pair("Normal", ("mu", "log_sigma"), mu, log_sigma)
+        _checks.temperature("Normal", temp, zero=True)
+        self._keep(mu=mu, log_sigma=log_sigma)
+        self.shape, self.temp = mu.shape, temp
+
+    @classmethod
+    def from_packed(cls, params: torch.Tensor, temp: float = 1.0) -> Normal:
+        """The same from packed raw parameters (B, 2Z, H, W), first Z channels raw mu, last Z raw log sigma.
+
+        Gradients go to ``params`` directly; those of two halves are put together again by autograd, a copy. A posterior that
+        is relative to its prior is ``Normal.from_packed(raw_q + raw_p)``; :func:`nvae_fast.residual_normal` adds them too.
+
+        Raises:
+            TypeError, ValueError: as the constructor, and for an odd number of channels.
+        """
+        _checks.packed("Normal.from_packed", "params", params)
+        _checks.temperature("Normal.from_packed", temp, zero=True)
+        b, channels, h, w = params.shape
+        normal = cls.__new__(cls)
+        normal._keep(params=params)
+        normal.shape, normal.temp = torch.Size((b, channels // 2, h, w)), temp
+        return normal
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The raw parameters as one tensor (B, 2Z, H, W): a view of what they are halves of, else a copy."""
+        self._check_unchanged()  # always: what is kept is a view
+        if "params" in self._raw:
+            return self._raw["params"]
+        return self._get("packed", lambda: pack(self._raw["mu"], self._raw["log_sigma"]))
+
+    @property
+    def mu(self) -> torch.Tensor:
+        """Squashed mu (B, Z, H, W), float32 or float64."""
+        return self._get("mu", lambda: soft_clamp(self._half("mu", 0), CLAMP))
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Squashed sigma times the temperature (B, Z, H, W), float32 or float64."""
+        return self._get("sigma", self._sigma)
+
+    def _sigma(self) -> torch.Tensor:
+        sigma = torch.exp(soft_clamp(self._half("log_sigma", 1), CLAMP)) + SIGMA_FLOOR
+        return sigma if self.temp == 1 else sigma * self.temp
+
+    def _half(self, name: str, index: int) -> torch.Tensor:
+        raw = self._raw[name] if name in self._raw else self._raw["params"].chunk(2, dim=1)[index]
+        return raw.to(_checks.accumulate_dtype(raw.dtype))
+
+    def sample(self, seed: Seed = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``z = mu + sigma * eps`` and the fresh ``eps`` it was made from, both (B, Z, H, W); two kernels.
+
+        Args:
+            seed: int or 0-d int64 tensor of the Philox stream; None takes one from the device's default generator.
+
+        Returns:
+            z in the parameters' dtype, differentiable in them; eps in float32 or float64.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
+        packed = self.packed
+        eps = draw_like(packed, None, _checks.seed("Normal.sample", seed, packed.device))
+        return self.sample_given_eps(eps), eps
+
+    def rsample(self, seed: Seed = None) -> torch.Tensor:
+        """The z of :meth:`sample`, the same for the same seed, without keeping eps; one kernel."""
+        seed_tensor = _checks.seed("Normal.rsample", seed, self._device)
+        return normal_sample(self.packed, temperature=self.temp, seed=seed_tensor)
+
+    def sample_given_eps(self, eps: torch.Tensor) -> torch.Tensor:
+        """``z = mu + sigma * eps`` (B, Z, H, W) in the parameters' dtype; one kernel, differentiable in eps too.
+
+        Raises:
+            TypeError, ValueError: ``eps`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("sample_given_eps", "eps", eps)
+        return normal_sample(self.packed, temperature=self.temp, noise=eps)
+
+    def log_p(self, samples: torch.Tensor) -> torch.Tensor:
+        """Log-density of every element, (B, Z, H, W) in nats:
+        ``-((samples - mu) / sigma)^2 / 2 - log(2 pi) / 2 - log sigma``.
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("log_p", "samples", samples)
+        return -0.5 * ((samples - self.mu) / self.sigma).square() - LOG_SQRT_2PI - self.sigma.log()
+
+    def kl(self, normal_dist: Normal) -> torch.Tensor:
+        """KL(self || normal_dist) of every element, (B, Z, H, W) in nats:
+        ``((mu - mu_o) / sigma_o)^2 / 2 + (sigma / sigma_o)^2 / 2 - 1/2 - log(sigma / sigma_o)``.
+
+        Raises:
+            TypeError, ValueError: ``normal_dist`` is not a :class:`Normal` of this shape and device.
+        """
+        self._check_other("kl", "normal_dist", normal_dist)
+        distance = (self.mu - normal_dist.mu) / normal_dist.sigma
+        ratio = self.sigma / normal_dist.sigma
+        return 0.5 * (distance.square() + ratio.square()) - 0.5 - ratio.log()
+
+    def kl_per_channel(self, prior: Normal | None = None) -> torch.Tensor:
+        """:meth:`kl` summed over pixels, (B, Z), in one kernel (plain PyTorch where a temperature is not 1).
+
+        Args:
+            prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
+
+        Raises:
+            TypeError, ValueError: ``prior`` is not a :class:`Normal` of this shape and device.
+        """
+        self._check_other("kl_per_channel", "prior", prior)
+        if not self._fits_kernel(prior):
+            return self.kl(self._or_first(prior)).sum((2, 3))
+        # The kernel samples as well; a fixed seed leaves the generators alone.
+        return self._fused(prior, None, 0).kl
+
+    def log_p_per_channel(self, samples: torch.Tensor) -> torch.Tensor:
+        """:meth:`log_p` summed over pixels, (B, Z), in one kernel (plain PyTorch where the temperature is not 1).
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("log_p_per_channel", "samples", samples)
+        if self.temp != 1:
+            return self.log_p(samples).sum((2, 3))
+        return normal_log_prob(*_same_dtype(samples, self.packed))
+
+    def sample_with_kl(
+        self, prior: Normal | None = None, seed: Seed = None, noise: torch.Tensor | None = None
+    ) -> ResidualNormal:
+        """Sample and measure against a prior in one kernel (plain PyTorch where a temperature is not 1).
+
+        Args:
+            prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
+            seed: as in :meth:`sample`, and the same z for the same seed.
+            noise: standard normal draws (B, Z, H, W) in place of a seed.
+
+        Returns:
+            :class:`nvae_fast.ResidualNormal`: z (B, Z, H, W); of that z, kl, log_q under this distribution and log_p under the
+            prior, (B, Z), summed over pixels.
+
+        Raises:
+            TypeError, ValueError: ``prior`` is not a :class:`Normal` of this shape and device, ``noise`` no such tensor, or
+                both noise and seed are given.
+        """
+        self._check_other("sample_with_kl", "prior", prior)
+        if noise is not None:
+            if seed is not None:
+                raise ValueError("Normal.sample_with_kl: give either noise or seed, not both")
+            self._check_map("sample_with_kl", "noise", noise)
+        else:
+            seed = _checks.seed("Normal.sample_with_kl", seed, self._device)
+        if self._fits_kernel(prior):
+            return self._fused(prior, noise, seed)
+        prior, packed = self._or_first(prior), self.packed
+        eps = draw_like(packed, noise, None if noise is not None else torch.as_tensor(seed))
+        z = self.mu + self.sigma * eps
+        log_q = -0.5 * eps.square() - LOG_SQRT_2PI - self.sigma.log()
+        sums = (t.sum((2, 3)) for t in (self.kl(prior), log_q, prior.log_p(z)))
+        return ResidualNormal(z.to(packed.dtype), *sums)
+
+    def _fused(self, prior: Normal | None, noise: torch.Tensor | None, seed: Seed) -> ResidualNormal:
+        packed, packed_prior = self.packed, None if prior is None else prior.packed
+        return _residual_normal(packed, packed_prior, noise=noise, seed=seed)
+
+    def _fits_kernel(self, prior: Normal | None) -> bool:
+        return self.temp == 1 and (prior is None or prior.temp == 1)
+
+    def _or_first(self, prior: Normal | None) -> Normal:
+        return prior if prior is not None else Normal.from_packed(torch.zeros_like(self.packed))
+
+    @property
+    def _any(self) -> torch.Tensor:
+        return next(iter(self._raw.values()))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._any.device
+
+    def _check_map(self, method: str, name: str, value: Any) -> None:
+        _checks.shape(f"Normal.{method}", name, value, tuple(self.shape), self._any)
+
+    def _check_other(self, method: str, name: str, other: Any) -> None:
+        if other is None and name == "prior":
+            return
+        if not isinstance(other, Normal):
+            raise TypeError(f"Normal.{method}: {name} must be a Normal, got {type(other).__name__}")
+        if other.shape != self.shape:
+            raise ValueError(
+                f"Normal.{method}: {name} must have shape {tuple(self.shape)}, got {tuple(other.shape)}"
+            )
+        _checks.device(f"Normal.{method}", name, other._any, self._any)
+
+
+class DiscMixLogistic:
+    """Mixture of discretised logistics over RGB pixels; formulas on the page of
+    :func:`nvae_fast.mixture_logistic_log_prob`.
+
+    Args:
+        param: (B, 10 * num_mix, H, W).
+        num_mix: components. num_bits: bits per colour, 1 to 16.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+    """
+
+    def __init__(self, param: torch.Tensor, num_mix: int = 10, num_bits: int = 8) -> None:
+        for name, value, most in (("num_mix", num_mix, None), ("num_bits", num_bits, 16)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"DiscMixLogistic: {name} must be an int, got {type(value).__name__}")
+            if value < 1 or (most is not None and value > most):
+                bounds = ">= 1" if most is None else f"between 1 and {most}"
+                raise ValueError(f"DiscMixLogistic: {name} must be {bounds}, got {value}")
+        _checks.feature_map("DiscMixLogistic", "param", param)
+        if param.shape[1] != 10 * num_mix:
+            raise ValueError(
+                f"DiscMixLogistic: param must have 10 * num_mix = {10 * num_mix} channels, got shape {tuple(param.shape)}"
+            )
+        self.param, self.num_mix, self.num_bits = param, num_mix, num_bits
+
+    def log_prob(self, samples: torch.Tensor) -> torch.Tensor:
+        """Log-probability (B, H, W) in nats of pixels in [-1, 1]; one kernel, differentiable in ``param``.
+
+        Args:
+            samples: (B, 3, H, W) on the grid ``2 k / (2^num_bits - 1) - 1``. Where they ask for a gradient they get it, at the
+                price of a copy of ``param``; :func:`nvae_fast.mixture_logistic_log_prob` takes pixels in [0, 1], as data.
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not a floating (B, 3, H, W) tensor on ``param``'s device.
+        """
+        op = "DiscMixLogistic.log_prob"
+        b, _, h, w = self.param.shape
+        _checks.shape(op, "samples", samples, (b, 3, h, w), self.param)
+        samples = samples.to(_checks.accumulate_dtype(self.param.dtype))
+        differentiable = samples.requires_grad and torch.is_grad_enabled()
+        param = self._followed_by_means(samples) if differentiable else self.param
+        x = samples.detach() * 0.5 + 0.5
+        return mixture_logistic_log_prob(param, x, num_mixtures=self.num_mix, num_bits=self.num_bits)
+
+    def _followed_by_means(self, samples: torch.Tensor) -> torch.Tensor:
+        """``param``, its means moved against ``samples`` by nothing: only differences of pixels and means matter, so that the
+        gradients of the means, which the kernel has, are the pixels' as well."""
+        b, _, h, w = samples.shape
+        wide, m = self.param.to(samples.dtype), self.num_mix
+        means, log_scales, coefficients = wide[:, m:].reshape(b, 3, 3, m, h, w).unbind(2)
+        red, green, blue = (samples - samples.detach())[:, :, None].unbind(1)
+        c0, c1, c2 = torch.tanh(coefficients.detach()).unbind(1)
+        moved = torch.stack((-red.expand_as(c0), c0 * red - green, c1 * red + c2 * green - blue), dim=1)
+        colours = torch.stack((means + moved, log_scales, coefficients), dim=2)
+        return torch.cat((wide[:, :m], colours.reshape(b, 9 * m, h, w)), dim=1)
+
+    def sample(self, temp: float = 1.0, seed: Seed = None) -> torch.Tensor:
+        """An image (B, 3, H, W) in [0, 1]; one kernel, not differentiable.
+
+        Args:
+            temp: temperature, > 0: divides the logits of the components, multiplies the logistic noise.
+            seed: as in :meth:`Normal.sample`.
+
+        Raises:
+            TypeError, ValueError: ``temp`` or ``seed`` is something else.
+        """
+        return mixture_logistic_sample(self.param, num_mixtures=self.num_mix, temperature=temp, seed=seed)
+
+    def mean(self) -> torch.Tensor:
+        """The mean image (B, 3, H, W) in [0, 1]; differentiable in ``param``."""
+        return mixture_logistic_mean(self.param, num_mixtures=self.num_mix)
+
+
+class Bernoulli(_Lazy):
+    """Independent binary pixels with probability ``sigmoid(logits / temp)`` of being 1; plain PyTorch.
+
+    Args:
+        logits: (B, C, H, W).
+        temp: temperature, > 0.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or value.
+    """
+
+    def __init__(self, logits: torch.Tensor, temp: float = 1.0) -> None:
+        _checks.feature_map("Bernoulli", "logits", logits)
+        _checks.temperature("Bernoulli", temp, zero=False)
+        self._keep(logits=logits)
+        self.temp = temp
+
+    @property
+    def logits(self) -> torch.Tensor:
+        """Logits over the temperature (B, C, H, W), float32 or float64."""
+        self._check_unchanged()  # always: what is kept may be the raw tensor
+        return self._get("logits", self._logits)
+
+    def _logits(self) -> torch.Tensor:
+        raw = self._raw["logits"]
+        wide = raw.to(_checks.accumulate_dtype(raw.dtype))
+        return wide if self.temp == 1 else wide / self.temp
+
+    def log_prob(self, samples: torch.Tensor) -> torch.Tensor:
+        """Log-probability of every pixel of ``samples`` (B, C, H, W) in [0, 1]: (B, C, H, W) in nats.
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not such a floating tensor on the logits' device.
+        """
+        raw = self._raw["logits"]
+        _checks.shape("Bernoulli.log_prob", "samples", samples, tuple(raw.shape), raw)
+        logits = self.logits
+        return -F.binary_cross_entropy_with_logits(logits, samples.to(logits.dtype), reduction="none")
+
+    def sample(self, seed: Seed = None) -> torch.Tensor:
+        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`."""
+        logits = self.logits
+        seed_tensor = _checks.seed("Bernoulli.sample", seed, logits.device)
+        return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < self.mean()).to(logits.dtype)
+
+    def mean(self) -> torch.Tensor:
+        """The probabilities of a 1, (B, C, H, W)."""
+        return torch.sigmoid(self.logits)
+
+
+def draw_gaussian(
+    mu: torch.Tensor, log_sigma: torch.Tensor, seed: Seed = None, noise: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``mu + exp(log_sigma) * eps``, (B, Z, H, W) in their dtype; one kernel, no clamp, no floor.
+
+    Args:
+        mu, log_sigma: (B, Z, H, W). Halves of one tensor are read in place, anything else is concatenated.
+        seed: as in :meth:`Normal.sample`. noise: standard normal draws (B, Z, H, W) in place of a seed.
+
+    Differentiable in mu, log_sigma and noise.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or both noise and seed are given.
+    """
+    op = "draw_gaussian"
+    _check_pair(op, ("mu", "log_sigma"), mu, log_sigma)
+    seed = _check_draws(op, mu, seed, noise)
+    return normal_sample(pack(mu, log_sigma), seed=seed, noise=noise, **_PLAIN)
+
+
+def gaussian_analytical_kl(
+    mu1: torch.Tensor, mu2: torch.Tensor, logsigma1: torch.Tensor, logsigma2: torch.Tensor
+) -> torch.Tensor:
+    """KL of N(mu1, exp(logsigma1)) from N(mu2, exp(logsigma2)) of every element, (B, Z, H, W) in nats, plain PyTorch::
+
+        -1/2 + logsigma2 - logsigma1 + (exp(logsigma1)^2 + (mu1 - mu2)^2) / (2 exp(logsigma2)^2)
+
+    All (B, Z, H, W); float32 for half-precision arguments. Summed over pixels: :func:`draw_gaussian_with_kl`.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
+    """
+    _check_four("gaussian_analytical_kl", mu1, mu2, logsigma1, logsigma2)
+    mu1, mu2, logsigma1, logsigma2 = (
+        t.to(_checks.accumulate_dtype(t.dtype)) for t in (mu1, mu2, logsigma1, logsigma2)
+    )
+    # Divided before it is squared: no square overflows where the quotient does not.
+    sigma2 = logsigma2.exp()
+    distance, ratio = (mu1 - mu2) / sigma2, logsigma1.exp() / sigma2
+    return -0.5 + logsigma2 - logsigma1 + 0.5 * (ratio.square() + distance.square())
+
+
+def draw_gaussian_with_kl(
+    mu1: torch.Tensor,
+    mu2: torch.Tensor,
+    logsigma1: torch.Tensor,
+    logsigma2: torch.Tensor,
+    seed: Seed = None,
+    noise: torch.Tensor | None = None,
+) -> ResidualNormal:
+    """:func:`draw_gaussian` of the first and :func:`gaussian_analytical_kl` summed over pixels, in one kernel.
+
+    Args:
+        mu1, logsigma1: of the posterior, (B, Z, H, W). mu2, logsigma2: of the prior.
+        seed, noise: as in :func:`draw_gaussian`.
+
+    Returns:
+        :class:`nvae_fast.ResidualNormal`: z (B, Z, H, W); kl, log_q and log_p of that z, (B, Z).
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or both noise and seed are given.
+    """
+    op = "draw_gaussian_with_kl"
+    _check_four(op, mu1, mu2, logsigma1, logsigma2)
+    seed = _check_draws(op, mu1, seed, noise)
+    posterior, prior = pack(mu1, logsigma1), pack(mu2, logsigma2)
+    return _residual_normal(posterior, prior, seed=seed, noise=noise, **_PLAIN)
+
+
+def _check_four(
+    op: str, mu1: torch.Tensor, mu2: torch.Tensor, logsigma1: torch.Tensor, logsigma2: torch.Tensor
+) -> None:
+    _check_pair(op, ("mu1", "logsigma1"), mu1, logsigma1)
+    _check_pair(op, ("mu2", "logsigma2"), mu2, logsigma2)
+    _checks.shape(op, "mu2", mu2, tuple(mu1.shape), mu1)
+
+
+def _check_draws(op: str, mu: torch.Tensor, seed: Seed, noise: torch.Tensor | None) -> Seed:
+    """The seed as a tensor, or None where noise is given."""
+    if noise is None:
+        return _checks.seed(op, seed, mu.device)
+    if seed is not None:
+        raise ValueError(f"{op}: give either noise or seed, not both")
+    _checks.shape(op, "noise", noise, tuple(mu.shape), mu)
+    return None
