@@ -352,3 +352,19 @@ def test_errors(bad: dict, kind: type, message: str, route: str) -> None:
     arguments = {"posterior": torch.zeros(1, 4, 2, 2), **bad}
     with pytest.raises(kind, match=f"^residual_normal: {message}"):
         op(**arguments)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_posterior_and_prior_of_different_dtypes(dtypes: tuple, memory_format: torch.memory_format) -> None:
+    """As if the prior had the posterior's dtype. Repeated: a conversion that is freed too early shows only sometimes."""
+    posterior, prior = (
+        torch.randn(3, 8, 5, 7).to(dtype).contiguous(memory_format=memory_format).requires_grad_() for dtype in dtypes
+    )
+    noise = torch.randn(3, 4, 5, 7)
+    expected = nf.residual_normal(posterior, prior.to(dtypes[0]), noise=noise)
+    wanted = torch.autograd.grad(sum(t.float().sum() for t in expected), (posterior, prior))
+    for _ in range(20):
+        found = nf.residual_normal(posterior, prior, noise=noise)
+        gradients = torch.autograd.grad(sum(t.float().sum() for t in found), (posterior, prior))
+        assert all(torch.equal(a, e) for a, e in zip((*found, *gradients), (*expected, *wanted), strict=True))
+        assert [g.dtype for g in gradients] == list(dtypes)

@@ -50,6 +50,7 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
     hold.push_back(torch::stable::contiguous(t));
     return view(hold.back(), hold);
   }
+  hold.push_back(t);  // it may be a conversion that nobody else keeps
   DepthwiseMap m;
   m.data = const_cast<void*>(t.const_data_ptr());
   m.batch = t.stride(0);
