@@ -50,7 +50,6 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
     hold.push_back(torch::stable::contiguous(t));
     return view(hold.back(), hold);
   }
-  hold.push_back(t);  // it may be a conversion that nobody else keeps
   DepthwiseMap m;
   m.data = const_cast<void*>(t.const_data_ptr());
   m.batch = t.stride(0);
@@ -60,6 +59,7 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
   m.channels_last = last;
   m.height = t.size(2);
   m.width = t.size(3);
+  hold.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or stand in hold itself
   return m;
 }
 DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {

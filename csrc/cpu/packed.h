@@ -50,8 +50,9 @@ inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tenso
   const bool one_stride = h <= 1 || w <= 1 || t.stride(2) == w * t.stride(3);
   const bool fits = one_stride && (channels_last ? t.stride(1) == 1 || t.size(1) == 1 : pixel == 1);
   if (fits) {
-    hold.push_back(t);  // it may be a conversion that nobody else keeps
-    return {t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
+    const Packed found{t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
+    hold.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or stand in hold itself
+    return found;
   }
   return packed_view(dense(t, channels_last, hold), channels_last, hold);
 }
