@@ -102,6 +102,10 @@ def _batch_norm_swish(
     return batch_norm(module, x, activation, merged=merged, counts=counts)
 
 
+def _has_type(value: Any, kind: type) -> bool:
+    return type(value) is kind
+
+
 def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
     children: list[Any] = list(module._modules.values())
     skip_next = False
@@ -109,10 +113,10 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
         if skip_next:
             skip_next = False
             continue
-        after = children[i + 1] if i + 1 < len(children) else None
+        after: Any = children[i + 1] if i + 1 < len(children) else None
+        as_verified = i in pairs and type(child) is nn.BatchNorm2d and _has_type(after, pairs[i])
         fits = (
-            i in pairs and type(child) is nn.BatchNorm2d and after is not None and type(after) is pairs[i]
-            and _is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
+            as_verified and _is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
         )  # fmt: skip
         if fits:
             x = batch_norm(child, x, "swish", merged=False, counts=child.num_batches_tracked is not None)
