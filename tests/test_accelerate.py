@@ -341,6 +341,24 @@ def test_under_autocast() -> None:
     assert_close(actual, expected, 2e-2)
 
 
+def test_strided_pointwise_in_channels_last_does_not_crash() -> None:
+    """8 channels: theirs would write out of bounds in the weight gradient (oneDNN issue 6035)."""
+    theirs, ours = Conv2D(8, 8, 1, stride=2, bias=True), Conv2D(8, 8, 1, stride=2, bias=True)
+    ours.load_state_dict(theirs.state_dict())
+    x = torch.rand(4, 8, 16, 16)
+    theirs(x).sum().backward()
+    nf.accelerate(ours.to(memory_format=torch.channels_last))
+    ours(x.to(memory_format=torch.channels_last)).sum().backward()
+    assert_close(ours.weight.grad, theirs.weight.grad, 2e-5)
+
+
+def test_compiled() -> None:
+    model, x = nf.accelerate(Tower(8)).eval(), torch.rand(2, 3, 8, 8)
+    compiled = torch.compile(model, backend="aot_eager")
+    with torch.no_grad():
+        assert_close(compiled(x), model(x), 2e-5)
+
+
 def test_reference_backend() -> None:
     model, x = nf.accelerate(tower()).eval(), torch.rand(2, 3, 8, 8)
     with nf.use_backend("reference"):
