@@ -15,7 +15,7 @@ from nvae_fast._accelerate.bound import BoundForward, original
 from nvae_fast._accelerate.clone import clone, perturb
 from nvae_fast._accelerate.forwards import pair
 
-TOLERANCE = 2e-5  # relative, in float32
+TOLERANCE = 5e-6  # relative, in float32: parts that agree are below 1e-6
 SIZE = (8, 6)
 SEED = 20071
 Own = Callable[[nn.Module, torch.Tensor], Any]
