@@ -6,6 +6,7 @@ Importing this package neither initialises CUDA nor imports triton.
 from nvae_fast import data, distributions, nn, training
 from nvae_fast._backend import backends, use_backend
 from nvae_fast._version import __version__
+from nvae_fast.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE, NVAEOutput
 from nvae_fast.official import load_official, save_official
@@ -26,10 +27,13 @@ from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 __all__ = [
     "NVAE",
+    "AccelerationReport",
     "NVAEConfig",
     "NVAEOutput",
     "ResidualNormal",
     "__version__",
+    "accelerate",
+    "acceleration_report",
     "backends",
     "batch_norm_swish",
     "data",
@@ -44,6 +48,7 @@ __all__ = [
     "normal_sample",
     "philox_normal",
     "residual_normal",
+    "restore",
     "save_official",
     "squeeze_excite",
     "training",

@@ -1,0 +1,69 @@
+"""A forward of ours on somebody else's module instance: put in its ``__dict__``, taken away again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# kind -> forward(module, x, **settings). Filled by forwards.py.
+FORWARDS: dict[str, Callable[..., Any]] = {}
+_REPLICATE = "_replicate_for_data_parallel"
+
+
+class BoundForward:
+    """Calls the forward of ``kind`` on ``module``.
+
+    An object and not a method: copy.deepcopy and pickle of the module make the copy's bound to the copy (pickle cannot do
+    that for methods which the class does not have).
+    """
+
+    def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any]) -> None:
+        self.module, self.kind, self.settings = module, kind, settings
+
+    def __call__(self, x: Any) -> Any:
+        return FORWARDS[self.kind](self.module, x, **self.settings)
+
+    def install(self) -> None:
+        self.module.__dict__["forward"] = self
+        self.module.__dict__[_REPLICATE] = _Replicate(self.module)
+
+    def installed_on(self, module: nn.Module) -> BoundForward:
+        """The same forward, bound to and installed on ``module``."""
+        copy = BoundForward(module, self.kind, self.settings)
+        copy.install()
+        return copy
+
+
+class _Replicate:
+    """nn.DataParallel copies ``__dict__`` as it is; each replica needs a forward of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self) -> nn.Module:
+        replica = getattr(type(self.module), _REPLICATE)(self.module)
+        self.module.__dict__["forward"].installed_on(replica)
+        return replica
+
+
+OURS = ("forward", _REPLICATE)
+
+
+def bound_forward(module: nn.Module) -> BoundForward | None:
+    """The forward that was bound to ``module``, or None."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, BoundForward) else None
+
+
+def remove(module: nn.Module) -> None:
+    """Take our forward off ``module``; nothing happens where there is none."""
+    if bound_forward(module) is not None:
+        for name in OURS:
+            module.__dict__.pop(name, None)
+
+
+def original(module: nn.Module, x: Any) -> Any:
+    """What the module's class computes."""
+    return type(module).forward(module, x)

@@ -1,0 +1,235 @@
+"""The forwards that are bound to recognised parts. Each gives back what the part's own forward would.
+
+Where an input is not what the kernel is for (unbatched, another dtype than the weight) or somebody's hook waits on a
+submodule that the kernel would not call, the part's own forward runs: what a user sees never depends on the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from nvae_fast import _distributed
+from nvae_fast._accelerate.bound import FORWARDS, bound_forward, original
+from nvae_fast.nn import RESIDUAL_SCALE, _has_hooks
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops.weight_norm import weight_norm
+
+# The kinds of parts, as the report names them.
+BATCH_NORM = "batch norm + swish"
+SEQUENTIAL = "batch norm + SiLU in a Sequential"
+SQUEEZE_EXCITE = "squeeze and excitation"
+RESIDUAL_CELL = "residual cell"
+DEPTHWISE = "depthwise convolution"
+DEPTHWISE_PLAIN = "depthwise convolution that keeps its weight"
+DEPTHWISE_NORM = "weight-normed depthwise convolution"
+WEIGHT_NORM = "weight-normed convolution"
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether anybody would notice that these modules are not called."""
+    return _has_any_global_hook() or any(_has_hooks(m) or "forward" in m.__dict__ for m in modules)
+
+
+def pair(value: Any) -> tuple[int, int] | None:
+    """An int or a pair of ints as a pair."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    return None
+
+
+# Batch norm
+
+
+def batch_norm(
+    norm: Any, x: torch.Tensor, activation: str | None, *, merged: bool, counts: bool
+) -> torch.Tensor:
+    """Batch norm and activation with the parameters and buffers of ``norm``, PyTorch's running statistics."""
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if not norm.training:
+        return batch_norm_swish(
+            x, weight, bias, norm.running_mean, norm.running_var, eps=eps, activation=activation
+        ).y
+    count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
+    group = getattr(norm, "process_group", None)
+    everyone = _distributed.merged_statistics(x, group) if merged else None
+    if everyone is None:
+        y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
+    else:
+        mean, var, count = everyone
+        y = batch_norm_swish(x, weight, bias, mean, var, eps=eps, activation=activation).y
+    with torch.no_grad():
+        new = [mean.to(norm.running_mean.dtype), (var * (count / (count - 1))).to(norm.running_var.dtype)]
+        torch._foreach_lerp_([norm.running_mean, norm.running_var], new, norm.momentum)
+        if counts:
+            norm.num_batches_tracked.add_(1)
+    return y
+
+
+def _is_map(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_floating_point()
+
+
+def normalising(norm: Any) -> str | None:
+    """Why ``norm`` is not a batch norm with affine map, running statistics and a momentum; None when it is."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    missing = [n for n in names if not isinstance(getattr(norm, n, None), torch.Tensor)]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    if not isinstance(getattr(norm, "eps", None), float) or norm.eps <= 0:
+        return f"eps is {getattr(norm, 'eps', None)!r}"
+    if not isinstance(getattr(norm, "momentum", None), (int, float)):
+        return "momentum is None (cumulative average) or missing"
+    return None
+
+
+def _batch_norm_swish(
+    module: Any, x: torch.Tensor, *, activation: str | None, merged: bool, counts: bool
+) -> torch.Tensor:
+    several = merged and _distributed.world_size(getattr(module, "process_group", None)) > 1
+    inside = tuple(module.children())
+    usable = _is_map(x) and (x.numel() or several) and normalising(module) is None and not watched(*inside)
+    if not usable:
+        return original(module, x)
+    return batch_norm(module, x, activation, merged=merged, counts=counts)
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    return type(value) is kind
+
+
+def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
+    children: list[Any] = list(module._modules.values())
+    skip_next = False
+    for i, child in enumerate(children):
+        if skip_next:
+            skip_next = False
+            continue
+        after: Any = children[i + 1] if i + 1 < len(children) else None
+        as_verified = i in pairs and type(child) is nn.BatchNorm2d and _has_type(after, pairs[i])
+        fits = (
+            as_verified and _is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
+        )  # fmt: skip
+        if fits:
+            x = batch_norm(child, x, "swish", merged=False, counts=child.num_batches_tracked is not None)
+            skip_next = True
+        else:
+            x = child(x)
+    return x
+
+
+# Squeeze and excitation, residual cells
+
+
+def gate_layers(gate: Any) -> tuple[torch.Tensor, ...] | None:
+    """Weights and biases of Linear, ReLU, Linear, Sigmoid in ``gate.se``; None when it is something else or watched."""
+    inner = getattr(gate, "se", None)
+    if type(inner) is not nn.Sequential or len(inner) != 4:
+        return None
+    layers = tuple(inner)
+    first, _, second, _ = layers
+    types = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
+    if tuple(map(type, layers)) != types or watched(inner, *layers):
+        return None
+    tensors: list[Any] = [first.weight, first.bias, second.weight, second.bias]
+    return tuple(tensors) if all(isinstance(t, torch.Tensor) for t in tensors) else None
+
+
+def _squeeze_excite(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    layers = gate_layers(module) if _is_map(x) else None
+    return original(module, x) if layers is None else squeeze_excite(x, *layers)
+
+
+def _residual_cell(module: Any, x: torch.Tensor) -> torch.Tensor:
+    skip = module.skip(x)
+    s = x
+    for i in range(module._num_nodes):
+        s = module._ops[i](s)
+    if module.use_se:
+        se = module.se
+        bound = bound_forward(se)
+        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not _has_hooks(se)
+        layers = gate_layers(se) if known and _is_map(s) and skip.shape == s.shape else None
+        if layers is not None:
+            return squeeze_excite(s, *layers, skip=skip, residual_scale=RESIDUAL_SCALE)
+        s = se(s)
+    return torch.add(skip, s, alpha=RESIDUAL_SCALE)
+
+
+# Convolutions
+
+
+def is_depthwise(conv: Any, weight: torch.Tensor) -> bool:
+    """Whether ``conv`` is a depthwise convolution that depthwise_conv2d computes."""
+    return conv.groups == weight.shape[0] and weight.shape[1] == 1 and why_not_depthwise(conv, weight) is None
+
+
+def why_not_depthwise(conv: Any, weight: torch.Tensor) -> str | None:
+    """For a convolution with one channel a group: what depthwise_conv2d cannot do of it; None when it can."""
+    kernel, stride, dilation = tuple(weight.shape[2:]), pair(conv.stride), pair(conv.dilation)
+    if len(kernel) != 2 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        return f"kernel size {kernel} is not odd and square"
+    if stride not in ((1, 1), (2, 2)) or dilation not in ((1, 1), (2, 2)):
+        return f"stride {conv.stride} or dilation {conv.dilation} is neither 1 nor 2"
+    same = kernel[0] // 2 * dilation[0]
+    if not (pair(conv.padding) == (same, same) or (conv.padding == "same" and stride == (1, 1))):
+        return f'padding {conv.padding} is not "same"'
+    if getattr(conv, "padding_mode", "zeros") != "zeros":
+        return f"padding mode {conv.padding_mode!r} is not zeros"
+    return None
+
+
+def _convolve(conv: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if _is_map(x) and x.shape[1] == conv.groups and is_depthwise(conv, weight):
+        h, w = x, weight
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            h, w = x.to(dtype), weight.to(dtype)
+        if h.dtype == w.dtype and h.device == w.device:
+            (stride, _), (dilation, _) = pair(conv.stride) or (0, 0), pair(conv.dilation) or (0, 0)
+            y = depthwise_conv2d(h, w, stride=stride, dilation=dilation)
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+    steps = pair(conv.stride) or (1, 1)
+    pointwise = weight.shape[2:] == (1, 1) and pair(conv.padding) == (0, 0)
+    if pointwise and steps != (1, 1) and x.device.type == "cpu" and x.dim() == 4:
+        # oneDNN's weight gradient of a strided 1x1 convolution in channels_last writes out of bounds (its issue 6035).
+        return F.conv2d(x[:, :, :: steps[0], :: steps[1]], weight, bias, groups=conv.groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _depthwise(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return _convolve(module, x, module.weight, module.bias)
+
+
+def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) -> torch.Tensor:
+    """``sets``: attributes that the part's own forward leaves the weight in, for those who read it later."""
+    if getattr(module, "data_init", False) and not getattr(module, "init_done", True):
+        return original(module, x)
+    weight, log_norm = module.weight, getattr(module, "log_weight_norm", None)
+    if log_norm is not None:
+        mask = getattr(module, "mask", None)
+        mask = mask.to(weight.dtype).expand_as(weight) if isinstance(mask, torch.Tensor) else None
+        weight = weight_norm(weight, log_norm, mask)
+    for name in sets:
+        setattr(module, name, weight)
+    return _convolve(module, x, weight, module.bias)
+
+
+FORWARDS.update({
+    BATCH_NORM: _batch_norm_swish,
+    SEQUENTIAL: _sequential,
+    SQUEEZE_EXCITE: _squeeze_excite,
+    RESIDUAL_CELL: _residual_cell,
+    DEPTHWISE: _depthwise,
+    DEPTHWISE_PLAIN: _norm_convolution,
+    DEPTHWISE_NORM: _norm_convolution,
+    WEIGHT_NORM: _norm_convolution,
+})  # fmt: skip

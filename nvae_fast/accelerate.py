@@ -1,0 +1,100 @@
+"""This package's kernels in models that were built elsewhere: ``accelerate``, ``acceleration_report``, ``restore``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from nvae_fast._accelerate.bound import BoundForward, bound_forward, remove
+from nvae_fast._accelerate.recognise import examine
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name, reason) of each that looks like one
+    and does not. Names are those of ``named_modules()``; modules of other kinds are not listed."""
+
+    replaced: list[tuple[str, str]]
+    left: list[tuple[str, str]]
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.replaced)} parts replaced, {len(self.left)} left"]
+        lines += [f"  replaced  {name or '(the model)'}: {kind}" for name, kind in self.replaced]
+        lines += [f"  left      {name or '(the model)'}: {reason}" for name, reason in self.left]
+        return "\n".join(lines)
+
+
+def accelerate(model: Model, *, repair: bool = False) -> Model:
+    """Let the parts of an NVAE-type model that we know compute with this package's kernels; returns ``model``.
+
+    Known, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
+    the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
+    ``SE`` with Linear, ReLU, Linear, Sigmoid, depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones
+    too), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``.
+
+    Each part is first compared with its own forward on copies, in evaluation and training mode, in float32: output,
+    gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report` says why. Parameters, buffers,
+    state_dict keys, the types of modules, train/eval behaviour and hooks stay: only ``forward`` of the instances is set.
+    A part falls back to its own forward for inputs that are not (B, C, H, W) or empty, and while a submodule that the
+    kernel would pass by has hooks. Twice is the same as once. deepcopy and pickle keep it, bound to the copy;
+    ``copy.copy`` of a module does not (its forward is still that of the first): use deepcopy.
+
+    With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
+    communicated here. Double backward needs ``use_backend("reference")``.
+
+    Args:
+        model: any module; unknown parts are never touched.
+        repair: also replace a batch norm with swish whose own forward raises (as a synchronised one written for an older
+            PyTorch may); it is compared with ``silu(batch_norm(x))`` instead.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("accelerate", model)
+    for _, part in reversed(list(model.named_modules())):  # children first
+        if bound_forward(part) is None:
+            verdict = examine(part, repair)
+            if isinstance(verdict, BoundForward):
+                verdict.install()
+    return model
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """What :func:`accelerate` replaced in ``model``, what it left and why. Parts left are compared again.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("acceleration_report", model)
+    report = AccelerationReport([], [])
+    for name, part in model.named_modules():
+        bound = bound_forward(part)
+        if bound is not None:
+            report.replaced.append((name, bound.kind))
+            continue
+        verdict = examine(part)
+        if verdict is not None:
+            left = verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"
+            report.left.append((name, left))
+    return report
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`: every part of ``model`` has its own forward again; returns ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("restore", model)
+    for part in model.modules():
+        remove(part)
+    return model
+
+
+def _check(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
