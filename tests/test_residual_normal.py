@@ -358,7 +358,8 @@ def test_errors(bad: dict, kind: type, message: str, route: str) -> None:
 def test_posterior_and_prior_of_different_dtypes(dtypes: tuple, memory_format: torch.memory_format) -> None:
     """As if the prior had the posterior's dtype. Repeated: a conversion that is freed too early shows only sometimes."""
     posterior, prior = (
-        torch.randn(3, 8, 5, 7).to(dtype).contiguous(memory_format=memory_format).requires_grad_() for dtype in dtypes
+        torch.randn(3, 8, 5, 7).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        for dtype in dtypes
     )
     noise = torch.randn(3, 4, 5, 7)
     expected = nf.residual_normal(posterior, prior.to(dtypes[0]), noise=noise)
