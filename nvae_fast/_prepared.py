@@ -138,7 +138,7 @@ def _convolutions(model: nn.Module) -> list[Convolution]:
 
 
 def _walk(model: nn.Module) -> Iterator[Convolution]:
-    from nvae_fast.nn import WeightNormConv2d
+    from nvae_fast._convolutions import WeightNormConv2d
 
     for child in model.children():
         if getattr(child, "_compiled_call_impl", None) is not None:

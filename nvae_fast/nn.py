@@ -14,12 +14,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import _distributed
-from nvae_fast._prepared import prepared_weight
+from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
+from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
-from nvae_fast.ops.weight_norm import weight_norm
 
 RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
@@ -40,104 +40,6 @@ def set_process_group(module: nn.Module, group: Any) -> nn.Module:
         if hasattr(part, "process_group"):
             part.process_group = group
     return module
-
-
-class WeightNormConv2d(nn.Module):
-    """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
-
-    ``mask`` (zeros and ones, shaped like the weight) makes it a masked convolution; the norm is that of the masked weight.
-    ``data_init`` sets ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
-    standard deviation 0.2; loading any state marks this as done.
-    """
-
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int,
-        *,
-        stride: int = 1,
-        dilation: int = 1,
-        groups: int = 1,
-        bias: bool = True,
-        mask: torch.Tensor | None = None,
-        data_init: bool = False,
-    ) -> None:
-        super().__init__()
-        plain = nn.Conv2d(
-            in_channels, out_channels, kernel_size, groups=groups, bias=bias
-        )  # PyTorch's default initialisation
-        self.weight = plain.weight
-        self.bias: nn.Parameter | None = plain.bias  # type: ignore[assignment]
-        self.stride, self.dilation, self.groups = stride, dilation, groups
-        self.padding = kernel_size // 2 * dilation
-        self.mask: torch.Tensor | None
-        self.register_buffer("mask", None if mask is None else mask.to(plain.weight.dtype), persistent=False)
-        masked = plain.weight if mask is None else plain.weight * mask
-        norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
-        self.log_weight_norm = nn.Parameter(torch.log(norm + 0.01))
-        self.awaits_data = data_init
-        self.process_group: Any = None
-
-    def normalized_weight(self) -> torch.Tensor:
-        """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
-        prepared = prepared_weight(self)
-        return weight_norm(self.weight, self.log_weight_norm, self.mask) if prepared is None else prepared
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.awaits_data = False
-        super()._load_from_state_dict(*args, **kwargs)
-
-    @torch.no_grad()
-    def _initialize_from(self, x: torch.Tensor) -> None:
-        weight = weight_norm(self.weight, torch.zeros_like(self.log_weight_norm), self.mask)
-        y = self._convolve(x, weight, None).to(self.weight.dtype)
-        has_spread = y.numel() // max(y.shape[1], 1) > 1
-        if has_spread:
-            std, mean = torch.std_mean(y, (0, 2, 3))
-        elif _distributed.world_size(self.process_group) == 1:
-            return  # the next batch initialises
-        else:  # every process takes part, and the average is over those that have a spread
-            std = mean = y.new_zeros(y.shape[1])
-        share = mean.new_full((1,), float(has_spread))
-        mean, std, share = _distributed.average((mean, std, share), self.process_group)
-        mean, spread = mean / share, 5.0 * std / share + 1e-5
-        if self.bias is not None:
-            self.bias.copy_(-mean / spread)
-        self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
-        self.awaits_data = False
-
-    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.awaits_data and self.training:
-            self._initialize_from(x)
-        return self._convolve(x, self.normalized_weight(), self.bias)
-
-    def extra_repr(self) -> str:
-        c_out, c_in, k, _ = self.weight.shape
-        return f"{c_in * self.groups}, {c_out}, {k}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
-
-
-class PlainConv2d(nn.Conv2d):
-    """Convolution without weight norm and bias, "same" padding: those inside the inverted residual."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
-    ) -> None:
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride=stride,
-            padding=kernel_size // 2,
-            groups=groups,
-            bias=False,
-        )
-
-    def normalized_weight(self) -> torch.Tensor:
-        return self.weight
 
 
 class BatchNormSwish(nn.Module):
@@ -339,9 +241,9 @@ class InvertedResidual(nn.Module):
         if not self.norm.training:
             running = [(n.running_mean, n.running_var) for n in norms]
             eps = self.norm.eps
-            return fused_cell.inverted_residual_cell_evaluation(
+            return folded_cell.inverted_residual_cell_evaluation(
                 x, skip, parameters, running, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE,
-                folded=fused_cell.folded_once(self, parameters, running, eps=eps, residual_scale=RESIDUAL_SCALE),
+                folded=folded_cell.folded_once(self, parameters, running, eps=eps, residual_scale=RESIDUAL_SCALE),
             )  # fmt: skip
         y, statistics = fused_cell.inverted_residual_cell(
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,

@@ -23,18 +23,21 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, _coefficients, channel_statistics, plane_affine  # noqa: F401  registers them
-from nvae_fast.ops.batch_norm_swish import batch_norm_swish
-from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops import (  # noqa: F401  their operators are registered on the way
+    _affine,
+    _checks,
+    _coefficients,
+    batch_norm_swish,
+    channel_statistics,
+    depthwise_conv2d,
+    plane_affine,
+)
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
@@ -114,7 +117,7 @@ def inverted_residual_cell(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
-    _check(x, skip, parameters, stride)
+    check_cell(x, skip, parameters, stride)
     if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1 and _distributed.world_size(group) == 1:
         raise ValueError(
             f"{NAME}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
@@ -130,131 +133,7 @@ def inverted_residual_cell(
     return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
 
 
-class FoldedCell(NamedTuple):
-    """A cell in evaluation: the first two batch norms in the expansion, the last and the residual scale (where no gate comes
-    between) in the projection, the third as the affine map before its swish."""
-
-    expand: torch.Tensor  # (E C_in, C_in)
-    expand_bias: torch.Tensor
-    scale: torch.Tensor
-    shift: torch.Tensor
-    project: torch.Tensor  # (C_out, E C_in)
-    project_bias: torch.Tensor
-
-
-Running = Sequence[tuple[torch.Tensor, torch.Tensor]]
-
-
-def fold(
-    q: CellParameters, running: Running, *, eps: float = 1e-5, residual_scale: float = 0.1
-) -> FoldedCell:
-    """``running`` holds (mean, var) of the four batch norms in order. Differentiable."""
-    expand, project = q.expand.flatten(1), q.project.flatten(1)
-    scale0, shift0 = _affine_of(q.norm_weight, q.norm_bias, running[0], eps)
-    scale1, shift1 = _affine_of(q.expand_norm_weight, q.expand_norm_bias, running[1], eps)
-    scale2, shift2 = _affine_of(q.depthwise_norm_weight, q.depthwise_norm_bias, running[2], eps)
-    scale3, shift3 = _affine_of(q.project_norm_weight, q.project_norm_bias, running[3], eps)
-    if q.reduce_weight is None:
-        scale3, shift3 = residual_scale * scale3, residual_scale * shift3
-    return FoldedCell(
-        scale1[:, None] * expand * scale0, scale1 * (expand @ shift0) + shift1, scale2, shift2,
-        scale3[:, None] * project, shift3,
-    )  # fmt: skip
-
-
-def _affine_of(
-    weight: torch.Tensor, bias: torch.Tensor, running: tuple[torch.Tensor, torch.Tensor], eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A batch norm with given statistics as ``scale * x + shift``."""
-    scale = weight * torch.rsqrt(running[1].to(weight.dtype) + eps)
-    return scale, bias - running[0].to(weight.dtype) * scale
-
-
-# What each module was folded from (kept alive, so that nothing else can come to stand at its address) and the result.
-_folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], FoldedCell]] = (
-    WeakKeyDictionary()
-)
-
-
-def folded_once(
-    module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
-) -> FoldedCell | None:
-    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter); None where gradients may be
-    wanted or a graph is being recorded, which must compute what it is replayed with."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    device = q.expand.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
-    sources = (*(t for t in q if t is not None), *(t for pair in running for t in pair))
-    if any(t.is_inference() for t in sources):
-        return None
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (stream, eps, residual_scale, *((t.data_ptr(), t._version, t.dtype) for t in sources))
-    found = _folds.get(module)
-    if found is None or found[0] != key:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            folded = fold(q, running, eps=eps, residual_scale=residual_scale)
-        found = _folds[module] = (key, tuple(t.detach() for t in sources), folded)
-    return found[2]
-
-
-def inverted_residual_cell_evaluation(
-    x: torch.Tensor,
-    skip: torch.Tensor,
-    parameters: CellParameters,
-    running: Running,
-    *,
-    stride: int = 1,
-    eps: float = 1e-5,
-    residual_scale: float = 0.1,
-    folded: FoldedCell | None = None,
-) -> torch.Tensor:
-    """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
-
-    Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
-    that they have. ``folded``: what :func:`folded_once` gave, to compute without gradients.
-    """
-    q, upsample = parameters, 2 if stride == -1 else 1
-    xl = x.contiguous(memory_format=torch.channels_last)
-    if folded is None:
-        _check(x, skip, q, stride)
-        f = fold(q, running, eps=eps, residual_scale=residual_scale)
-        d = depthwise_conv2d(
-            _conv(xl, f.expand, f.expand_bias),
-            q.depthwise,
-            stride=max(stride, 1),
-            upsample=upsample,
-            activation="swish",
-        )
-        h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
-    else:
-        f = folded
-        d = _OPS.depthwise_conv2d(
-            _conv(xl, f.expand, f.expand_bias),
-            q.depthwise,
-            None,
-            None,
-            max(stride, 1),
-            1,
-            upsample,
-            "swish",
-            False,
-            None,
-        )[0]
-        h = _affine.forward(d, f.scale, f.shift, "swish")
-    s = _conv(h, f.project, f.project_bias)
-    if q.reduce_weight is None:
-        return skip + s
-    return squeeze_excite(
-        s,
-        *(q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias),  # type: ignore[arg-type]
-        skip=skip,
-        residual_scale=residual_scale,
-    )
-
-
-def _check(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
+def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
     _checks.feature_map(NAME, "x", x)
     _checks.one_of(NAME, "stride", stride, (1, 2, -1))
     b, c, h, w = x.shape
@@ -327,7 +206,7 @@ def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
     return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
 
 
-def _conv(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
     if weight.dim() == 2:
         weight = weight.reshape(*weight.shape, 1, 1)
@@ -374,7 +253,7 @@ class _Cell(torch.autograd.Function):
             gram = rows.t() @ rows
             weights = q.expand.flatten(1)
             expand = weights * q.norm_weight
-            a = _conv(xhat, expand)
+            a = conv1x1(xhat, expand)
             m2 = _distributed.total(((expand @ gram) * expand).sum(1), group)
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
@@ -396,7 +275,7 @@ class _Cell(torch.autograd.Function):
             var2, rstd2, scale2, shift2 = _coefficients_of(
                 mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
             )
-            p = _conv(_affine.forward(d, scale2, shift2, "swish"), q.project)
+            p = conv1x1(_affine.forward(d, scale2, shift2, "swish"), q.project)
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
             mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
@@ -470,7 +349,7 @@ class _Cell(torch.autograd.Function):
                 factor = scale3 * factor
             to_p = _OPS.plane_affine(grad, factor, p, beta3[None], offset)
 
-            to_h3 = _conv(to_p, q.project.transpose(0, 1))
+            to_h3 = conv1x1(to_p, q.project.transpose(0, 1))
             to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
             del to_h3
             to_project = _weight_gradient(to_p, h3)
@@ -492,8 +371,8 @@ class _Cell(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in
                 mixing = (expand * column).t() @ expand - torch.diag(dot0)
-                to_x = _conv(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
-                to_x += _conv(to_a, (expand * rstd0).t())
+                to_x = conv1x1(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
+                to_x += conv1x1(to_a, (expand * rstd0).t())
                 to_x = to_x.to(x_dtype)
                 if identity:
                     to_x = to_x + grad

@@ -1,0 +1,142 @@
+"""The inverted residual cell in evaluation: batch norms with given statistics, folded where they are affine maps beside a 1x1
+convolution; formulas in :mod:`nvae_fast.ops.inverted_residual_cell`, of which this is the other half."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+
+from nvae_fast.ops import _affine
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, conv1x1
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+
+_OPS = torch.ops.nvae_fast
+
+
+class FoldedCell(NamedTuple):
+    """A cell in evaluation: the first two batch norms in the expansion, the last and the residual scale (where no gate comes
+    between) in the projection, the third as the affine map before its swish."""
+
+    expand: torch.Tensor  # (E C_in, C_in)
+    expand_bias: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    project: torch.Tensor  # (C_out, E C_in)
+    project_bias: torch.Tensor
+
+
+Running = Sequence[tuple[torch.Tensor, torch.Tensor]]
+
+
+def fold(
+    q: CellParameters, running: Running, *, eps: float = 1e-5, residual_scale: float = 0.1
+) -> FoldedCell:
+    """``running`` holds (mean, var) of the four batch norms in order. Differentiable."""
+    expand, project = q.expand.flatten(1), q.project.flatten(1)
+    scale0, shift0 = _affine_of(q.norm_weight, q.norm_bias, running[0], eps)
+    scale1, shift1 = _affine_of(q.expand_norm_weight, q.expand_norm_bias, running[1], eps)
+    scale2, shift2 = _affine_of(q.depthwise_norm_weight, q.depthwise_norm_bias, running[2], eps)
+    scale3, shift3 = _affine_of(q.project_norm_weight, q.project_norm_bias, running[3], eps)
+    if q.reduce_weight is None:
+        scale3, shift3 = residual_scale * scale3, residual_scale * shift3
+    return FoldedCell(
+        scale1[:, None] * expand * scale0, scale1 * (expand @ shift0) + shift1, scale2, shift2,
+        scale3[:, None] * project, shift3,
+    )  # fmt: skip
+
+
+def _affine_of(
+    weight: torch.Tensor, bias: torch.Tensor, running: tuple[torch.Tensor, torch.Tensor], eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch norm with given statistics as ``scale * x + shift``."""
+    scale = weight * torch.rsqrt(running[1].to(weight.dtype) + eps)
+    return scale, bias - running[0].to(weight.dtype) * scale
+
+
+# What each module was folded from (kept alive, so that nothing else can come to stand at its address) and the result.
+_folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], FoldedCell]] = (
+    WeakKeyDictionary()
+)
+
+
+def folded_once(
+    module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
+) -> FoldedCell | None:
+    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter); None where gradients may be
+    wanted or a graph is being recorded, which must compute what it is replayed with."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return None
+    device = q.expand.device
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return None
+    sources = (*(t for t in q if t is not None), *(t for pair in running for t in pair))
+    if any(t.is_inference() for t in sources):
+        return None
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    key = (stream, eps, residual_scale, *((t.data_ptr(), t._version, t.dtype) for t in sources))
+    found = _folds.get(module)
+    if found is None or found[0] != key:
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            folded = fold(q, running, eps=eps, residual_scale=residual_scale)
+        found = _folds[module] = (key, tuple(t.detach() for t in sources), folded)
+    return found[2]
+
+
+def inverted_residual_cell_evaluation(
+    x: torch.Tensor,
+    skip: torch.Tensor,
+    parameters: CellParameters,
+    running: Running,
+    *,
+    stride: int = 1,
+    eps: float = 1e-5,
+    residual_scale: float = 0.1,
+    folded: FoldedCell | None = None,
+) -> torch.Tensor:
+    """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
+
+    Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
+    that they have. ``folded``: what :func:`folded_once` gave, to compute without gradients.
+    """
+    q, upsample = parameters, 2 if stride == -1 else 1
+    xl = x.contiguous(memory_format=torch.channels_last)
+    if folded is None:
+        check_cell(x, skip, q, stride)
+        f = fold(q, running, eps=eps, residual_scale=residual_scale)
+        d = depthwise_conv2d(
+            conv1x1(xl, f.expand, f.expand_bias),
+            q.depthwise,
+            stride=max(stride, 1),
+            upsample=upsample,
+            activation="swish",
+        )
+        h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
+    else:
+        f = folded
+        d = _OPS.depthwise_conv2d(
+            conv1x1(xl, f.expand, f.expand_bias),
+            q.depthwise,
+            None,
+            None,
+            max(stride, 1),
+            1,
+            upsample,
+            "swish",
+            False,
+            None,
+        )[0]
+        h = _affine.forward(d, f.scale, f.shift, "swish")
+    s = conv1x1(h, f.project, f.project_bias)
+    if q.reduce_weight is None:
+        return skip + s
+    return squeeze_excite(
+        s,
+        *(q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias),  # type: ignore[arg-type]
+        skip=skip,
+        residual_scale=residual_scale,
+    )
