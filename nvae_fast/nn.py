@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast import _distributed
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
+from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -72,16 +72,15 @@ class BatchNormSwish(nn.Module):
                 activation=self.activation,
             ).y
         count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
-        merged = _distributed.merged_statistics(x, self.process_group)
+        merged = merged_batch_norm_swish(
+            x, self.weight, self.bias, eps=self.eps, activation=self.activation, group=self.process_group
+        )
         if merged is None:
             y, mean, var = batch_norm_swish(
                 x, self.weight, self.bias, eps=self.eps, activation=self.activation
             )
         else:
-            mean, var, count = merged
-            y = batch_norm_swish(
-                x, self.weight, self.bias, mean, var, eps=self.eps, activation=self.activation
-            ).y
+            y, mean, var, count = merged
         self._update(mean, var, count)
         return y
 
@@ -89,10 +88,18 @@ class BatchNormSwish(nn.Module):
     def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
         if isinstance(count, int) and count == 0:
             return  # an empty batch says nothing
-        unbiased = var * (count / (count - 1))
+        if isinstance(
+            count, torch.Tensor
+        ):  # nor do batches that are empty, or hold one value, on all processes together
+            says = count > 1
+            mean = torch.where(says, mean, self.running_mean.to(mean.dtype))
+            unbiased = torch.where(says, var * (count / (count - 1)), self.running_var.to(var.dtype))
+            self.num_batches_tracked += says
+        else:
+            unbiased = var * (count / (count - 1))
+            self.num_batches_tracked += 1
         mean, unbiased = mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
         torch._foreach_lerp_([self.running_mean, self.running_var], [mean, unbiased], self.momentum)
-        self.num_batches_tracked += 1
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, activation={self.activation!r}"

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, bound_forward, original
 from nvae_fast.nn import RESIDUAL_SCALE, _has_hooks
+from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -60,12 +61,15 @@ def batch_norm(
         ).y
     count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
     group = getattr(norm, "process_group", None)
-    everyone = _distributed.merged_statistics(x, group) if merged else None
+    everyone = (
+        merged_batch_norm_swish(x, weight, bias, eps=eps, activation=activation, group=group)
+        if merged
+        else None
+    )
     if everyone is None:
         y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
     else:
-        mean, var, count = everyone
-        y = batch_norm_swish(x, weight, bias, mean, var, eps=eps, activation=activation).y
+        y, mean, var, count = everyone
     with torch.no_grad():
         new = [mean.to(norm.running_mean.dtype), (var * (count / (count - 1))).to(norm.running_var.dtype)]
         torch._foreach_lerp_([norm.running_mean, norm.running_var], new, norm.momentum)

@@ -137,3 +137,6 @@ gradient = operator(
     fake=_gradient_fake,
     gpu=_gpu("affine_activation_grad", _gradient),
 )
+
+# The same in plain PyTorch, in this order.
+FORMULAS = (_forward, _reduce, _gradient)

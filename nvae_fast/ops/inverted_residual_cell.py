@@ -38,6 +38,8 @@ from nvae_fast.ops import (  # noqa: F401  their operators are registered on the
     depthwise_conv2d,
     plane_affine,
 )
+from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
+from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
@@ -169,37 +171,6 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
 def _matrix(t: torch.Tensor) -> torch.Tensor:
     """(B, C, H, W) in channels_last as the matrix (B H W, C) it is in memory."""
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
-def _coefficients_of(
-    mean: torch.Tensor | None,
-    m2: torch.Tensor,
-    count: int | torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, ...]:
-    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
-    if isinstance(count, int):
-        return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
-    return _coefficients.coefficients(mean, m2 / count, weight, bias, 1.0, eps)
-
-
-def _corrections_of(
-    sum_g: torch.Tensor,
-    sum_gx: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    scale: torch.Tensor,
-    count: int | torch.Tensor,
-    group: Any,
-) -> tuple[torch.Tensor, ...]:
-    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
-    if isinstance(count, int):
-        return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
-    g, gx = (t / count for t in _distributed.totals((sum_g, sum_gx), group))
-    _, beta, gamma = _coefficients.corrections(g, gx, mean, rstd, scale, 1.0)
-    return rstd * sum_gx, beta, gamma
 
 
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
