@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+_alone = False
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside the block nothing is merged with other processes: each computes what it would compute by itself."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
 
 def world_size(group: Any = None) -> int:
-    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use."""
+    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use, or inside :func:`alone`."""
+    if _alone:
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 

@@ -186,7 +186,7 @@ def _sample_parser(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="factor on the sigma of every prior and on the pixel noise (default: 1)",
     )
-    _number(parser, "--seed", 0, "seed: the same one, with the same batch size, gives the same images", "")
+    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
     _number(parser, "--batch-size", 32, "images drawn together", "images")
     parser.add_argument(
         "--pixels",

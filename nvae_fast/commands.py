@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 
 import nvae_fast as nf
 from nvae_fast import cli_options
+from nvae_fast._distributed import alone
 from nvae_fast._files import atomic_file
 from nvae_fast.data import open_dataset, save_grid
 from nvae_fast.training import checkpoint, distributed, pictures, run_folder, seeds
@@ -46,6 +48,7 @@ _RESUME_TOLD = {
     "learning_rate_min",
     "grad_clip",
     "autocast",
+    "accumulate",
     "threads",
 }
 
@@ -121,12 +124,26 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     return 0
 
 
+def _together(
+    arguments: argparse.Namespace, work: Callable[[argparse.Namespace, distributed.World], int]
+) -> int:
+    """Run `work` on this process, or on each of those torchrun started."""
+    world = distributed.start_world(arguments.device)
+    with world.contact(lambda: "Nothing was written that is not whole: start all of them again"):
+        code = work(arguments, world)
+    world.close()
+    return code
+
+
 def evaluate(arguments: argparse.Namespace) -> int:
     """Report the likelihood bounds of images under a model."""
     _threads(arguments)
-    say = _speaker(arguments.quiet)
-    device = distributed.pick_device(arguments.device)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=device)
+    return _together(arguments, _evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
+    say = _speaker(arguments.quiet or not world.is_main)
+    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     data, kind = arguments.data, arguments.data_kind
     if data is None:
         trained = facts.get("data", {})
@@ -135,7 +152,7 @@ def evaluate(arguments: argparse.Namespace) -> int:
             raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
     dataset = _open(data, kind, arguments.split, model.config)
     total = min(len(dataset), arguments.max_images or len(dataset))
-    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet)
+    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
     try:
         result = evaluate_model(
             model,
@@ -146,10 +163,13 @@ def evaluate(arguments: argparse.Namespace) -> int:
             max_images=arguments.max_images,
             autocast=None if arguments.autocast == "none" else arguments.autocast,
             on_batch=lambda done, value: progress.update(done, f"bound {value:.3f} nats"),
+            world=world,
         )
     finally:
         progress.close()
     _say_skipped(dataset, say)
+    if not world.is_main:
+        return 0
     report = {"checkpoint": facts["path"], "data": data, "split": arguments.split, **result.to_dict()}
     if arguments.json is not None:
         text = json.dumps(report, indent=2) + "\n"
@@ -176,18 +196,23 @@ def sample(arguments: argparse.Namespace) -> int:
         if file is not None:
             _may_write(file, arguments.overwrite)
     _threads(arguments)
-    say = _speaker(arguments.quiet)
-    device = distributed.pick_device(arguments.device)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=device)
+    return _together(arguments, _sample)
+
+
+def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
+    say = _speaker(arguments.quiet or not world.is_main)
+    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     if getattr(arguments, "readjust", False):
-        readjust(
-            model,
-            Path(facts["path"]),
-            temperature=arguments.temperature,
-            passes=arguments.readjust_passes,
-            report=say,
-        )
-    progress = Progress("sample", arguments.number, unit="image", quiet=arguments.quiet)
+        with alone():  # the same statistics on every process, and those of a single one
+            readjust(
+                model,
+                Path(facts["path"]),
+                temperature=arguments.temperature,
+                passes=arguments.readjust_passes,
+                keep=world.is_main,
+                report=say,
+            )
+    progress = Progress("sample", arguments.number, unit="image", quiet=arguments.quiet or not world.is_main)
     try:
         images = pictures.draw_images(
             model,
@@ -197,9 +222,12 @@ def sample(arguments: argparse.Namespace) -> int:
             batch_size=arguments.batch_size,
             pixels=arguments.pixels,
             on_batch=progress.update,
+            world=world,
         )
     finally:
         progress.close()
+    if not world.is_main:
+        return 0
     save_grid(images, arguments.out, columns=arguments.columns)
     say(f"wrote {arguments.out}")
     if arguments.npy is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
+from nvae_fast.models.streams import check_streams, is_streams
 from nvae_fast.ops import _checks
 from nvae_fast.ops._squash import soft_clamp, unpack
 from nvae_fast.ops.mixture_logistic import (
@@ -28,12 +31,27 @@ class Likelihood(Protocol):
         ...
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
-        """An image (B, C, H, W) in [0, 1]."""
+        """An image (B, C, H, W) in [0, 1]. seed: int or 0-d int64 tensor, or (B,): one an image, whatever else is there."""
         ...
 
     def mean(self) -> torch.Tensor:
         """The mean image (B, C, H, W) in [0, 1]."""
         ...
+
+
+def _each(
+    params: torch.Tensor,
+    seeds: torch.Tensor,
+    draw: Callable[[torch.Tensor, torch.Tensor | int], torch.Tensor],
+) -> torch.Tensor:
+    """Images drawn one by one, each from the stream of its own seed."""
+    check_streams("sample", seeds, params.shape[0], params.device)
+    images = (
+        [draw(part, seed) for part, seed in zip(params.split(1), seeds.unbind(), strict=True)]
+        if len(seeds)
+        else []
+    )
+    return torch.cat(images) if images else draw(params, 0)
 
 
 class Bernoulli:
@@ -51,6 +69,8 @@ class Bernoulli:
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
         _checks.temperature("Bernoulli.sample", temperature, zero=False)
+        if is_streams(seed):
+            return _each(self.logits, seed, lambda part, own: Bernoulli(part).sample(temperature, own))
         u = uniform(as_seed(seed, self.logits.device), tuple(self.logits.shape), self.logits.dtype)
         return (u < torch.sigmoid(self.logits / temperature)).to(self.logits.dtype)
 
@@ -70,6 +90,9 @@ class MixtureLogistic:
         )
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        if is_streams(seed):
+            make = partial(MixtureLogistic, num_mixtures=self.num_mixtures, num_bits=self.num_bits)
+            return _each(self.params, seed, lambda part, own: make(part).sample(temperature, own))
         return mixture_logistic_sample(
             self.params, num_mixtures=self.num_mixtures, temperature=temperature, seed=seed
         )
@@ -96,6 +119,8 @@ class Normal:
         return normal_log_prob(value, params).sum(1).view(b, h, w)
 
     def sample(self, temperature: float = 1.0, seed: int | torch.Tensor | None = None) -> torch.Tensor:
+        if is_streams(seed):
+            return _each(self.params, seed, lambda part, own: Normal(part).sample(temperature, own))
         return self._to_image(normal_sample(self.params, temperature=temperature, seed=seed))
 
     def mean(self) -> torch.Tensor:

@@ -20,6 +20,7 @@ from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
+from nvae_fast.models.streams import check_streams, is_streams, streams_of
 from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
@@ -136,10 +137,11 @@ class NVAE(nn.Module):
         Args:
             x: images (B, C, H, W) in [0, 1].
             noise: per group a standard normal tensor (B, Z, H, W) or None to draw; None draws all.
-            seed: int or 0-d int64 tensor; None takes one from the device's default generator.
+            seed: int or 0-d int64 tensor; None takes one from the device's default generator. An int64 tensor (B,) is one
+                seed an image: its noise then depends on neither batch nor process.
 
         Raises:
-            ValueError, TypeError: x or noise has the wrong shape or type.
+            ValueError, TypeError: x, noise or seed has the wrong shape or type.
         """
         c = self.config
         expected = (c.channels, c.resolution, c.resolution)
@@ -239,6 +241,10 @@ class NVAE(nn.Module):
                 raise ValueError(f"NVAE: noise[{i}] must have shape {(n, *shape)}, got {tuple(eps.shape)}")
         if all(eps is not None for eps in noise):
             return [(eps, None) for eps in noise]
+        if is_streams(seed):
+            check_streams("NVAE", seed, n, device)
+            drawn = streams_of(seed, self.config.z_shapes, self.top_feature.dtype)
+            return [(own if eps is None else eps, None) for own, eps in zip(drawn, noise, strict=True)]
         seeds = split_seed(as_seed(seed, device), groups).unbind()
         return [(None, seeds[i]) if eps is None else (eps, None) for i, eps in enumerate(noise)]
 

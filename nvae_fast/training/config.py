@@ -32,6 +32,12 @@ class TrainingConfig:
         unit="minutes",
     )
     batch_size: int = _option(32, "images in a step, on every process", unit="images")
+    accumulate: int = _option(
+        1,
+        "parts in which a process computes its images of a step, one after another, adding their gradients up: "
+        "memory of one part; batch norm and KL balancing see a part at a time, so numbers change a little",
+        unit="parts",
+    )
     learning_rate: float = _option(1e-2, "largest learning rate of Adamax, reached after the warm-up")
     learning_rate_min: float = _option(1e-4, "learning rate at the end of the cosine")
     warmup_epochs: float = _option(5.0, "linear warm-up of the learning rate", unit="epochs")
@@ -91,6 +97,7 @@ class TrainingConfig:
             "epochs",
             "max_steps",
             "batch_size",
+            "accumulate",
             "threads",
             "max_bad_steps",
             "checkpoint_every",
@@ -122,6 +129,10 @@ class TrainingConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ValueError(f"TrainingConfig: {name} must be between 0 and 1, got {value!r}")
+        if self.accumulate > self.batch_size:
+            raise ValueError(
+                f"TrainingConfig: accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})"
+            )
         if self.learning_rate_min > self.learning_rate:
             raise ValueError(
                 f"TrainingConfig: learning_rate_min ({self.learning_rate_min}) must not exceed "

@@ -1,13 +1,25 @@
-"""The processes of a run: one, or the several that torchrun started. Only rank 0 writes files and speaks."""
+"""The processes of a run: one, or the several that torchrun started. Only rank 0 writes files and speaks.
+
+When a process dies the others notice at their next exchange, at once on CPUs (the connection is closed), on GPUs as soon as
+torchrun stops them or the exchange times out. `World.contact` turns that into a `ProcessLost` that says what to do.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run has died or stopped; the message says what is safe and how to go on."""
 
 
 @dataclass(frozen=True)
@@ -31,13 +43,56 @@ class World:
         dist.all_reduce(shared, op=dist.ReduceOp.MAX)
         return shared.tolist()
 
-    def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over all processes of a tensor that carries no gradient."""
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes of a tensor that carries no gradient."""
         if self.size == 1:
             return tensor
         shared = tensor.detach().clone()
         dist.all_reduce(shared)
-        return shared / self.size
+        return shared
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over all processes of a tensor that carries no gradient."""
+        return tensor if self.size == 1 else self.sum(tensor) / self.size
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensor of every process, in their order; all must be of one shape."""
+        if self.size == 1:
+            return [tensor]
+        everyone = tensor.new_empty(self.size, *tensor.shape)
+        dist.all_gather_into_tensor(everyone.view(-1), tensor.contiguous().view(-1))
+        return list(everyone.unbind())
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise ValueError, on every process, when these (name: value) are not the same on all of them."""
+        if self.size == 1:
+            return
+        prints = [float(zlib.crc32(repr(value).encode())) for value in facts.values()]
+        both = self.largest(*prints, *(-p for p in prints))
+        for (name, value), high, low in zip(
+            facts.items(), both[: len(prints)], both[len(prints) :], strict=True
+        ):
+            if high != -low:
+                raise ValueError(
+                    f"the processes of this run differ in {name}, of which process {self.rank} of {self.size} has "
+                    f"{_short(value)}: start all of them with the same options and data"
+                )
+
+    @contextlib.contextmanager
+    def contact(self, advice: Callable[[], str]) -> Iterator[None]:
+        """Failures to exchange anything with another process become a `ProcessLost` that ends with `advice()`."""
+        try:
+            yield
+        except ProcessLost:
+            raise
+        except RuntimeError as error:
+            # gloo has no type of error of its own, but names its files.
+            if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+                raise
+            raise ProcessLost(
+                f"another process of this run died or stopped (process {self.rank} of {self.size} lost contact; what "
+                f"happened stands in the other's output, or it was killed). {advice()}"
+            ) from error
 
     def barrier(self) -> None:
         """Wait until every process is here."""
@@ -45,7 +100,7 @@ class World:
             dist.barrier()
 
     def close(self) -> None:
-        """Leave the process group, if there is one."""
+        """Leave the process group, if there is one. After an error, end the process instead: others notice that."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -54,7 +109,7 @@ def start_world(device: str = "auto") -> World:
     """Join the processes torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
 
     device: "auto" (the GPU of this process if there is one, else the CPU), "cpu", "cuda" or "cuda:<index>".
-    Raises ValueError for a device that is not there.
+    Raises ValueError for a device that is not there, ProcessLost when the others cannot be reached.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     rank = int(os.environ.get("RANK", "0"))
@@ -63,7 +118,14 @@ def start_world(device: str = "auto") -> World:
     if size > 1:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        try:
+            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
+        except dist.DistError as error:
+            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise ProcessLost(
+                f"process {rank} of {size} could not join the others at {place}: {str(error).splitlines()[0]}. Check that "
+                "torchrun is started on every node with the same --nnodes and --rdzv-endpoint"
+            ) from error
     return World(rank, size, chosen)
 
 
@@ -85,3 +147,8 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
     if index >= torch.cuda.device_count():
         raise ValueError(f"device cuda:{index} asked for, but there are {torch.cuda.device_count()} GPU(s)")
     return torch.device("cuda", index)
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) < 200 else text[:197] + "..."

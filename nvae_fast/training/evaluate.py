@@ -9,7 +9,7 @@ is one. Memory does not grow with K: the sum over k is a running logsumexp.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.training import seeds
+from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import full_precision
 from nvae_fast.training.pictures import evaluation
 
@@ -79,23 +80,26 @@ class OnlineLogMeanExp:
 
 @torch.no_grad()
 def importance_bound(
-    model: NVAE, x: Tensor, samples: int, *, seed: int = 0, autocast: str | None = None
+    model: NVAE, x: Tensor, samples: int, *, seed: int | Sequence[int] = 0, autocast: str | None = None
 ) -> tuple[Tensor, dict[str, Any]]:
     """The bound on log p(x) of every image, (B,) float64, from `samples` draws; model in evaluation mode.
 
-    x: (B,C,H,W) in [0,1] on the model's device. autocast: None or "bf16", for the network alone. Also returns
-    sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
+    x: (B,C,H,W) in [0,1] on the model's device. seed: one for the batch, or B of them: an image's noise is then that of
+    its seed, whatever else is in the batch. autocast: None or "bf16", for the network alone. Also returns sums
+    over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
     "kl_per_channel" (channels of all groups).
     """
     if samples < 1:
         raise ValueError(f"importance_bound: samples must be at least 1, got {samples}")
+    if not isinstance(seed, int) and len(seed) != x.shape[0]:
+        raise ValueError(f"importance_bound: seed must be one number or {x.shape[0]}, got {len(seed)}")
     bound = OnlineLogMeanExp()
     reconstruction: Any = 0.0
     per_group: Any = 0.0
     per_channel: Any = 0.0
     for k in range(samples):
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast == "bf16"):
-            out = model(x, seed=seeds.mix_seed(seed, k))
+            out = model(x, seed=_draw_seed(seed, k, x.device))
         # The likelihood in full precision: it is a sum over all pixels.
         recon = model.reconstruction_loss(full_precision(out.logits), x)
         bound.add(out.log_p.double() - out.log_q.double() - recon.double())
@@ -111,6 +115,12 @@ def importance_bound(
     return bound.value(), sums
 
 
+def _draw_seed(seed: int | Sequence[int], k: int, device: torch.device) -> int | Tensor:
+    if isinstance(seed, int):
+        return seeds.mix_seed(seed, k)
+    return torch.tensor([seeds.mix_seed(own, k) for own in seed], dtype=torch.int64).to(device)
+
+
 def evaluate(
     model: NVAE,
     dataset: Any,
@@ -121,12 +131,15 @@ def evaluate(
     max_images: int | None = None,
     autocast: str | None = None,
     on_batch: Callable[[int, float], None] | None = None,
+    world: World | None = None,
 ) -> Evaluation:
-    """Evaluate `model` on `dataset`, the same numbers for the same seed and batch size.
+    """Evaluate `model` on `dataset`. An image's noise depends on seed and its index alone: another batch size gives the same
+    numbers but for rounding, another number of processes exactly the same.
 
     samples: K, draws of z for every image. max_images: only the first so many. autocast: None or "bf16".
-    on_batch(images done, negative bound so far) is called after every batch. Raises ValueError for bad
-    arguments. The model comes back in the mode it was in.
+    on_batch(images done, negative bound so far) is called after every batch. world: several processes share the images
+    out, each returns the whole result. Raises ValueError for bad arguments, on every process when they differ. The
+    model comes back in the mode it was in.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -136,29 +149,32 @@ def evaluate(
     if total == 0:
         raise ValueError(f"evaluate: {dataset.name} has no images")
     device = next(model.parameters()).device
-    # Sums over the images: numbers to begin with, tensors after the first batch.
-    bound: Any = 0.0
-    recon: Any = 0.0
-    kl: Any = 0.0
-    channels: Any = 0.0
+    world = world or World()
+    world.agree({"--data (number of images)": len(dataset)})
     data_seed = seeds.mix_seed(seed, seeds.DATA)
+    # One row a batch: bound, reconstruction, KL of every group, of every channel. Batches are those of one process, dealt out
+    # in turn, and rows are added in their order: the sums are bit for bit the same.
+    starts = range(0, total, batch_size)
+    groups, latent = model.config.num_groups, model.config.num_latent_per_group
+    table = torch.zeros(len(starts), 2 + groups + groups * latent, dtype=torch.float64, device=device)
+    mine = 0
     with evaluation(model):
-        for start in range(0, total, batch_size):
-            indices = torch.arange(start, min(start + batch_size, total))
+        for row in range(world.rank, len(starts), world.size):
+            indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
             x = dataset.batch(indices, data_seed).to(device)
-            values, sums = importance_bound(
-                model, x, samples, seed=seeds.mix_seed(seed, seeds.EVALUATION, start), autocast=autocast
-            )
-            bound = bound + values.sum()
-            recon = recon + sums["reconstruction"]
-            kl = kl + sums["kl_per_group"]
-            channels = channels + sums["kl_per_channel"]
+            own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
+            values, sums = importance_bound(model, x, samples, seed=own, autocast=autocast)
+            head = torch.stack([values.sum(), sums["reconstruction"]])
+            table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
+            mine += len(indices)
             if on_batch is not None:
-                done = int(indices[-1]) + 1
-                on_batch(done, -float(bound) / done)
-    kl_per_group = (kl / total).tolist()
-    elbo = float(recon) / total + sum(kl_per_group)
-    nll = -float(bound) / total
+                done = min(starts[row] + world.size * batch_size, total)
+                on_batch(done, -float(table[:, 0].sum()) / mine)
+    means = world.sum(table).sum(0).cpu() / total
+    bound, recon = means[:2].tolist()
+    kl_per_group = means[2 : 2 + groups].tolist()
+    channels = means[2 + groups :]
+    elbo, nll = recon + sum(kl_per_group), -bound
     dims = model.config.dims
     return Evaluation(
         images=total,
@@ -167,10 +183,10 @@ def evaluate(
         negative_elbo_bits_per_dim=bits_per_dim(elbo, dims),
         negative_log_likelihood=nll,
         negative_log_likelihood_bits_per_dim=bits_per_dim(nll, dims),
-        reconstruction=float(recon) / total,
+        reconstruction=recon,
         kl=sum(kl_per_group),
         kl_per_group=kl_per_group,
-        active_channels=int((channels / total > ACTIVE_CHANNEL_NATS).sum()),
+        active_channels=int((channels > ACTIVE_CHANNEL_NATS).sum()),
         latent_channels=channels.numel(),
         seed=seed,
     )

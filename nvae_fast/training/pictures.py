@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nvae_fast._distributed import alone
+from nvae_fast.training.distributed import World
 from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.seeds import mix_seed
 
@@ -30,30 +32,39 @@ def draw_images(
     batch_size: int = 32,
     pixels: str = "auto",
     on_batch: Callable[[int], None] | None = None,
+    world: World | None = None,
 ) -> Tensor:
     """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU; the model in evaluation mode.
 
-    temperature: multiplies every prior's sigma, and the likelihood's noise. seed: same seed and batch_size,
-    same images. pixels: "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean
-    of a Bernoulli (gray values say more than black and white dots) and draws otherwise. on_batch(done) is
-    called after every batch.
+    temperature: multiplies every prior's sigma, and the likelihood's noise. seed: image i depends on (seed, i) alone;
+    another batch size gives the same images but for rounding, another number of processes exactly the same. pixels:
+    "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean of a Bernoulli (gray values say
+    more than black and white dots) and draws otherwise. on_batch(done) is called after every batch. world: several
+    processes share the batches out; the first of them gets the images, the others none of them, (0,C,H,W).
     """
     if pixels not in ("auto", "mean", "sample"):
         raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
     if pixels == "auto":
         pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
+    world = world or World()
+    shape = (model.config.channels, model.config.resolution, model.config.resolution)
     sampler = Sampler(model, temperature=temperature, pixels=pixels)
     parts = []
-    for start in range(0, count, batch_size):
-        size = min(batch_size, count - start)
-        images = sampler(size, seed=mix_seed(seed, start, 0), pixel_seed=mix_seed(seed, start, 1))
-        parts.append(images.float().cpu())
+    # Batches are those of one process, dealt out in turn: their images come out bit for bit the same.
+    for start in range(0, count, batch_size * world.size):
+        mine = start + batch_size * world.rank
+        size = min(batch_size, max(count - mine, 0))
+        drawn = sampler(size, seed=seed, first=mine).float() if size else None
+        if world.size > 1:
+            padded = torch.zeros(batch_size, *shape, device=sampler.device)
+            if drawn is not None:
+                padded[:size] = drawn
+            drawn = torch.cat(world.gather(padded))[: count - start]
+        if drawn is not None and world.is_main:
+            parts.append(drawn.cpu())
         if on_batch is not None:
-            on_batch(start + size)
-    if not parts:
-        config = model.config
-        return torch.zeros(0, config.channels, config.resolution, config.resolution)
-    return torch.cat(parts)
+            on_batch(min(start + batch_size * world.size, count))
+    return torch.cat(parts) if parts else torch.zeros(0, *shape)
 
 
 @contextlib.contextmanager
@@ -82,12 +93,11 @@ def write_samples(
 ) -> None:
     """A PNG grid of images from the prior. The model comes out as it went in, statistics included.
 
-    Readjusting merges statistics over all processes, so each of them must take part; path=None writes
-    nothing.
+    Every process computes by itself; path=None draws and writes nothing (but keeps in step with one that does).
     """
     from nvae_fast.data import save_grid
 
-    with evaluation(model, keep_buffers=readjust_passes > 0):
+    with evaluation(model, keep_buffers=readjust_passes > 0), alone():
         if readjust_passes > 0:
             model.readjust_batch_norm(
                 temperature, passes=readjust_passes, batch=READJUST_BATCH, seed=mix_seed(seed, 2)

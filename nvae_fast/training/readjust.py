@@ -31,13 +31,14 @@ def readjust(
     temperature: float,
     passes: int,
     batch: int = 16,
+    keep: bool = True,
     report: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
     """Put readjusted batch-norm statistics into `model`, from the file beside `source` if it is there.
 
     Otherwise the model's sampler is run (`passes` batches of `batch` images at `temperature`) and the file
-    written. source=None: never cached. Returns the file, None when there is none; report(text) tells what is
-    done. The model comes back in evaluation mode.
+    written, unless `keep` is False. source=None: never cached. Returns the file, None when there is none; report(text)
+    tells what is done. The model comes back in evaluation mode.
     """
     path = None
     key: dict[str, Any] = {}
@@ -63,7 +64,7 @@ def readjust(
     before = {name: value.clone() for name, value in model.state_dict().items() if _is_statistic(name)}
     model.readjust_batch_norm(temperature, passes=passes, batch=batch, seed=_SEED)
     model.eval()
-    if path is None:
+    if path is None or not keep:
         return None
     after = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in before}
     try:

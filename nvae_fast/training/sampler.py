@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay
+from nvae_fast.training.seeds import mix_seed
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -47,25 +48,34 @@ class Sampler:
         # Two streams of noise: of the latent variables and of the pixels.
         self._latent = Controls((), self.device)
         self._pixel = Controls((), self.device)
+        self._streams: Tensor | None = None  # (2, n): one seed an image, for both
         if recorder is None and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
         self._replay = Replay(recorder) if recorder is not None else None
 
     @torch.no_grad()
-    def __call__(self, n: int, *, seed: int, pixel_seed: int | None = None) -> Tensor:
+    def __call__(
+        self, n: int, *, seed: int, pixel_seed: int | None = None, first: int | None = None
+    ) -> Tensor:
         """`n` images (N,C,H,W) in [0,1] (or the likelihood's parameters), on the model's device, the caller's own.
 
-        pixel_seed: of the likelihood's noise, by default another stream of `seed`.
+        pixel_seed: of the likelihood's noise, by default another stream of `seed`. first: the number of the first image;
+        image `first + i` is then drawn from streams of its own, the same in any batch and on any process. None: one
+        stream for the batch, which is faster by a launch or two an image where launches count.
         """
-        self._latent.write(seed)
-        self._pixel.write(seed ^ 0x9E3779B97F4A7C15 if pixel_seed is None else pixel_seed)
+        if first is None:
+            self._streams = None
+            self._latent.write(seed)
+            self._pixel.write(seed ^ 0x9E3779B97F4A7C15 if pixel_seed is None else pixel_seed)
+        else:
+            self._write_streams(n, first, seed, seed if pixel_seed is None else pixel_seed)
         training = self.model.training
         if training:
             self.model.eval()
         try:
             if self._replay is None:
                 return self.body(n)
-            if not self._replay.ready((n, *self._weights())):
+            if not self._replay.ready((n, first is None, *self._weights())):
                 images: Tensor = self._replay.warm_up(lambda: self.body(n))
                 return images
             replayed: Tensor = self._replay.run(lambda: self.body(n))
@@ -78,14 +88,25 @@ class Sampler:
         """What a graph holds."""
         enabled = self.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            logits = self.model.sample(n, self.temperature, seed=self._latent.seed)
+            seed = self._latent.seed if self._streams is None else self._streams[0]
+            logits = self.model.sample(n, self.temperature, seed=seed)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         if self.pixels == "logits":
             return logits
         likelihood = self.model.likelihood(logits)
         if self.pixels == "mean":
             return likelihood.mean()
-        return likelihood.sample(temperature=self.temperature, seed=self._pixel.seed)
+        seed = self._pixel.seed if self._streams is None else self._streams[1]
+        return likelihood.sample(temperature=self.temperature, seed=seed)
+
+    def _write_streams(self, n: int, first: int, seed: int, pixel_seed: int) -> None:
+        values = [
+            [mix_seed(parent, first + i, purpose) for i in range(n)]
+            for purpose, parent in enumerate((seed, pixel_seed))
+        ]
+        if self._streams is None or self._streams.shape[1] != n:  # a capture reads them where they are
+            self._streams = torch.empty(2, n, dtype=torch.int64, device=self.device)
+        self._streams.copy_(torch.tensor(values, dtype=torch.int64).view(2, n))
 
     def _weights(self) -> tuple[int, int]:
         """Changes whenever a parameter or buffer was written or replaced."""

@@ -8,6 +8,7 @@ numbers that the host reads: eagerly before the optimizer moves, after a graph b
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Hashable
@@ -17,12 +18,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvae_fast._prepared import prepare_weights
+from nvae_fast.models.streams import is_streams
+from nvae_fast.ops.philox import split_seed
 from nvae_fast.training.adamax import Adamax
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay, layout
-from nvae_fast.training.objective import balanced_kl, full_precision
+from nvae_fast.training.loss import Objective
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -44,45 +46,6 @@ class StepResult:
     skipped: bool
 
 
-class Objective(nn.Module):
-    """The whole loss as one module, so that DistributedDataParallel sees every use of a parameter."""
-
-    def __init__(self, model: NVAE, config: TrainingConfig, world: World) -> None:
-        super().__init__()
-        self.model = model
-        self.config = config
-        self.world = world
-
-    def forward(
-        self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """(loss, [loss, reconstruction, kl, spectral, batch_norm]); the first carries the gradient."""
-        with prepare_weights(self.model):
-            return self._forward(x, seed, coefficient, weight)
-
-    def _forward(
-        self, x: Tensor, seed: Tensor | int, coefficient: float | Tensor, weight: float | Tensor
-    ) -> tuple[Tensor, Tensor]:
-        enabled = self.config.autocast == "bf16"
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled):
-            out = self.model(x, seed=seed)
-        # Likelihood and KL in full precision: they are sums over thousands of terms.
-        reconstruction = self.model.reconstruction_loss(full_precision(out.logits), x)
-        kl = full_precision(out.kl)
-        if self.config.kl_balance:
-            average = self.world.mean if self.world.size > 1 else None
-            weighted = balanced_kl(kl, coefficient, self.model.config, average=average)
-        else:
-            weighted = _as(coefficient, kl) * kl.sum(1)
-        spectral, batch_norm = self.model.regularization()
-        penalty = spectral + batch_norm
-        loss = (reconstruction + weighted).mean() + _as(weight, penalty) * penalty
-        numbers = torch.stack(
-            [loss, reconstruction.mean(), kl.sum(1).mean(), spectral.to(loss), batch_norm.to(loss)]
-        )
-        return loss, numbers.detach()
-
-
 class Step:
     """Holds the model, its optimizer and what is needed to undo a bad step.
 
@@ -95,6 +58,9 @@ class Step:
     algorithms and make the optimizer's state), and so do the first after a change of batch shape. A capture keeps
     copies of parameters and optimizer state, three times the parameters' memory, to undo a bad step with.
     recorder: what captures, in tests.
+
+    Processes may hold different numbers of images, even none: gradients and the numbers reported are those of the whole
+    batch. `config.accumulate` parts of each process's images are computed one after another, their gradients added up.
     """
 
     def __init__(
@@ -136,12 +102,22 @@ class Step:
         # Data-dependent initialisation sets parameters in the first forward, so until one step went well they
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
+        self._streams: Tensor | None = None
 
     def __call__(
         self, x: Tensor, *, seed: Tensor | int, coefficient: float, weight: float, learning_rate: float
     ) -> StepResult:
-        """Take one step on images x (B,C,H,W) in [0,1]; weight is lambda, coefficient the KL coefficient."""
-        self._controls.write(seed, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
+        """Take one step on images x (B,C,H,W) in [0,1]; weight is lambda, coefficient the KL coefficient.
+
+        seed: of the noise; an int64 tensor (B,) gives every image its own (not in a CUDA graph: ValueError).
+        """
+        self._streams = seed if is_streams(seed) else None
+        if self._streams is not None and self._replay is not None:
+            raise ValueError(
+                "Step: one seed an image needs cuda_graph=False, a capture holds one seed a step"
+            )
+        plain = 0 if is_streams(seed) else seed
+        self._controls.write(plain, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
         # What a capture only writes must be there before: the optimizer's state, too.
@@ -218,19 +194,65 @@ class Step:
     def gradients(self, x: Tensor) -> Tensor:
         """Forward and backward into `.grad`, clipped: [all finite, the numbers of the loss, the gradient's norm]."""
         _copy(self._saved, self._buffers)
-        numbers = self._controls.numbers
-        loss, parts = self.objective(x, self._controls.seed, numbers["coefficient"], numbers["weight"])
-        if self.world.size > 1:
-            loss.backward()  # the reduction over processes hangs on it
-        else:
-            # Nothing to accumulate into: the gradients are taken as they come, without two calls a parameter.
-            gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter.grad = gradient
+        parts = self._backward(x)
         norm = self._clip()
         # One wait for the device a step: everything the host wants to know travels together.
         values = torch.cat([parts, norm.to(parts).reshape(1)])
         return torch.cat([torch.isfinite(values).all().to(values).reshape(1), values])
+
+    def _backward(self, x: Tensor) -> Tensor:
+        """Sets the gradients of the whole batch; returns the numbers of the loss, of which the mean over processes counts."""
+        several = self.world.size > 1
+        count: float | Tensor = x.shape[0]
+        if several:
+            count = self.world.sum(torch.full((), x.shape[0], dtype=torch.float64, device=x.device))
+            count = (count / self.world.size).to(torch.promote_types(x.dtype, torch.float32))
+        pieces = self._pieces(x)
+        total: Tensor | None = None
+        for index, (images, seed) in enumerate(pieces):
+            last = index == len(pieces) - 1
+            numbers = self._controls.numbers
+            # Gradients travel between processes once, with the last part.
+            wait = contextlib.nullcontext() if last or not several else self.objective.no_sync()  # type: ignore[operator]
+            with wait:
+                loss, parts = self.objective(
+                    images, seed, numbers["coefficient"], numbers["weight"], count, last
+                )
+                if several:
+                    loss.backward()  # the reduction over processes hangs on it
+                else:
+                    self._add_gradients(loss, first=index == 0)
+            total = parts if total is None else total + parts
+        assert total is not None
+        return total
+
+    def _pieces(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The parts of a batch with their seeds. Processes with fewer images have as many parts, perhaps empty ones."""
+        seed = self._controls.seed if self._streams is None else self._streams
+        count = self.config.accumulate
+        if self.world.size == 1:
+            count = max(min(count, x.shape[0]), 1)
+        if count == 1:
+            return [(x, seed)]
+        seeds = split_seed(seed, count).unbind() if self._streams is None else seed.tensor_split(count)
+        return list(zip(x.tensor_split(count), seeds, strict=True))
+
+    def _add_gradients(self, loss: Tensor, *, first: bool) -> None:
+        # Nothing to accumulate into at first: the gradients are taken as they come, without two calls a parameter.
+        gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+        if first:
+            for parameter, gradient in zip(self.parameters, gradients, strict=True):
+                parameter.grad = gradient
+            return
+        both = [
+            (p.grad, g)
+            for p, g in zip(self.parameters, gradients, strict=True)
+            if g is not None and p.grad is not None
+        ]
+        torch._foreach_add_([old for old, _ in both], [new for _, new in both])
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            if parameter.grad is None:
+                parameter.grad = gradient
 
     @torch.no_grad()
     def update(self, rate: float | Tensor) -> None:
@@ -242,9 +264,10 @@ class Step:
         self.optimizer.step()
 
     def _decide(self, values: Tensor) -> StepResult:
+        if self.world.size > 1:  # one exchange: is all finite everywhere, and the numbers of the whole batch
+            values = self.world.mean(values.double())
         finite, loss, reconstruction, kl, spectral, batch_norm, norm = values.tolist()
-        (bad,) = self.world.largest(0.0 if finite else 1.0)
-        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=bool(bad))
+        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=finite != 1.0)
 
     def _clip(self) -> Tensor:
         """The gradient's norm over all parameters; scales the gradient when clipping is on."""
@@ -265,11 +288,6 @@ class Step:
 def _copy(targets: list[Tensor], sources: list[Tensor]) -> None:
     if targets:  # a model without buffers has nothing to copy
         torch._foreach_copy_(targets, sources)
-
-
-def _as(value: float | Tensor, like: Tensor) -> float | Tensor:
-    """A 0-d tensor in the dtype of `like`, so that it does not widen the result; a number as it is."""
-    return value.to(like.dtype) if isinstance(value, Tensor) else value
 
 
 def _no_graph(device: torch.device, world: World, config: TrainingConfig) -> str:

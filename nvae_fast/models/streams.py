@@ -1,0 +1,43 @@
+"""Noise that belongs to an image, not to its place in a batch: one Philox stream an image.
+
+A 0-d seed is one stream for a batch, of which an image takes the part at its place. With one seed an image, its noise is the
+same alone, in any batch and on any process. Kernels know nothing of it: the draws are handed to them as given noise.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeGuard
+
+import torch
+
+from nvae_fast.ops.philox import philox_normal
+
+
+def is_streams(seed: Any) -> TypeGuard[torch.Tensor]:
+    """Whether ``seed`` is one seed an image, a tensor of one dimension."""
+    return isinstance(seed, torch.Tensor) and seed.dim() == 1
+
+
+def check_streams(op: str, seeds: torch.Tensor, n: int, device: torch.device) -> None:
+    """Raise unless ``seeds`` is an int64 tensor (n,) on ``device``."""
+    if seeds.dtype != torch.int64:
+        raise TypeError(f"{op}: a seed tensor must be int64, got {seeds.dtype}")
+    if seeds.numel() != n:
+        raise ValueError(f"{op}: seed must be one number or one an image ({n}), got {seeds.numel()}")
+    if seeds.device != device:
+        raise ValueError(f"{op}: seed must be on {device}, got {seeds.device}")
+
+
+def streams_of(
+    seeds: torch.Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype
+) -> list[torch.Tensor]:
+    """Standard normals (B, *shape) of every shape; those of image b are consecutive draws of the stream ``seeds[b]``."""
+    sizes = [math.prod(shape) for shape in shapes]
+    rows = [philox_normal((sum(sizes),), seed, dtype=dtype) for seed in seeds.unbind()]
+    draws = torch.stack(rows) if rows else torch.empty(0, sum(sizes), dtype=dtype, device=seeds.device)
+    return [
+        part.reshape(-1, *shape) if rows else part.new_empty(0, *shape)
+        for part, shape in zip(draws.split(sizes, dim=1), shapes, strict=True)
+    ]
