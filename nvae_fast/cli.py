@@ -7,6 +7,7 @@ SIGINT or SIGTERM after saving a checkpoint (`--resume` goes on from there).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -49,8 +50,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"{PROGRAM}: error: {_one_line(error)}", file=sys.stderr)
+        print(f"{PROGRAM}:{_process()} error: {_one_line(error)}", file=sys.stderr)
         return ERROR_CODE
+
+
+def _process() -> str:
+    """Which of the processes speaks, where torchrun started several."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return "" if size == "1" else f" process {os.environ.get('RANK', '0')} of {size}:"
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -55,11 +55,9 @@ _RESUME_TOLD = {
 
 def train(arguments: argparse.Namespace) -> int:
     """Train a model or continue a run; see `python -m nvae_fast train --help`."""
-    world = distributed.start_world(arguments.device)
-    try:
-        return _train(arguments, world)
-    finally:
-        world.close()
+    return _together(
+        arguments, _train, "See the run folder for its newest checkpoint, --resume goes on from it"
+    )
 
 
 def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
@@ -77,7 +75,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
             run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
         world.barrier()
         state = checkpoint.load_training(folder)
-        config = _resumed_config(state, training_given, say)
+        config = _resumed_config(state, training_given, say, world)
         model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
         kind = arguments.data_kind or state["data"].get("kind")
@@ -122,17 +120,6 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
-
-
-def _together(
-    arguments: argparse.Namespace, work: Callable[[argparse.Namespace, distributed.World], int]
-) -> int:
-    """Run `work` on this process, or on each of those torchrun started."""
-    world = distributed.start_world(arguments.device)
-    with world.contact(lambda: "Nothing was written that is not whole: start all of them again"):
-        code = work(arguments, world)
-    world.close()
-    return code
 
 
 def evaluate(arguments: argparse.Namespace) -> int:
@@ -302,8 +289,23 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _resumed_config(state: dict[str, Any], given: dict[str, Any], say: Any) -> TrainingConfig:
-    config = TrainingConfig.from_dict(state["training_config"])
+def _together(
+    arguments: argparse.Namespace,
+    work: Callable[[argparse.Namespace, distributed.World], int],
+    advice: str = "Nothing was written: start all of them again",
+) -> int:
+    """Run `work` on this process, or on each of those torchrun started."""
+    world = distributed.start_world(arguments.device)
+    with world.contact(lambda: advice):
+        code = work(arguments, world)
+    world.close()
+    return code
+
+
+def _resumed_config(
+    state: dict[str, Any], given: dict[str, Any], say: Any, world: distributed.World
+) -> TrainingConfig:
+    config = _shared_out(TrainingConfig.from_dict(state["training_config"]), state, say, world)
     changed = {name: value for name, value in given.items() if getattr(config, name) != value}
     for name, value in changed.items():
         if name in _RESUME_TOLD:
@@ -314,6 +316,28 @@ def _resumed_config(state: dict[str, Any], given: dict[str, Any], say: Any) -> T
                 f"{getattr(config, name)}, {value} was asked for"
             )
     return config.replace(**changed)
+
+
+def _shared_out(
+    config: TrainingConfig, state: dict[str, Any], say: Any, world: distributed.World
+) -> TrainingConfig:
+    """The configuration in which this number of processes takes as many images a step as the run's did."""
+    before = state["progress"]["world_size"]
+    if before == world.size:
+        return config
+    images = config.batch_size * before
+    if images % world.size:
+        fitting = ", ".join(str(n) for n in range(1, images + 1) if images % n == 0)
+        raise ValueError(
+            f"a step of this run has {images} images ({before} processes with {config.batch_size} each), which "
+            f"{world.size} processes cannot share evenly: resume with one of {fitting} processes"
+        )
+    size = images // world.size
+    say(
+        f"resumed by {world.size} process(es), so far {before}: --batch-size {config.batch_size} becomes {size}, a step has "
+        f"the same {images} images; noise is drawn anew"
+    )
+    return config.replace(batch_size=size, accumulate=min(config.accumulate, size))
 
 
 def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: str | None) -> Any:
@@ -345,13 +369,15 @@ def _open(data: str, kind: str | None, split: str, model_config: Any) -> Any:
 
 def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
     config, model = trainer.config, trainer.model
-    pictures.write_samples(
-        model,
-        trainer.folder / "samples.png" if trainer.world.is_main else None,
-        temperature=config.sample_temperature,
-        seed=seeds.mix_seed(config.seed, seeds.SAMPLES),
-        readjust_passes=config.sample_readjust_passes,
-    )
+    own = trainer.folder / "samples.png" if trainer.world.is_main else None
+    with run_folder.writing(trainer.folder / "samples.png"):
+        pictures.write_samples(
+            model,
+            own,
+            temperature=config.sample_temperature,
+            seed=seeds.mix_seed(config.seed, seeds.SAMPLES),
+            readjust_passes=config.sample_readjust_passes,
+        )
     if not trainer.world.is_main:
         return
     try:
@@ -360,7 +386,8 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
         # Plain folders and arrays may have no test part; its training images show as much.
         dataset = trainer.dataset
     images = dataset.batch(torch.arange(min(32, len(dataset))), seeds.mix_seed(config.seed, seeds.DATA))
-    pictures.write_reconstructions(model, images, trainer.folder / "reconstructions.png")
+    with run_folder.writing(trainer.folder / "reconstructions.png"):
+        pictures.write_reconstructions(model, images, trainer.folder / "reconstructions.png")
 
 
 def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
@@ -381,7 +408,7 @@ def _write_config(folder: Path, model_config: Any, config: TrainingConfig, data:
         "model": model_config.to_dict(),
         "training": config.to_dict(),
     }
-    with atomic_file(folder / "config.json") as handle:
+    with run_folder.writing(folder / "config.json"), atomic_file(folder / "config.json") as handle:
         handle.write((json.dumps(document, indent=2) + "\n").encode())
 
 

@@ -71,7 +71,7 @@ def sharded(world: World) -> dict[str, Any]:
     found: dict[str, Any] = {}
     model = tiny_model(3)
     for name, size in EVALUATIONS.items():
-        found[name] = evaluate(model, digits, samples=2, batch_size=size, max_images=22, seed=5, world=world)
+        found[name] = evaluate(model, digits, samples=2, batch_size=size, max_images=14, seed=5, world=world)
     for name, changes in {"digits": {}, "photos": {"dataset": "photos"}}.items():
         model = tiny_model(3, **changes)
         for size in (3, 4):

@@ -8,6 +8,7 @@ images (each of them one CUDA graph on a GPU); `Trainer` is the whole of `python
 
 from nvae_fast.training.checkpoint import CheckpointError, load_model
 from nvae_fast.training.config import TrainingConfig
+from nvae_fast.training.distributed import ProcessLost, World, start_world
 from nvae_fast.training.evaluate import Evaluation, evaluate, importance_bound
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
@@ -21,6 +22,7 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "Evaluation",
+    "ProcessLost",
     "RunFolderError",
     "RunResult",
     "Sampler",
@@ -30,6 +32,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingDiverged",
     "TrainingPreset",
+    "World",
     "annealed_lambda",
     "balanced_kl",
     "evaluate",
@@ -39,4 +42,5 @@ __all__ = [
     "learning_rate",
     "load_model",
     "preset",
+    "start_world",
 ]

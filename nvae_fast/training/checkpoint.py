@@ -65,7 +65,12 @@ def save(
             os.fsync(handle.fileno())
             keep()
     except (OSError, RuntimeError) as error:
-        kept = f"; the checkpoint from before is intact: {target}" if target.exists() else ""
+        kept = (
+            f"; the checkpoint from before is intact: {target}. Make room, or make the folder writable, and go on from it "
+            "with --resume"
+            if target.exists()
+            else "; make room, or make the folder writable"
+        )
         raise CheckpointError(f"cannot write checkpoint {target}: {_reason(error)}{kept}") from error
     return target
 

@@ -7,10 +7,11 @@ step and the running averages, and a resumed run continues bit for bit.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nvae_fast.training import checkpoint, metrics, pictures, schedule, seeds
+from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.evaluate import bits_per_dim, check_fit
@@ -80,6 +81,14 @@ class Trainer:
         self.data = data
         self.quiet = quiet or not self.world.is_main
         check_fit(model.config, dataset)
+        self.world.agree(
+            {
+                "--data (number of images)": len(dataset),
+                "the model's options": model.config.to_dict(),
+                "the training options": config.to_dict(),
+                "the checkpoint to resume (its step)": None if state is None else state["progress"]["step"],
+            }
+        )
         if config.tensorboard:
             metrics.require_tensorboard()
         self.loader = BatchLoader(
@@ -118,9 +127,14 @@ class Trainer:
     def run(self) -> RunResult:
         """Train to the end, or until a signal asks to stop; the last thing it does is to write a checkpoint.
 
-        Raises TrainingDiverged after `max_bad_steps` non-finite steps in a row, CheckpointError when a
-        checkpoint cannot be written. In both cases the checkpoints on disk are whole.
+        Raises TrainingDiverged after `max_bad_steps` non-finite steps in a row, CheckpointError or RunFolderError when a
+        file cannot be written, ProcessLost when another process of the run died. Always the checkpoints on disk are
+        whole.
         """
+        with self.world.contact(lambda: run_folder.how_to_continue(self.folder)):
+            return self._run()
+
+    def _run(self) -> RunResult:
         log = None
         if self.world.is_main:
             log = metrics.MetricsLog(
@@ -135,10 +149,10 @@ class Trainer:
         pace: deque[float] = deque(maxlen=_PACE_STEPS)
         self._log_mark = (self.step, self.elapsed)
         try:
-            with StopRequest() as stop:
+            # Leaving early ends the threads that read images ahead.
+            with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
                 if self._last_saved < 0:
                     self.save()
-                batches = self._batches()
                 stopping = False
                 while not stopping and self.position < self.total_steps:
                     begun = time.perf_counter()
@@ -213,8 +227,8 @@ class Trainer:
         if progress["steps_per_epoch"] != self.steps_per_epoch:
             raise ValueError(
                 f"the run to resume has {progress['steps_per_epoch']} steps an epoch, now there would be "
-                f"{self.steps_per_epoch}: use the same --batch-size and number of processes "
-                f"({progress['world_size']})"
+                f"{self.steps_per_epoch}: use the same --batch-size with the same number of processes "
+                f"({progress['world_size']}), or one that makes as many images a step"
             )
         self.model.load_state_dict(state["model"])
         await_data(self.model, state["awaiting_data"])
@@ -227,7 +241,7 @@ class Trainer:
         self.averages = metrics.Averages(state["metrics"])
         torch.set_rng_state(state["rng"]["torch"])
 
-    def _batches(self) -> Iterator[Tensor]:
+    def _batches(self) -> Generator[Tensor, None, None]:
         """Images from the current step on, epoch after epoch without end."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         while True:
@@ -334,13 +348,14 @@ class Trainer:
     def _pictures(self, name: str) -> None:
         if not self.world.is_main:
             return
-        pictures.write_samples(
-            self.model,
-            self.folder / name,
-            temperature=self.config.sample_temperature,
-            seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),
-            readjust_passes=0,
-        )
+        with run_folder.writing(self.folder / name):
+            pictures.write_samples(
+                self.model,
+                self.folder / name,
+                temperature=self.config.sample_temperature,
+                seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),
+                readjust_passes=0,
+            )
         self.model.train()
 
 

@@ -8,6 +8,7 @@ step; `skipped_steps` since the last line; `images_per_second`; `seconds` of tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nvae_fast._files import atomic_file
+from nvae_fast.training.run_folder import writing
 from nvae_fast.training.step import StepResult
 
 NAME = "metrics.jsonl"
@@ -53,7 +55,8 @@ class MetricsLog:
 
     resume_step: keep only the lines up to this step (a killed run may have logged past its last checkpoint;
     those steps are run again). None starts a new file. tensorboard: also write event files under
-    `tensorboard/`. Raises ImportError naming the extra when TensorBoard is asked for and missing.
+    `tensorboard/`. Raises RunFolderError when the file cannot be written, ImportError naming the extra when
+    TensorBoard is asked for and missing.
     """
 
     def __init__(
@@ -64,16 +67,18 @@ class MetricsLog:
         tensorboard: bool = False,
     ) -> None:
         self.path = Path(folder) / NAME
+        with writing(self.path):
+            if resume_step is not None and self.path.exists():
+                _keep_up_to(self.path, resume_step)
+            # Open for the whole run: `close` ends it.
+            self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")  # noqa: SIM115
         self._board = _board(Path(folder), resume_step) if tensorboard else None
-        if resume_step is not None and self.path.exists():
-            _keep_up_to(self.path, resume_step)
-        # Open for the whole run: `close` ends it.
-        self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line. Numbers JSON has no name for (inf, nan) are written as null."""
-        self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
-        self._file.flush()
+        """Append one line. Numbers JSON has no name for (inf, nan) are written as null. Raises RunFolderError."""
+        with writing(self.path):
+            self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
+            self._file.flush()
         if self._board is not None:
             step = record.get("step", 0)
             for key, value in record.items():
@@ -81,8 +86,9 @@ class MetricsLog:
                     self._board.add_scalar(key, value, step)
 
     def close(self) -> None:
-        """Close the files."""
-        self._file.close()
+        """Close the files. Every line was flushed: what cannot be written now was reported when it was."""
+        with contextlib.suppress(OSError):
+            self._file.close()
         if self._board is not None:
             self._board.close()
 

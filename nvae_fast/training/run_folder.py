@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from nvae_fast._files import atomic_file
@@ -50,9 +52,36 @@ def prepare(
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunFolderError(f"cannot make run folder {folder}: {error.strerror}") from error
+        raise RunFolderError(
+            f"cannot make run folder {folder}: {error.strerror}; give another one with --out"
+        ) from error
     _check_writable(folder)
     return folder, note
+
+
+@contextlib.contextmanager
+def writing(path: str | os.PathLike[str]) -> Iterator[None]:
+    """A file of a run that cannot be written becomes a RunFolderError that says what is safe and how to go on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFolderError(
+            f"cannot write {path}: {error.strerror or error}. Make room there, or make it writable, and continue. "
+            f"{how_to_continue(Path(path).parent)}"
+        ) from error
+
+
+def how_to_continue(folder: Path) -> str:
+    """A sentence with the newest whole checkpoint of a run folder and the options that go on from it."""
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
+        file = folder / name
+        try:
+            step = checkpoint.load(file)["progress"]["step"]
+        except (checkpoint.CheckpointError, KeyError):
+            continue
+        copy = f" (copy it over {checkpoint.NAME} first)" if name == checkpoint.PREVIOUS else ""
+        return f"The newest whole checkpoint is {file}, step {step}: --resume --out {folder} goes on from it{copy}"
+    return f"There is no checkpoint in {folder} yet: start again with --overwrite"
 
 
 def _check_writable(folder: Path) -> None:
@@ -62,7 +91,10 @@ def _check_writable(folder: Path) -> None:
             pass
         (folder / ".write-test").unlink()
     except OSError as error:
-        raise RunFolderError(f"cannot write to run folder {folder}: {error.strerror}") from error
+        raise RunFolderError(
+            f"cannot write to run folder {folder}: {error.strerror}; make it writable, make room, or give another one "
+            "with --out (nothing in it was changed)"
+        ) from error
 
 
 def _free_name(folder: Path) -> Path:
