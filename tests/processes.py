@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+START = "import sys, torch\ntorch.set_num_threads(1)\nfrom nvae_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
 
 
 def together(work: Callable[..., Any], size: int, directory: Path, *arguments: Any) -> list[Any]:
@@ -23,6 +29,37 @@ def _run(rank: int, work: Callable[..., Any], size: int, directory: str, argumen
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size)
     torch.save(work(rank, size, *arguments), f"{directory}/{size}-{rank}.pt")
     dist.destroy_process_group()
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def environment(**more: str) -> dict[str, str]:
+    root = str(Path(__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **more}
+
+
+def ranks(
+    size: int, options: list[str], before: dict[int, str] | None = None, start: str = START
+) -> list[subprocess.Popen]:
+    """The processes that torchrun would start; ``before``: Python to run first, by rank."""
+    ports = f"{free_port()} {free_port()}"
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", (before or {}).get(rank, "") + start, *options],
+            env=environment(
+                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
+                MASTER_PORT=ports.split()[0], SECOND_PORT=ports.split()[1],
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]  # fmt: skip
 
 
 def part_of(shares: tuple[int, ...], rank: int) -> slice:

@@ -8,9 +8,7 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -18,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from processes import ranks
 from training_runs import TINY, trainer
 
 from nvae_fast.cli import main
@@ -26,7 +25,7 @@ from nvae_fast.training import CheckpointError, RunFolderError, checkpoint, metr
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 OPTIONS = [
-    "train", "--data", "digits", "--max-steps", "100000", "--batch-size", "2", "--log-every", "2",
+    "train", "--data", "DATA", "--max-steps", "100000", "--batch-size", "2", "--log-every", "2",
     "--checkpoint-every", "4", "--threads", "1", "--device", "cpu", "--time-limit", "none", "--quiet",
     "--sample-readjust-passes", "0", "--no-ada-groups",
     *(word for name, value in TINY.items() for word in (f"--{name}", str(value))),
@@ -42,34 +41,6 @@ def full(*args, **kwargs):
     save(*args, **kwargs)
 torch.save = full
 """
-START = "import sys, torch\ntorch.set_num_threads(1)\nfrom nvae_fast.cli import main\nsys.exit(main(sys.argv[1:]))"
-
-
-def free_port() -> str:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return str(free.getsockname()[1])
-
-
-def environment(**more: str) -> dict[str, str]:
-    root = str(Path(__file__).parent.parent)
-    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", **more}
-
-
-def ranks(size: int, options: list[str], before: dict[int, str] | None = None) -> list[subprocess.Popen]:
-    """The processes that torchrun would start; ``before``: Python to run first, by rank."""
-    port = free_port()
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", (before or {}).get(rank, "") + START, *options],
-            env=environment(
-                RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=port
-            ),
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]  # fmt: skip
 
 
 def said(process: subprocess.Popen) -> str:
@@ -79,10 +50,18 @@ def said(process: subprocess.Popen) -> str:
     return text.strip().splitlines()[-1]
 
 
+@pytest.fixture
+def options(tmp_path: Path) -> list[str]:
+    """OPTIONS with images of its own: quicker than the digits, which need scikit-learn."""
+    images = np.random.default_rng(0).integers(0, 256, (64, 32, 32), dtype=np.uint8)
+    np.save(tmp_path / "images.npy", images)
+    return [str(tmp_path / "images.npy") if word == "DATA" else word for word in OPTIONS]
+
+
 @pytest.mark.parametrize("fault", ["kill 0", "kill 1", "full disk"])
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, fault):
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, options, fault):
     folder = tmp_path / "run"
-    both = ranks(2, [*OPTIONS, "--out", str(folder)], {0: FULL_DISK} if fault == "full disk" else None)
+    both = ranks(2, [*options, "--out", str(folder)], {0: FULL_DISK} if fault == "full disk" else None)
     log = folder / metrics.NAME
     deadline = time.monotonic() + 120
     while not (log.exists() and '"step": 8' in log.read_text()) and fault != "full disk":
@@ -106,7 +85,7 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, fault):
     assert f"step {step}:" in text
     assert step % 4 == 0
     # The advice taken, by one process that computes the images of both.
-    again = [*OPTIONS, "--out", str(folder), "--resume", "--max-steps", str(step + 2)]
+    again = [*options, "--out", str(folder), "--resume", "--max-steps", str(step + 2)]
     del again[again.index("--batch-size") : again.index("--batch-size") + 2]
     assert main(again) == 0
     state = checkpoint.load(folder)
@@ -240,9 +219,9 @@ def test_a_picture_that_cannot_be_written(tmp_path, digits):
         run.run()
 
 
-def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_written(tmp_path, options, monkeypatch, capsys):
     (tmp_path / "file").write_text("mine")
-    assert main([*OPTIONS, "--out", str(tmp_path / "file" / "run")]) == 2
+    assert main([*options, "--out", str(tmp_path / "file" / "run")]) == 2
     assert "cannot make run folder" in (text := capsys.readouterr().err)
     assert "give another one with --out" in text
     (tmp_path / "empty").mkdir()
@@ -251,21 +230,21 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(run_folder, "atomic_file", read_only)
-    assert main([*OPTIONS, "--out", str(tmp_path / "empty")]) == 2
+    assert main([*options, "--out", str(tmp_path / "empty")]) == 2
     assert "Read-only file system; make it writable" in (text := capsys.readouterr().err)
     assert "--out" in text
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "file"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["empty", "file", "images.npy"]
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_a_truncated_checkpoint_and_its_advice(tmp_path, digits, capsys):
+def test_a_truncated_checkpoint_and_its_advice(tmp_path, options, capsys):
     folder = tmp_path / "run"
-    few = [*OPTIONS, "--out", str(folder), "--max-steps", "5"]
+    few = [*options, "--out", str(folder), "--max-steps", "5"]
     assert main(few) == 0
     file = folder / checkpoint.NAME
     file.write_bytes(file.read_bytes()[:1000])
     capsys.readouterr()
-    again = [*OPTIONS, "--out", str(folder), "--resume", "--max-steps", "6"]
+    again = [*options, "--out", str(folder), "--resume", "--max-steps", "6"]
     assert main(again) == 2
     text = capsys.readouterr().err
     previous = folder / checkpoint.PREVIOUS
@@ -277,22 +256,24 @@ def test_a_truncated_checkpoint_and_its_advice(tmp_path, digits, capsys):
 
 
 @pytest.mark.parametrize("kind", ["npy", "idx", "png"])
-def test_damaged_data_are_named(tmp_path, kind, capsys):
+def test_damaged_data_are_named(tmp_path, options, kind, capsys):
     images = np.random.default_rng(0).integers(0, 256, (40, 32, 32), dtype=np.uint8)
-    data = tmp_path / f"images.{kind}"
+    folder = tmp_path / "damaged"
+    folder.mkdir()
+    data = folder / f"images.{kind}"
     if kind == "npy":
         np.save(data, images)
         data.write_bytes(data.read_bytes()[:-5000])
     elif kind == "idx":
-        data = tmp_path / "train-images-idx3-ubyte"
+        data = folder / "train-images-idx3-ubyte"
         head = b"\0\0\x08\x03" + b"".join(n.to_bytes(4, "big") for n in images.shape)
         data.write_bytes(head + images.tobytes()[:-5000])
     else:
         data.write_bytes(b"\x89PNG\r\n\x1a\nnothing more")
     out = tmp_path / "run"
-    options = [*OPTIONS, "--out", str(out), "--max-steps", "2"]
-    options[options.index("digits")] = str(tmp_path if kind == "png" else data)
-    assert main(options) == 2
+    broken = [*options, "--out", str(out), "--max-steps", "2"]
+    broken[broken.index("--data") + 1] = str(folder if kind == "png" else data)
+    assert main(broken) == 2
     text = capsys.readouterr().err
     assert "error: " in text
     assert str(data) in text
