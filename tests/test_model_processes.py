@@ -31,6 +31,7 @@ CASES = {
 }
 TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-4}
 OPTIONS = TrainingConfig(batch_size=IMAGES, cuda_graph=False)
+PARTS = (1, 2, 4)
 EVALUATIONS = {"batch 4": 4, "batch 5": 5}
 
 
@@ -48,8 +49,12 @@ def case(name: str) -> Iterator[tuple[nf.NVAE, torch.Tensor, torch.Tensor]]:
         yield model, x, torch.arange(100, 100 + IMAGES)
 
 
-def one_step(name: str, part: slice, world: World, config: TrainingConfig = OPTIONS) -> dict[str, Any]:
+def one_step(
+    name: str, part: slice, world: World, config: TrainingConfig = OPTIONS, *, frozen: bool = False
+) -> dict[str, Any]:
+    """One step. frozen: with batch norm in evaluation mode, where parts of a batch do not see each other."""
     with case(name) as (model, x, seeds):
+        model.train(not frozen)
         step = Step(model, config, world)
         update, gradients = step.update, {}
 
@@ -87,6 +92,15 @@ def work(rank: int, size: int) -> dict[Any, Any]:
     for name in CASES:
         for shares, parts in SHARES[size].items():
             found[name, shares] = one_step(name, part_of(parts, rank), world)
+    for parts in SHARES[size].values():
+        for accumulate in PARTS:
+            config = OPTIONS.replace(kl_balance=False, accumulate=accumulate)
+            part = part_of(parts, rank)
+            found["parts", parts, accumulate] = one_step("cells fp64", part, world, config, frozen=True)
+    with pytest.raises(
+        ValueError, match=f"differ in --data, of which process {rank} of {size} has {10 + rank}: "
+    ):
+        world.agree({"--batch-size": 4, "--data": 10 + rank})
     return found
 
 
@@ -113,6 +127,26 @@ def test_processes_are_one(several: list[dict], name: str, shares: str) -> None:
             if "running" in key or "spectral" in key:
                 assert_close(part["state"][key], expected, tolerance, key)
             assert torch.equal(part["state"][key], several[0][name, shares]["state"][key]), key
+
+
+def test_parts_of_a_step_add_up(several: list[dict]) -> None:
+    """With images of unequal number and parts that may be empty; gradients travel once, with the last part."""
+    config = OPTIONS.replace(kl_balance=False)
+    whole = one_step("cells fp64", slice(None), World(), config, frozen=True)
+    for parts in SHARES[len(several)].values():
+        for found in several:
+            exchanges = [found["parts", parts, accumulate]["exchanges"] for accumulate in PARTS]
+            assert exchanges[0] == exchanges[1] == exchanges[2]
+            assert exchanges[0] == ["allreduce_.default"] * 3, (
+                "number of images, gradients, numbers to report"
+            )
+            for accumulate in PARTS:
+                part = found["parts", parts, accumulate]
+                assert part["result"].loss == pytest.approx(whole["result"].loss, rel=1e-9)
+                for key, expected in whole["gradients"].items():
+                    torch.testing.assert_close(
+                        part["gradients"][key], expected, rtol=1e-7, atol=1e-9, msg=key
+                    )
 
 
 def test_results_do_not_depend_on_processes(several: list[dict]) -> None:

@@ -250,6 +250,10 @@ def _advice(file: Path) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
+    # torch.save stumbles over the consequences of a failed write: what came first says more.
+    first: BaseException | None = error
+    while first is not None:
+        if isinstance(first, OSError) and first.strerror:
+            return first.strerror
+        first = first.__cause__ or first.__context__
     return str(error).strip().split("\n")[0] or type(error).__name__
