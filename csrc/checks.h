@@ -10,6 +10,7 @@
 #include <string>
 
 #include "capability.h"
+#include "text.h"
 #include "types.h"
 
 namespace nvae {
@@ -36,7 +37,7 @@ inline Dtype dtype_of(const char* op, ScalarType type) {
 
 inline int64_t bytes_of(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-inline Activation activation_of(const char* op, const std::optional<std::string>& name) {
+inline Activation activation_of(const char* op, const std::optional<Text>& name) {
   if (!name) return Activation::none;
   if (*name == "swish") return Activation::swish;
   STD_TORCH_CHECK(*name == "elu", op, ": activation must be None, 'swish' or 'elu', got '", *name, "'");

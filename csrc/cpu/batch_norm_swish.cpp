@@ -9,7 +9,7 @@
 
 namespace nvae {
 
-using Name = std::optional<std::string>;
+using Name = std::optional<Text>;
 
 // What every pass is told of its map.
 static AffineActivationArgs describe(const char* op, const Tensor& x, const Name& activation,

@@ -100,7 +100,7 @@ DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& wei
   return g;
 }
 
-int activation_of(const char* op, const std::optional<std::string>& name) {
+int activation_of(const char* op, const std::optional<Text>& name) {
   if (!name) return 0;
   STD_TORCH_CHECK(*name == "swish" || *name == "elu", op, ": activation must be None, swish or elu");
   return *name == "swish" ? 1 : 2;
@@ -137,7 +137,7 @@ struct Job {
   DepthwiseGeometry geometry;
 
   void describe(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
-                const std::optional<std::string>& activation) {
+                const std::optional<Text>& activation) {
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
     args.dtype = dtype_of(op, x.scalar_type());
     wide = wide_type(args.dtype);
@@ -250,7 +250,7 @@ void merge_statistics(const Job& job, const double* sums, const Tensor& mean, co
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d(const Tensor& x, const Tensor& weight,
                                                     const OptionalTensor& scale, const OptionalTensor& shift,
                                                     int64_t stride, int64_t dilation, int64_t upsample,
-                                                    std::optional<std::string> activation, bool stats,
+                                                    std::optional<Text> activation, bool stats,
                                                     std::optional<std::vector<int64_t>> taps) {
   const char* op = "depthwise_conv2d";
   Job job;
@@ -311,8 +311,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
     const Tensor& grad, const OptionalTensor& out, const OptionalTensor& alpha, const OptionalTensor& beta,
     const OptionalTensor& gamma, const OptionalTensor& pivot, const Tensor& x, const Tensor& weight,
     const OptionalTensor& scale, const OptionalTensor& shift, int64_t stride, int64_t dilation,
-    int64_t upsample, std::optional<std::string> activation, std::optional<std::vector<int64_t>> taps,
-    bool need_x, bool need_weight, bool need_affine) {
+    int64_t upsample, std::optional<Text> activation, std::optional<std::vector<int64_t>> taps, bool need_x,
+    bool need_weight, bool need_affine) {
   const char* op = "depthwise_conv2d_backward";
   Job job;
   DepthwiseArgs& a = job.args;

@@ -73,7 +73,7 @@ struct Call {
 
   Call(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
        const std::optional<Tensor>& shift, int64_t stride, int64_t dilation, int64_t upsample,
-       const std::optional<std::string>& activation, const std::optional<std::vector<int64_t>>& taps)
+       const std::optional<Text>& activation, const std::optional<std::vector<int64_t>>& taps)
       : type(x.scalar_type()), input(x) {
     STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
                         weight.size(2) == weight.size(3) && weight.size(3) % 2 == 1 && weight.is_cuda(),
@@ -137,8 +137,7 @@ struct Call {
 static std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d_cuda(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t stride, int64_t dilation, int64_t upsample,
-    const std::optional<std::string>& activation, bool stats,
-    const std::optional<std::vector<int64_t>>& taps) {
+    const std::optional<Text>& activation, bool stats, const std::optional<std::vector<int64_t>>& taps) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call<cuda::DepthwiseForward> call(x, weight, scale, shift, stride, dilation, upsample, activation, taps);
   cuda::DepthwiseForward& p = call.p;
@@ -156,8 +155,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward_cuda
     const std::optional<Tensor>& beta, const std::optional<Tensor>& gamma, const std::optional<Tensor>& pivot,
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scale,
     const std::optional<Tensor>& shift, int64_t stride, int64_t dilation, int64_t upsample,
-    const std::optional<std::string>& activation, const std::optional<std::vector<int64_t>>& taps,
-    bool need_x, bool need_weight, bool need_affine) {
+    const std::optional<Text>& activation, const std::optional<std::vector<int64_t>>& taps, bool need_x,
+    bool need_weight, bool need_affine) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   Call<cuda::DepthwiseBackward> call(x, weight, scale, shift, stride, dilation, upsample, activation, taps);
   cuda::DepthwiseBackward& p = call.p;

@@ -1,0 +1,110 @@
+"""Two thousand steps: nothing grows, nothing stays open, and what is going on can be read meanwhile."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import TINY
+
+import nvae_fast as nf
+from nvae_fast.training import Trainer, TrainingConfig, checkpoint, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+STEPS = 2000
+
+
+class Specks:
+    """Sixty-four tiny images: an epoch every sixteen steps, each with threads of its own that read ahead."""
+
+    name, split, image_size, channels, skipped, binarize = "specks", "train", 8, 1, [], True
+    pixels = (torch.rand(64, 1, 8, 8, generator=torch.Generator().manual_seed(0)) > 0.5).float()
+
+    def __len__(self) -> int:
+        return 64
+
+    def batch(self, indices, seed):
+        return self.pixels[torch.as_tensor(indices)].clone()
+
+
+class _Mallinfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+    ]
+
+
+def allocated() -> int:
+    """Bytes that malloc has given out: unlike the resident size it does not depend on how freed memory is kept."""
+    try:
+        information = ctypes.CDLL("libc.so.6").mallinfo2
+    except (OSError, AttributeError):
+        pytest.skip("needs glibc 2.33")
+    information.restype = _Mallinfo
+    found = information()
+    return found.uordblks + found.hblkhd
+
+
+def facts() -> dict[str, int]:
+    gc.collect()
+    return {
+        "bytes": allocated(),
+        "resident": int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"),
+        "objects": len(gc.get_objects()),
+        "files": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+    }
+
+
+def test_two_thousand_steps_leave_nothing_behind(tmp_path):
+    if not os.path.isdir("/proc/self/fd"):
+        pytest.skip("needs /proc")
+    torch.manual_seed(0)
+    model = nf.NVAE(nf.NVAEConfig(**{**TINY, "image_size": 8, "num_groups_per_scale": 1}))
+    config = TrainingConfig(
+        batch_size=4, max_steps=STEPS, log_every=20, checkpoint_every=400, workers=2, warmup_epochs=0.01
+    )
+    before = threading.active_count()
+    run = Trainer(model, config, Specks(), tmp_path, quiet=True)
+    take, seen = run._take_step, {}
+
+    def watched(x):
+        if run.step in (500, 1250, STEPS - 1):
+            seen[run.step] = facts()
+            lines = metrics.read_metrics(tmp_path)
+            assert lines[-1]["step"] == run.step // 20 * 20, "readable while training, to the last line"
+            assert checkpoint.load(tmp_path)["progress"]["step"] == run.step // 400 * 400
+        return take(x)
+
+    run._take_step = watched
+    assert run.run().step == STEPS
+    assert threading.active_count() == before, "the threads that read ahead have ended"
+    first, last = seen[500], seen[STEPS - 1]
+    assert last["files"] == first["files"]
+    assert last["threads"] == first["threads"]
+    assert abs(last["objects"] - first["objects"]) < 1000
+    # A leak of a hundred bytes a step would be 150 kB.
+    assert last["bytes"] - first["bytes"] < 100_000, seen
+    assert last["resident"] - first["resident"] < 8_000_000, seen
+    assert sorted(f.name for f in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME, metrics.NAME]
+
+
+def test_threads_end_when_a_run_breaks_off(tmp_path):
+    before = threading.active_count()
+    model = nf.NVAE(nf.NVAEConfig(**{**TINY, "image_size": 8, "num_groups_per_scale": 1}))
+    run = Trainer(model, TrainingConfig(batch_size=4, max_steps=9, workers=2), Specks(), tmp_path, quiet=True)
+
+    def broken(x):
+        raise KeyError("broken off")
+
+    run._take_step = broken
+    with pytest.raises(KeyError) as kept:
+        run.run()
+    assert kept.value is not None  # the error, and with it every frame of the run, is still there
+    assert threading.active_count() == before
