@@ -8,9 +8,14 @@
 
 namespace nvae {
 
+// In a namespace of its own: functions of nvae are not found through their argument then, as they were not
+// with std::string.
+namespace text {
 struct Text : std::string {
   using std::string::string;
 };
+}  // namespace text
+using text::Text;
 
 }  // namespace nvae
 
