@@ -44,6 +44,15 @@ struct Vectors {
     for (; v < end; ++v) body(v, n);
   }
 };
+// Short rows of a sample that share a block, where they lie one after the other and end with a vector.
+template <class V>
+static int64_t rows_together(const ResidualNormalArgs& a) {
+  const bool adjacent =
+      a.posterior.channel == a.pixels && (!a.prior.data || a.prior.channel == a.pixels) && a.pixels > 0;
+  if (!adjacent || a.pixels % V::size != 0) return 1;
+  const int64_t rows = Block<V>::kVectors * V::size / a.pixels;
+  return rows > 1 ? rows : 1;
+}
 #define NVAE_BODY [&](int64_t v, int n) __attribute__((always_inline))
 
 template <class V, class T>
@@ -181,14 +190,17 @@ class Sums {
   int per_log_, count_ = 0;
 };
 
-// Writes z of one stretch and adds its terms to the sums. kRow: only the first n lanes of a vector count,
-// else the sums of the others are never read.
-template <bool kRow, class V, class T>
-static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, const Raw<T>& q,
-                            const Raw<T>& p, int64_t q_step, int64_t p_step, const typename V::Scalar* eps_at,
-                            T* z_at, int64_t z_step, Sums<V>& sums) {
+// Writes z of one stretch and calls leave(row, sums) at the end of each of its rows. kRow: only the first n
+// lanes of a vector count, else the sums of the others are never read.
+template <bool kRow, class V, class T, class F>
+static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, int64_t rows,
+                            const Raw<T>& q, const Raw<T>& p, int64_t q_step, int64_t p_step,
+                            const typename V::Scalar* eps_at, T* z_at, int64_t z_step, F leave) {
   using S = typename V::Scalar;
   Block<V> block;
+  Sums<V> sums(model.per_log);
+  const int64_t length = vectors.total / rows;
+  int64_t row = 0, left = length;
   for (int64_t first = 0; first < vectors.total; first += Block<V>::kVectors) {
     model.template fill<false>(block, vectors, first, q, p, q_step, p_step);
     vectors.each(
@@ -212,24 +224,32 @@ static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors,
             sums.add(t, n);
           else
             sums.add(t);
+          if (--left == 0) {
+            sums.finish();
+            leave(row++, sums);
+            sums = Sums<V>(model.per_log);
+            left = length;
+          }
         });
   }
-  sums.finish();
 }
 
 template <class V, class T>
 static void forward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
   const Model<V, T> model(a);
-  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
-    const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    Sums<V> sums(model.per_log);
-    forward_stretch<true>(model, Vectors<V>::of_row(s.count), q, p, V::size, V::size, s.eps,
-                          static_cast<T*>(a.z) + s.map, V::size, sums);
-    const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
-    leave_row(sums.kl, 0.0, a.partial, s.task, a.kSums, 0);
-    leave_row(sums.log_q, constant, a.partial, s.task, a.kSums, 1);
-    leave_row(sums.log_p, constant, a.partial, s.task, a.kSums, 2);
-  });
+  for_rows<V>(
+      a, &a.noise, begin, end,
+      [&](const Stretch<typename V::Scalar>& s) {
+        const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+        const double constant = kLogSqrt2Pi * static_cast<double>(s.count / s.rows);
+        forward_stretch<true>(model, Vectors<V>::of_row(s.count), s.rows, q, p, V::size, V::size, s.eps,
+                              static_cast<T*>(a.z) + s.map, V::size, [&](int64_t row, const Sums<V>& sums) {
+                                leave_row(sums.kl, 0.0, a.partial, s.task + row, a.kSums, 0);
+                                leave_row(sums.log_q, constant, a.partial, s.task + row, a.kSums, 1);
+                                leave_row(sums.log_p, constant, a.partial, s.task + row, a.kSums, 2);
+                              });
+      },
+      rows_together<V>(a));
 }
 
 template <class V, class T>
@@ -237,21 +257,20 @@ static void forward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t
   const Model<V, T> model(a);
   for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    Sums<V> sums(model.per_log);
-    forward_stretch<false>(model, Vectors<V>::of_channels(s.count, n), q, p, q.step, p.step, s.eps,
-                           static_cast<T*>(a.z) + s.map, a.channels, sums);
     const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
-    leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
-    leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
-    leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+    forward_stretch<false>(model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps,
+                           static_cast<T*>(a.z) + s.map, a.channels, [&](int64_t, const Sums<V>& sums) {
+                             leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
+                             leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
+                             leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+                           });
   });
 }
 
 // Where the gradients of one stretch go and come from. Steps are from vector to vector; log_sigma is from mu
 // to log sigma in the dense packed gradients.
-template <class V, class T>
+template <class T>
 struct Gradients {
-  V kl, log_q, log_p;
   const T* z;
   T *posterior, *prior;
   void* noise;
@@ -267,6 +286,7 @@ struct Gradients {
         map(map_at),
         packed(packed_at) {}
   // The gradients of a packed tensor, at element `at` of it.
+  template <class V>
   NVAE_INLINE void leave(T* to, V mu, V ls, int64_t at, int n) const {
     ahead_to_write(to + at);
     ahead_to_write(to + at + log_sigma);
@@ -275,12 +295,22 @@ struct Gradients {
   }
 };
 
-template <class V, class T>
-static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, const Raw<T>& q,
-                             const Raw<T>& p, int64_t q_step, int64_t p_step,
-                             const typename V::Scalar* eps_at, const Gradients<V, T>& g) {
+// The gradients of the sums of one row, in every lane; or of as many channels as there are lanes.
+template <class V>
+struct SumGradients {
+  V kl, log_q, log_p;
+};
+
+// sums(row) gives the gradients of a row's sums.
+template <class V, class T, class F>
+static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, int64_t rows,
+                             const Raw<T>& q, const Raw<T>& p, int64_t q_step, int64_t p_step,
+                             const typename V::Scalar* eps_at, const Gradients<T>& g, F sums) {
   using S = typename V::Scalar;
   Block<V> block;
+  const int64_t length = vectors.total / rows;
+  int64_t row = 0, left = length;
+  SumGradients<V> up = sums(0);
   for (int64_t first = 0; first < vectors.total; first += Block<V>::kVectors) {
     model.template fill<true>(block, vectors, first, q, p, q_step, p_step);
     vectors.each(
@@ -303,11 +333,11 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
           }
           const V d = (at.mu_q - at.mu_p) * inverse_p, r = at.sigma_q * inverse_p;
           const V w = fma(at.sigma_q, eps, at.mu_q - at.mu_p) * inverse_p;
-          const V through_p = g.log_p * w * inverse_p;  // -d log_p / dz
-          const V into_z = g_z - through_p, from_kl = g.kl * d * inverse_p;
+          const V through_p = up.log_p * w * inverse_p;  // -d log_p / dz
+          const V into_z = g_z - through_p, from_kl = up.kl * d * inverse_p;
           // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
           const V to_sigma_q =
-              fma(into_z, eps, fnma(g.log_q, inverse_q, g.kl * fma(r, inverse_p, -inverse_q)));
+              fma(into_z, eps, fnma(up.log_q, inverse_q, up.kl * fma(r, inverse_p, -inverse_q)));
           const V mu_q = (into_z + from_kl) * V::load(block.q.slope_mu + place);
           const V ls_q = to_sigma_q * (V::load(block.q.slope_ls + place) * V::load(block.q.exp_ls + place));
           const int64_t packed = g.packed + v * g.packed_step;
@@ -315,7 +345,7 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
           if (g.prior) {
             // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
             const V to_sigma_p =
-                inverse_p * fma(g.log_p, fma(w, w, -one), g.kl * fnma(d, d, fnma(r, r, one)));
+                inverse_p * fma(up.log_p, fma(w, w, -one), up.kl * fnma(d, d, fnma(r, r, one)));
             V mu_p = (through_p - from_kl) * V::load(block.p.slope_mu + place);
             V ls_p = to_sigma_p * (V::load(block.p.slope_ls + place) * V::load(block.p.exp_ls + place));
             if (model.residual) {
@@ -324,7 +354,11 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
             }
             g.leave(g.prior, mu_p, ls_p, packed, n);
           }
-          if (g.noise) store_as(fnma(g.log_q, eps, into_z * at.sigma_q), g.noise, g.noise_dtype, map, n);
+          if (g.noise) store_as(fnma(up.log_q, eps, into_z * at.sigma_q), g.noise, g.noise_dtype, map, n);
+          if (--left == 0 && ++row < rows) {
+            up = sums(row);
+            left = length;
+          }
         });
   }
 }
@@ -332,16 +366,21 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
 template <class V, class T>
 static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
   const Model<V, T> model(a);
-  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
-    const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    Gradients<V, T> g(a, s.map, s.packed);
-    g.kl = row_gradient<V>(a.grad_kl, s.row);
-    g.log_q = row_gradient<V>(a.grad_log_q, s.row);
-    g.log_p = row_gradient<V>(a.grad_log_p, s.row);
-    g.map_step = g.packed_step = V::size;
-    g.log_sigma = a.channels * a.pixels;
-    backward_stretch(model, Vectors<V>::of_row(s.count), q, p, V::size, V::size, s.eps, g);
-  });
+  for_rows<V>(
+      a, &a.noise, begin, end,
+      [&](const Stretch<typename V::Scalar>& s) {
+        const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+        Gradients<T> g(a, s.map, s.packed);
+        g.map_step = g.packed_step = V::size;
+        g.log_sigma = a.channels * a.pixels;
+        backward_stretch(model, Vectors<V>::of_row(s.count), s.rows, q, p, V::size, V::size, s.eps, g,
+                         [&](int64_t row) {
+                           return SumGradients<V>{row_gradient<V>(a.grad_kl, s.row + row),
+                                                  row_gradient<V>(a.grad_log_q, s.row + row),
+                                                  row_gradient<V>(a.grad_log_p, s.row + row)};
+                         });
+      },
+      rows_together<V>(a));
 }
 
 template <class V, class T>
@@ -349,14 +388,15 @@ static void backward_channels(const ResidualNormalArgs& a, int64_t begin, int64_
   const Model<V, T> model(a);
   for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    Gradients<V, T> g(a, s.map, s.packed);
-    g.kl = channel_gradients<V>(a.grad_kl, s.row, n);
-    g.log_q = channel_gradients<V>(a.grad_log_q, s.row, n);
-    g.log_p = channel_gradients<V>(a.grad_log_p, s.row, n);
+    Gradients<T> g(a, s.map, s.packed);
+    const SumGradients<V> up{channel_gradients<V>(a.grad_kl, s.row, n),
+                             channel_gradients<V>(a.grad_log_q, s.row, n),
+                             channel_gradients<V>(a.grad_log_p, s.row, n)};
     g.map_step = a.channels;
     g.packed_step = 2 * a.channels;
     g.log_sigma = a.channels;
-    backward_stretch(model, Vectors<V>::of_channels(s.count, n), q, p, q.step, p.step, s.eps, g);
+    backward_stretch(model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps, g,
+                     [&](int64_t) { return up; });
   });
 }
 #undef NVAE_BODY
