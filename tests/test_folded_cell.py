@@ -1,4 +1,4 @@
-"""What evaluation alone is made of: the depthwise convolution with an affine map behind it, and packed 1x1 convolutions."""
+"""What evaluation alone is made of: the depthwise convolution with an affine map behind it, folded cells."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import assert_close
 
 import nvae_fast as nf
-from nvae_fast.ops._folded_cell import PackedMatrix, depthwise_affine
+from nvae_fast.ops._folded_cell import depthwise_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
@@ -51,29 +51,6 @@ def test_borders_and_non_finite_pixels_stay_where_they_are() -> None:
     y = depthwise_affine(x, weight, one, zero, 1, 1, None, "swish")
     assert y[0, 0].isnan().sum() == 25
     assert not y[0, 1:].isnan().any()
-
-
-@pytest.mark.parametrize("channels", [(3, 7), (32, 96)])
-def test_packed_matrix_is_the_convolution(channels: tuple[int, int]) -> None:
-    """Whatever batches follow one another; layouts kept are few."""
-    torch.manual_seed(0)
-    weight, bias = torch.randn(channels[1], channels[0]), torch.randn(channels[1])
-    conv = PackedMatrix(weight, bias)
-    with torch.no_grad():
-        for b, h, w in ((2, 4, 4), (1, 4, 4), (2, 4, 4), (5, 1, 1), (1, 1, 3), (0, 4, 4), (2, 4, 4)):
-            x = torch.randn(b, channels[0], h, w).contiguous(memory_format=torch.channels_last)
-            y = conv(x)
-            expected = F.conv2d(x.double(), weight.double()[:, :, None, None], bias.double())
-            assert y.shape == expected.shape
-            assert b == 0 or y.is_contiguous(memory_format=torch.channels_last)
-            assert_close(y, expected, 2e-6, f"{b}x{h}x{w}")
-        assert len(conv._packed) <= 2
-        for dtype in (torch.float64, torch.bfloat16):
-            x = torch.randn(2, channels[0], 4, 4, dtype=dtype)
-            assert conv(x).dtype == dtype
-        with torch.inference_mode():
-            assert conv(torch.randn(3, channels[0], 2, 2)).shape == (3, channels[1], 2, 2)
-        assert conv(torch.randn(3, channels[0], 2, 2)).shape == (3, channels[1], 2, 2)
 
 
 def test_an_evaluated_cell_follows_its_weights() -> None:

@@ -10,10 +10,11 @@ from weakref import WeakKeyDictionary
 import torch
 
 from nvae_fast.ops import _affine
+from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
 from nvae_fast.ops._register import operator
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, conv1x1
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
@@ -51,41 +52,6 @@ depthwise_affine = operator(
     default=_depthwise_affine,
     fake=_depthwise_affine_fake,
 )
-
-
-class PackedMatrix:
-    """A 1x1 convolution whose (C_out, C_in) matrix waits in oneDNN's own layout, which depends on the number of pixels. The
-    convolution would bring it there in every call: at 4x4 maps that costs a third of its time."""
-
-    _KEPT = 2  # layouts: one for whole batches, one for the last of a set
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self.weight, self.bias = weight, bias
-        self._packed: dict[int, torch.Tensor] = {}
-
-    @staticmethod
-    def _usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
-        fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-        if not fits or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
-            return False
-        ops = torch.ops.mkldnn
-        return hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._usable(x, self.weight):
-            return conv1x1(x, self.weight, self.bias)
-        b, c, h, w = x.shape
-        pixels = b * h * w
-        packed = self._packed.get(pixels)
-        if packed is None:
-            while len(self._packed) >= self._KEPT:
-                self._packed.pop(next(iter(self._packed)))
-            with torch.inference_mode(False), torch.no_grad():
-                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), pixels)
-            self._packed[pixels] = packed
-        rows = x.permute(0, 2, 3, 1).reshape(pixels, c)
-        y = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
-        return y.view(b, h, w, -1).permute(0, 3, 1, 2)
 
 
 class FoldedCell(NamedTuple):
