@@ -4,6 +4,10 @@ One model from one seed is trained on the built-in images three times: with plai
 package's kernels in float32, and with them in bfloat16 autocast. Rounding differs and training amplifies it, so
 losses are compared as means over windows of ten steps (of one step as well, for the record): float32 curves stay
 within 0.1 % of each other all the way, bfloat16 ends within 1 % of float32. Exit status 1 when they do not.
+
+What training amplifies is its own doing: at too high a learning rate two runs of the reference part as well, when
+one of them begins one rounding away. ``--control`` shows that distance, and each data set's learning rate is one at
+which it stays below what is allowed, so that the comparison can tell a wrong kernel from chaos.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ VARIANTS = {  # backend, autocast
     "nvae_fast": ("auto", None),
     "nvae_fast bf16": ("auto", "bf16"),
 }
+CONTROL = "reference, one rounding away"
+LEARNING_RATES = {"digits": 1e-2, "photos": 1e-3}  # peak
 WINDOW = 10
 FP32_TOLERANCE, BF16_TOLERANCE = 1e-3, 1e-2
 SEED = 1
@@ -45,7 +51,7 @@ def curve(
     data: str, config: Any, training: TrainingConfig, variant: str, device: torch.device, steps: int
 ) -> list[float]:
     """The loss of every step."""
-    backend, autocast = VARIANTS[variant]
+    backend, autocast = VARIANTS.get(variant, VARIANTS["reference"])
     training = training.replace(autocast=autocast, max_steps=steps)
     dataset = nf.data.open_dataset(data, split="train")
     loader = nf.data.BatchLoader(
@@ -60,6 +66,10 @@ def curve(
     losses = []
     with nf.use_backend(backend), _deterministic(device):
         model = nf.NVAE(config).to(device).to(memory_format=torch.channels_last).train()
+        if variant == CONTROL:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1 + torch.finfo(parameter.dtype).eps)
         step = Step(model, training)
         for number, x in zip(range(steps), _batches(loader), strict=False):
             result = step(
@@ -124,6 +134,8 @@ def compare(curves: dict[str, list[float]]) -> dict[str, Any]:
         "fp32_allowed": FP32_TOLERANCE,
         "bf16_end_allowed": BF16_TOLERANCE,
     }
+    if CONTROL in curves:
+        found["control_largest"] = max(differences(windows(curves[CONTROL]), windows(plain)))
     found["passed"] = found["fp32_largest"] <= FP32_TOLERANCE and found["bf16_end"] <= BF16_TOLERANCE
     return found
 
@@ -134,10 +146,13 @@ def run(
     steps: int,
     *,
     batch: int = 32,
+    learning_rate: float | None = None,
+    control: bool = False,
     changes: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All curves and their comparison as a document. changes: of the model, for tests."""
+    """All curves and their comparison as a document. learning_rate: peak, None for that of ``LEARNING_RATES``;
+    control: the reference's distance from itself as well; changes: of the model, for tests."""
     document = machine.describe(device)
     document["kernels"] = {op: row[device.type] for op, row in nf.backends().items()}
     document["settings"] = {"steps": steps, "batch": batch, "window": WINDOW, "seed": SEED}
@@ -146,9 +161,15 @@ def run(
         config = model_config(data).replace(**(changes or {}))
         images = len(nf.data.open_dataset(data, split="train"))
         # A warm-up over a tenth of the run, in epochs.
-        training = TrainingConfig(batch_size=batch, warmup_epochs=steps / 10 / max(images // batch, 1))
+        peak = LEARNING_RATES[data] if learning_rate is None else learning_rate
+        training = TrainingConfig(
+            batch_size=batch,
+            learning_rate=peak,
+            learning_rate_min=peak / 100,
+            warmup_epochs=steps / 10 / max(images // batch, 1),
+        )
         curves: dict[str, list[float]] = {}
-        for variant in VARIANTS:
+        for variant in [*VARIANTS, *([CONTROL] if control else [])]:
             started = time.perf_counter()
             curves[variant] = curve(data, config, training, variant, device, steps)
             seconds = time.perf_counter() - started
@@ -162,7 +183,9 @@ def run(
             f"{comparison['bf16_end']:.2e} away (allowed {BF16_TOLERANCE:g}): "
             f"{'passed' if comparison['passed'] else 'FAILED'}"
         )
-        document["data"][data] = {"comparison": comparison, "curves": curves}
+        if control:
+            say(f"{data}  the reference itself, begun one rounding away: {comparison['control_largest']:.2e}")
+        document["data"][data] = {"comparison": comparison, "learning_rate": peak, "curves": curves}
     return document
 
 
@@ -172,6 +195,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("data", nargs="*", help=f"built-in images (default: {' '.join(DATA)})")
     p.add_argument("--steps", type=int, default=300, help="optimizer steps (default 300)")
     p.add_argument("--batch", type=int, default=32, help="images a step (default 32)")
+    p.add_argument("--learning-rate", type=float, help="peak (default: each data set's own, see --control)")
+    p.add_argument("--control", action="store_true", help="also how far the reference parts from itself")
     p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     p.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
     p.add_argument("--json", type=Path, metavar="PATH", help="write every loss and the comparison there")
@@ -185,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
             value = getattr(arguments, option)
             if value is not None and value < 1:
                 raise ValueError(f"--{option} must be at least 1, got {value}")
+        if arguments.learning_rate is not None and not arguments.learning_rate > 0:
+            raise ValueError(f"--learning-rate must be positive, got {arguments.learning_rate}")
         device = machine.resolve_device(arguments.device)
     except ValueError as error:
         p.error(str(error))
@@ -195,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
         device,
         arguments.steps,
         batch=arguments.batch,
+        learning_rate=arguments.learning_rate,
+        control=arguments.control,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if arguments.json is not None:

@@ -15,96 +15,120 @@ namespace NVAE_ISA {
 
 constexpr double kLogSqrt2Pi = 0.91893853320467274178;
 
-// clamp tanh(raw / clamp). Network outputs are of the size of 1, so raw nearly always lies within [-clamp,
-// clamp]: there it is raw plus an odd polynomial (the result is good to 0.93 units in the last place of
-// tanh), with clamp folded into the coefficients; only a vector with a lane outside also runs the general
-// function.
+NVAE_INLINE VecD exp_moderate(VecD x) { return exp(x); }
+// exp for |x| <= 80, or a NaN whose nine lowest bits are clear. Adding 1.5 * 2^23 rounds x / ln 2 to an
+// integer and leaves it in the low bits. The polynomial is 2^r with its constant term exact (relative error
+// 3e-9); the power of two enters through the exponent's bits.
+NVAE_INLINE VecF exp_moderate(VecF x) {
+#if NVAE_CAPABILITY == 0
+  return exp(x);  // below, the product of x and 1 / ln 2 must not be rounded by itself
+#else
+  const VecF per_ln2(0x1.715476p+0f), magic(12582912.f);
+  const VecF shifted = fma(x, per_ln2, magic);
+  const VecF r = fma(x, VecF(0x1.4ae0bep-26f), fma(x, per_ln2, magic - shifted));
+  VecF p(0x1.417810p-13f);
+  p = fma(p, r, VecF(0x1.5f0950p-10f));
+  p = fma(p, r, VecF(0x1.3b2dd4p-7f));
+  p = fma(p, r, VecF(0x1.c6af7ap-5f));
+  p = fma(p, r, VecF(0x1.ebfbdcp-3f));
+  p = fma(p, r, VecF(0x1.62e430p-1f));
+  p = fma(p, r, VecF(1.f));
+  return from_bits(bits(p) + shift_left<23>(bits(shifted)));
+#endif
+}
+NVAE_INLINE VecF plain_nan(VecF x) { return select(x == x, x, VecF(__builtin_nanf(""))); }
+NVAE_INLINE VecD plain_nan(VecD x) { return x; }
+
+// The two parameters of a normal and the derivatives of each by its raw parameter (free when not used).
 template <class V>
-struct SoftClamp;
-template <>
-struct SoftClamp<VecF> {
+struct Squashed {
+  V mu, sigma, slope_mu, slope_sigma;
+};
+
+template <class V>
+class Squasher {
+  using S = typename V::Scalar;
   static constexpr int kTerms = 7;
-  float clamp, inverse, coefficient[kTerms];
-  NVAE_INLINE explicit SoftClamp(double c)
-      : clamp(static_cast<float>(c)), inverse(static_cast<float>(1.0 / c)) {
+  bool clamped_, moderate_;
+  S clamp_, inverse_, floor_, coefficient_[kTerms];
+
+ public:
+  NVAE_INLINE explicit Squasher(const Squash& s)
+      : clamped_(s.clamped),
+        moderate_(s.clamped && s.clamp <= 80.0),
+        clamp_(static_cast<S>(s.clamped ? s.clamp : 1.0)),
+        inverse_(static_cast<S>(1.0 / (s.clamped ? s.clamp : 1.0))),
+        floor_(static_cast<S>(s.floor)) {
     const double tanh_terms[kTerms] = {-0x1.55553cp-2, 0x1.110be6p-3, -0x1.b96286p-5, 0x1.600bc0p-6,
                                        -0x1.0466f8p-7, 0x1.2db66ep-9, -0x1.7803d8p-12};
     double power = 1.0;
     for (int i = 0; i < kTerms; ++i) {
-      power /= c * c;
-      coefficient[i] = static_cast<float>(tanh_terms[i] * power);
+      if (s.clamped) power /= s.clamp * s.clamp;
+      coefficient_[i] = static_cast<S>(tanh_terms[i] * power);
     }
   }
-  // u = clamp tanh(raw / clamp) and t = tanh(raw / clamp), which the derivative 1 - t^2 wants with all its
-  // digits.
-  NVAE_INLINE VecF operator()(VecF raw, VecF& t) const {
-    const VecF square = raw * raw;
-    VecF p(coefficient[kTerms - 1]);
-    for (int i = kTerms - 2; i >= 0; --i) p = fma(p, square, VecF(coefficient[i]));
-    const VecF inner = fma(p, square * raw, raw);
-    const Mask inside = abs(raw) <= VecF(clamp);
-    t = inner * VecF(inverse);
-    if (__builtin_expect(all(inside), 1)) return inner;
-    const VecF outer = tanh(raw * VecF(inverse));
-    t = select(inside, t, outer);
-    return select(inside, inner, VecF(clamp) * outer);
-  }
-};
-template <>
-struct SoftClamp<VecD> {
-  double clamp, inverse;
-  NVAE_INLINE explicit SoftClamp(double c) : clamp(c), inverse(1.0 / c) {}
-  NVAE_INLINE VecD operator()(VecD raw, VecD& t) const {
-    t = tanh(raw / VecD(clamp));
-    return VecD(clamp) * t;
-  }
-};
+  NVAE_INLINE S floor() const { return floor_; }
 
-NVAE_INLINE VecD exp_moderate(VecD x) { return exp(x); }
-// exp for |x| <= 80 or NaN: no overflow to look after. Adding 1.5 * 2^23 rounds to an integer and leaves it
-// in the low bits.
-NVAE_INLINE VecF exp_moderate(VecF x) {
-  const VecF magic(12582912.f), shifted = fma(x, VecF(0x1.715476p+0f), magic), n = shifted - magic;
-  const VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), x));
-  return exp_reduced(r) * from_bits(shift_left<23>(bits(shifted)) + Bits(0x3f800000u));
-}
-
-template <class V>
-struct Squasher {
-  using S = typename V::Scalar;
-  bool clamped, moderate;
-  SoftClamp<V> bend;
-  S floor;
-
-  NVAE_INLINE explicit Squasher(const Squash& s)
-      : clamped(s.clamped),
-        moderate(s.clamped && s.clamp <= 80.0),
-        bend(s.clamped ? s.clamp : 1.0),
-        floor(static_cast<S>(s.floor)) {}
-
-  // The clamped value, and its derivative with respect to raw (free when it is not used).
-  NVAE_INLINE V soft_clamp(V raw, V& slope) const {
-    slope = V(S(1));
-    if (!clamped) return raw;
-    V t;
-    const V u = bend(raw, t);
-    slope = fnma(t, t, slope);
-    return u;
+  // u = clamp tanh(raw / clamp) of M raw parameters, and du/draw. Network outputs are of the size of 1, so
+  // that raw nearly always lies within [-clamp, clamp]: there u is raw plus an odd polynomial (good to 0.93
+  // units in the last place of tanh), with clamp folded into the coefficients; only vectors with a lane
+  // outside also run the general function. The M polynomials stand side by side, because one alone is a chain
+  // in which every step waits for the one before.
+  template <int M>
+  NVAE_INLINE void bend(const V (&raw)[M], V (&u)[M], V (&slope)[M]) const {
+    if (!clamped_) {
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) u[i] = raw[i], slope[i] = V(S(1));
+      return;
+    }
+    V square[M];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) square[i] = raw[i] * raw[i];
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) u[i] = V(coefficient_[kTerms - 1]);
+#pragma GCC unroll 8
+    for (int term = kTerms - 2; term >= 0; --term)
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) u[i] = fma(u[i], square[i], V(coefficient_[term]));
+    auto inside = abs(raw[0]) <= V(clamp_);
+#pragma GCC unroll 4
+    for (int i = 1; i < M; ++i) inside = inside & (abs(raw[i]) <= V(clamp_));
+#pragma GCC unroll 4
+    for (int i = 0; i < M; ++i) {
+      u[i] = fma(u[i], square[i] * raw[i], raw[i]);
+      const V t = u[i] * V(inverse_);
+      slope[i] = fnma(t, t, V(S(1)));
+    }
+    if (V::size == 1 || !__builtin_expect(all(inside), 1)) {
+#pragma GCC unroll 4
+      for (int i = 0; i < M; ++i) {
+        const Bent b = outside(raw[i], {u[i], slope[i]}, clamp_, inverse_);
+        u[i] = b.u;
+        slope[i] = b.slope;
+      }
+    }
   }
-  NVAE_INLINE V exponential(V u) const { return moderate ? exp_moderate(u) : exp(u); }
-  NVAE_INLINE V mu(V raw, V& slope) const { return soft_clamp(raw, slope); }
-  NVAE_INLINE V sigma(V raw, V& slope) const {
-    const V e = exponential(soft_clamp(raw, slope));
-    slope = slope * e;
-    return e + V(floor);
+  // exp of a bent log sigma.
+  NVAE_INLINE V exponential(V u) const { return moderate_ ? exp_moderate(u) : exp(u); }
+
+  NVAE_INLINE Squashed<V> operator()(V raw_mu, V raw_log_sigma) const {
+    const V raw[2] = {raw_mu, raw_log_sigma};
+    V u[2], slope[2];
+    bend(raw, u, slope);
+    const V e = exponential(u[1]);
+    return {u[0], e + V(floor_), slope[0], slope[1] * e};
   }
-  NVAE_INLINE V mu(V raw) const {
-    V slope;
-    return mu(raw, slope);
-  }
-  NVAE_INLINE V sigma(V raw) const {
-    V slope;
-    return sigma(raw, slope);
+
+ private:
+  struct Bent {
+    V u, slope;
+  };
+  // The lanes outside [-clamp, clamp], or every lane of float64; the others as they are. Never inlined: code
+  // that is rarely run should not lie between what always is.
+  __attribute__((noinline)) static Bent outside(V raw, Bent inner, S clamp, S inverse) {
+    const auto inside = V::size > 1 ? abs(raw) <= V(clamp) : abs(raw) < V(S(0));
+    const V t = plain_nan(tanh(V::size > 1 ? raw * V(inverse) : raw / V(clamp)));
+    return {select(inside, inner.u, V(clamp) * t), select(inside, inner.slope, fnma(t, t, V(S(1))))};
   }
 };
 

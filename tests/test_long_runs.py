@@ -36,7 +36,7 @@ class Specks:
 class _Mallinfo(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_size_t)
-        for name in ["arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost"]
+        for name in "arena ordblks smblks hblks hblkhd usmblks fsmblks in_use free keepcost".split()  # noqa: SIM905
     ]
 
 
@@ -48,7 +48,7 @@ def allocated() -> int:
         pytest.skip("needs glibc 2.33")
     information.restype = _Mallinfo
     found = information()
-    return found.uordblks + found.hblkhd
+    return found.in_use + found.hblkhd
 
 
 def facts() -> dict[str, int]:

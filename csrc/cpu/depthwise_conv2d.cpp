@@ -247,6 +247,28 @@ void merge_statistics(const Job& job, const double* sums, const Tensor& mean, co
   }
 }
 
+// x -> y by a job that has been described; fills args.sums when they are wanted.
+Tensor run_forward(Job& job, const Tensor& x, const Tensor& weight, int64_t stride, int64_t upsample,
+                   std::unique_ptr<double[]>* sums) {
+  DepthwiseArgs& a = job.args;
+  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
+  const Tensor y = shaped_output(x, extent(x.size(2)), extent(x.size(3)));
+  a.x = view(x, job.hold);
+  a.y = view(y, job.hold);
+  job.plan(false, a.x, a.y);
+  job.pack(weight);
+  if (sums) {
+    sums->reset(new double[static_cast<size_t>(a.tasks() * a.group * 3 * job.lanes) + 1]);
+    a.sums = sums->get();
+  }
+  const int64_t bytes = NVAE_CALL(depthwise_forward_scratch, a);
+  torch::stable::parallel_for(0, a.tasks(), job.grain(a.y), [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    NVAE_CALL(depthwise_forward, a, scratch.at_least(bytes), begin, end);
+  });
+  return y;
+}
+
 std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d(const Tensor& x, const Tensor& weight,
                                                     const OptionalTensor& scale, const OptionalTensor& shift,
                                                     int64_t stride, int64_t dilation, int64_t upsample,
@@ -254,27 +276,27 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d(const Tensor& x, const Tenso
                                                     std::optional<std::vector<int64_t>> taps) {
   const char* op = "depthwise_conv2d";
   Job job;
-  DepthwiseArgs& a = job.args;
   job.geometry = geometry_of(op, x, weight, stride, dilation, upsample, taps);
   job.describe(op, x, scale, shift, activation);
-  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
-  const Tensor y = shaped_output(x, extent(x.size(2)), extent(x.size(3)));
-  a.x = view(x, job.hold);
-  a.y = view(y, job.hold);
-  job.plan(false, a.x, a.y);
-  job.pack(weight);
   std::unique_ptr<double[]> sums;
-  if (stats) sums.reset(new double[static_cast<size_t>(a.tasks() * a.group * 3 * job.lanes) + 1]);
-  a.sums = sums.get();
-  const int64_t bytes = NVAE_CALL(depthwise_forward_scratch, a);
-  torch::stable::parallel_for(0, a.tasks(), job.grain(a.y), [&](int64_t begin, int64_t end) {
-    static thread_local Scratch scratch;
-    NVAE_CALL(depthwise_forward, a, scratch.at_least(bytes), begin, end);
-  });
-  const Tensor mean = empty_like_sums(x, stats ? a.channels : 0, job.wide);
-  const Tensor m2 = empty_like_sums(x, stats ? a.channels : 0, job.wide);
+  const Tensor y = run_forward(job, x, weight, stride, upsample, stats ? &sums : nullptr);
+  const Tensor mean = empty_like_sums(x, stats ? job.args.channels : 0, job.wide);
+  const Tensor m2 = empty_like_sums(x, stats ? job.args.channels : 0, job.wide);
   if (stats) merge_statistics(job, sums.get(), mean, m2);
   return {y, mean, m2};
+}
+
+Tensor depthwise_conv2d_affine(const Tensor& x, const Tensor& weight, const Tensor& out_scale,
+                               const Tensor& out_shift, int64_t stride, int64_t upsample,
+                               std::optional<Text> activation, std::optional<Text> out_activation) {
+  const char* op = "depthwise_conv2d_affine";
+  Job job;
+  job.geometry = geometry_of(op, x, weight, stride, 1, upsample, std::nullopt);
+  job.describe(op, x, std::nullopt, std::nullopt, activation);
+  job.args.out_activation = activation_of(op, out_activation);
+  job.args.out_scale = channel_values(op, "out_scale", out_scale, x, job.wide, job.hold);
+  job.args.out_shift = channel_values(op, "out_shift", out_shift, x, job.wide, job.hold);
+  return run_forward(job, x, weight, stride, upsample, nullptr);
 }
 
 // Second stage of the weight gradient, for vectors begin .. end of channels.
@@ -391,5 +413,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
   m.impl("depthwise_conv2d", TORCH_BOX(&nvae::depthwise_conv2d));
+  m.impl("depthwise_conv2d_affine", TORCH_BOX(&nvae::depthwise_conv2d_affine));
   m.impl("depthwise_conv2d_backward", TORCH_BOX(&nvae::depthwise_conv2d_backward));
 }

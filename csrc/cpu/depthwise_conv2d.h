@@ -63,6 +63,9 @@ struct DepthwiseArgs {
   // y - pivot.
   DepthwiseMap x, y;
   double* sums = nullptr;
+  // With out_scale, y = out_activation(out_scale * convolution + out_shift), and no sums. (C,) each.
+  const void *out_scale = nullptr, *out_shift = nullptr;
+  int out_activation = 0;
 
   // Backward: dy = alpha grad + beta out + gamma, or grad alone. Null: not wanted. `sums` per task [vector of
   // the group][grad_scale, grad_shift][lane]; tap_gradients per task [vector of the group][tap][lane].

@@ -26,6 +26,18 @@ void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x, int64_
   }
 }
 
+// act(scale y + shift) of a row of y in scratch memory.
+template <class V, int activation>
+void finish_row(const DepthwiseArgs& a, const Group& c, typename V::Scalar* out) {
+  for (int g = 0; g < c.count; ++g) {
+    const V scale = constant<V>(a.out_scale, c, g, 1.0), shift = constant<V>(a.out_shift, c, g, 0.0);
+    for (int64_t s = 0; s < a.y.width; ++s, out += V::size) {
+      V slope;
+      activate<activation, false>(fma(scale, V::load(out), shift), slope).store(out);
+    }
+  }
+}
+
 // A row of y from scratch to memory, and its part of the statistics.
 template <class V, class T>
 void leave_row(const DepthwiseArgs& a, const Group& c, int64_t b, int64_t row, typename V::Scalar* out,
@@ -122,6 +134,14 @@ void forward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) 
             run_phase<V, true, false>(a, plan.phases[e * plan.col_phases + f], R, a.x.height, a.y.width, ring,
                                       g, taps + g * plan.taps * V::size, nullptr, nullptr,
                                       out + g * a.y.width * V::size);
+        if (a.out_scale) {
+          if (a.out_activation == 1)
+            finish_row<V, 1>(a, c, out);
+          else if (a.out_activation == 2)
+            finish_row<V, 2>(a, c, out);
+          else
+            finish_row<V, 0>(a, c, out);
+        }
         leave_row<V, T>(a, c, b, R * plan.row_phases + e, out, sums, start);
         start = false;
       }

@@ -57,20 +57,25 @@ struct Stretch {
   int64_t task, b, c, p;  // first element
   int64_t row;            // b * channels + c
   int64_t count;          // pixels
+  int64_t rows;           // 1, or whole rows of one sample, one after the other
   int64_t map, packed;  // its place in a dense map (B, Z, pixels), in dense packed parameters (B, 2Z, pixels)
   const S* eps;
 };
 
-// Calls run(stretch) for each task of a contiguous map: a span of one row. Short rows share a draw of noise.
+// Calls run(stretch) for each task of a contiguous map: a span of one row. Short rows share a draw of noise
+// and, up to `group` of them, a stretch.
 template <class V, class F>
-static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64_t end, F run) {
+static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64_t end, F run,
+                     int64_t group = 1) {
   using S = typename V::Scalar;
   S eps[MapShape::kSpan];
   const NoiseSource source(noise ? *noise : Noise{});
-  const auto stretch = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at) {
+  const auto stretch = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at, int64_t most) {
     const int64_t b = row / m.channels, c = row % m.channels;
-    run(Stretch<S>{task, b, c, p, row, count, row * m.pixels + p, (b * 2 * m.channels + c) * m.pixels + p,
-                   at});
+    const int64_t rows = most < m.channels - c ? most : m.channels - c;
+    run(Stretch<S>{task, b, c, p, row, rows * count, rows, row * m.pixels + p,
+                   (b * 2 * m.channels + c) * m.pixels + p, at});
+    return rows;
   };
   const int64_t spans = m.spans();
   if (spans > 1) {
@@ -78,7 +83,7 @@ static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64
       const int64_t row = task / spans, p = task % spans * m.span();
       const int64_t count = m.pixels - p < m.span() ? m.pixels - p : m.span();
       if (noise) source.fill(row * m.pixels + p, count, eps);
-      stretch(task, row, p, count, eps);
+      stretch(task, row, p, count, eps, 1);
     }
     return;
   }
@@ -86,7 +91,8 @@ static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64
   for (int64_t task = begin; task < end; task += rows) {
     const int64_t n = end - task < rows ? end - task : rows;
     if (noise) source.fill(task * m.pixels, n * m.pixels, eps);
-    for (int64_t i = 0; i < n; ++i) stretch(task + i, task + i, 0, m.pixels, eps + i * m.pixels);
+    for (int64_t i = 0; i < n;)
+      i += stretch(task + i, task + i, 0, m.pixels, eps + i * m.pixels, n - i < group ? n - i : group);
   }
 }
 
@@ -103,7 +109,7 @@ static void for_channels(const MapShape& m, const Noise* noise, int64_t begin, i
     for (int64_t c = 0; c < m.channels; c += V::size) {
       const int n = m.channels - c < V::size ? static_cast<int>(m.channels - c) : V::size;
       if (noise) source.fill_channels(b, c, n, m.channels, m.pixels, p, count, eps);
-      run(Stretch<S>{task, b, c, p, b * m.channels + c, count, pixel * m.channels + c,
+      run(Stretch<S>{task, b, c, p, b * m.channels + c, count, 1, pixel * m.channels + c,
                      pixel * 2 * m.channels + c, eps},
           n);
     }

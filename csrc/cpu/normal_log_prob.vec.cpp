@@ -15,28 +15,24 @@ struct Density {
   Squasher<V> squash;
   explicit Density(const NormalLogProbArgs& args) : a(args), squash(args.squash) {}
 
+  NVAE_INLINE Squashed<V> normal(const Raw<T>& raw, int64_t i, int n) const {
+    if (!raw.mu) return {V(S(0)), V(S(1) + squash.floor()), V(S(0)), V(S(0))};
+    return squash(load<V>(raw.mu + i * raw.step, n), load<V>(raw.log_sigma + i * raw.step, n));
+  }
   NVAE_INLINE V log_prob(const Raw<T>& z, const Raw<T>& raw, int64_t i, int n) const {
-    V mu(S(0)), sigma(S(1) + squash.floor);
-    if (raw.mu) {
-      mu = squash.mu(load<V>(raw.mu + i * raw.step, n));
-      sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n));
-    }
-    const V w = (load<V>(z.mu + i * z.step, n) - mu) / sigma;
-    return fnma(w * V(S(0.5)), w, -log(sigma));
+    const Squashed<V> p = normal(raw, i, n);
+    const V w = (load<V>(z.mu + i * z.step, n) - p.mu) / p.sigma;
+    return fnma(w * V(S(0.5)), w, -log(p.sigma));
   }
   NVAE_INLINE void gradients(const Raw<T>& z, const Raw<T>& raw, int64_t i, V grad, int64_t map,
                              int64_t packed, int64_t log_sigma, int n) const {
-    V mu(S(0)), sigma(S(1) + squash.floor), slope_mu(S(0)), slope_sigma(S(0));
-    if (raw.mu) {
-      mu = squash.mu(load<V>(raw.mu + i * raw.step, n), slope_mu);
-      sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n), slope_sigma);
-    }
-    const V inverse = V(S(1)) / sigma, w = (load<V>(z.mu + i * z.step, n) - mu) * inverse,
+    const Squashed<V> p = normal(raw, i, n);
+    const V inverse = V(S(1)) / p.sigma, w = (load<V>(z.mu + i * z.step, n) - p.mu) * inverse,
             scaled = grad * inverse;
     if (a.grad_z) store(-(scaled * w), static_cast<T*>(a.grad_z) + map, n);
     if (T* out = static_cast<T*>(a.grad_params)) {
-      store(scaled * w * slope_mu, out + packed, n);
-      store(scaled * fma(w, w, V(S(-1))) * slope_sigma, out + packed + log_sigma, n);
+      store(scaled * w * p.slope_mu, out + packed, n);
+      store(scaled * fma(w, w, V(S(-1))) * p.slope_sigma, out + packed + log_sigma, n);
     }
   }
 };

@@ -17,22 +17,22 @@ struct Sampler {
   explicit Sampler(const NormalSampleArgs& args)
       : a(args), squash(args.squash), temperature(static_cast<S>(args.temperature)) {}
 
+  NVAE_INLINE Squashed<V> at(const Raw<T>& raw, int64_t i, int n) const {
+    return squash(load<V>(raw.mu + i * raw.step, n), load<V>(raw.log_sigma + i * raw.step, n));
+  }
   NVAE_INLINE void forward(const Raw<T>& raw, int64_t i, V eps, int64_t map, int64_t, int64_t, int n) const {
-    const V mu = squash.mu(load<V>(raw.mu + i * raw.step, n));
-    const V sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n));
-    store(fma(V(temperature) * sigma, eps, mu), static_cast<T*>(a.z) + map, n);
+    const Squashed<V> q = at(raw, i, n);
+    store(fma(V(temperature) * q.sigma, eps, q.mu), static_cast<T*>(a.z) + map, n);
   }
   NVAE_INLINE void backward(const Raw<T>& raw, int64_t i, V eps, int64_t map, int64_t packed,
                             int64_t log_sigma, int n) const {
-    V slope_mu, slope_sigma;
-    squash.mu(load<V>(raw.mu + i * raw.step, n), slope_mu);
-    const V sigma = squash.sigma(load<V>(raw.log_sigma + i * raw.step, n), slope_sigma);
+    const Squashed<V> q = at(raw, i, n);
     const V grad = load<V>(static_cast<const T*>(a.grad_z) + map, n), hot = grad * V(temperature);
     if (T* out = static_cast<T*>(a.grad_params)) {
-      store(grad * slope_mu, out + packed, n);
-      store(hot * eps * slope_sigma, out + packed + log_sigma, n);
+      store(grad * q.slope_mu, out + packed, n);
+      store(hot * eps * q.slope_sigma, out + packed + log_sigma, n);
     }
-    if (a.grad_noise) store_as(hot * sigma, a.grad_noise, a.noise.dtype, map, n);
+    if (a.grad_noise) store_as(hot * q.sigma, a.grad_noise, a.noise.dtype, map, n);
   }
 };
 

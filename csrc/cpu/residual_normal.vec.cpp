@@ -9,7 +9,53 @@
 namespace nvae {
 namespace NVAE_ISA {
 
+// A kernel of this length is bound by what one core can hold in flight: written as one loop, every element
+// waits through some forty dependent operations. So a block of vectors goes through short loops, each of
+// which overlaps with its own next turns, by way of buffers in the first-level cache.
 template <class V>
+struct Block {
+  using S = typename V::Scalar;
+  static constexpr int kVectors = 16;
+  struct Normal {
+    alignas(64) S mu[kVectors * V::size], exp_ls[kVectors * V::size];          // sigma without its floor
+    alignas(64) S slope_mu[kVectors * V::size], slope_ls[kVectors * V::size];  // of the soft clamps
+  };
+  Normal q, p;
+};
+
+// A stretch as vectors: `full` ones and, up to `total`, such of n lanes.
+template <class V>
+struct Vectors {
+  int64_t full, total;
+  int n;
+  NVAE_INLINE static Vectors of_row(int64_t count) {
+    return {count / V::size, (count + V::size - 1) / V::size, static_cast<int>(count % V::size)};
+  }
+  NVAE_INLINE static Vectors of_channels(int64_t count, int n) {
+    return {n == V::size ? count : 0, count, n};
+  }
+  // body(vector, lanes), where lanes is known to the compiler for full vectors.
+  template <class F>
+  NVAE_INLINE void each(int64_t first, F body) const {
+    const int64_t end = total < first + Block<V>::kVectors ? total : first + Block<V>::kVectors;
+    const int64_t end_full = full < end ? full : end;
+    int64_t v = first;
+    for (; v < end_full; ++v) body(v, V::size);
+    for (; v < end; ++v) body(v, n);
+  }
+};
+// Short rows of a sample that share a block, where they lie one after the other and end with a vector.
+template <class V>
+static int64_t rows_together(const ResidualNormalArgs& a) {
+  const bool adjacent =
+      a.posterior.channel == a.pixels && (!a.prior.data || a.prior.channel == a.pixels) && a.pixels > 0;
+  if (!adjacent || a.pixels % V::size != 0) return 1;
+  const int64_t rows = Block<V>::kVectors * V::size / a.pixels;
+  return rows > 1 ? rows : 1;
+}
+#define NVAE_BODY [&](int64_t v, int n) __attribute__((always_inline))
+
+template <class V, class T>
 struct Model {
   using S = typename V::Scalar;
   Squasher<V> squash;
@@ -17,112 +63,106 @@ struct Model {
   // Elements whose sigmas may be multiplied before a logarithm is taken, see Sums. With the clamp at 5 a
   // ratio of sigmas lies within exp(+-10), and eight of them stay clear of overflow.
   int per_log;
-  S fixed_inverse_p, fixed_sigma_p;
+  S fixed_sigma_p;
 
   explicit Model(const ResidualNormalArgs& a)
       : squash(a.squash),
         has_prior(a.prior.data != nullptr),
         residual(a.residual),
         per_log(a.squash.clamped && a.squash.clamp <= 5.0 && a.squash.floor <= 1.0 ? 8 : 1),
-        fixed_inverse_p(S(1) / (S(1) + static_cast<S>(a.squash.floor))),
         fixed_sigma_p(S(1) + static_cast<S>(a.squash.floor)) {}
 
-  // What one element adds to the sums; the logarithms are still to come.
-  struct Terms {
-    V z, kl, log_q, log_p, ratio, sigma_q, sigma_p;
-  };
-  NVAE_INLINE Terms forward(V raw_mu_q, V raw_ls_q, V raw_mu_p, V raw_ls_p, V eps) const {
-    Terms t;
-    V mu_p(S(0)), inverse_p(fixed_inverse_p);
-    t.sigma_p = V(fixed_sigma_p);
+  // Squashes the block that begins at vector `first`; vector v stands v * step on from q.mu and so on.
+  template <bool kSlopes>
+  NVAE_INLINE void fill(Block<V>& block, const Vectors<V>& vectors, int64_t first, const Raw<T>& q,
+                        const Raw<T>& p, int64_t q_step, int64_t p_step) const {
+    const auto put = [&](V v, S* to, int64_t at)
+                         __attribute__((always_inline)) { v.store(to + (at - first) * V::size); };
     if (has_prior) {
-      if (residual) {
-        raw_mu_q = raw_mu_q + raw_mu_p;
-        raw_ls_q = raw_ls_q + raw_ls_p;
-      }
-      mu_p = squash.mu(raw_mu_p);
-      t.sigma_p = squash.sigma(raw_ls_p);
-      inverse_p = V(S(1)) / t.sigma_p;
-    }
-    const V mu_q = squash.mu(raw_mu_q);
-    t.sigma_q = squash.sigma(raw_ls_q);
-    t.z = fma(t.sigma_q, eps, mu_q);
-    t.ratio = t.sigma_q * inverse_p;
-    const V d = (mu_q - mu_p) * inverse_p, w = (t.z - mu_p) * inverse_p, half(S(0.5));
-    t.kl = half * fma(d, d, fma(t.ratio, t.ratio, V(S(-1))));
-    t.log_q = eps * eps * half;
-    t.log_p = w * w * half;
-    return t;
-  }
-
-  struct Gradients {
-    V mu_q, ls_q, mu_p, ls_p, eps;
-  };
-  NVAE_INLINE Gradients backward(V raw_mu_q, V raw_ls_q, V raw_mu_p, V raw_ls_p, V eps, V g_z, V g_kl,
-                                 V g_log_q, V g_log_p) const {
-    V mu_p(S(0)), sigma_p(fixed_sigma_p), slope_mu_p(S(0)), slope_ls_p(S(0));
-    if (has_prior) {
-      if (residual) {
-        raw_mu_q = raw_mu_q + raw_mu_p;
-        raw_ls_q = raw_ls_q + raw_ls_p;
-      }
-      mu_p = squash.mu(raw_mu_p, slope_mu_p);
-      sigma_p = squash.sigma(raw_ls_p, slope_ls_p);
-    }
-    V slope_mu_q, slope_ls_q;
-    const V mu_q = squash.mu(raw_mu_q, slope_mu_q), sigma_q = squash.sigma(raw_ls_q, slope_ls_q);
-    V inverse_p, inverse_q;
-    if (per_log > 1) {  // one division serves both
-      const V both = V(S(1)) / (sigma_p * sigma_q);
-      inverse_p = both * sigma_q;
-      inverse_q = both * sigma_p;
+      vectors.each(
+          first, NVAE_BODY {
+            const T *mu_q = q.mu + v * q_step, *ls_q = q.log_sigma + v * q_step;
+            const T *mu_p = p.mu + v * p_step, *ls_p = p.log_sigma + v * p_step;
+            ahead(mu_q), ahead(ls_q), ahead(mu_p), ahead(ls_p);
+            V raw[4] = {load<V>(mu_q, n), load<V>(ls_q, n), load<V>(mu_p, n), load<V>(ls_p, n)}, u[4],
+              slope[4];
+            if (residual) {
+              raw[0] = raw[0] + raw[2];
+              raw[1] = raw[1] + raw[3];
+            }
+            squash.bend(raw, u, slope);
+            put(u[0], block.q.mu, v);
+            put(u[1], block.q.exp_ls, v);
+            put(u[2], block.p.mu, v);
+            put(u[3], block.p.exp_ls, v);
+            if (kSlopes) {
+              put(slope[0], block.q.slope_mu, v);
+              put(slope[1], block.q.slope_ls, v);
+              put(slope[2], block.p.slope_mu, v);
+              put(slope[3], block.p.slope_ls, v);
+            }
+          });
     } else {
-      inverse_p = V(S(1)) / sigma_p;
-      inverse_q = V(S(1)) / sigma_q;
+      vectors.each(
+          first, NVAE_BODY {
+            const T *mu_q = q.mu + v * q_step, *ls_q = q.log_sigma + v * q_step;
+            ahead(mu_q), ahead(ls_q);
+            const V raw[2] = {load<V>(mu_q, n), load<V>(ls_q, n)};
+            V u[2], slope[2];
+            squash.bend(raw, u, slope);
+            put(u[0], block.q.mu, v);
+            put(u[1], block.q.exp_ls, v);
+            if (kSlopes) {
+              put(slope[0], block.q.slope_mu, v);
+              put(slope[1], block.q.slope_ls, v);
+            }
+          });
     }
-    const V d = (mu_q - mu_p) * inverse_p, r = sigma_q * inverse_p;
-    const V w = fma(sigma_q, eps, mu_q - mu_p) * inverse_p;
-    const V through_p = g_log_p * w * inverse_p;  // -d log_p / dz
-    const V into_z = g_z - through_p, from_kl = g_kl * d * inverse_p;
-    const V to_mu_q = into_z + from_kl;
-    // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
-    const V to_sigma_q = fma(into_z, eps, fnma(g_log_q, inverse_q, g_kl * fma(r, inverse_p, -inverse_q)));
-    const V to_mu_p = through_p - from_kl;
-    // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
-    const V to_sigma_p = inverse_p * fma(g_log_p, fma(w, w, V(S(-1))), g_kl * fnma(d, d, fnma(r, r, V(1))));
-    Gradients g;
-    g.mu_q = to_mu_q * slope_mu_q;
-    g.ls_q = to_sigma_q * slope_ls_q;
-    g.mu_p = to_mu_p * slope_mu_p;
-    g.ls_p = to_sigma_p * slope_ls_p;
-    if (residual) {
-      g.mu_p = g.mu_p + g.mu_q;
-      g.ls_p = g.ls_p + g.ls_q;
+    const int64_t left = vectors.total - first;
+    const int count = left < Block<V>::kVectors ? static_cast<int>(left) : Block<V>::kVectors;
+    raise(block.q.exp_ls, count);
+    if (has_prior) raise(block.p.exp_ls, count);
+  }
+  NVAE_INLINE void raise(S* u, int count) const {
+    for (int v = 0; v < count; ++v) squash.exponential(V::load(u + v * V::size)).store(u + v * V::size);
+  }
+  struct Normals {
+    V mu_q, sigma_q, mu_p, sigma_p;
+  };
+  NVAE_INLINE Normals normals(const Block<V>& block, int64_t at) const {
+    const V floor(squash.floor());
+    Normals n{V::load(block.q.mu + at), V::load(block.q.exp_ls + at) + floor, V(S(0)), V(fixed_sigma_p)};
+    if (has_prior) {
+      n.mu_p = V::load(block.p.mu + at);
+      n.sigma_p = V::load(block.p.exp_ls + at) + floor;
     }
-    g.eps = fnma(g_log_q, eps, into_z * sigma_q);
-    return g;
+    return n;
   }
 };
 
-// Lane-wise sums of kl, log_q and log_p. The sum of logarithms is the logarithm of the product: a few
-// elements share one.
+// Lane-wise sums of kl, log_q and log_p, the latter two without their constant. The sum of logarithms is the
+// logarithm of the product: a few elements share one.
 template <class V>
 class Sums {
  public:
   using S = typename V::Scalar;
-  explicit Sums(int per_log) : per_log_(per_log) { restart(); }
-  V kl{S(0)}, log_q{S(0)}, log_p{S(0)};  // log_q, log_p without their constant
+  explicit Sums(int per_log) : per_log_(per_log) {}
+  V kl{S(0)}, log_q{S(0)}, log_p{S(0)};
 
-  NVAE_INLINE void add(const typename Model<V>::Terms& t) {
-    kl_ = kl_ + t.kl;
-    log_q_ = log_q_ + t.log_q;
-    log_p_ = log_p_ + t.log_p;
+  // What one element adds; the logarithms are still to come.
+  struct Terms {
+    V kl, log_q, log_p, ratio, sigma_q, sigma_p;
+  };
+  NVAE_INLINE void add(const Terms& t) {
+    kl = kl + t.kl;
+    log_q = log_q - t.log_q;
+    log_p = log_p - t.log_p;
     ratio_ = ratio_ * t.ratio;
     sigma_q_ = sigma_q_ * t.sigma_q;
     if (++count_ == per_log_) flush(t.sigma_p);
   }
   // For a vector of which only the first n lanes count.
-  NVAE_INLINE void add(typename Model<V>::Terms t, int n) {
+  NVAE_INLINE void add(Terms t, int n) {
     t.kl = keep(t.kl, n, S(0));
     t.log_q = keep(t.log_q, n, S(0));
     t.log_p = keep(t.log_p, n, S(0));
@@ -136,162 +176,230 @@ class Sums {
   }
 
  private:
-  NVAE_INLINE void restart() {
-    kl_ = log_q_ = log_p_ = V(S(0));
-    ratio_ = sigma_q_ = V(S(1));
-    count_ = 0;
-  }
   NVAE_INLINE void flush(V sigma_p) {
     const V log_ratio = log(ratio_), log_sigma_q = log(sigma_q_);
     // One element at a time may have sigmas so extreme that their ratio says nothing about sigma_p.
     const V log_sigma_p = per_log_ == 1 ? log(sigma_p) : log_sigma_q - log_ratio;
-    kl = kl + (kl_ - log_ratio);
-    log_q = log_q - (log_q_ + log_sigma_q);
-    log_p = log_p - (log_p_ + log_sigma_p);
-    restart();
+    kl = kl - log_ratio;
+    log_q = log_q - log_sigma_q;
+    log_p = log_p - log_sigma_p;
+    ratio_ = sigma_q_ = V(S(1));
+    count_ = 0;
   }
-  V kl_, log_q_, log_p_, ratio_, sigma_q_;
-  int per_log_, count_;
+  V ratio_{S(1)}, sigma_q_{S(1)};
+  int per_log_, count_ = 0;
 };
 
-// The terms of n lanes at element i of a stretch; writes z.
-template <class V, class T>
-struct Forward {
-  const ResidualNormalArgs& a;
-  Model<V> model;
-  explicit Forward(const ResidualNormalArgs& args) : a(args), model(args) {}
-
-  NVAE_INLINE typename Model<V>::Terms at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, T* z,
-                                          int n) const {
-    V mu_p{}, log_sigma_p{};
-    if (p.mu) {
-      ahead(p.mu + i * p.step);
-      ahead(p.log_sigma + i * p.step);
-      mu_p = load<V>(p.mu + i * p.step, n);
-      log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
-    }
-    ahead(q.mu + i * q.step);
-    ahead(q.log_sigma + i * q.step);
-    ahead_to_write(z);
-    const auto terms = model.forward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n),
-                                     mu_p, log_sigma_p, eps);
-    store(terms.z, z, n);
-    return terms;
+// Writes z of one stretch and calls leave(row, sums) at the end of each of its rows. kRow: only the first n
+// lanes of a vector count, else the sums of the others are never read.
+template <bool kRow, class V, class T, class F>
+static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, int64_t rows,
+                            const Raw<T>& q, const Raw<T>& p, int64_t q_step, int64_t p_step,
+                            const typename V::Scalar* eps_at, T* z_at, int64_t z_step, F leave) {
+  using S = typename V::Scalar;
+  Block<V> block;
+  Sums<V> sums(model.per_log);
+  const int64_t length = vectors.total / rows;
+  int64_t row = 0, left = length;
+  for (int64_t first = 0; first < vectors.total; first += Block<V>::kVectors) {
+    model.template fill<false>(block, vectors, first, q, p, q_step, p_step);
+    vectors.each(
+        first, NVAE_BODY {
+          const V eps = V::load(eps_at + v * V::size), half(S(0.5));
+          const auto at = model.normals(block, (v - first) * V::size);
+          const V inverse_p = V(S(1)) / at.sigma_p;
+          const V z = fma(at.sigma_q, eps, at.mu_q);
+          T* out = z_at + v * z_step;
+          ahead_to_write(out);
+          store(z, out, n);
+          typename Sums<V>::Terms t;
+          t.sigma_q = at.sigma_q;
+          t.sigma_p = at.sigma_p;
+          t.ratio = at.sigma_q * inverse_p;
+          const V d = (at.mu_q - at.mu_p) * inverse_p, w = (z - at.mu_p) * inverse_p;
+          t.kl = half * fma(d, d, fma(t.ratio, t.ratio, V(S(-1))));
+          t.log_q = eps * eps * half;
+          t.log_p = w * w * half;
+          if (kRow && n != V::size)
+            sums.add(t, n);
+          else
+            sums.add(t);
+          if (--left == 0) {
+            sums.finish();
+            leave(row++, sums);
+            sums = Sums<V>(model.per_log);
+            left = length;
+          }
+        });
   }
-};
+}
 
 template <class V, class T>
 static void forward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  const Forward<V, T> forward(a);
-  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
-    Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    q.step = p.step = 1;  // known to the compiler
-    T* z = static_cast<T*>(a.z) + s.map;
-    Sums<V> sums(forward.model.per_log);
-    int64_t i = 0;
-    for (; i + V::size <= s.count; i += V::size)
-      sums.add(forward.at(q, p, i, V::load(s.eps + i), z + i, V::size));
-    if (const int n = static_cast<int>(s.count - i))
-      sums.add(forward.at(q, p, i, V::load(s.eps + i, n), z + i, n), n);
-    sums.finish();
-    const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
-    leave_row(sums.kl, 0.0, a.partial, s.task, a.kSums, 0);
-    leave_row(sums.log_q, constant, a.partial, s.task, a.kSums, 1);
-    leave_row(sums.log_p, constant, a.partial, s.task, a.kSums, 2);
-  });
+  const Model<V, T> model(a);
+  for_rows<V>(
+      a, &a.noise, begin, end,
+      [&](const Stretch<typename V::Scalar>& s) {
+        const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+        const double constant = kLogSqrt2Pi * static_cast<double>(s.count / s.rows);
+        forward_stretch<true>(model, Vectors<V>::of_row(s.count), s.rows, q, p, V::size, V::size, s.eps,
+                              static_cast<T*>(a.z) + s.map, V::size, [&](int64_t row, const Sums<V>& sums) {
+                                leave_row(sums.kl, 0.0, a.partial, s.task + row, a.kSums, 0);
+                                leave_row(sums.log_q, constant, a.partial, s.task + row, a.kSums, 1);
+                                leave_row(sums.log_p, constant, a.partial, s.task + row, a.kSums, 2);
+                              });
+      },
+      rows_together<V>(a));
 }
 
 template <class V, class T>
 static void forward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  const Forward<V, T> forward(a);
+  const Model<V, T> model(a);
   for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    T* z = static_cast<T*>(a.z) + s.map;
-    Sums<V> sums(forward.model.per_log);
-    for (int64_t i = 0; i < s.count; ++i)
-      sums.add(forward.at(q, p, i, V::load(s.eps + i * V::size), z + i * a.channels, n));
-    sums.finish();
     const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
-    leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
-    leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
-    leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+    forward_stretch<false>(model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps,
+                           static_cast<T*>(a.z) + s.map, a.channels, [&](int64_t, const Sums<V>& sums) {
+                             leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
+                             leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
+                             leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+                           });
   });
 }
 
-// The gradients of n lanes at element i of a stretch, written where they belong.
-template <class V, class T>
-struct Backward {
-  const ResidualNormalArgs& a;
-  Model<V> model;
-  explicit Backward(const ResidualNormalArgs& args) : a(args), model(args) {}
+// Where the gradients of one stretch go and come from. Steps are from vector to vector; log_sigma is from mu
+// to log sigma in the dense packed gradients.
+template <class T>
+struct Gradients {
+  const T* z;
+  T *posterior, *prior;
+  void* noise;
+  Dtype noise_dtype;
+  int64_t map, map_step, packed, packed_step, log_sigma;
 
-  struct Upstream {
-    V kl, log_q, log_p;
-  };
-  // map and packed: of the first lane, in dense maps and dense packed parameters; log_sigma: from mu to log
-  // sigma there.
-  NVAE_INLINE void at(const Raw<T>& q, const Raw<T>& p, int64_t i, V eps, const Upstream& up, int64_t map,
-                      int64_t packed, int64_t log_sigma, int n) const {
-    V mu_p{}, log_sigma_p{}, grad_z(typename V::Scalar(0));
-    ahead(q.mu + i * q.step);
-    ahead(q.log_sigma + i * q.step);
-    if (p.mu) {
-      ahead(p.mu + i * p.step);
-      ahead(p.log_sigma + i * p.step);
-      mu_p = load<V>(p.mu + i * p.step, n);
-      log_sigma_p = load<V>(p.log_sigma + i * p.step, n);
-    }
-    if (a.grad_z) ahead(static_cast<const T*>(a.grad_z) + map);
-    if (a.grad_z) grad_z = load<V>(static_cast<const T*>(a.grad_z) + map, n);
-    const auto g = model.backward(load<V>(q.mu + i * q.step, n), load<V>(q.log_sigma + i * q.step, n), mu_p,
-                                  log_sigma_p, eps, grad_z, up.kl, up.log_q, up.log_p);
-    if (T* out = static_cast<T*>(a.grad_posterior)) {
-      ahead_to_write(out + packed);
-      ahead_to_write(out + packed + log_sigma);
-      store(g.mu_q, out + packed, n);
-      store(g.ls_q, out + packed + log_sigma, n);
-    }
-    if (T* out = static_cast<T*>(a.grad_prior)) {
-      ahead_to_write(out + packed);
-      ahead_to_write(out + packed + log_sigma);
-      store(g.mu_p, out + packed, n);
-      store(g.ls_p, out + packed + log_sigma, n);
-    }
-    if (a.grad_noise) store_as(g.eps, a.grad_noise, a.noise.dtype, map, n);
+  Gradients(const ResidualNormalArgs& a, int64_t map_at, int64_t packed_at)
+      : z(static_cast<const T*>(a.grad_z)),
+        posterior(static_cast<T*>(a.grad_posterior)),
+        prior(static_cast<T*>(a.grad_prior)),
+        noise(a.grad_noise),
+        noise_dtype(a.noise.dtype),
+        map(map_at),
+        packed(packed_at) {}
+  // The gradients of a packed tensor, at element `at` of it.
+  template <class V>
+  NVAE_INLINE void leave(T* to, V mu, V ls, int64_t at, int n) const {
+    ahead_to_write(to + at);
+    ahead_to_write(to + at + log_sigma);
+    store(mu, to + at, n);
+    store(ls, to + at + log_sigma, n);
   }
 };
 
+// The gradients of the sums of one row, in every lane; or of as many channels as there are lanes.
+template <class V>
+struct SumGradients {
+  V kl, log_q, log_p;
+};
+
+// sums(row) gives the gradients of a row's sums.
+template <class V, class T, class F>
+static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, int64_t rows,
+                             const Raw<T>& q, const Raw<T>& p, int64_t q_step, int64_t p_step,
+                             const typename V::Scalar* eps_at, const Gradients<T>& g, F sums) {
+  using S = typename V::Scalar;
+  Block<V> block;
+  const int64_t length = vectors.total / rows;
+  int64_t row = 0, left = length;
+  SumGradients<V> up = sums(0);
+  for (int64_t first = 0; first < vectors.total; first += Block<V>::kVectors) {
+    model.template fill<true>(block, vectors, first, q, p, q_step, p_step);
+    vectors.each(
+        first, NVAE_BODY {
+          const int64_t place = (v - first) * V::size, map = g.map + v * g.map_step;
+          const V eps = V::load(eps_at + v * V::size), one(S(1));
+          const auto at = model.normals(block, place);
+          V g_z(S(0)), inverse_p, inverse_q;
+          if (g.z) {
+            ahead(g.z + map);
+            g_z = load<V>(g.z + map, n);
+          }
+          if (model.per_log > 1) {  // one division serves both
+            const V both = one / (at.sigma_p * at.sigma_q);
+            inverse_p = both * at.sigma_q;
+            inverse_q = both * at.sigma_p;
+          } else {
+            inverse_p = one / at.sigma_p;
+            inverse_q = one / at.sigma_q;
+          }
+          const V d = (at.mu_q - at.mu_p) * inverse_p, r = at.sigma_q * inverse_p;
+          const V w = fma(at.sigma_q, eps, at.mu_q - at.mu_p) * inverse_p;
+          const V through_p = up.log_p * w * inverse_p;  // -d log_p / dz
+          const V into_z = g_z - through_p, from_kl = up.kl * d * inverse_p;
+          // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
+          const V to_sigma_q =
+              fma(into_z, eps, fnma(up.log_q, inverse_q, up.kl * fma(r, inverse_p, -inverse_q)));
+          const V mu_q = (into_z + from_kl) * V::load(block.q.slope_mu + place);
+          const V ls_q = to_sigma_q * (V::load(block.q.slope_ls + place) * V::load(block.q.exp_ls + place));
+          const int64_t packed = g.packed + v * g.packed_step;
+          if (g.posterior) g.leave(g.posterior, mu_q, ls_q, packed, n);
+          if (g.prior) {
+            // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
+            const V to_sigma_p =
+                inverse_p * fma(up.log_p, fma(w, w, -one), up.kl * fnma(d, d, fnma(r, r, one)));
+            V mu_p = (through_p - from_kl) * V::load(block.p.slope_mu + place);
+            V ls_p = to_sigma_p * (V::load(block.p.slope_ls + place) * V::load(block.p.exp_ls + place));
+            if (model.residual) {
+              mu_p = mu_p + mu_q;
+              ls_p = ls_p + ls_q;
+            }
+            g.leave(g.prior, mu_p, ls_p, packed, n);
+          }
+          if (g.noise) store_as(fnma(up.log_q, eps, into_z * at.sigma_q), g.noise, g.noise_dtype, map, n);
+          if (--left == 0 && ++row < rows) {
+            up = sums(row);
+            left = length;
+          }
+        });
+  }
+}
+
 template <class V, class T>
 static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  const Backward<V, T> backward(a);
-  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s) {
-    Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    q.step = p.step = 1;
-    const typename Backward<V, T>::Upstream up{row_gradient<V>(a.grad_kl, s.row),
-                                               row_gradient<V>(a.grad_log_q, s.row),
-                                               row_gradient<V>(a.grad_log_p, s.row)};
-    const int64_t log_sigma = a.channels * a.pixels;
-    int64_t i = 0;
-    for (; i + V::size <= s.count; i += V::size)
-      backward.at(q, p, i, V::load(s.eps + i), up, s.map + i, s.packed + i, log_sigma, V::size);
-    if (const int n = static_cast<int>(s.count - i))
-      backward.at(q, p, i, V::load(s.eps + i, n), up, s.map + i, s.packed + i, log_sigma, n);
-  });
+  const Model<V, T> model(a);
+  for_rows<V>(
+      a, &a.noise, begin, end,
+      [&](const Stretch<typename V::Scalar>& s) {
+        const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
+        Gradients<T> g(a, s.map, s.packed);
+        g.map_step = g.packed_step = V::size;
+        g.log_sigma = a.channels * a.pixels;
+        backward_stretch(model, Vectors<V>::of_row(s.count), s.rows, q, p, V::size, V::size, s.eps, g,
+                         [&](int64_t row) {
+                           return SumGradients<V>{row_gradient<V>(a.grad_kl, s.row + row),
+                                                  row_gradient<V>(a.grad_log_q, s.row + row),
+                                                  row_gradient<V>(a.grad_log_p, s.row + row)};
+                         });
+      },
+      rows_together<V>(a));
 }
 
 template <class V, class T>
 static void backward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
-  const Backward<V, T> backward(a);
+  const Model<V, T> model(a);
   for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
-    const typename Backward<V, T>::Upstream up{channel_gradients<V>(a.grad_kl, s.row, n),
-                                               channel_gradients<V>(a.grad_log_q, s.row, n),
-                                               channel_gradients<V>(a.grad_log_p, s.row, n)};
-    for (int64_t i = 0; i < s.count; ++i)
-      backward.at(q, p, i, V::load(s.eps + i * V::size), up, s.map + i * a.channels,
-                  s.packed + i * 2 * a.channels, a.channels, n);
+    Gradients<T> g(a, s.map, s.packed);
+    const SumGradients<V> up{channel_gradients<V>(a.grad_kl, s.row, n),
+                             channel_gradients<V>(a.grad_log_q, s.row, n),
+                             channel_gradients<V>(a.grad_log_p, s.row, n)};
+    g.map_step = a.channels;
+    g.packed_step = 2 * a.channels;
+    g.log_sigma = a.channels;
+    backward_stretch(model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps, g,
+                     [&](int64_t) { return up; });
   });
 }
+#undef NVAE_BODY
 
 template <class V, class T>
 static void forward_as(const ResidualNormalArgs& a, int64_t begin, int64_t end) {

@@ -10,12 +10,48 @@ from weakref import WeakKeyDictionary
 import torch
 
 from nvae_fast.ops import _affine
+from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
+from nvae_fast.ops._register import operator
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, conv1x1
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
-_OPS = torch.ops.nvae_fast
+
+def _depthwise_affine(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out_scale: torch.Tensor,
+    out_shift: torch.Tensor,
+    stride: int,
+    upsample: int,
+    activation: str | None,
+    out_activation: str | None,
+) -> torch.Tensor:
+    y = torch.ops.nvae_fast.depthwise_conv2d(
+        x, weight, None, None, stride, 1, upsample, activation, False, None
+    )[0]
+    return _affine.forward(y, out_scale, out_shift, out_activation)
+
+
+def _depthwise_affine_fake(
+    x: torch.Tensor, weight: torch.Tensor, out_scale: torch.Tensor, out_shift: torch.Tensor, *form: Any
+) -> torch.Tensor:
+    stride, upsample, activation, _ = form
+    return torch.ops.nvae_fast.depthwise_conv2d(
+        x, weight, None, None, stride, 1, upsample, activation, False, None
+    )[0]
+
+
+# out_act(out_scale * conv(act(x)) + out_shift): where the statistics of the convolution are given, the batch norm behind it
+# costs no pass of its own. Not differentiable; its arguments are trusted.
+depthwise_affine = operator(
+    "depthwise_conv2d_affine",
+    "(Tensor x, Tensor weight, Tensor out_scale, Tensor out_shift, int stride, int upsample, str? activation,"
+    " str? out_activation) -> Tensor",
+    default=_depthwise_affine,
+    fake=_depthwise_affine_fake,
+)
 
 
 class FoldedCell(NamedTuple):
@@ -58,15 +94,24 @@ def _affine_of(
     return scale, bias - running[0].to(weight.dtype) * scale
 
 
+class ReadyCell(NamedTuple):
+    """A :class:`FoldedCell` to compute with again and again."""
+
+    expand: PackedMatrix
+    scale: torch.Tensor
+    shift: torch.Tensor
+    project: PackedMatrix
+
+
 # What each module was folded from (kept alive, so that nothing else can come to stand at its address) and the result.
-_folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], FoldedCell]] = (
+_folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], ReadyCell]] = (
     WeakKeyDictionary()
 )
 
 
 def folded_once(
     module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
-) -> FoldedCell | None:
+) -> ReadyCell | None:
     """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter); None where gradients may be
     wanted or a graph is being recorded, which must compute what it is replayed with."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
@@ -82,8 +127,11 @@ def folded_once(
     found = _folds.get(module)
     if found is None or found[0] != key:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            folded = fold(q, running, eps=eps, residual_scale=residual_scale)
-        found = _folds[module] = (key, tuple(t.detach() for t in sources), folded)
+            f = fold(q, running, eps=eps, residual_scale=residual_scale)
+        ready = ReadyCell(
+            PackedMatrix(f.expand, f.expand_bias), f.scale, f.shift, PackedMatrix(f.project, f.project_bias)
+        )
+        found = _folds[module] = (key, tuple(t.detach() for t in sources), ready)
     return found[2]
 
 
@@ -96,7 +144,7 @@ def inverted_residual_cell_evaluation(
     stride: int = 1,
     eps: float = 1e-5,
     residual_scale: float = 0.1,
-    folded: FoldedCell | None = None,
+    folded: ReadyCell | None = None,
 ) -> torch.Tensor:
     """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
 
@@ -116,22 +164,19 @@ def inverted_residual_cell_evaluation(
             activation="swish",
         )
         h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
+        s = conv1x1(h, f.project, f.project_bias)
     else:
-        f = folded
-        d = _OPS.depthwise_conv2d(
-            conv1x1(xl, f.expand, f.expand_bias),
+        h = depthwise_affine(
+            folded.expand(xl),
             q.depthwise,
-            None,
-            None,
+            folded.scale,
+            folded.shift,
             max(stride, 1),
-            1,
             upsample,
             "swish",
-            False,
-            None,
-        )[0]
-        h = _affine.forward(d, f.scale, f.shift, "swish")
-    s = conv1x1(h, f.project, f.project_bias)
+            "swish",
+        )
+        s = folded.project(h)
     if q.reduce_weight is None:
         return skip + s
     return squeeze_excite(

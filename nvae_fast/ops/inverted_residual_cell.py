@@ -26,7 +26,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from nvae_fast import _backend, _distributed
 from nvae_fast.ops import (  # noqa: F401  their operators are registered on the way
@@ -38,6 +37,7 @@ from nvae_fast.ops import (  # noqa: F401  their operators are registered on the
     depthwise_conv2d,
     plane_affine,
 )
+from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
 
@@ -168,28 +168,8 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
     _checks.shape(NAME, "skip", skip, (b, c_out, h_out, w_out), x)
 
 
-def _matrix(t: torch.Tensor) -> torch.Tensor:
-    """(B, C, H, W) in channels_last as the matrix (B H W, C) it is in memory."""
-    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
-
-
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
     return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
-
-
-def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
-    if weight.dim() == 2:
-        weight = weight.reshape(*weight.shape, 1, 1)
-    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-
-def _weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution."""
-    weight = x.new_empty(grad.shape[1], x.shape[1], 1, 1)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
-    )[1]
 
 
 class _Cell(torch.autograd.Function):
@@ -220,7 +200,7 @@ class _Cell(torch.autograd.Function):
             mean0, m2, n_in = _distributed.merge(mean0, m2, b * h * w, group)
             var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
             xhat = _affine.forward(xl, rstd0, shift0, None)
-            rows = _matrix(xhat).to(wide)
+            rows = as_matrix(xhat).to(wide)
             gram = rows.t() @ rows
             weights = q.expand.flatten(1)
             expand = weights * q.norm_weight
@@ -323,7 +303,7 @@ class _Cell(torch.autograd.Function):
             to_h3 = conv1x1(to_p, q.project.transpose(0, 1))
             to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
             del to_h3
-            to_project = _weight_gradient(to_p, h3)
+            to_project = weight_gradient(to_p, h3)
             del h3, to_p
             to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
             to_a, to_depthwise, dot1, to_bias1 = _OPS.depthwise_conv2d_backward(
@@ -335,9 +315,9 @@ class _Cell(torch.autograd.Function):
             # da = to_a + beta1 a + gamma1, never written.
             to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
-            to_expand = torch.addcmul(_weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram)
+            to_expand = torch.addcmul(weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram)
             if not isinstance(n_in, int):  # of one process alone xhat has mean 0
-                to_expand += gamma1[:, None] * _matrix(xhat).to(wide).sum(0)
+                to_expand += gamma1[:, None] * as_matrix(xhat).to(wide).sum(0)
             to_x = None
             if ctx.needs_input_grad[0]:
                 dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in

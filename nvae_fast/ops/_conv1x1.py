@@ -1,0 +1,88 @@
+"""1x1 convolutions, which are matrix products over pixels, by the library routine that is fastest for their size."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+# oneDNN's convolution lays its weights out anew in every call, which few pixels do not pay back, and its weight gradient is
+# weak at small maps; the matrix product is weak where a number of channels is not a multiple of its tile. Measured in
+# float32 and bfloat16 from 64 to 1536 channels: CONTRIBUTING.md.
+_FEW_PIXELS = {torch.float32: 256, torch.bfloat16: 2048}  # of a batch
+_SMALL_MAP = 64  # pixels of an image
+_TILE = 16
+
+
+def as_matrix(t: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in channels_last as the matrix (B H W, C) it is in memory."""
+    return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
+
+
+def _as_matrices(x: torch.Tensor, channels: int) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in _FEW_PIXELS
+        and x.shape[1] % _TILE == channels % _TILE == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+    )
+
+
+def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
+    b, _, h, w = x.shape
+    if _as_matrices(x, weight.shape[0]) and 0 < b * h * w <= _FEW_PIXELS[x.dtype]:
+        y = F.linear(
+            x.permute(0, 2, 3, 1), weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
+        )
+        return y.permute(0, 3, 1, 2)
+    if weight.dim() == 2:
+        weight = weight.reshape(*weight.shape, 1, 1)
+    return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution."""
+    c_out, c_in = grad.shape[1], x.shape[1]
+    if grad.dtype == x.dtype and _as_matrices(x, c_out) and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
+        rows, columns = as_matrix(grad), as_matrix(x)
+        product = rows.t() @ columns if c_out >= c_in else (columns.t() @ rows).t()  # the longer side first
+        return product.reshape(c_out, c_in, 1, 1)
+    weight = x.new_empty(c_out, c_in, 1, 1)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, (1, 1), (0, 0), (1, 1), False, (0, 0), 1, (False, True, False)
+    )[1]
+
+
+class PackedMatrix:
+    """A 1x1 convolution whose (C_out, C_in) matrix waits in oneDNN's own layout, which depends on the number of pixels. The
+    convolution would bring it there in every call: at 4x4 maps that costs a third of its time."""
+
+    _KEPT = 2  # layouts: one for whole batches, one for the last of a set
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+        self.weight, self.bias = weight, bias
+        self._packed: dict[int, torch.Tensor] = {}
+
+    @staticmethod
+    def _usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
+        fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
+        if not fits or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+            return False
+        ops = torch.ops.mkldnn
+        return hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if not self._usable(x, self.weight):
+            return conv1x1(x, self.weight, self.bias)
+        b, c, h, w = x.shape
+        pixels = b * h * w
+        packed = self._packed.get(pixels)
+        if packed is None:
+            while len(self._packed) >= self._KEPT:
+                self._packed.pop(next(iter(self._packed)))
+            with torch.inference_mode(False), torch.no_grad():
+                packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), pixels)
+            self._packed[pixels] = packed
+        rows = x.permute(0, 2, 3, 1).reshape(pixels, c)
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
+        return y.view(b, h, w, -1).permute(0, 3, 1, 2)

@@ -1,0 +1,68 @@
+"""What evaluation alone is made of: the depthwise convolution with an affine map behind it, folded cells."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_close
+
+import nvae_fast as nf
+from nvae_fast.ops._folded_cell import depthwise_affine
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+
+
+@pytest.mark.parametrize(
+    "memory_format", [torch.channels_last, torch.contiguous_format], ids=["last", "first"]
+)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("form", [(1, 1), (2, 1), (1, 2)], ids=["plain", "stride", "upsample"])
+def test_depthwise_with_an_affine_map_behind(
+    form: tuple[int, int], dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    torch.manual_seed(3)
+    x = torch.randn(2, 37, 6, 9).to(dtype).contiguous(memory_format=memory_format)
+    weight, scale, shift = torch.randn(37, 1, 5, 5) / 5, torch.randn(37), torch.randn(37)
+    wide = torch.float64
+    if dtype == torch.float64:
+        weight, scale, shift = weight.to(wide), scale.to(wide), shift.to(wide)
+    for first in (None, "swish", "elu"):
+        for last in (None, "swish", "elu"):
+            y = depthwise_affine(x, weight, scale, shift, *form, first, last)
+            h = _activate(x.to(wide), first)
+            h = F.interpolate(h, scale_factor=2.0, mode="nearest") if form[1] == 2 else h
+            d = F.conv2d(h, weight.to(wide), stride=form[0], padding=2, groups=37)
+            expected = _activate(d * scale.to(wide)[:, None, None] + shift.to(wide)[:, None, None], last)
+            assert y.dtype == dtype
+            assert y.is_contiguous(memory_format=memory_format)
+            assert_close(y, expected, TOLERANCE[dtype], f"{first} and {last}")
+
+
+def _activate(x: torch.Tensor, name: str | None) -> torch.Tensor:
+    return F.silu(x) if name == "swish" else F.elu(x) if name == "elu" else x
+
+
+def test_borders_and_non_finite_pixels_stay_where_they_are() -> None:
+    x = torch.zeros(1, 16, 9, 9)
+    x[0, 0, 4, 4] = float("nan")
+    weight, one, zero = torch.ones(16, 1, 5, 5), torch.ones(16), torch.zeros(16)
+    y = depthwise_affine(x, weight, one, zero, 1, 1, None, "swish")
+    assert y[0, 0].isnan().sum() == 25
+    assert not y[0, 1:].isnan().any()
+
+
+def test_an_evaluated_cell_follows_its_weights() -> None:
+    torch.manual_seed(1)
+    cell = nf.nn.InvertedResidualCell(8, 8, 6, 5).eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        before = cell(x)
+        for parameter in cell.parameters():
+            parameter.mul_(1.5)
+        after = cell(x)
+        with nf.use_backend("reference"):
+            expected = cell(x)
+    assert not torch.allclose(before, after)
+    assert_close(after, expected, 2e-6)
