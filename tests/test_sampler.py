@@ -85,6 +85,21 @@ def test_captures_follow_batch_size_and_weights():
     assert sampler._replay.captures == 3
 
 
+@pytest.mark.parametrize("changes", MODELS)
+@pytest.mark.parametrize("recorder", [None, Again])
+def test_an_image_has_noise_of_its_own(changes, recorder):
+    """Whatever batch it is in, captured or not; a batch of one stream comes out as before in between."""
+    sampler = Sampler(tiny_model(**changes).eval(), recorder=recorder() if recorder else None)
+    whole = sampler(5, seed=3, first=10)
+    before = sampler(2, seed=3)
+    for _ in range(WARM_UP + 1):
+        for first in (10, 13):
+            found = sampler(2, seed=3, first=first)
+            torch.testing.assert_close(found, whole[first - 10 : first - 8], rtol=1e-4, atol=1e-4)
+    assert not torch.equal(whole[0], whole[1])
+    assert torch.equal(sampler(2, seed=3), before)
+
+
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="pixels must be one of sample, mean, logits, got 'dots'"):
         Sampler(tiny_model(), pixels="dots")
