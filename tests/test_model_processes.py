@@ -39,12 +39,12 @@ EVALUATIONS = {"batch 4": 4, "batch 5": 5}
 def case(name: str) -> Iterator[tuple[nf.NVAE, torch.Tensor, torch.Tensor]]:
     """Model, images and one noise seed an image, the same in every process."""
     changes, dtype, backend = CASES[name]
-    model = tiny_model(3, **changes).to(dtype).train()
+    model = tiny_model(3, image_size=16, **changes).to(dtype).train()
     generator = torch.Generator().manual_seed(4)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # gammas of one, betas of zero would hide much
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator).to(dtype)
-    x = torch.rand(IMAGES, 1, 32, 32, generator=generator).round().to(dtype)
+    x = torch.rand(IMAGES, 1, 16, 16, generator=generator).round().to(dtype)
     with nf.use_backend(backend):
         yield model, x, torch.arange(100, 100 + IMAGES)
 
@@ -77,7 +77,7 @@ def sharded(world: World) -> dict[str, Any]:
     model = tiny_model(3)
     for name, size in EVALUATIONS.items():
         found[name] = evaluate(model, digits, samples=2, batch_size=size, max_images=14, seed=5, world=world)
-    for name, changes in {"digits": {}, "photos": {"dataset": "photos"}}.items():
+    for name, changes in {"digits": {}, "photos": {"dataset": "photos", "image_size": 16}}.items():
         model = tiny_model(3, **changes)
         for size in (3, 4):
             found[f"{name} {size}"] = draw_images(
