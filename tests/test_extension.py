@@ -59,10 +59,13 @@ def test_the_text_of_the_rooms_holds_every_schema() -> None:
 def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: Path) -> None:
     folder = package / "nvae_fast" / "ops"
     before = _schemas.expected(folder)
-    assert before == _schemas.expected() and len(before) == 16
+    assert before == _schemas.expected()
+    assert len(before) == 16
     page = folder / "channel_statistics.py"
     text = page.read_text()
-    page.write_text(text.replace('"(Tensor x, bool per_sample)', '"(Tensor x,"\n    " bool per_sample)') + "\n# More.\n")
+    page.write_text(
+        text.replace('"(Tensor x, bool per_sample)', '"(Tensor x,"\n    " bool per_sample)') + "\n# More.\n"
+    )
     assert _schemas.expected(folder) == before
     page.write_text(text.replace("bool per_sample)", "bool per_sample, int more)"))
     assert _schemas.expected(folder) != before
@@ -109,7 +112,8 @@ def test_a_binary_of_other_sources_is_refused(package: Path) -> None:
         loaded, warned, backend = done.stdout.splitlines()
         assert loaded == "False"
         assert warned.startswith("1 nvae_fast: the C++ extension was built from other sources")
-        assert "rebuild it: `python setup.py build_ext --inplace`" in warned and "Lost without it" in warned
+        assert "rebuild it: `python setup.py build_ext --inplace`" in warned
+        assert "Lost without it" in warned
         assert backend.startswith("reference (the C++ extension was built from other sources")
 
     page = package / "nvae_fast" / "ops" / "channel_statistics.py"
@@ -132,7 +136,9 @@ def test_without_the_binary(package: Path) -> None:
     done = python(_USE, package)
     loaded, warned, backend = done.stdout.splitlines()
     assert loaded == "False"
-    assert warned.startswith("1 nvae_fast: the C++ extension is not built; run `python setup.py build_ext --inplace`")
+    assert warned.startswith(
+        "1 nvae_fast: the C++ extension is not built; run `python setup.py build_ext --inplace`"
+    )
     assert "Every operation on the CPU, and depthwise_conv2d on the GPU, runs in plain PyTorch" in warned
     assert backend.startswith("reference (the C++ extension is not built")
     # Who asked for it is not told again.
@@ -165,7 +171,8 @@ def test_without_triton() -> None:
     assert first == "reference (triton is not installed: pip install 'triton>=3.6')"
     (line,) = [line for line in rest if "Lost without it: the Triton kernels" in line]
     assert "missing" in rest
-    assert line.startswith("  triton") and "Nothing on the CPU" in line
+    assert line.startswith("  triton")
+    assert "Nothing on the CPU" in line
 
 
 def test_a_complete_installation_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ reads values of the wrong type and crashes, which no error handling can catch. S
 schemas into the extension, and the loader reads it from the file and compares before the file is loaded.
 
 The fingerprint is taken from the text of the rooms, so that setup.py need not import PyTorch; tests/test_extension.py holds
-that text against what the dispatcher knows. It changes with the package's version too. This module imports nothing of the package.
+that text against what the dispatcher knows. It changes with the version too. Nothing of the package is imported here.
 """
 
 from __future__ import annotations
