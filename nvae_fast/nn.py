@@ -21,6 +21,24 @@ from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
+__all__ = [
+    "AutoregressiveTransform",
+    "BatchNormSwish",
+    "ConvBlock",
+    "DecoderCombiner",
+    "EncoderCombiner",
+    "FlowCell",
+    "InvertedResidual",
+    "InvertedResidualCell",
+    "PlainConv2d",
+    "ResidualCell",
+    "SkipDown",
+    "SkipUp",
+    "SqueezeExcite",
+    "WeightNormConv2d",
+    "set_process_group",
+]
+
 RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
 

@@ -20,6 +20,9 @@ from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.philox import as_seed
 
 
+__all__ = ["Bernoulli", "Likelihood", "MixtureLogistic", "Normal"]
+
+
 class Likelihood(Protocol):
     """What :meth:`nvae_fast.NVAE.likelihood` returns."""
 
