@@ -17,8 +17,8 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
-import markdown  # noqa: E402 - docs/render.py
 import public  # noqa: E402
+import render  # noqa: E402
 import rules  # noqa: E402
 from public import Name  # noqa: E402
 
@@ -65,7 +65,11 @@ def table(module: str, known: dict[str, Name], resolve: render.Links) -> str:
 
 
 def index(known: dict[str, Name]) -> str:
-    parts = [_GENERATED, "# Public names", "One page each. What is not listed here may change in any release."]
+    parts = [
+        _GENERATED,
+        "# Public names",
+        "One page each. What is not listed here may change in any release.",
+    ]
     for module, title in public.MODULES.items():
         anchor = next(iter(known.values()))
         parts += [f"## {module}", title, table(module, known, render.Links(anchor, known))]
@@ -92,7 +96,9 @@ def out_of_date(folder: Path, made: dict[str, str]) -> list[str]:
     there = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.md")}
     lines = [f"{name}: has no page" for name in sorted(set(made) - set(there))]
     lines += [f"{name}: is no public name any more" for name in sorted(set(there) - set(made))]
-    lines += [f"{name}: is out of date" for name in sorted(made) if name in there and there[name] != made[name]]
+    lines += [
+        f"{name}: is out of date" for name in sorted(made) if name in there and there[name] != made[name]
+    ]
     return lines
 
 

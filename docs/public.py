@@ -78,7 +78,9 @@ def _constant_doc(home: ModuleType, short: str) -> str:
                 return inspect.cleandoc(str(following.value.value))
             return ""
         if isinstance(node, ast.ImportFrom) and any(alias.name == short for alias in node.names):
-            return _constant_doc(import_module("." * node.level + (node.module or ""), home.__package__), short)
+            return _constant_doc(
+                import_module("." * node.level + (node.module or ""), home.__package__), short
+            )
     return ""
 
 
@@ -103,7 +105,9 @@ def members(value: Any) -> list[Member]:
         if name.startswith("_") or not inspect.isfunction(function):
             continue
         own_doc = function.__doc__
-        if name == "extra_repr" or (name == "forward" and not own_doc):  # forward: the class says what it computes
+        if name == "extra_repr" or (
+            name == "forward" and not own_doc
+        ):  # forward: the class says what it computes
             continue
         found.append(Member(name, kind, function, inspect.cleandoc(own_doc) if own_doc else ""))
     return found

@@ -60,12 +60,14 @@ def _class(name: Name, doc: str) -> Iterator[tuple[str, str]]:
         given = [field.name for field in dataclasses.fields(value)]
     elif issubclass(value, tuple):
         given = list(getattr(value, "_fields", ()))
+    elif getattr(value, "_is_protocol", False):
+        given = []
     else:
         given = public.parameters(value.__init__) if "__init__" in vars(value) else []
     said = doc + " ".join(public.field_helps(value))
     yield from _unnamed(name.full, given, said)
     for made in ("__init__", "__post_init__"):
-        if made in vars(value) and _refuses(vars(value)[made]) and "Raises" not in doc:
+        if public.own(vars(value).get(made)) and _refuses(vars(value)[made]) and "Raises" not in doc:
             yield name.full, "raises errors that its docstring does not name (Raises)"
     for member in public.members(value):
         where = f"{name.full}.{member.name}"

@@ -36,11 +36,11 @@ def texts(folder: Path = _HERE) -> list[tuple[str, str]]:
 
 def expected(folder: Path = _HERE) -> str | None:
     """The fingerprint of this source tree; None where the package was installed without its source files."""
-    version = folder.parent / "_version.py"
-    schemas = texts(folder)
-    if not schemas or not version.is_file():
+    schemas, page = texts(folder), folder.parent / "_version.py"
+    if not schemas or not page.is_file():
         return None
-    words = "\n".join([version.read_text(encoding="utf-8"), *map(" ".join, schemas)])
+    version = re.findall(r'^__version__ = "(.*)"$', page.read_text(encoding="utf-8"), re.MULTILINE)
+    words = "\n".join([*version, *map(" ".join, schemas)])
     return hashlib.sha256(words.encode()).hexdigest()[:_LENGTH]
 
 
