@@ -35,8 +35,10 @@ def page(name: Name, known: dict[str, Name]) -> str:
         parts += [render.text(inspect.getdoc(value) or "", resolve), table(value.__name__, known, resolve)]
         return _joined(parts)
     if not callable(value):
-        shown = render.value(value)
-        parts += [render.text(name.doc, resolve), f"```python\n{shown}\n```", _source(name)]
+        parts.append(render.text(name.doc, resolve))
+        if not isinstance(value, str):  # the version changes too often
+            parts.append(f"```python\n{render.value(value)}\n```")
+        parts.append(_source(name))
         return _joined(parts)
     parts += [render.signature(name.full, value), render.text(name.doc, resolve)]
     fields = public.field_helps(value)

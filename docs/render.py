@@ -34,13 +34,18 @@ class Links:
 def text(doc: str, resolve: Links) -> str:
     """A docstring: paragraphs, sections with their entries as lists, indented blocks as code."""
     out: list[str] = []
-    lines = doc.splitlines()
+    lines = re.sub(r"in the\s+module's docstring", "below", doc).splitlines()
     at = 0
     while at < len(lines):
         line = lines[at]
         if line.strip() in _SECTIONS:
             block, at = _indented(lines, at + 1)
-            out += [f"**{line.strip()[:-1]}**", "", *_entries(block, resolve), ""]
+            told = (
+                [_inline(part, resolve) for part in block]
+                if line.strip() == "Returns:"
+                else _entries(block, resolve)
+            )
+            out += ["", f"**{line.strip()[:-1]}**", "", *told, ""]
         elif line.startswith("    "):
             block, at = _indented(lines, at)
             out += ["", "```text", *block, "```", ""]

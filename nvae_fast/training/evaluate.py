@@ -135,9 +135,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model` on `dataset`, the same numbers for the same seed and batch size.
 
-    samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images:
-    only the first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every batch. Raises ValueError for bad
-    arguments. The model comes back in the mode it was in.
+    samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
+    first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
+    batch. Raises ValueError for bad arguments. The model comes back in the mode it was in.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
