@@ -198,7 +198,11 @@ class Normal(_Lazy):
         return self.sample_given_eps(eps), eps
 
     def rsample(self, seed: Seed = None) -> torch.Tensor:
-        """The z of :meth:`sample`, the same for the same seed, without keeping eps; one kernel."""
+        """The z of :meth:`sample`, the same for the same ``seed``, without keeping eps; one kernel.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
         seed_tensor = _checks.seed("Normal.rsample", seed, self._device)
         return normal_sample(self.packed, temperature=self.temp, seed=seed_tensor)
 
@@ -440,7 +444,11 @@ class Bernoulli(_Lazy):
         return -F.binary_cross_entropy_with_logits(logits, samples.to(logits.dtype), reduction="none")
 
     def sample(self, seed: Seed = None) -> torch.Tensor:
-        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`."""
+        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
         logits = self.logits
         seed_tensor = _checks.seed("Bernoulli.sample", seed, logits.device)
         return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < self.mean()).to(logits.dtype)

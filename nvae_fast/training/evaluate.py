@@ -29,7 +29,14 @@ ACTIVE_CHANNEL_NATS = 0.1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Averages over the images, in nats an image unless the name says bits per dimension."""
+    """Averages over the images, in nats an image unless the name says bits per dimension.
+
+    images, samples, seed: how many images, draws of z for each, and the seed the numbers belong to. negative_elbo,
+    negative_elbo_bits_per_dim: `reconstruction + kl`, the KL analytic where there is one. negative_log_likelihood,
+    negative_log_likelihood_bits_per_dim: the importance-weighted bound with `samples` draws. reconstruction: -log p(x | z).
+    kl, kl_per_group: of all groups, and of each (G,), coarsest scale first. active_channels, latent_channels: latent
+    channels that carry more than 0.1 nats, and all of them.
+    """
 
     images: int
     samples: int
@@ -85,7 +92,11 @@ def importance_bound(
 
     x: (B,C,H,W) in [0,1] on the model's device. autocast: None or "bf16", for the network alone. Also returns
     sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
-    "kl_per_channel" (channels of all groups).
+    "kl_per_channel" (channels of all groups). seed: of the draws; the same seed gives the same bound.
+
+        bound = logsumexp_k( log p(x | z_k) + log p(z_k) - log q(z_k | x) ) - log K,     z_k ~ q(z | x)
+
+    Raises ValueError when samples is below 1. Burda, Grosse, Salakhutdinov, arXiv 1509.00519.
     """
     if samples < 1:
         raise ValueError(f"importance_bound: samples must be at least 1, got {samples}")
@@ -124,9 +135,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate `model` on `dataset`, the same numbers for the same seed and batch size.
 
-    samples: K, draws of z for every image. max_images: only the first so many. autocast: None or "bf16".
-    on_batch(images done, negative bound so far) is called after every batch. Raises ValueError for bad
-    arguments. The model comes back in the mode it was in.
+    samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
+    first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
+    batch. Raises ValueError for bad arguments. The model comes back in the mode it was in.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
