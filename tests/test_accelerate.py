@@ -84,7 +84,7 @@ def test_everything_is_replaced() -> None:
         "flow.2": "weight-normed depthwise convolution",
         "enc.0": "residual cell",
         "enc.0.se": "squeeze and excitation",
-        "enc.2": "residual cell",
+        "enc.2": "whole inverted residual cell",
     }
     assert kinds["enc.1._ops.0.conv.2.conv.0"] == "depthwise convolution that keeps its weight"
     assert kinds["enc.1._ops.0.conv.2.conv.1"] == "batch norm + swish"

@@ -1,0 +1,40 @@
+"""Which taps of a masked depthwise convolution exist for any of its channels: the kernel need not multiply the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Mask -> its version counter when it was read, and the taps. By identity: masks are compared nowhere.
+_known: Any = WeakIdKeyDictionary()
+
+
+def live_taps(mask: torch.Tensor, weight: torch.Tensor) -> list[int] | None:
+    """Positions ``u * K + v`` of the taps of a depthwise ``weight`` (C, 1, K, K) that ``mask`` leaves; None: all of them.
+
+    The mask is read once, and again when its version counter moved; a compiled model keeps what it was compiled with.
+    """
+    if weight.shape[1] != 1 or mask.is_inference() or mask.device.type == "meta":
+        return None
+    if torch.compiler.is_compiling():
+        return _as_compiled(mask)
+    found = _known.get(mask)
+    if found is None or found[0] != mask._version:
+        found = _known[mask] = (mask._version, _read(mask))
+    return found[1]
+
+
+def _read(mask: torch.Tensor) -> list[int] | None:
+    if mask.dim() != 4 or mask.shape[-1] != mask.shape[-2]:
+        return None
+    with torch.no_grad():
+        alive = (mask != 0).flatten(0, 1).any(0).flatten()
+    taps: list[int] = alive.nonzero().flatten().tolist()
+    return taps if 0 < len(taps) < alive.numel() else None
+
+
+@torch.compiler.assume_constant_result
+def _as_compiled(mask: torch.Tensor) -> list[int] | None:
+    return _read(mask)
