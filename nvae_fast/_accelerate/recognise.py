@@ -13,6 +13,7 @@ from torch import nn
 from nvae_fast._accelerate import cells, forwards
 from nvae_fast._accelerate.bound import BoundForward, bound_forward
 from nvae_fast._accelerate.clone import clone
+from nvae_fast._accelerate.plan import read
 from nvae_fast._accelerate.verify import disagreement, undisturbed
 
 Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
@@ -164,20 +165,19 @@ def _judge_cell(module: Any, repair: bool) -> Verdict:
     if isinstance(whole, BoundForward):
         return whole
     found = _confirmed(module, cells.RESIDUAL_CELL, {}, channels, gradients=False)
-    if isinstance(found, BoundForward):
+    if isinstance(found, BoundForward) and any(getattr(m, "groups", 1) > 1 for m in module._ops.modules()):
         found.note = f"part by part: {whole}"
     return found
 
 
 def _judge_whole_cell(module: Any, channels: list[int]) -> BoundForward | str:
-    layers = cells.read(module)
-    if isinstance(layers, str):
-        return layers
-    widths = [(conv, conv.weight.shape[1] * conv.groups) for conv in (layers.expand, layers.depthwise, layers.project)]
-    settings = {
-        "types": cells.types_inside(module),
-        "sets": tuple(_left_weights(conv, width) for conv, width in widths),
-    }
+    plan = read(module)
+    if isinstance(plan, str):
+        return plan
+    inside = cells.inside(module)
+    convolutions = [inside[place] for place in plan.convolutions]
+    sets = tuple(_left_weights(conv, conv.weight.shape[1] * conv.groups) for conv in convolutions)
+    settings = {"plan": plan, "sets": sets}
     strict = BoundForward(module, cells.WHOLE_CELL, {**settings, "strict": True})
     why = disagreement(strict, channels, exact=True)
     return BoundForward(module, cells.WHOLE_CELL, settings) if why is None else why

@@ -14,12 +14,22 @@ _known: Any = WeakIdKeyDictionary()
 def live_taps(mask: torch.Tensor, weight: torch.Tensor) -> list[int] | None:
     """Positions ``u * K + v`` of the taps of a depthwise ``weight`` (C, 1, K, K) that ``mask`` leaves; None: all of them.
 
-    The mask is read once, and again when its version counter moved; a compiled model keeps what it was compiled with.
+    The mask is read once, and again when its version counter moved. A compiled model has the taps that it was compiled with
+    and raises when the mask has others later.
     """
-    if weight.shape[1] != 1 or mask.is_inference() or mask.device.type == "meta":
+    if weight.shape[1] != 1 or mask.device.type == "meta":
         return None
     if torch.compiler.is_compiling():
-        return _as_compiled(mask)
+        taps = _as_compiled(mask)
+        if taps is not None:
+            dark = [tap for tap in range(weight.shape[2] * weight.shape[3]) if tap not in taps]
+            same = (mask.flatten(2)[:, :, dark] == 0).all()
+            torch._assert_async(
+                same, "the mask of a convolution has changed since it was compiled: compile it again"
+            )
+        return taps
+    if mask.is_inference():  # counts no versions
+        return None
     found = _known.get(mask)
     if found is None or found[0] != mask._version:
         found = _known[mask] = (mask._version, _read(mask))

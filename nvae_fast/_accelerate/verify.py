@@ -62,7 +62,9 @@ def disagreement(
         generator = torch.Generator().manual_seed(SEED)
         perturb(base, generator)
         for inner in base.modules():
-            if hasattr(inner, "init_done"):  # what comes after data-dependent initialisation; until then its own runs
+            if hasattr(
+                inner, "init_done"
+            ):  # what comes after data-dependent initialisation; until then its own runs
                 inner.init_done = True
         gradients = gradients and not any(_strided_pointwise(m) for m in part.modules())
         first: str | None = None
