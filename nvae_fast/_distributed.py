@@ -10,7 +10,6 @@ import torch.distributed as dist
 
 from nvae_fast.ops import _checks
 
-
 ALONE = "alone"  # in place of a process group: this process, whatever others there are
 
 

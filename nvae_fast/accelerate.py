@@ -42,18 +42,19 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
     Known, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
     the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
     ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
-    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too: taps that the mask leaves in no channel are not
-    computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1, BN + swish,
-    depthwise, BN + swish, 1x1, BN, with nearest upsampling before the depthwise convolution or without, runs in one call
-    (:mod:`nvae_fast.ops.inverted_residual_cell`). Of timm- and torchvision-style inverted residuals the parts are replaced.
+    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too: taps that the mask leaves in no channel are
+    not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
+    BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in
+    one call (:mod:`nvae_fast.ops.inverted_residual_cell`). Of timm- and torchvision-style inverted residuals the parts are
+    replaced.
 
     Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
-    float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report` says
-    why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only ``forward`` of the
-    instances is set. A part falls back to its own forward for inputs that are not (B, C, H, W) or empty, and while a submodule
-    that the kernel would pass by has hooks; a whole cell falls back to its parts then, and while its batch norms are not all in
-    one mode. Twice is the same as once. deepcopy and pickle keep it, bound to the copy; ``copy.copy`` of a module does not (its
-    forward is still that of the first): use deepcopy.
+    float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`
+    says why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only
+    ``forward`` of the instances is set. A part falls back to its own forward for inputs that are not (B, C, H, W) or empty,
+    and while a submodule that the kernel would pass by has hooks; a whole cell falls back to its parts then, and while its
+    batch norms are not all in one mode. Twice is the same as once. deepcopy and pickle keep it, bound to the copy;
+    ``copy.copy`` of a module does not (its forward is still that of the first): use deepcopy.
 
     With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
     communicated here; hooks inside a cell must then be the same on every process, since a cell communicates otherwise in one

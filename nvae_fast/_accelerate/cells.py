@@ -1,11 +1,12 @@
 """Residual cells of foreign models: the sum at their end and, where the layers are NVAE's, the whole cell in one call.
 
-Whether the one call may stand for the parts is asked at every call, of everything that may change between calls: hooks, modes of
-batch norms, layers, inputs. Where it may not, the cell runs part by part.
+Whether the one call may stand for the parts is asked at every call, of everything that may change between calls: hooks, modes
+of batch norms, layers, inputs. Where it may not, the cell runs part by part.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -76,8 +77,9 @@ def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
         return "a hook for all modules is set"
     if len(modules) != len(plan.types):
         return "its layers are no longer those that were compared"
-    for module, (kind, forward) in zip(modules, plan.types, strict=True):
-        if type(module) is not kind or forward_of(module) != forward:
+    for i, (kind, forward) in enumerate(plan.types):
+        module = modules[i]
+        if type(modules[i]) is not kind or forward_of(module) != forward:
             return "its layers are no longer those that were compared"
         if _has_hooks(module):
             name = next((name for name, m in cell.named_modules() if m is module), "")
@@ -195,10 +197,11 @@ def _update(norms: list[Any], plan: Plan, seen: tuple[fused_cell.BatchStatistics
     """Running statistics as PyTorch's: the variance unbiased by the number of pixels that the batch norm would have seen."""
     counts = [s.count / 4 if plan.stride == -1 and i < plan.early else s.count for i, s in enumerate(seen)]
     factors = [count / (count - 1) for count in counts]
-    if all(isinstance(factor, float) for factor in factors):
-        unbiased = torch._foreach_mul([s.var for s in seen], factors)
-    else:
+    unbiased: Sequence[torch.Tensor]
+    if any(isinstance(factor, torch.Tensor) for factor in factors):
         unbiased = [s.var * factor for s, factor in zip(seen, factors, strict=True)]
+    else:
+        unbiased = torch._foreach_mul([s.var for s in seen], factors)  # type: ignore[arg-type]
     new = [s.mean.to(norm.running_mean.dtype) for norm, s in zip(norms, seen, strict=True)]
     new += [var.to(norm.running_var.dtype) for norm, var in zip(norms, unbiased, strict=True)]
     old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]

@@ -10,7 +10,6 @@ from torch import nn
 
 from nvae_fast._accelerate.bound import OURS, bound_forward
 
-
 Place = tuple[torch.dtype, torch.device | None]
 
 

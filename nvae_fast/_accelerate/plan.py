@@ -1,8 +1,8 @@
 """Which layer of a foreign residual cell is which, for those that are NVAE's whole cell.
 
-A whole cell is ``skip(x) + 0.1 * [se](s)`` with s made by BN, 1x1, BN + swish, depthwise KxK, BN + swish, 1x1, BN, and somewhere
-before the depthwise convolution perhaps nearest upsampling by 2. Layers are found by walking through the containers; that these
-do nothing else shows in the comparison. A plan holds positions and types and no modules: it stays true for copies of the cell.
+A whole cell is ``skip(x) + 0.1 * [se](s)`` with s made by BN, 1x1, BN + swish, depthwise KxK, BN + swish, 1x1, BN, and perhaps
+nearest upsampling by 2 somewhere before the depthwise convolution. Layers are found by walking through the containers; that
+these do nothing else shows in the comparison. A plan holds positions and types and no modules: it is true for copies too.
 """
 
 from __future__ import annotations
