@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -69,12 +70,21 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check("accelerate", model)
-    for _, part in reversed(list(model.named_modules())):  # children first
+    for part in _children_first(model, set()):
         if bound_forward(part) is None:
             verdict = examine(part, repair)
             if isinstance(verdict, BoundForward):
                 verdict.install()
     return model
+
+
+def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """Every module once, after all that stand in it (where modules are shared, not the order of named_modules)."""
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen:
+            yield from _children_first(child, seen)
+    yield module
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:

@@ -44,6 +44,15 @@ def of_layers(*layers: nn.Module, c: int = 12, skip: nn.Module | None = None) ->
     return scrambled(Cell([nn.Sequential(*layers)], skip or nn.Identity(), c, use_se=False))
 
 
+def plain_layers(**options: Any) -> list[nn.Module]:
+    """The layers in PyTorch's own modules."""
+    return [
+        nn.BatchNorm2d(12, **options), nn.Conv2d(12, 24, 1, bias=False), nn.BatchNorm2d(24), nn.SiLU(),
+        nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.SiLU(inplace=True),
+        nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12),
+    ]  # fmt: skip
+
+
 def observe(cell: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
     x = x.clone().requires_grad_()
     cell.zero_grad()

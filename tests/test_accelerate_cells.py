@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from foreign_cells import accelerated, assert_same, counted, make, observe, of_layers
+from foreign_cells import accelerated, assert_same, counted, make, observe, of_layers, plain_layers
 from foreign_model import Conv2D, ConvBNSwish, UpSkip
 from harness import assert_close
 from torch import nn
@@ -60,15 +60,6 @@ def test_upsampling_before_any_of_the_layers(place: int, calls: list[int]) -> No
     theirs = of_layers(*layers, c=4, skip=UpSkip(4, 4)).double()
     assert_same(accelerated(theirs), theirs, torch.randn(2, 4, 3, 2, dtype=torch.float64), 1e-10)
     assert calls
-
-
-def plain_layers(**options: Any) -> list[nn.Module]:
-    """The layers in PyTorch's own modules."""
-    return [
-        nn.BatchNorm2d(12, **options), nn.Conv2d(12, 24, 1, bias=False), nn.BatchNorm2d(24), nn.SiLU(),
-        nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24), nn.SiLU(inplace=True),
-        nn.Conv2d(24, 12, 1, bias=False), nn.BatchNorm2d(12),
-    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.3}, {"momentum": 0}])
