@@ -46,11 +46,17 @@ def test_other_dtypes_after_acceleration(dtype: torch.dtype, training: bool) -> 
     assert_close(actual, expected, 3e-2 if dtype == torch.bfloat16 else 1e-10)
 
 
-def test_dtypes_that_do_not_fit_raise_as_before() -> None:
-    theirs = make()
-    ours, x = accelerated(theirs), torch.randn(SHAPE, dtype=torch.float64)
+@pytest.mark.parametrize("which", ["input", "convolutions", "batch norms"])
+def test_dtypes_that_do_not_fit_raise_as_before(which: str) -> None:
+    theirs = of_layers(*plain_layers())
+    ours = accelerated(theirs)
+    x = torch.randn(SHAPE, dtype=torch.float64 if which == "input" else torch.float32)
+    kind = {"input": SE, "convolutions": nn.Conv2d, "batch norms": nn.BatchNorm2d}[which]
     messages = []
     for cell in (theirs, ours):
+        for part in cell.modules():
+            if isinstance(part, kind):
+                part.to(torch.bfloat16)
         with pytest.raises(RuntimeError) as caught:
             cell(x)
         messages.append(str(caught.value))

@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, bound_forward
 from nvae_fast._accelerate.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
-from nvae_fast._accelerate.plan import Plan, facts_of, forward_of, inside
+from nvae_fast._accelerate.plan import Plan, facts_of, forward_of, inside, waits_for_data
 from nvae_fast.nn import RESIDUAL_SCALE, _has_hooks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
@@ -84,7 +84,10 @@ def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
         if _has_hooks(module):
             name = next((name for name, m in cell.named_modules() if m is module), "")
             return f"hooks wait on {name or 'a module'} inside, which would not be called"
-    if facts_of([modules[place] for place in plan.convolutions]) != plan.facts:
+    convolutions = [modules[place] for place in plan.convolutions]
+    if any(waits_for_data(conv) for conv in convolutions):
+        return "a convolution waits for data to initialise with"
+    if facts_of(convolutions) != plan.facts:
         return "a convolution is no longer what was compared"
     norms = [modules[norm.place] for norm in plan.norms]
     for norm in norms:

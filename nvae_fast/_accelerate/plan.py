@@ -73,10 +73,14 @@ def facts_of(convolutions: list[Any]) -> tuple[Any, ...]:
         (
             c.bias is None, c.stride, c.padding, c.dilation, c.groups, c.weight.shape,
             getattr(c, "log_weight_norm", None) is None,
-            getattr(c, "data_init", False) and not getattr(c, "init_done", True),
         )
         for c in convolutions
     )  # fmt: skip
+
+
+def waits_for_data(conv: Any) -> bool:
+    """Whether its own forward would initialise it with the next training batch."""
+    return bool(getattr(conv, "data_init", False)) and not getattr(conv, "init_done", True)
 
 
 def read(cell: Any) -> Plan | str:
