@@ -10,9 +10,13 @@ import torch.distributed as dist
 
 from nvae_fast.ops import _checks
 
+ALONE = "alone"  # in place of a process group: this process, whatever others there are
+
 
 def world_size(group: Any = None) -> int:
     """Number of processes whose statistics are merged; 1 when torch.distributed is not in use."""
+    if isinstance(group, str):
+        return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
 
