@@ -178,7 +178,8 @@ def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tenso
         folded = None
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             with _no_autocast(x):
-                folded = folded_cell.fold(parameters, running, eps=n0.eps, residual_scale=RESIDUAL_SCALE)
+                f = folded_cell.fold(parameters, running, eps=n0.eps, residual_scale=RESIDUAL_SCALE)
+                folded = folded_cell.ready(f, again=False)
         return folded_cell.inverted_residual_cell_evaluation(
             x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE, folded=folded
         )  # fmt: skip
