@@ -9,6 +9,7 @@ and so fails where it cannot be built.
 Environment:
     CXX                            C++ compiler (default: c++, g++ or clang++, whichever is found first)
     MAX_JOBS                       compilers at a time (default: cores, fewer when memory is short)
+    NVAE_FAST_NO_EXTENSION=1       build the package without it: a wheel for every platform, in seconds
     NVAE_FAST_REQUIRE_EXTENSION=1  fail the installation when the extension cannot be built
     NVAE_FAST_NO_CUDA=1            leave csrc/cuda out
     NVAE_FAST_FORCE_CUDA=1         compile csrc/cuda although the PyTorch at hand has no CUDA
@@ -21,6 +22,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -32,6 +34,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -85,6 +88,14 @@ def compiler() -> list[str]:
         if command and shutil.which(command[0]):
             return command
     raise Unavailable(f"no C++ compiler was found ({named or 'c++, g++, clang++'})")
+
+
+def fingerprint() -> str:
+    """Of the operators' schemas; compiled in, so that a binary made for others is not loaded."""
+    found: str | None = runpy.run_path(str(ROOT / "nvae_fast" / "ops" / "_schemas.py"))["expected"]()
+    if found is None:
+        raise Unavailable("nvae_fast/ops holds no operator schemas: these sources are not complete")
+    return found
 
 
 class Cuda(NamedTuple):
@@ -173,15 +184,30 @@ class NinjaFile:
         return "\n".join(self.lines) + "\n"
 
 
+def leave_reason(reason: str | None, build_lib: str) -> None:
+    """Why there is no extension, where the package looks for it, in sources and build; None removes what is there."""
+    for folder in (ROOT, ROOT / build_lib):
+        report = folder / "nvae_fast" / "_build.json"
+        report.unlink(missing_ok=True)
+        if reason is not None and report.parent.is_dir():
+            report.write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
+
+
+class PureBuild(build_py):
+    """For NVAE_FAST_NO_EXTENSION, with which build_ext does not run."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            leave_reason("it was left out with NVAE_FAST_NO_EXTENSION", self.build_lib)
+
+
 class NinjaBuild(build_ext):
     """Writes build.ninja for csrc/ and runs it: flags for each file, and only what changed is compiled."""
 
     def run(self) -> None:
-        # A reason for having no extension is left where the package looks for it: in sources and build.
-        reports = [folder / "nvae_fast" / "_build.json" for folder in (ROOT, ROOT / self.build_lib)]
         required = enabled("NVAE_FAST_REQUIRE_EXTENSION") or "build_ext" in sys.argv
-        for report in reports:
-            report.unlink(missing_ok=True)
+        leave_reason(None, self.build_lib)
         try:
             super().run()
         except (Unavailable, subprocess.CalledProcessError) as error:
@@ -190,9 +216,7 @@ class NinjaBuild(build_ext):
             if required:
                 raise SystemExit(f"nvae_fast: the C++ extension cannot be built: {reason}") from error
             print(f"warning: nvae_fast: installing without the C++ extension: {reason}", file=sys.stderr)
-            for report in reports:
-                if report.parent.is_dir():
-                    report.write_text(json.dumps({"reason": reason}) + "\n", encoding="utf-8")
+            leave_reason(reason, self.build_lib)
             self.extensions = []
 
     def build_extension(self, ext: Extension) -> None:
@@ -234,7 +258,9 @@ class NinjaBuild(build_ext):
                     flags = [*common, *flags, f"-DNVAE_CAPABILITY={level}", *extra]
                     out.compile(source, f"{source.name[:-8]}.{name}", "cxx", flags)
             else:
-                out.compile(source, f"{source.parent.name}.{source.stem}", "cxx", [*common, *binding, *extra])
+                schemas = [f'-DNVAE_SCHEMAS="{fingerprint()}"'] if source.name == "module.cpp" else []
+                flags = [*common, *binding, *schemas, *extra]
+                out.compile(source, f"{source.parent.name}.{source.stem}", "cxx", flags)
         libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"]
         if cuda:
             out.rule(
@@ -264,10 +290,15 @@ class NinjaBuild(build_ext):
         return out
 
 
-setup(
-    license="Apache-2.0",
-    # The sources are found by NinjaBuild; py_limited_api gives the file its abi3 name.
+# The sources are found by NinjaBuild; py_limited_api gives the file and the wheel their abi3 names.
+EXTENSION = dict(
     ext_modules=[Extension("nvae_fast._C", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": NinjaBuild},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
+if enabled("NVAE_FAST_NO_EXTENSION") and enabled("NVAE_FAST_REQUIRE_EXTENSION"):
+    raise SystemExit("nvae_fast: NVAE_FAST_NO_EXTENSION and NVAE_FAST_REQUIRE_EXTENSION exclude each other")
+setup(
+    license="Apache-2.0",
+    **(dict(cmdclass={"build_py": PureBuild}) if enabled("NVAE_FAST_NO_EXTENSION") else EXTENSION),
 )

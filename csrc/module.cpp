@@ -9,6 +9,10 @@
 #include "cuda/device_check.h"
 #endif
 
+// What the loader looks for in the file before it loads it (nvae_fast/ops/_schemas.py).
+#define NVAE_SCHEMAS_MARK "nvae_fast schemas "
+__attribute__((used)) static const char schemas[] = NVAE_SCHEMAS_MARK NVAE_SCHEMAS;
+
 // Setters that own their value: 0 on success, as CPython's.
 static int put(PyObject* dict, const char* key, PyObject* value) {
   if (!value) return -1;
@@ -46,6 +50,7 @@ static PyObject* info(PyObject*, PyObject*) {
   if (put(dict, "cuda_archs", archs) || put(dict, "cuda", PyBool_FromLong(cuda)) ||
       put(dict, "cpu_capability", PyUnicode_FromString(capability_name(nvae::capability()))) ||
       put(dict, "cpu_capabilities", split(compiled)) ||
+      put(dict, "schemas", PyUnicode_FromString(schemas + sizeof NVAE_SCHEMAS_MARK - 1)) ||
       put(dict, "torch_target", PyUnicode_FromString(NVAE_TORCH_TARGET))) {
     Py_DECREF(dict);
     return nullptr;

@@ -12,6 +12,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")
 
@@ -80,7 +82,31 @@ def record(op: str, device_type: str, kernel: str | None, reason: str = "") -> N
 
 def triton_reason() -> str | None:
     """None when Triton can be imported, else why not. Does not import it."""
-    return None if importlib.util.find_spec("triton") is not None else "triton is not installed"
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # something on the import path forbids it
+        found = False
+    return None if found else "triton is not installed: pip install 'triton>=3.6'"
+
+
+def missing() -> dict[str, str]:
+    """What this installation lacks and what is lost without it: ``{part: sentence}``, empty when it is complete."""
+    from nvae_fast.ops import _extension
+
+    lost = {}
+    if not _extension.load():
+        lost["extension"] = f"{_extension.reason()}. {_extension.LOST}"
+    elif torch.version.cuda is not None and not _extension.info()["cuda"]:
+        lost["csrc/cuda"] = (
+            "the C++ extension was built without its CUDA sources (nvcc was not found, or NVAE_FAST_NO_CUDA). Lost without "
+            "them: depthwise_conv2d on a GPU runs in plain PyTorch instead: the same results, slower"
+        )
+    if triton_reason() is not None:
+        lost["triton"] = (
+            f"{triton_reason()}. Lost without it: the Triton kernels. Every operation on a GPU but depthwise_conv2d runs "
+            "in plain PyTorch instead: the same results, slower and with more memory. Nothing on the CPU"
+        )
+    return lost
 
 
 def backends() -> dict[str, dict[str, str]]:

@@ -16,9 +16,18 @@ from nvae_fast.ops.weight_norm import weight_norm
 class WeightNormConv2d(nn.Module):
     """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
 
-    ``mask`` (zeros and ones, shaped like the weight) makes it a masked convolution; the norm is that of the masked weight.
-    ``data_init`` sets ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
-    standard deviation 0.2; loading any state marks this as done.
+    (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride)), in the dtype of the input. NVAE (arXiv 2007.03898),
+    section 3.1.1; Salimans and Kingma, arXiv 1602.07868.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size: K, odd.
+        stride, dilation, groups: as those of torch.nn.Conv2d.
+        bias: whether a bias is added.
+        mask: zeros and ones, shaped like the weight (C_out, C_in / groups, K, K), make it a masked convolution; the norm
+            is that of the masked weight.
+        data_init: set ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
+            standard deviation 0.2; loading any state marks this as done.
     """
 
     def __init__(
@@ -92,7 +101,15 @@ class WeightNormConv2d(nn.Module):
 
 
 class PlainConv2d(nn.Conv2d):
-    """Convolution without weight norm and bias, "same" padding: those inside the inverted residual."""
+    """Convolution ``y = weight * x`` without weight norm and bias, "same" padding: those inside the inverted residual.
+
+    (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size: K, odd.
+        stride, groups: as those of torch.nn.Conv2d.
+    """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
@@ -108,4 +125,5 @@ class PlainConv2d(nn.Conv2d):
         )
 
     def normalized_weight(self) -> torch.Tensor:
+        """The weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
         return self.weight

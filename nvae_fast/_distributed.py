@@ -23,9 +23,12 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
+ALONE = "alone"  # in place of a process group: this process, whatever others there are
+
+
 def world_size(group: Any = None) -> int:
     """Number of processes whose statistics are merged; 1 when torch.distributed is not in use, or inside :func:`alone`."""
-    if _alone:
+    if _alone or isinstance(group, str):
         return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 

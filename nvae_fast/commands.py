@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 import nvae_fast as nf
-from nvae_fast import cli_options
+from nvae_fast import _backend, cli_options
 from nvae_fast._distributed import alone
 from nvae_fast._files import atomic_file
 from nvae_fast.data import open_dataset, save_grid
@@ -272,13 +272,14 @@ def info(arguments: argparse.Namespace) -> int:
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "extension": _extension(),
+        "missing": _backend.missing(),
         "backends": nf.backends(),
     }
     if arguments.json:
         print(json.dumps(report, indent=2, default=str))
         return 0
-    for title in ("versions", "machine", "extension"):
-        print(title)
+    for title in ("versions", "machine", "extension", "missing"):
+        print(title if report[title] else f"{title}: nothing")
         for name, value in report[title].items():
             print(f"  {name:<16} {_short(value)}")
     print("backends")

@@ -15,13 +15,22 @@ VAEs (arXiv 2011.10650): no clamp, no floor. The formulas of the others: NVAE (a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from nvae_fast._gaussian_pair import (
+    Seed,
+    absolute_normal,
+    check_pair,
+    draw_gaussian,
+    draw_gaussian_with_kl,
+    gaussian_analytical_kl,
+    same_dtype,
+)
 from nvae_fast._halves import pack
+from nvae_fast._lazy import Lazy
 from nvae_fast.ops import _checks
 from nvae_fast.ops._squash import LOG_SQRT_2PI, draw_like, soft_clamp
 from nvae_fast.ops.mixture_logistic import (
@@ -32,7 +41,7 @@ from nvae_fast.ops.mixture_logistic import (
 )
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
-from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
+from nvae_fast.ops.residual_normal import ResidualNormal
 
 __all__ = [
     "Bernoulli",
@@ -44,77 +53,9 @@ __all__ = [
 ]
 
 CLAMP, SIGMA_FLOOR = 5.0, 0.01
-_PLAIN: dict[str, Any] = dict(clamp=None, sigma_floor=0.0)
-
-Seed = int | torch.Tensor | None
 
 
-def _check_pair(op: str, names: tuple[str, str], mu: Any, log_sigma: Any) -> None:
-    _checks.feature_map(op, names[0], mu)
-    _checks.shape(op, names[1], log_sigma, tuple(mu.shape), mu)
-    if log_sigma.dtype != mu.dtype:
-        raise TypeError(f"{op}: {names[1]} must have {names[0]}'s dtype {mu.dtype}, got {log_sigma.dtype}")
-
-
-def _same_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both in the wider of their dtypes: the kernels read their maps in one."""
-    dtype = torch.promote_types(a.dtype, b.dtype)
-    return a.to(dtype), b.to(dtype)
-
-
-def _residual_normal(posterior: torch.Tensor, prior: torch.Tensor | None, **options: Any) -> ResidualNormal:
-    """The absolute form; z in the dtype of ``posterior`` whatever that of ``prior``."""
-    dtype = posterior.dtype
-    if prior is not None:
-        posterior, prior = _same_dtype(posterior, prior)
-    found = residual_normal(posterior, prior, residual=False, **options)
-    return found._replace(z=found.z.to(dtype))
-
-
-class _Lazy:
-    """Values computed on first use from raw tensors that must not change in between."""
-
-    def _keep(self, **raw: torch.Tensor) -> None:
-        self._raw = raw
-        self._known: dict[str, torch.Tensor] = {}
-        self._versions = self._current_versions()
-
-    def _current_versions(self) -> tuple[int, ...] | None:
-        # Inference tensors count no versions.
-        if torch.compiler.is_compiling() or any(t.is_inference() for t in self._raw.values()):
-            return None
-        return tuple(t._version for t in self._raw.values())
-
-    def _check_unchanged(self) -> None:
-        now = self._current_versions()
-        if self._versions is None or now is None:
-            return
-        for name, before, after in zip(self._raw, self._versions, now, strict=True):
-            if before != after:
-                raise RuntimeError(
-                    f"{type(self).__name__}: {name} must stay as it was when the distribution was made (values are computed on "
-                    "first use), got a tensor modified in place since; pass a clone"
-                )
-
-    def _get(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """The value ``name``, kept for the next use. A value from a ``no_grad`` block has no graph and one from inference mode
-        may not enter one: where a graph is wanted they are computed again."""
-        known = self._known.get(name)
-        if known is not None:
-            wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._raw.values())
-            usable = (
-                torch.compiler.is_compiling()  # cannot trace the question
-                or not known.is_inference()
-                or torch.is_inference_mode_enabled()
-            )
-            if usable and (known.requires_grad or not wants_graph):
-                return known
-        self._check_unchanged()
-        value = self._known[name] = compute()
-        return value
-
-
-class Normal(_Lazy):
+class Normal(Lazy):
     """Independent normals with squashed parameters; with ``c(t) = 5 tanh(t / 5)``::
 
         mu = c(raw mu)        sigma = temp * (exp(c(raw log sigma)) + 0.01)
@@ -132,7 +73,7 @@ class Normal(_Lazy):
     """
 
     def __init__(self, mu: torch.Tensor, log_sigma: torch.Tensor, temp: float = 1.0) -> None:
-        _check_pair("Normal", ("mu", "log_sigma"), mu, log_sigma)
+        check_pair("Normal", ("mu", "log_sigma"), mu, log_sigma)
         _checks.temperature("Normal", temp, zero=True)
         self._keep(mu=mu, log_sigma=log_sigma)
         self.shape, self.temp = mu.shape, temp
@@ -198,7 +139,11 @@ class Normal(_Lazy):
         return self.sample_given_eps(eps), eps
 
     def rsample(self, seed: Seed = None) -> torch.Tensor:
-        """The z of :meth:`sample`, the same for the same seed, without keeping eps; one kernel."""
+        """The z of :meth:`sample`, the same for the same ``seed``, without keeping eps; one kernel.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
         seed_tensor = _checks.seed("Normal.rsample", seed, self._device)
         return normal_sample(self.packed, temperature=self.temp, seed=seed_tensor)
 
@@ -257,7 +202,7 @@ class Normal(_Lazy):
         self._check_map("log_p_per_channel", "samples", samples)
         if self.temp != 1:
             return self.log_p(samples).sum((2, 3))
-        return normal_log_prob(*_same_dtype(samples, self.packed))
+        return normal_log_prob(*same_dtype(samples, self.packed))
 
     def sample_with_kl(
         self, prior: Normal | None = None, seed: Seed = None, noise: torch.Tensor | None = None
@@ -295,7 +240,7 @@ class Normal(_Lazy):
 
     def _fused(self, prior: Normal | None, noise: torch.Tensor | None, seed: Seed) -> ResidualNormal:
         packed, packed_prior = self.packed, None if prior is None else prior.packed
-        return _residual_normal(packed, packed_prior, noise=noise, seed=seed)
+        return absolute_normal(packed, packed_prior, noise=noise, seed=seed)
 
     def _fits_kernel(self, prior: Normal | None) -> bool:
         return self.temp == 1 and (prior is None or prior.temp == 1)
@@ -400,7 +345,7 @@ class DiscMixLogistic:
         return mixture_logistic_mean(self.param, num_mixtures=self.num_mix)
 
 
-class Bernoulli(_Lazy):
+class Bernoulli(Lazy):
     """Independent binary pixels with probability ``sigmoid(logits / temp)`` of being 1; plain PyTorch.
 
     Args:
@@ -440,7 +385,11 @@ class Bernoulli(_Lazy):
         return -F.binary_cross_entropy_with_logits(logits, samples.to(logits.dtype), reduction="none")
 
     def sample(self, seed: Seed = None) -> torch.Tensor:
-        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`."""
+        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
         logits = self.logits
         seed_tensor = _checks.seed("Bernoulli.sample", seed, logits.device)
         return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < self.mean()).to(logits.dtype)
@@ -448,90 +397,3 @@ class Bernoulli(_Lazy):
     def mean(self) -> torch.Tensor:
         """The probabilities of a 1, (B, C, H, W)."""
         return torch.sigmoid(self.logits)
-
-
-def draw_gaussian(
-    mu: torch.Tensor, log_sigma: torch.Tensor, seed: Seed = None, noise: torch.Tensor | None = None
-) -> torch.Tensor:
-    """``mu + exp(log_sigma) * eps``, (B, Z, H, W) in their dtype; one kernel, no clamp, no floor.
-
-    Args:
-        mu, log_sigma: (B, Z, H, W). Halves of one tensor are read in place, anything else is concatenated.
-        seed: as in :meth:`Normal.sample`. noise: standard normal draws (B, Z, H, W) in place of a seed.
-
-    Differentiable in mu, log_sigma and noise.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or both noise and seed are given.
-    """
-    op = "draw_gaussian"
-    _check_pair(op, ("mu", "log_sigma"), mu, log_sigma)
-    seed = _check_draws(op, mu, seed, noise)
-    return normal_sample(pack(mu, log_sigma), seed=seed, noise=noise, **_PLAIN)
-
-
-def gaussian_analytical_kl(
-    mu1: torch.Tensor, mu2: torch.Tensor, logsigma1: torch.Tensor, logsigma2: torch.Tensor
-) -> torch.Tensor:
-    """KL of N(mu1, exp(logsigma1)) from N(mu2, exp(logsigma2)) of every element, (B, Z, H, W) in nats, plain PyTorch::
-
-        -1/2 + logsigma2 - logsigma1 + (exp(logsigma1)^2 + (mu1 - mu2)^2) / (2 exp(logsigma2)^2)
-
-    All (B, Z, H, W); float32 for half-precision arguments. Summed over pixels: :func:`draw_gaussian_with_kl`.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device.
-    """
-    _check_four("gaussian_analytical_kl", mu1, mu2, logsigma1, logsigma2)
-    mu1, mu2, logsigma1, logsigma2 = (
-        t.to(_checks.accumulate_dtype(t.dtype)) for t in (mu1, mu2, logsigma1, logsigma2)
-    )
-    # Divided before it is squared: no square overflows where the quotient does not.
-    sigma2 = logsigma2.exp()
-    distance, ratio = (mu1 - mu2) / sigma2, logsigma1.exp() / sigma2
-    return -0.5 + logsigma2 - logsigma1 + 0.5 * (ratio.square() + distance.square())
-
-
-def draw_gaussian_with_kl(
-    mu1: torch.Tensor,
-    mu2: torch.Tensor,
-    logsigma1: torch.Tensor,
-    logsigma2: torch.Tensor,
-    seed: Seed = None,
-    noise: torch.Tensor | None = None,
-) -> ResidualNormal:
-    """:func:`draw_gaussian` of the first and :func:`gaussian_analytical_kl` summed over pixels, in one kernel.
-
-    Args:
-        mu1, logsigma1: of the posterior, (B, Z, H, W). mu2, logsigma2: of the prior.
-        seed, noise: as in :func:`draw_gaussian`.
-
-    Returns:
-        :class:`nvae_fast.ResidualNormal`: z (B, Z, H, W); kl, log_q and log_p of that z, (B, Z).
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, dtype, shape or device, or both noise and seed are given.
-    """
-    op = "draw_gaussian_with_kl"
-    _check_four(op, mu1, mu2, logsigma1, logsigma2)
-    seed = _check_draws(op, mu1, seed, noise)
-    posterior, prior = pack(mu1, logsigma1), pack(mu2, logsigma2)
-    return _residual_normal(posterior, prior, seed=seed, noise=noise, **_PLAIN)
-
-
-def _check_four(
-    op: str, mu1: torch.Tensor, mu2: torch.Tensor, logsigma1: torch.Tensor, logsigma2: torch.Tensor
-) -> None:
-    _check_pair(op, ("mu1", "logsigma1"), mu1, logsigma1)
-    _check_pair(op, ("mu2", "logsigma2"), mu2, logsigma2)
-    _checks.shape(op, "mu2", mu2, tuple(mu1.shape), mu1)
-
-
-def _check_draws(op: str, mu: torch.Tensor, seed: Seed, noise: torch.Tensor | None) -> Seed:
-    """The seed as a tensor, or None where noise is given."""
-    if noise is None:
-        return _checks.seed(op, seed, mu.device)
-    if seed is not None:
-        raise ValueError(f"{op}: give either noise or seed, not both")
-    _checks.shape(op, "noise", noise, tuple(mu.shape), mu)
-    return None

@@ -21,6 +21,24 @@ from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
+__all__ = [
+    "AutoregressiveTransform",
+    "BatchNormSwish",
+    "ConvBlock",
+    "DecoderCombiner",
+    "EncoderCombiner",
+    "FlowCell",
+    "InvertedResidual",
+    "InvertedResidualCell",
+    "PlainConv2d",
+    "ResidualCell",
+    "SkipDown",
+    "SkipUp",
+    "SqueezeExcite",
+    "WeightNormConv2d",
+    "set_process_group",
+]
+
 RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
 
@@ -43,7 +61,19 @@ def set_process_group(module: nn.Module, group: Any) -> nn.Module:
 
 
 class BatchNormSwish(nn.Module):
-    """Batch norm (eps 1e-5, momentum 0.05) and an activation, ``"swish"`` by default; statistics merged over processes."""
+    """Batch norm and an activation, one operation: ``y = act(weight * (x - mean) / sqrt(var + eps) + bias)``.
+
+    Maps (B, C, H, W) to the same shape and dtype. While training, mean and biased variance are those of the batch, merged
+    exactly over the processes of :func:`set_process_group`, and ``running = (1 - momentum) * running + momentum * batch``
+    (variance unbiased); in evaluation they are the running ones. NVAE (arXiv 2007.03898), section 3.1.1. The operation
+    itself: :func:`nvae_fast.batch_norm_swish`, which raises for maps of another shape.
+
+    Args:
+        channels: C.
+        activation: "swish" (``t * sigmoid(t)``), "elu" or None.
+        eps: added to the variance.
+        momentum: share of the newest batch in the running statistics.
+    """
 
     def __init__(
         self, channels: int, activation: str | None = "swish", *, eps: float = 1e-5, momentum: float = 0.05
@@ -123,7 +153,14 @@ def _update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.
 
 
 class SqueezeExcite(nn.Module):
-    """Channel gate with ``max(C // 16, 4)`` hidden units; optionally adds the gated x, scaled, to a skip."""
+    """Channel gate: ``y = g x`` with ``g = sigmoid(expand(relu(reduce(mean_hw(x)))))``, max(C // 16, 4) hidden units.
+
+    Called with x (B, C, H, W) and optionally skip (B, C, H, W) and residual_scale: ``y = skip + residual_scale * g x``.
+    NVAE (arXiv 2007.03898), section 3.1.1; Hu et al., arXiv 1709.01507. The operation: :func:`nvae_fast.squeeze_excite`.
+
+    Args:
+        channels: C.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -141,7 +178,20 @@ class SqueezeExcite(nn.Module):
 
 
 class ConvBlock(nn.Module):
-    """``[BN] -> activation -> [nearest x2] -> conv3x3`` with weight norm: the ops res_elu, res_bnelu, res_bnswish*."""
+    """``conv3x3([nearest x2](activation([BN](x))))`` with weight norm: the ops res_elu, res_bnelu, res_bnswish*.
+
+    (B, C_in, H, W) to (B, C_out, H', W'), H' = H, H / 2 or 2 H for stride 1, 2, -1. NVAE (arXiv 2007.03898), appendix A.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        stride: 1, 2 or -1 (upsample by 2).
+        batch_norm: without it the activation is ELU and the convolution is initialised from the first batch.
+        activation: after the batch norm, "swish" or "elu".
+        dilation: of the convolution.
+
+    Raises:
+        ValueError: another stride.
+    """
 
     def __init__(
         self,
@@ -176,7 +226,21 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 class InvertedResidual(nn.Module):
-    """``[nearest x2] -> BN -> conv1x1 -> BN+swish -> conv KxK -> BN+swish -> conv1x1 -> BN``; depthwise when groups is 0."""
+    """``BN(conv1x1(BN_swish(conv KxK(BN_swish(conv1x1(BN([nearest x2](x))))))))``; depthwise when groups is 0.
+
+    (B, C_in, H, W) to (B, C_out, H', W'), H' = H, H / 2 or 2 H for stride 1, 2, -1. NVAE (arXiv 2007.03898), section 3.1.1,
+    figure 3a; the fused form is that of :class:`InvertedResidualCell`.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        stride: 1, 2 or -1 (upsample by 2).
+        expansion: E, hidden channels are E * C_in.
+        kernel_size: K, odd.
+        groups: of the KxK convolution; 0 means depthwise.
+
+    Raises:
+        ValueError: another stride, or groups that do not divide the hidden channels.
+    """
 
     def __init__(
         self,
@@ -232,7 +296,10 @@ class InvertedResidual(nn.Module):
         return self.depthwise.groups == self.depthwise.in_channels and len(alike) == 1 and activations
 
     def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
-        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode."""
+        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode.
+
+        ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
+        """
         norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
         if not fused_cell.available(x.device.type) or not self._is_plain(norms, se):
             s = self(x)
@@ -263,6 +330,12 @@ class InvertedResidual(nn.Module):
 class SkipDown(nn.Module):
     """Stride-2 skip: swish, then four 1x1 convolutions, each on one of the four pixel phases, concatenated.
 
+    (B, C_in, H, W) to (B, C_out, H / 2, W / 2): ``y = concat_p conv_p(swish(x)[:, :, p_i::2, p_j::2])``. NVAE (arXiv
+    2007.03898), appendix A (factorised reduction).
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+
     Taking the phase first and convolving with stride 1 equals a stride-2 convolution of the shifted input. oneDNN's weight
     gradient of a strided 1x1 convolution in channels_last writes out of bounds below 16 channels (oneDNN issue 6035).
     """
@@ -282,7 +355,13 @@ class SkipDown(nn.Module):
 
 
 class SkipUp(nn.Module):
-    """Upsampling skip: bilinear x2 with aligned corners, then a 1x1 convolution without bias."""
+    """Upsampling skip: ``y = conv1x1(bilinear x2(x))``, corners aligned, with weight norm, without bias.
+
+    (B, C_in, H, W) to (B, C_out, 2 H, 2 W). NVAE (arXiv 2007.03898), appendix A.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+    """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -293,7 +372,20 @@ class SkipUp(nn.Module):
 
 
 class ResidualCell(nn.Module):
-    """``skip(x) + 0.1 * s`` with ``s = [squeeze-excite](ops(x))``."""
+    """``skip(x) + 0.1 * s`` with ``s = [squeeze-excite](ops(x))``.
+
+    (B, C_in, H, W) to (B, C_out, H', W'), H' = H, H / 2 or 2 H for stride 1, 2, -1; the skip is the identity,
+    :class:`SkipDown` or :class:`SkipUp`. NVAE (arXiv 2007.03898), section 3.1.1 and appendix A.
+
+    Args:
+        in_channels, out_channels: C_in, C_out; equal when stride is 1.
+        stride: 1, 2 or -1 (upsample by 2).
+        ops: modules applied in turn, of which the first carries the stride.
+        squeeze_excite: gate s by a :class:`SqueezeExcite`.
+
+    Raises:
+        ValueError: another stride, or channels that differ at stride 1.
+    """
 
     def __init__(
         self,
@@ -328,7 +420,11 @@ class ResidualCell(nn.Module):
 
 
 class InvertedResidualCell(ResidualCell):
-    """The whole inverted residual cell: :class:`InvertedResidual`, squeeze-and-excitation, skip + 0.1 s.
+    """The whole inverted residual cell: ``skip(x) + 0.1 * [squeeze-excite](s)`` with s of :class:`InvertedResidual`.
+
+    (B, C_in, H, W) to (B, C_out, H', W'), H' = H, H / 2 or 2 H for stride 1, 2, -1. The skip is the identity,
+    :class:`SkipDown` or :class:`SkipUp`. Where the kernels are the whole cell is one function, forward and backward, with
+    the numbers of the operations one by one. NVAE (arXiv 2007.03898), section 3.1.1 and appendix A.
 
     Args:
         C_in, C_out: channels; equal when stride is 1.
@@ -337,6 +433,9 @@ class InvertedResidualCell(ResidualCell):
         stride: 1, 2 or -1 (upsample by 2).
         groups: of the KxK convolution; 0 means depthwise.
         squeeze_excite: gate the result.
+
+    Raises:
+        ValueError: another stride, channels that differ at stride 1, or groups that do not divide the hidden channels.
     """
 
     def __init__(
@@ -356,7 +455,13 @@ class InvertedResidualCell(ResidualCell):
 
 
 class EncoderCombiner(nn.Module):
-    """``bottom_up + conv1x1(top_down)``."""
+    """``y = bottom_up + conv1x1(top_down)``: how the two towers meet before a posterior head.
+
+    Called with bottom_up (B, C, H, W) and top_down (B, C', H, W); gives (B, C, H, W). NVAE (arXiv 2007.03898), figure 2.
+
+    Args:
+        top_down_channels, bottom_up_channels: C', C.
+    """
 
     def __init__(self, top_down_channels: int, bottom_up_channels: int) -> None:
         super().__init__()
@@ -367,7 +472,14 @@ class EncoderCombiner(nn.Module):
 
 
 class DecoderCombiner(nn.Module):
-    """``conv1x1(concat(s, z))``."""
+    """``y = conv1x1(concat(s, z))``: how a latent variable joins the top-down tower.
+
+    Called with s (B, C, H, W) and z (B, Z, H, W), taken in the dtype of s; gives (B, C_out, H, W). NVAE (arXiv 2007.03898),
+    figure 2.
+
+    Args:
+        channels, latent_channels, out_channels: C, Z, C_out.
+    """
 
     def __init__(self, channels: int, latent_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -403,7 +515,12 @@ def causal_mask(
 class AutoregressiveTransform(nn.Module):
     """``z - m(z)`` with a causal m: masked conv3x3 (strict) -> ELU -> masked depthwise 5x5 -> ELU -> ELU -> masked conv1x1.
 
-    Its log-determinant is zero. NVAE (arXiv 2007.03898), section 3.2 and appendix A; specification section 5.
+    (B, Z, H, W) to the same shape. Its log-determinant is zero. NVAE (arXiv 2007.03898), section 3.2 and appendix A;
+    specification section 5.
+
+    Args:
+        latent_channels: Z.
+        mirrored: run through rows, columns and pixels from the other end.
     """
 
     EXPANSION = 6
@@ -431,7 +548,13 @@ class AutoregressiveTransform(nn.Module):
 
 
 class FlowCell(nn.Module):
-    """Two autoregressive transforms: in raster order, then mirrored."""
+    """Two autoregressive transforms, in raster order, then mirrored: ``z2 = z1 - m2(z1)``, ``z1 = z - m1(z)``.
+
+    (B, Z, H, W) to the same shape; log-determinant zero. NVAE (arXiv 2007.03898), section 3.2.
+
+    Args:
+        latent_channels: Z.
+    """
 
     def __init__(self, latent_channels: int) -> None:
         super().__init__()

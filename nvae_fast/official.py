@@ -219,7 +219,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_official(path: str | os.PathLike[str]) -> NVAE:
-    """The model of an official checkpoint, on the CPU, in evaluation mode.
+    """The model of the official checkpoint in the file ``path``, on the CPU, in evaluation mode. No code of the file runs.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`, or its keys do not fit its arguments.

@@ -90,9 +90,10 @@ class InvertedResidual(nn.Module):
         super().__init__()
         hidden = 3 * c_in
         self.conv = nn.Sequential(
+            *([nn.UpsamplingNearest2d(scale_factor=2)] if stride == -1 else []),
             nn.BatchNorm2d(c_in, momentum=0.05),
             ConvBNSwish(c_in, hidden, 1),
-            ConvBNSwish(hidden, hidden, 5, stride, groups=hidden),
+            ConvBNSwish(hidden, hidden, 5, abs(stride), groups=hidden),
             Conv2D(hidden, c_out, 1, weight_norm=False),
             nn.BatchNorm2d(c_out, momentum=0.05),
         )
@@ -120,6 +121,15 @@ class FactorizedReduce(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = F.silu(x)
         return torch.cat([self.conv_1(x), self.conv_2(x[:, :, 1:, 1:])], dim=1)
+
+
+class UpSkip(nn.Module):
+    def __init__(self, c_in: int, c_out: int) -> None:
+        super().__init__()
+        self.conv = Conv2D(c_in, c_out, 1, bias=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
 
 
 class Cell(nn.Module):

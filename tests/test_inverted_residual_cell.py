@@ -17,6 +17,13 @@ STRIDES = [(1, 6), (2, 8), (-1, 4)]
 pytestmark = pytest.mark.skipif(not fused.available("cpu"), reason="no fused kernels on this machine")
 
 
+@pytest.fixture(params=["gram", "pass"])
+def variance(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where BN1's variance comes from; sizes decide, and a test wants both."""
+    monkeypatch.setattr(fused, "_gram_pays", lambda *sizes: request.param == "gram")
+    return request.param
+
+
 def make(
     stride: int, c_out: int, *, kernel: int = 5, se: bool = True, dtype: torch.dtype = torch.float32
 ) -> Any:
@@ -63,6 +70,7 @@ def compare(actual: dict, truth: dict, tolerance: float) -> None:
         assert error <= tolerance * scale + 1e-300, f"{key}: {float(error / scale):.3g} exceeds {tolerance}"
 
 
+@pytest.mark.usefixtures("variance")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("se", [True, False])
 @pytest.mark.parametrize("kernel", [3, 5, 7])
@@ -81,6 +89,7 @@ def test_equals_the_composition(
     compare(run(cell.float(), x.float(), upstream), truth, 2e-5)
 
 
+@pytest.mark.usefixtures("variance")
 @pytest.mark.parametrize("stride, c_out", STRIDES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_loses_no_more_than_pytorch(stride: int, c_out: int, dtype: torch.dtype) -> None:
@@ -103,6 +112,7 @@ def test_half_precision_loses_no_more_than_pytorch(stride: int, c_out: int, dtyp
     assert_close(found["y"], truth["y"], 2 * relative_error(native["y"], truth["y"]) + torch.finfo(dtype).eps)
 
 
+@pytest.mark.usefixtures("variance")
 @pytest.mark.parametrize("stride, c_out", STRIDES)
 def test_gradcheck(stride: int, c_out: int) -> None:
     cell = make(stride, c_out, kernel=3, dtype=torch.float64)
@@ -118,6 +128,7 @@ def test_gradcheck(stride: int, c_out: int) -> None:
     )
 
 
+@pytest.mark.usefixtures("variance")
 @pytest.mark.parametrize("stride, c_out", STRIDES)
 def test_statistics_of_a_far_mean(stride: int, c_out: int) -> None:
     """|mean| / std = 100: running statistics to 1e-5 of what float64 finds."""
@@ -188,6 +199,7 @@ def test_folded_weights_follow_every_change(stride: int, c_out: int, se: bool) -
         assert cell(x.float()).dtype == torch.float32
 
 
+@pytest.mark.usefixtures("variance")
 def test_memory_held_for_backward() -> None:
     """At most half of what eager holds, in channels_last, at expansion 6."""
     cell = InvertedResidualCell(16, 16, 6, 5, squeeze_excite=True).train()
@@ -229,6 +241,7 @@ def test_saved_tensors_may_be_asked_for_alone() -> None:
     assert torch.equal(cell.ops[0].depthwise.weight.grad, every["grad ops.0.depthwise.weight"])
 
 
+@pytest.mark.usefixtures("variance")
 def test_repeatable() -> None:
     cell = make(-1, 4)
     x, upstream = inputs(-1, 4, torch.float32, torch.channels_last)
@@ -300,6 +313,7 @@ def test_module_in_half_precision(stride: int, c_out: int, dtype: torch.dtype) -
     assert_close(found["y"], truth["y"], 16 * torch.finfo(dtype).eps)
 
 
+@pytest.mark.usefixtures("variance")
 def test_empty_batch() -> None:
     cell = make(1, 6)
     before = {name: b.clone() for name, b in cell.named_buffers()}
@@ -343,3 +357,12 @@ def test_errors(change: Any, message: str) -> None:
         fused.inverted_residual_cell(
             arguments["x"], arguments["skip"], parameters, stride=arguments["stride"]
         )
+
+
+def test_small_maps_of_many_channels_take_the_pass() -> None:
+    """The cells of the six presets on both sides of the choice: pixels of a batch, E C, C."""
+    pays = fused._gram_pays
+    assert pays(8192, 768, 128)
+    assert pays(8192, 384, 64)
+    assert not pays(1024, 768, 128)
+    assert not pays(256, 1536, 256)

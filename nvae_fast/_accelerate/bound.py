@@ -16,11 +16,11 @@ class BoundForward:
     """Calls the forward of ``kind`` on ``module``.
 
     An object and not a method: copy.deepcopy and pickle of the module make the copy's bound to the copy (pickle cannot do
-    that for methods which the class does not have).
+    that for methods which the class does not have). ``note``: what the report says besides.
     """
 
-    def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any]) -> None:
-        self.module, self.kind, self.settings = module, kind, settings
+    def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any], note: str = "") -> None:
+        self.module, self.kind, self.settings, self.note = module, kind, settings, note
 
     def __call__(self, x: Any) -> Any:
         return FORWARDS[self.kind](self.module, x, **self.settings)
@@ -31,7 +31,7 @@ class BoundForward:
 
     def installed_on(self, module: nn.Module) -> BoundForward:
         """The same forward, bound to and installed on ``module``."""
-        copy = BoundForward(module, self.kind, self.settings)
+        copy = BoundForward(module, self.kind, self.settings, self.note)
         copy.install()
         return copy
 

@@ -10,47 +10,52 @@ from torch import nn
 
 from nvae_fast._accelerate.bound import OURS, bound_forward
 
+Place = tuple[torch.dtype, torch.device | None]
 
-def clone(module: nn.Module) -> nn.Module:
-    """``module`` with parameters and buffers of its own in float32, without hooks; forwards of ours bound to the copy.
+
+def clone(
+    module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> nn.Module:
+    """``module`` with parameters and buffers of its own in ``dtype``, on ``device`` or where they are, without hooks; forwards
+    of ours bound to the copy.
 
     copy.deepcopy would refuse tensors that forward left behind (a normalised weight) and take hooks along.
     """
-    return _module(module, {})
+    return _module(module, {}, (dtype, device))
 
 
-def _module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+def _module(module: nn.Module, memo: dict[int, Any], place: Place) -> nn.Module:
     new = object.__new__(type(module))
     memo[id(module)] = new
     for name, value in module.__dict__.items():
         if bound_forward(module) is not None and name in OURS:
             continue
         is_hooks = "_hooks" in name and isinstance(value, dict)
-        new.__dict__[name] = type(value)() if is_hooks else _value(value, memo)
+        new.__dict__[name] = type(value)() if is_hooks else _value(value, memo, place)
     bound = bound_forward(module)
     if bound is not None:
         bound.installed_on(new)
     return new
 
 
-def _value(value: Any, memo: dict[int, Any]) -> Any:
+def _value(value: Any, memo: dict[int, Any], place: Place) -> Any:
     if id(value) in memo:
         return memo[id(value)]
     new = value
     if isinstance(value, nn.Module):
-        return _module(value, memo)
+        return _module(value, memo, place)
     if isinstance(value, torch.Tensor):
         new = value.detach().clone(memory_format=torch.contiguous_format)
-        new = new.float() if new.is_floating_point() else new
+        new = new.to(place[1], place[0] if new.is_floating_point() else new.dtype)
         if isinstance(value, nn.Parameter):
             new = nn.Parameter(new, requires_grad=value.requires_grad)
     elif isinstance(value, dict):
         new = memo[id(value)] = type(value)() if type(value) is not dict else {}
-        new.update({k: _value(v, memo) for k, v in value.items()})
+        new.update({k: _value(v, memo, place) for k, v in value.items()})
     elif type(value) in (list, tuple, set):
-        new = type(value)(_value(v, memo) for v in value)
+        new = type(value)(_value(v, memo, place) for v in value)
     elif isinstance(value, MethodType):
-        new = MethodType(value.__func__, _value(value.__self__, memo))
+        new = MethodType(value.__func__, _value(value.__self__, memo, place))
     memo[id(value)] = new
     return new
 

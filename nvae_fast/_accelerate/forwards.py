@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from nvae_fast import _distributed
-from nvae_fast._accelerate.bound import FORWARDS, bound_forward, original
-from nvae_fast.nn import RESIDUAL_SCALE, _has_hooks
+from nvae_fast._accelerate.bound import FORWARDS, original
+from nvae_fast._accelerate.taps import live_taps
+from nvae_fast.nn import _has_hooks
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -26,7 +27,6 @@ from nvae_fast.ops.weight_norm import weight_norm
 BATCH_NORM = "batch norm + swish"
 SEQUENTIAL = "batch norm + SiLU in a Sequential"
 SQUEEZE_EXCITE = "squeeze and excitation"
-RESIDUAL_CELL = "residual cell"
 DEPTHWISE = "depthwise convolution"
 DEPTHWISE_PLAIN = "depthwise convolution that keeps its weight"
 DEPTHWISE_NORM = "weight-normed depthwise convolution"
@@ -78,7 +78,7 @@ def batch_norm(
     return y
 
 
-def _is_map(x: Any) -> bool:
+def is_map(x: Any) -> bool:
     return isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_floating_point()
 
 
@@ -92,7 +92,15 @@ def normalising(norm: Any) -> str | None:
         return f"eps is {getattr(norm, 'eps', None)!r}"
     if not isinstance(getattr(norm, "momentum", None), (int, float)):
         return "momentum is None (cumulative average) or missing"
+    if getattr(norm, "track_running_stats", True) is not True:
+        return "track_running_stats was switched off: what happens to its statistics is PyTorch's business"
     return None
+
+
+def is_swish(module: Any) -> bool:
+    """Whether a module is a swish by its type or name; what it computes is compared."""
+    stateless = not any((module._parameters, module._buffers, module._modules))
+    return type(module) is nn.SiLU or (type(module).__name__ in ("Swish", "SiLU") and stateless)
 
 
 def _batch_norm_swish(
@@ -100,7 +108,7 @@ def _batch_norm_swish(
 ) -> torch.Tensor:
     several = merged and _distributed.world_size(getattr(module, "process_group", None)) > 1
     inside = tuple(module.children())
-    usable = _is_map(x) and (x.numel() or several) and normalising(module) is None and not watched(*inside)
+    usable = is_map(x) and (x.numel() or several) and normalising(module) is None and not watched(*inside)
     if not usable:
         return original(module, x)
     return batch_norm(module, x, activation, merged=merged, counts=counts)
@@ -120,7 +128,7 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
         after: Any = children[i + 1] if i + 1 < len(children) else None
         as_verified = i in pairs and type(child) is nn.BatchNorm2d and _has_type(after, pairs[i])
         fits = (
-            as_verified and _is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
+            as_verified and is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
         )  # fmt: skip
         if fits:
             x = batch_norm(child, x, "swish", merged=False, counts=child.num_batches_tracked is not None)
@@ -130,42 +138,43 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
     return x
 
 
-# Squeeze and excitation, residual cells
+# Squeeze and excitation
 
 
-def gate_layers(gate: Any) -> tuple[torch.Tensor, ...] | None:
-    """Weights and biases of Linear, ReLU, Linear, Sigmoid in ``gate.se``; None when it is something else or watched."""
-    inner = getattr(gate, "se", None)
-    if type(inner) is not nn.Sequential or len(inner) != 4:
-        return None
-    layers = tuple(inner)
-    first, _, second, _ = layers
-    types = (nn.Linear, nn.ReLU, nn.Linear, nn.Sigmoid)
-    if tuple(map(type, layers)) != types or watched(inner, *layers):
-        return None
-    tensors: list[Any] = [first.weight, first.bias, second.weight, second.bias]
-    return tuple(tensors) if all(isinstance(t, torch.Tensor) for t in tensors) else None
+def read_gate(gate: nn.Module) -> tuple[torch.Tensor, ...] | str:
+    """Weights and biases of the two layers of a squeeze-and-excitation: Linear or 1x1 convolution with bias, ReLU, the same,
+    Sigmoid, in the order they were made, perhaps with a mean over pixels; else what stands in the way."""
+    wanted = "the kernel has Linear, ReLU, Linear, Sigmoid"
+    dense: list[Any] = []
+    others: list[str] = []
+    for name, part in gate.named_modules():
+        if part is not gate and watched(part):
+            return f"somebody's hook or forward waits on {name} inside"
+        if part._modules or type(part) is nn.Identity:
+            continue
+        if type(part) is nn.Linear or _is_pointwise(part):
+            dense.append(part)
+        elif type(part).__name__ in ("ReLU", "Sigmoid"):  # by name: some libraries have their own
+            others.append(type(part).__name__)
+        elif type(part) is not nn.AdaptiveAvgPool2d:
+            return f"{type(part).__name__} inside: {wanted}"
+    if len(dense) != 2 or sorted(others) != ["ReLU", "Sigmoid"]:
+        found = ", ".join(type(part).__name__ for part in gate.modules() if not part._modules)
+        return f"its layers are {found}: {wanted}"
+    if any(layer.bias is None for layer in dense):
+        return "one of its layers has no bias"
+    first, second = dense
+    return first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias
+
+
+def _is_pointwise(conv: Any) -> bool:
+    plain = type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.groups == 1
+    return plain and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
 
 
 def _squeeze_excite(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    layers = gate_layers(module) if _is_map(x) else None
-    return original(module, x) if layers is None else squeeze_excite(x, *layers)
-
-
-def _residual_cell(module: Any, x: torch.Tensor) -> torch.Tensor:
-    skip = module.skip(x)
-    s = x
-    for i in range(module._num_nodes):
-        s = module._ops[i](s)
-    if module.use_se:
-        se = module.se
-        bound = bound_forward(se)
-        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not _has_hooks(se)
-        layers = gate_layers(se) if known and _is_map(s) and skip.shape == s.shape else None
-        if layers is not None:
-            return squeeze_excite(s, *layers, skip=skip, residual_scale=RESIDUAL_SCALE)
-        s = se(s)
-    return torch.add(skip, s, alpha=RESIDUAL_SCALE)
+    layers = read_gate(module) if is_map(x) else ""
+    return original(module, x) if isinstance(layers, str) else squeeze_excite(x, *layers)
 
 
 # Convolutions
@@ -191,15 +200,17 @@ def why_not_depthwise(conv: Any, weight: torch.Tensor) -> str | None:
     return None
 
 
-def _convolve(conv: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _is_map(x) and x.shape[1] == conv.groups and is_depthwise(conv, weight):
+def _convolve(
+    conv: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taps: list[int] | None = None
+) -> torch.Tensor:
+    if is_map(x) and x.shape[1] == conv.groups and is_depthwise(conv, weight):
         h, w = x, weight
         if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
             dtype = torch.get_autocast_dtype(x.device.type)
             h, w = x.to(dtype), weight.to(dtype)
         if h.dtype == w.dtype and h.device == w.device:
             (stride, _), (dilation, _) = pair(conv.stride) or (0, 0), pair(conv.dilation) or (0, 0)
-            y = depthwise_conv2d(h, w, stride=stride, dilation=dilation)
+            y = depthwise_conv2d(h, w, stride=stride, dilation=dilation, taps=taps)
             return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
     steps = pair(conv.stride) or (1, 1)
     pointwise = weight.shape[2:] == (1, 1) and pair(conv.padding) == (0, 0)
@@ -217,21 +228,25 @@ def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) ->
     """``sets``: attributes that the part's own forward leaves the weight in, for those who read it later."""
     if getattr(module, "data_init", False) and not getattr(module, "init_done", True):
         return original(module, x)
-    weight, log_norm = module.weight, getattr(module, "log_weight_norm", None)
+    weight, log_norm, taps = module.weight, getattr(module, "log_weight_norm", None), None
     if log_norm is not None:
         mask = getattr(module, "mask", None)
-        mask = mask.to(weight.dtype).expand_as(weight) if isinstance(mask, torch.Tensor) else None
+        if isinstance(mask, torch.Tensor):
+            # DataParallel's replicas have masks of their own at every call: reading them would wait for the device.
+            taps = None if getattr(module, "_is_replica", False) else live_taps(mask, weight)
+            mask = mask.to(weight.dtype).expand_as(weight)
+        else:
+            mask = None
         weight = weight_norm(weight, log_norm, mask)
     for name in sets:
         setattr(module, name, weight)
-    return _convolve(module, x, weight, module.bias)
+    return _convolve(module, x, weight, module.bias, taps)
 
 
 FORWARDS.update({
     BATCH_NORM: _batch_norm_swish,
     SEQUENTIAL: _sequential,
     SQUEEZE_EXCITE: _squeeze_excite,
-    RESIDUAL_CELL: _residual_cell,
     DEPTHWISE: _depthwise,
     DEPTHWISE_PLAIN: _norm_convolution,
     DEPTHWISE_NORM: _norm_convolution,

@@ -10,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast._accelerate import forwards
+from nvae_fast._accelerate import cells, forwards
 from nvae_fast._accelerate.bound import BoundForward, bound_forward
 from nvae_fast._accelerate.clone import clone
+from nvae_fast._accelerate.plan import read
 from nvae_fast._accelerate.verify import disagreement, undisturbed
 
 Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
@@ -50,11 +51,6 @@ def _confirmed(module: nn.Module, kind: str, settings: dict[str, Any], *args: An
 # Batch norm with an activation
 
 
-def _is_swish(module: Any) -> bool:
-    stateless = not any((module._parameters, module._buffers, module._modules))
-    return type(module) is nn.SiLU or (_name(module) in ("Swish", "SiLU") and stateless)
-
-
 def _fits_batch_norm(module: nn.Module) -> bool:
     name = _name(module)
     known = re.fullmatch(r"(Sync)?BatchNorm(2d)?_?(Swish|SiLU)", name) is not None
@@ -76,7 +72,7 @@ def _judge_batch_norm(module: Any, repair: bool) -> Verdict:
     activation: str | None = "swish"
     if _name(module) == "BatchNormAct2d":
         act = module.act
-        if not (_is_swish(act) or type(act) is nn.Identity):
+        if not (forwards.is_swish(act) or type(act) is nn.Identity):
             return f"its activation is {_name(act)}, not SiLU"
         activation = None if type(act) is nn.Identity else "swish"
     channels = [module.weight.numel()]
@@ -101,7 +97,7 @@ def _pairs(module: nn.Module) -> dict[int, type]:
     return {
         i: type(after)
         for i, (norm, after) in enumerate(pairwise(children))
-        if isinstance(norm, nn.BatchNorm2d) and after is not None and _is_swish(after)
+        if isinstance(norm, nn.BatchNorm2d) and after is not None and forwards.is_swish(after)
     }
 
 
@@ -143,13 +139,14 @@ def _judge_attribute_pair(module: nn.Module, repair: bool) -> Verdict:
 
 
 def _fits_gate(module: nn.Module) -> bool:
-    return _name(module) == "SE" or _name(module).startswith("SqueezeExcit")
+    name = _name(module)
+    return name in ("SE", "SEBlock", "SELayer", "SEModule") or name.startswith("SqueezeExcit")
 
 
 def _judge_gate(module: Any, repair: bool) -> Verdict:
-    layers = forwards.gate_layers(module)
-    if layers is None:
-        return "it is not a Sequential `se` of Linear, ReLU, Linear, Sigmoid with biases and without hooks inside"
+    layers = forwards.read_gate(module)
+    if isinstance(layers, str):
+        return layers
     return _confirmed(module, forwards.SQUEEZE_EXCITE, {}, [layers[0].shape[1]])
 
 
@@ -163,7 +160,27 @@ def _judge_cell(module: Any, repair: bool) -> Verdict:
         return "skip is not a module, or _num_nodes is not the number of _ops"
     if module.use_se and not isinstance(getattr(module, "se", None), nn.Module):
         return "use_se is set and there is no module se"
-    return _confirmed(module, forwards.RESIDUAL_CELL, {}, _input_channels(module), gradients=False)
+    channels = _input_channels(module)
+    whole = _judge_whole_cell(module, channels)
+    if isinstance(whole, BoundForward):
+        return whole
+    found = _confirmed(module, cells.RESIDUAL_CELL, {}, channels, gradients=False)
+    if isinstance(found, BoundForward) and any(getattr(m, "groups", 1) > 1 for m in module._ops.modules()):
+        found.note = f"part by part: {whole}"
+    return found
+
+
+def _judge_whole_cell(module: Any, channels: list[int]) -> BoundForward | str:
+    plan = read(module)
+    if isinstance(plan, str):
+        return plan
+    inside = cells.inside(module)
+    convolutions = [inside[place] for place in plan.convolutions]
+    sets = tuple(_left_weights(conv, conv.weight.shape[1] * conv.groups) for conv in convolutions)
+    settings = {"plan": plan, "sets": sets}
+    strict = BoundForward(module, cells.WHOLE_CELL, {**settings, "strict": True})
+    why = disagreement(strict, channels, exact=True)
+    return BoundForward(module, cells.WHOLE_CELL, settings) if why is None else why
 
 
 def _input_channels(module: nn.Module) -> list[int]:

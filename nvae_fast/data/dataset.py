@@ -65,6 +65,9 @@ class ImageDataset:
 
     With `binarize` a pixel of stored value v becomes 1 with probability v/255, else 0. Fewer bits leave 0
     and 1 as they are, so `num_bits` has no effect then.
+
+    source: where the images come from; :func:`open_dataset` makes one. Raises ValueError for images that are not square, of
+    another number of channels than 1 or 3, or another `num_bits`.
     """
 
     def __init__(self, source: Source, *, split: str, num_bits: int = 8, binarize: bool = False) -> None:
@@ -85,6 +88,7 @@ class ImageDataset:
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
+        """(file, reason) of the unreadable images met so far."""
         return self.source.skipped
 
     def __len__(self) -> int:
@@ -100,7 +104,7 @@ class ImageDataset:
 
         Every image depends on (seed, its index) alone, not on its neighbours in the batch: a sample listed
         twice comes out twice the same, and another `seed` gives another binarisation. N = 0 gives an empty
-        tensor.
+        tensor. Raises TypeError, ValueError or IndexError for indices that are no integers, not (N,) or out of range.
         """
         index = self._check_indices(indices)
         seed = hashing.as_seed(seed)

@@ -24,6 +24,7 @@ _AHEAD = 2  # batches in preparation per worker
 class BatchLoader:
     """Batches of an `ImageDataset`, epoch by epoch.
 
+    dataset: the images, as :func:`open_dataset` gives them.
     batch_size: images a process gets per step; the global batch is batch_size * world_size. Step k of an
         epoch takes the k-th global batch of the epoch's order and process `rank` the rank-th part of it, so
         that the parts, put together in rank order, are the batch that one process of that size would get.
@@ -36,6 +37,9 @@ class BatchLoader:
         be empty, (0,C,H,W).
     workers: threads that prepare batches ahead (decoding and hashing release the interpreter lock); 0:
         none. They end with the iterator, also when it is left early.
+    rank, world_size: which of how many processes this is.
+
+    Raises ValueError for numbers out of range, and when no whole batch can be made of the images.
     """
 
     def __init__(
@@ -102,7 +106,7 @@ class BatchLoader:
         """An iterator over the float32 (n,C,H,W) batches of epoch `epoch`, from batch `start_batch` on.
 
         The batches are those that `epoch(epoch)` gives after skipping the first `start_batch`, bit for bit,
-        without computing them.
+        without computing them. Raises ValueError when either is out of range.
         """
         for name, value in (("epoch", epoch), ("start_batch", start_batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -23,6 +23,7 @@ _OPENERS: dict[str, Opener] = {
     "lmdb": lmdb_images.open_lmdb,
 }
 KINDS = (*_BUILTIN, *_OPENERS)
+"""What :func:`open_dataset` knows to open: the values of its ``kind``."""
 
 
 def open_dataset(

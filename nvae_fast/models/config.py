@@ -92,7 +92,7 @@ class NVAEConfig:
 
     @classmethod
     def preset(cls, name: str) -> NVAEConfig:
-        """One of the published settings: mnist, cifar10, celeba_64, imagenet_32, celeba_256, ffhq.
+        """One of the published settings by ``name``: mnist, cifar10, celeba_64, imagenet_32, celeba_256, ffhq.
 
         Raises:
             ValueError: there is no such preset.
@@ -189,6 +189,7 @@ class NVAEConfig:
 
     @property
     def num_groups(self) -> int:
+        """Latent groups of all scales, G."""
         return sum(self.groups_per_scale)
 
     @property

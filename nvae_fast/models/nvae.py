@@ -47,7 +47,17 @@ class NVAEOutput:
 
 
 class NVAE(nn.Module):
-    """The model of a :class:`NVAEConfig`. Images go in as (B, C, H, W) in [0, 1]."""
+    """The model of a :class:`NVAEConfig`. Images go in as (B, C, H, W) in [0, 1].
+
+    Calling it gives a :class:`NVAEOutput`; the negative evidence bound of an image is
+    ``reconstruction_loss(out.logits, x) + out.kl.sum(1)``. NVAE (arXiv 2007.03898).
+
+    Args:
+        config: the options, of which the parameters are made, in PyTorch's default dtype on its default device.
+
+    Raises:
+        TypeError: ``config`` is something else.
+    """
 
     def __init__(self, config: NVAEConfig) -> None:
         super().__init__()
@@ -120,7 +130,7 @@ class NVAE(nn.Module):
         self.checkpoint_cells = False
 
     def train(self, mode: bool = True) -> NVAE:
-        """As :meth:`torch.nn.Module.train`; the normalised weights that evaluation keeps are dropped."""
+        """As torch.nn.Module.train, ``mode`` False for evaluation; the normalised weights that evaluation keeps are dropped."""
         forget_weights(self)
         return super().train(mode)
 
@@ -202,6 +212,9 @@ class NVAE(nn.Module):
         Args:
             n: number of images. temperature: factor on every prior's sigma, >= 0.
             noise, seed: as in :meth:`forward`.
+
+        Raises:
+            ValueError, TypeError: ``n``, ``temperature`` or ``noise`` has the wrong value, shape or type.
         """
         if not isinstance(n, int) or n < 0:
             raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}")
@@ -287,7 +300,11 @@ class NVAE(nn.Module):
     # ------------------------------------------------------------------------------------------- likelihood
 
     def likelihood(self, logits: torch.Tensor) -> Likelihood:
-        """The distribution over images with parameters ``logits`` (B, head_channels, H, W)."""
+        """The distribution over images with parameters ``logits`` (B, head_channels, H, W).
+
+        Raises:
+            ValueError: ``logits`` has another shape.
+        """
         c = self.config
         if logits.dim() != 4 or logits.shape[1] != c.head_channels:
             raise ValueError(
@@ -300,7 +317,15 @@ class NVAE(nn.Module):
         return MixtureLogistic(logits, c.num_mixture_dec, c.num_x_bits)
 
     def reconstruction_loss(self, logits: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``-log p(x | z)`` (B,) in nats; the border that is padding (mnist, omniglot) is left out."""
+        """``-log p(x | z)`` (B,) in nats; the border that is padding (mnist, omniglot) is left out.
+
+        Args:
+            logits: (B, head_channels, H, W), as the model returns them.
+            x: images (B, C, H, W) in [0, 1].
+
+        Raises:
+            TypeError, ValueError: as :meth:`likelihood` and its log_prob.
+        """
         border = self.config.reconstruction_border
         if border:
             inner = (..., slice(border, -border), slice(border, -border))
@@ -332,6 +357,9 @@ class NVAE(nn.Module):
             temperature: of the priors, the one that will be used to generate.
             passes: sampling passes. batch: images a pass.
             seed: of the noise; None takes one from the device's default generator.
+
+        Raises:
+            ValueError: ``passes`` or ``batch`` is below 1.
         """
         if passes < 1 or batch < 1:
             raise ValueError(f"readjust_batch_norm: passes and batch must be >= 1, got {passes} and {batch}")
@@ -348,7 +376,12 @@ class NVAE(nn.Module):
     # ----------------------------------------------------------------------------------- official checkpoints
 
     def load_official_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
-        """Load a state dict with official keys; strict. See :mod:`nvae_fast.official`."""
+        """Load a ``state_dict`` with official keys, strictly: nothing is written unless everything fits.
+
+        Raises:
+            ValueError: keys are missing or surplus, or shapes differ; they are named.
+            TypeError: it is not a mapping of names to tensors.
+        """
         from nvae_fast import official
 
         official.load_state_dict(self, state_dict)

@@ -1,7 +1,9 @@
 """Loads the compiled extension ``nvae_fast._C``, and remembers why when there is none.
 
 Importing ``nvae_fast._C`` registers the C++ kernels with PyTorch's dispatcher; the schemas are defined in
-Python, one per room. Without the extension every op runs its reference, so nothing here ever raises.
+Python, one per room. A binary made for other schemas is not loaded: its kernels would crash. Without the
+extension every op runs its reference, so nothing here ever raises; unless it was asked for, that is said
+once, in a warning.
 
 Environment:
     NVAE_FAST_DISABLE_EXTENSION=1: behave as if the extension had not been built.
@@ -12,6 +14,7 @@ Environment:
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import os
 import warnings
@@ -19,7 +22,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from nvae_fast.ops import _schemas
+
 CAPABILITIES = ("baseline", "avx2", "avx512")
+REBUILD = "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand"
+# What is lost without it.
+LOST = (
+    "Lost without it: the C++ kernels. Every operation on the CPU, and depthwise_conv2d on the GPU, runs in plain PyTorch "
+    "instead: the same results, slower and with more memory"
+)
 
 # setup.py leaves this file beside the package when it had to do without the extension.
 _BUILD_REPORT = Path(__file__).resolve().parent.parent / "_build.json"
@@ -45,12 +56,30 @@ def load() -> bool:
             stacklevel=2,
         )
     try:
-        _module = importlib.import_module("nvae_fast._C")
+        _reason = _outdated()
+        if _reason is None:
+            _module = importlib.import_module("nvae_fast._C")
     except ImportError as error:
         _reason = _why(error)
     except Exception as error:  # a broken binary must not take the package down: the reference still works
         _reason = f"the C++ extension failed to load: {type(error).__name__}: {error}"
+    if _module is None and os.environ.get("NVAE_FAST_BACKEND", "") != "reference":
+        warnings.warn(f"nvae_fast: {_reason}. {LOST}. NVAE_FAST_DISABLE_EXTENSION=1 hides this", stacklevel=2)
     return _module is not None
+
+
+def _outdated() -> str | None:
+    """Why the binary there is must not be loaded, None when it may be or there is none."""
+    spec = importlib.util.find_spec("nvae_fast._C")
+    if spec is None or spec.origin is None:
+        return None
+    wanted, found = _schemas.expected(), _schemas.compiled_into(spec.origin)
+    if wanted is None or wanted == found:
+        return None
+    return (
+        "the C++ extension was built from other sources than this Python code and might crash, so it is not loaded; "
+        f"rebuild it: {REBUILD}"
+    )
 
 
 def _why(error: ImportError) -> str:
@@ -60,7 +89,7 @@ def _why(error: ImportError) -> str:
         failure = json.loads(_BUILD_REPORT.read_text(encoding="utf-8"))["reason"]
         return f"the C++ extension was not built: {failure}"
     except (OSError, ValueError, KeyError, TypeError):
-        return "the C++ extension is not built; run `python setup.py build_ext --inplace` or reinstall"
+        return f"the C++ extension is not built; run {REBUILD}"
 
 
 def reason() -> str | None:

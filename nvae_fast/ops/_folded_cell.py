@@ -3,7 +3,8 @@ convolution; formulas in :mod:`nvae_fast.ops.inverted_residual_cell`, of which t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -95,12 +96,26 @@ def _affine_of(
 
 
 class ReadyCell(NamedTuple):
-    """A :class:`FoldedCell` to compute with again and again."""
+    """A :class:`FoldedCell` to compute with: once, or (its matrices packed) again and again."""
 
-    expand: PackedMatrix
+    expand: Callable[[torch.Tensor], torch.Tensor]
     scale: torch.Tensor
     shift: torch.Tensor
-    project: PackedMatrix
+    project: Callable[[torch.Tensor], torch.Tensor]
+
+
+def ready(f: FoldedCell, *, again: bool) -> ReadyCell:
+    """``again``: whether it will compute often enough for packing to pay."""
+    if again:
+        return ReadyCell(
+            PackedMatrix(f.expand, f.expand_bias), f.scale, f.shift, PackedMatrix(f.project, f.project_bias)
+        )
+    return ReadyCell(
+        partial(conv1x1, weight=f.expand, bias=f.expand_bias),
+        f.scale,
+        f.shift,
+        partial(conv1x1, weight=f.project, bias=f.project_bias),
+    )
 
 
 # What each module was folded from (kept alive, so that nothing else can come to stand at its address) and the result.
@@ -128,10 +143,7 @@ def folded_once(
     if found is None or found[0] != key:
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
             f = fold(q, running, eps=eps, residual_scale=residual_scale)
-        ready = ReadyCell(
-            PackedMatrix(f.expand, f.expand_bias), f.scale, f.shift, PackedMatrix(f.project, f.project_bias)
-        )
-        found = _folds[module] = (key, tuple(t.detach() for t in sources), ready)
+        found = _folds[module] = (key, tuple(t.detach() for t in sources), ready(f, again=True))
     return found[2]
 
 

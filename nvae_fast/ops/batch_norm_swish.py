@@ -50,6 +50,10 @@ def batch_norm_swish(
         eps: added to the variance.
         activation: "swish", "elu" or None.
 
+    Returns:
+        ``BatchNormOutput(y, mean, var)``: y in the dtype of x, the statistics (C,) that were used, in that of the
+        arithmetic: float32, float64 for float64 x.
+
     Differentiable in x, weight, bias, and in mean and var when they are given.
 
     Raises:

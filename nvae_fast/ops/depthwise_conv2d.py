@@ -79,7 +79,8 @@ def depthwise_conv2d(
             where whole rows or columns of them are missing, and their weights have gradient zero. None: all.
 
     Returns:
-        y (B, C, H', W') with H' = ceil(H * upsample / stride), or ``(y, statistics)``.
+        y (B, C, H', W') with H' = ceil(H * upsample / stride) in the dtype of x, or ``(y, statistics)``, these in float32
+        (float64 for float64 x). The arithmetic is float32 for half precision.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.

@@ -18,7 +18,8 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
 - 1x1 convolutions and BN commute with nearest upsampling: the expansion runs at low resolution, the depthwise kernel indexes by
   half. Statistics are equal but for the running variance's n / (n - 1), which counts upsampled pixels.
 - Backward, BN1 is linear in (du, a): da = scale du + beta a + const, hence da W = du (scale W) + xhat (W' beta W) + const and
-  da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW).
+  da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW). Small maps of many
+  channels do take the pass: there the products with the Gram matrix are the dearer (``_gram_pays``).
 """
 
 from __future__ import annotations
@@ -172,6 +173,13 @@ def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
     return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
 
 
+def _gram_pays(pixels: int, wide: int, narrow: int) -> bool:
+    """Whether the products with the Gram matrix (forward and backward, multiply-adds) cost less than the passes over the
+    expanded map that they replace (16 bytes an element): 15 multiply-adds are done while 4 bytes move. They do not where
+    maps are small and channels many: a third of the products of NVAE's 4x4 cells."""
+    return 3 * wide * narrow**2 + 2 * pixels * narrow**2 < 60 * pixels * wide
+
+
 class _Cell(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -200,12 +208,18 @@ class _Cell(torch.autograd.Function):
             mean0, m2, n_in = _distributed.merge(mean0, m2, b * h * w, group)
             var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
             xhat = _affine.forward(xl, rstd0, shift0, None)
-            rows = as_matrix(xhat).to(wide)
-            gram = rows.t() @ rows
             weights = q.expand.flatten(1)
             expand = weights * q.norm_weight
             a = conv1x1(xhat, expand)
-            m2 = _distributed.total(((expand @ gram) * expand).sum(1), group)
+            gram = None
+            if _gram_pays(b * h * w, *expand.shape):
+                rows = as_matrix(xhat).to(wide)
+                gram = rows.t() @ rows
+                squares = ((expand @ gram) * expand).sum(1)
+            else:
+                mean1, squares = _OPS.channel_statistics(a, False)
+                squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
+            m2 = _distributed.total(squares, group)
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
@@ -277,7 +291,7 @@ class _Cell(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         stride, residual_scale, group, n_in, n_out, x_dtype, skip_dtype, identity = ctx.constants
         kept = CellParameters._make(given)
-        wide = gram.dtype
+        wide = expand.dtype
         q = _widened(kept, wide)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
@@ -312,18 +326,28 @@ class _Cell(torch.autograd.Function):
             )  # fmt: skip
             del g
 
-            # da = to_a + beta1 a + gamma1, never written.
+            # da = to_a + beta1 a + gamma1, written only where the Gram matrix does not pay.
             to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
-            to_expand = torch.addcmul(weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram)
-            if not isinstance(n_in, int):  # of one process alone xhat has mean 0
-                to_expand += gamma1[:, None] * as_matrix(xhat).to(wide).sum(0)
+            if gram is None:
+                one = torch.ones_like(beta1)[None]
+                to_a = _OPS.plane_affine(to_a, one, a, beta1[None], gamma1[None])
+                to_expand = weight_gradient(to_a, xhat).flatten(1).to(wide)
+            else:
+                to_expand = torch.addcmul(
+                    weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram
+                )
+                if not isinstance(n_in, int):  # of one process alone xhat has mean 0
+                    to_expand += gamma1[:, None] * as_matrix(xhat).to(wide).sum(0)
             to_x = None
             if ctx.needs_input_grad[0]:
                 dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in
-                mixing = (expand * column).t() @ expand - torch.diag(dot0)
-                to_x = conv1x1(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
-                to_x += conv1x1(to_a, (expand * rstd0).t())
+                to_x = conv1x1(to_a, (expand * rstd0).t())
+                if gram is None:
+                    to_x = _OPS.plane_affine(xhat, -(rstd0 * dot0)[None], to_x, None, None)
+                else:
+                    mixing = (expand * column).t() @ expand - torch.diag(dot0)
+                    to_x += conv1x1(xhat, rstd0[:, None] * mixing, rstd0 * (gamma1 @ expand))
                 to_x = to_x.to(x_dtype)
                 if identity:
                     to_x = to_x + grad

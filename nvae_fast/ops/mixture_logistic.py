@@ -60,7 +60,7 @@ def mixture_logistic_sample(
     temperature: float = 1.0,
     seed: int | torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sample RGB pixels (B, 3, H, W) in [0, 1].
+    """Sample RGB pixels (B, 3, H, W) in [0, 1], in the dtype of ``params``.
 
     The component is drawn by Gumbel-max over ``logits / temperature``; logistic noise is multiplied by the temperature;
     each colour is clamped to [-1, 1] before it feeds the next.
@@ -83,8 +83,14 @@ def mixture_logistic_sample(
 
 
 def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> torch.Tensor:
-    """Mean image (B, 3, H, W) in [0, 1]: means and tanh(coefficients) averaged with the softmax weights of the
-    components, each colour clamped to [-1, 1] before it feeds the next.
+    """Mean image (B, 3, H, W) in [0, 1], in the dtype of ``params``.
+
+    Means and tanh(coefficients) are averaged with the softmax weights of the components, each colour clamped to [-1, 1]
+    before it feeds the next.
+
+    Args:
+        params: (B, 10 * num_mixtures, H, W).
+        num_mixtures: M.
 
     Raises:
         TypeError, ValueError: ``params`` is not a floating (B, 10 * num_mixtures, H, W) tensor.

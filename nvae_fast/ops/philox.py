@@ -65,7 +65,7 @@ def philox_normal(
     """Standard normal draws number 0 to ``prod(size) - 1`` of the stream ``seed``.
 
     Args:
-        size: shape of the output; draws are numbered in its logical (NCHW) order.
+        size: shape of the output, such as (B, Z, H, W); draws are numbered in its logical (NCHW) order.
         seed: any int (taken mod 2^64) or a 0-d int64 tensor, on the device of the output.
         dtype: float32, float64, bfloat16 or float16.
         device: of the output. Default: the seed tensor's, for an int PyTorch's default device.

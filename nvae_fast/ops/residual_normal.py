@@ -70,7 +70,8 @@ def residual_normal(
         sigma_floor: added to every sigma. ``clamp=None, sigma_floor=0`` is the plain Gaussian.
 
     Returns:
-        :class:`ResidualNormal`. Differentiable in posterior, prior and noise.
+        :class:`ResidualNormal`: z in the dtype of posterior, kl, log_q and log_p in float32 (float64 for float64), the
+        arithmetic too. Differentiable in posterior, prior and noise.
 
     Raises:
         TypeError: an argument is not a floating tensor.

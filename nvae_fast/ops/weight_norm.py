@@ -22,7 +22,8 @@ def weight_norm(
     *,
     eps: float = 1e-5,
 ) -> torch.Tensor:
-    """The normalised weight, shaped like ``weight``; formula in the module's docstring.
+    """The normalised weight, shaped like ``weight`` and in its dtype (float32 arithmetic for half precision); formula in the
+    module's docstring.
 
     Args:
         weight: (C_out, C_in, K, K).

@@ -174,6 +174,9 @@ def load_model(
 
     Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official") and, for ours,
     "data" (what it was trained on), "step" and "epoch".
+
+    path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError,
+    FileNotFoundError or ValueError for a file that is missing, damaged or something else; the message says which.
     """
     import nvae_fast as nf
 

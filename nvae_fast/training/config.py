@@ -149,7 +149,7 @@ class TrainingConfig:
             raise ValueError(f"TrainingConfig: seed must be below 2^63, got {self.seed}")
 
     def replace(self, **changes: Any) -> TrainingConfig:
-        """A copy with some fields changed, checked again."""
+        """A copy with ``changes``, field by field, checked again. Raises ValueError for names that are none."""
         known = {field.name for field in dataclasses.fields(self)}
         unknown = sorted(set(changes) - known)
         if unknown:
@@ -162,12 +162,12 @@ class TrainingConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainingConfig:
-        """From what `to_dict` wrote; fields missing there (an older version's) get their defaults."""
+        """From the values that `to_dict` wrote; fields missing there (an older version's) get their defaults."""
         known = {field.name for field in dataclasses.fields(cls)}
         return cls(**{key: value for key, value in values.items() if key in known})
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """The length of the run in optimizer steps, for so many steps in an epoch."""
+        """The length of the run in optimizer steps: max_steps, or `epochs * steps_per_epoch`."""
         if self.max_steps is not None:
             return self.max_steps
         return self.epochs * steps_per_epoch

@@ -24,7 +24,10 @@ class ProcessLost(RuntimeError):
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many, and the device it works on."""
+    """Which process this is, of how many, and the device it works on.
+
+    rank: 0 to size - 1; 0 writes files and reports. size: how many processes there are. device: of this one.
+    """
 
     rank: int = 0
     size: int = 1
@@ -36,7 +39,10 @@ class World:
         return self.rank == 0
 
     def largest(self, *values: float) -> list[float]:
-        """The element-wise maximum over all processes, so that every one of them decides alike."""
+        """The element-wise maximum over all processes, so that every one of them decides alike.
+
+        values: numbers, as many on every process.
+        """
         if self.size == 1:
             return list(values)
         shared = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -64,7 +70,11 @@ class World:
         return list(everyone.unbind())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Raise ValueError, on every process, when these (name: value) are not the same on all of them."""
+        """Check that all processes were started alike.
+
+        facts: value by name, compared by what they print. Raises ValueError, on every process, naming the first that is
+        not the same on all of them.
+        """
         if self.size == 1:
             return
         prints = [float(zlib.crc32(repr(value).encode())) for value in facts.values()]
@@ -80,7 +90,10 @@ class World:
 
     @contextlib.contextmanager
     def contact(self, advice: Callable[[], str]) -> Iterator[None]:
-        """Failures to exchange anything with another process become a `ProcessLost` that ends with `advice()`."""
+        """A block whose failures to exchange anything with another process become a `ProcessLost`.
+
+        advice: called for the end of its message. Raises ProcessLost; other errors pass.
+        """
         try:
             yield
         except ProcessLost:

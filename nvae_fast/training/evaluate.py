@@ -30,7 +30,14 @@ ACTIVE_CHANNEL_NATS = 0.1
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Averages over the images, in nats an image unless the name says bits per dimension."""
+    """Averages over the images, in nats an image unless the name says bits per dimension.
+
+    images, samples, seed: how many images, draws of z for each, and the seed the numbers belong to. negative_elbo,
+    negative_elbo_bits_per_dim: `reconstruction + kl`, the KL analytic where there is one. negative_log_likelihood,
+    negative_log_likelihood_bits_per_dim: the importance-weighted bound with `samples` draws. reconstruction: -log p(x | z).
+    kl, kl_per_group: of all groups, and of each (G,), coarsest scale first. active_channels, latent_channels: latent
+    channels that carry more than 0.1 nats, and all of them.
+    """
 
     images: int
     samples: int
@@ -84,10 +91,15 @@ def importance_bound(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The bound on log p(x) of every image, (B,) float64, from `samples` draws; model in evaluation mode.
 
-    x: (B,C,H,W) in [0,1] on the model's device. seed: one for the batch, or B of them: an image's noise is then that of
-    its seed, whatever else is in the batch. autocast: None or "bf16", for the network alone. Also returns sums
-    over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
+    x: (B,C,H,W) in [0,1] on the model's device. seed: of the draws, one for the batch, or B of them: an image's noise is
+    then that of its seed, whatever else is in the batch. autocast: None or "bf16", for the network alone. Also
+    returns sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
     "kl_per_channel" (channels of all groups).
+
+        bound = logsumexp_k( log p(x | z_k) + log p(z_k) - log q(z_k | x) ) - log K,     z_k ~ q(z | x)
+
+    Raises ValueError when samples is below 1, or when there are neither one nor B seeds. Burda, Grosse, Salakhutdinov,
+    arXiv 1509.00519.
     """
     if samples < 1:
         raise ValueError(f"importance_bound: samples must be at least 1, got {samples}")
@@ -136,10 +148,10 @@ def evaluate(
     """Evaluate `model` on `dataset`. An image's noise depends on seed and its index alone: another batch size gives the same
     numbers but for rounding, another number of processes exactly the same.
 
-    samples: K, draws of z for every image. max_images: only the first so many. autocast: None or "bf16".
-    on_batch(images done, negative bound so far) is called after every batch. world: several processes share the images
-    out, each returns the whole result. Raises ValueError for bad arguments, on every process when they differ. The
-    model comes back in the mode it was in.
+    samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
+    first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
+    batch. world: several processes share the images out, each returns the whole result. Raises ValueError for bad
+    arguments, on every process when they differ. The model comes back in the mode it was in.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:

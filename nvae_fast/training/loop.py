@@ -43,7 +43,8 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended: steps taken and skipped, the signal that stopped it early (None: it is finished)."""
+    """How a run ended. step: optimizer steps taken; skipped: those undone; signal: what stopped it early (None: it is
+    finished); seconds: of training, resumed parts included."""
 
     step: int
     skipped: int
@@ -54,7 +55,8 @@ class RunResult:
 class Trainer:
     """Trains `model` on `dataset`, writing into `folder` (made by `run_folder.prepare`).
 
-    model: an NVAE whose parameters are initialised. dataset: an `ImageDataset` of its size and channels.
+    model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
+    size and channels. world: the processes of the run, None for this one alone. quiet: no progress line.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.

@@ -40,7 +40,8 @@ def kl_coefficient(
 
     step, total_steps: position in the run and its length, in optimizer steps. anneal_portion, const_portion:
     the parts of the run (fractions) over which c rises, and before which it rests at 1e-4. `anneal_portion=0`
-    turns annealing off: c is 1 from the moment the constant part is over.
+    turns annealing off: c is 1 from the moment the constant part is over. Raises ValueError for a length that is not
+    positive or a negative portion. NVAE (arXiv 2007.03898), section 4 and appendix A.
     """
     if total_steps <= 0:
         raise ValueError(f"kl_coefficient: total_steps must be positive, got {total_steps}")
@@ -76,7 +77,10 @@ def kl_balance(kl: Tensor, config: HasGroups, *, average: Callable[[Tensor], Ten
         gamma_i = gamma_i / mean_j gamma_j
 
     kl: (B, G), groups top-down (coarsest scale first). average: applied to the (G,) batch mean, for example a
-    mean over the processes of a data-parallel run. Computed in float32 (float64 for float64 input).
+    mean over the processes of a data-parallel run. Computed in float32 (float64 for float64 input). config: an
+    :class:`nvae_fast.NVAEConfig` or anything with its `groups_per_scale`; `alpha_i = 4^s / groups(s)` for a group of scale s,
+    over the smallest of them. Raises TypeError or ValueError when kl is no floating (B, G) tensor. NVAE (arXiv 2007.03898),
+    appendix A.
     """
     _check_kl("kl_balance", kl, config)
     size = full_precision(kl.detach()).abs().mean(0)
@@ -99,8 +103,8 @@ def balanced_kl(
     """The weighted KL of every image, (B,): `c * sum_i gamma_i KL_i` while c < 1, the plain sum at c = 1.
 
     kl: (B, G) in nats, groups top-down. coefficient: c as a float, or as a 0-d tensor on the same device
-    (then both forms are computed and one is selected on the device: no host synchronisation). average: see
-    `kl_balance`.
+    (then both forms are computed and one is selected on the device: no host synchronisation). config, average: see
+    `kl_balance`. Raises TypeError or ValueError when kl is no floating (B, G) tensor or the coefficient no scalar.
     """
     _check_kl("balanced_kl", kl, config)
     if isinstance(coefficient, Tensor):
@@ -119,7 +123,10 @@ def balanced_kl(
 
 
 def annealed_lambda(coefficient: float, value: float, initial: float | None = None) -> float:
-    """The regularisers' weight: `exp((1 - c) log initial + c log value)`, or `value` with no initial one."""
+    """The regularisers' weight: `exp((1 - c) log initial + c log value)`, or `value` with no initial one.
+
+    coefficient: c, the KL coefficient of the step, 0 to 1. Raises ValueError when value or initial is not positive.
+    """
     if initial is None:
         return value
     if value <= 0 or initial <= 0:

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingPreset:
-    """One setting. `data` names a built-in set of images, or is None when the user must give a path."""
+    """One setting. name: as in `preset(name)`; summary: a line for the command line; training: its `TrainingConfig`; data: a
+    built-in set of images, or None when the user must give a path; model: options of its NVAEConfig, None for those of the
+    published model of that name."""
 
     name: str
     summary: str
@@ -36,7 +38,7 @@ class TrainingPreset:
 
 
 def preset(name: str) -> TrainingPreset:
-    """A preset by name. Raises ValueError listing the names when there is no such one."""
+    """The preset called ``name``. Raises ValueError listing the names when there is no such one."""
     if name not in PRESETS:
         raise ValueError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
     return PRESETS[name]
@@ -139,3 +141,4 @@ PRESETS: dict[str, TrainingPreset] = {
         ),
     )
 }
+"""Every :class:`TrainingPreset` by name: the published settings, and the small one of `make demo`."""

@@ -85,7 +85,7 @@ class Sampler:
                 self.model.train()
 
     def body(self, n: int) -> Tensor:
-        """What a graph holds."""
+        """What a graph holds: `n` images, from the seeds written last."""
         enabled = self.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             seed = self._latent.seed if self._streams is None else self._streams[0]

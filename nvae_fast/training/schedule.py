@@ -18,7 +18,8 @@ def learning_rate(
         position < warmup:  peak * (position + 1) / warmup
         after:              minimum + (peak - minimum) * (1 + cos(pi * t)) / 2,   t from 0 to 1
 
-    position: 0 for the first step, total_steps - 1 for the last (which gets the minimum). Lengths in steps.
+    position: 0 for the first step, total_steps - 1 for the last (which gets the minimum). peak, minimum: the largest rate and
+    the last. warmup_steps: length of the warm-up. Lengths in steps. Raises ValueError when total_steps is not positive.
     """
     if total_steps <= 0:
         raise ValueError(f"learning_rate: total_steps must be positive, got {total_steps}")

@@ -35,7 +35,8 @@ ADAMAX_EPS = 1e-3
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of one step, in nats a image where they are likelihoods; `skipped` when it was undone."""
+    """The numbers of one step. loss: what was minimised; reconstruction, kl: means over the batch, nats an image; spectral,
+    batch_norm: the regularisers, not weighted; grad_norm: of all gradients, before clipping; skipped: it was undone."""
 
     loss: float
     reconstruction: float
@@ -51,7 +52,8 @@ class Step:
 
     model: the NVAE, already on its device and in its memory format. After a step whose loss or gradient was
     not finite (on any process), parameters, optimizer, batch-norm statistics and spectral vectors are what
-    they were before it.
+    they were before it. config: a `TrainingConfig`. world: the processes of the run, None for this one alone. Raises
+    ValueError where `config` asks for what cannot be.
 
     `config.cuda_graph` None captures the step in a CUDA graph where that is possible and `mode` says what
     became of it; True raises ValueError where it is not. The first steps run eagerly (they initialise, choose
@@ -127,7 +129,7 @@ class Step:
         return self._captured(x, self._replay)
 
     def restore(self, optimizer_state: dict[str, Any]) -> None:
-        """Continue from a saved optimizer state; the model's own state was loaded before."""
+        """Continue from `optimizer_state` as :meth:`optimizer_state` gave it; the model's own state was loaded before."""
         capturable = self._replay is not None
         groups = [
             {**group, "lr": self.config.learning_rate, "capturable": capturable}
@@ -184,7 +186,7 @@ class Step:
         return result
 
     def body(self, x: Tensor) -> Tensor:
-        """What a graph holds: the copies to undo it with, the step itself; returns what `gradients` returns."""
+        """What a graph holds for images x: the copies to undo it with, the step itself; returns what `gradients` returns."""
         _copy(self._copies, self._moved)
         values = self.gradients(x)
         self.update(self._rate)
@@ -192,7 +194,7 @@ class Step:
         return values
 
     def gradients(self, x: Tensor) -> Tensor:
-        """Forward and backward into `.grad`, clipped: [all finite, the numbers of the loss, the gradient's norm]."""
+        """Forward and backward of images x into `.grad`, clipped: [all finite, the loss's numbers, the gradient's norm]."""
         _copy(self._saved, self._buffers)
         parts = self._backward(x)
         norm = self._clip()

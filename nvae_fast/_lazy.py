@@ -1,0 +1,50 @@
+"""What the classes of :mod:`nvae_fast.distributions` share: a value is computed when it is first asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+
+class Lazy:
+    """Values computed on first use from raw tensors that must not change in between."""
+
+    def _keep(self, **raw: torch.Tensor) -> None:
+        self._raw = raw
+        self._known: dict[str, torch.Tensor] = {}
+        self._versions = self._current_versions()
+
+    def _current_versions(self) -> tuple[int, ...] | None:
+        # Inference tensors count no versions.
+        if torch.compiler.is_compiling() or any(t.is_inference() for t in self._raw.values()):
+            return None
+        return tuple(t._version for t in self._raw.values())
+
+    def _check_unchanged(self) -> None:
+        now = self._current_versions()
+        if self._versions is None or now is None:
+            return
+        for name, before, after in zip(self._raw, self._versions, now, strict=True):
+            if before != after:
+                raise RuntimeError(
+                    f"{type(self).__name__}: {name} must stay as it was when the distribution was made (values are computed on "
+                    "first use), got a tensor modified in place since; pass a clone"
+                )
+
+    def _get(self, name: str, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """The value ``name``, kept for the next use. A value from a ``no_grad`` block has no graph and one from inference mode
+        may not enter one: where a graph is wanted they are computed again."""
+        known = self._known.get(name)
+        if known is not None:
+            wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._raw.values())
+            usable = (
+                torch.compiler.is_compiling()  # cannot trace the question
+                or not known.is_inference()
+                or torch.is_inference_mode_enabled()
+            )
+            if usable and (known.requires_grad or not wants_graph):
+                return known
+        self._check_unchanged()
+        value = self._known[name] = compute()
+        return value
