@@ -19,7 +19,14 @@ _SOURCE = re.compile(r"arXiv|et al|\([A-Z]\w+(, \w+)*, .*\d{4}\)|SC 2011")
 # Code that refuses arguments.
 _REFUSES = re.compile(r"\braise (?!NotImplementedError)\w+|\b_checks?[.(]|\b_check_\w+\(|\b_validated\(")
 # Modules whose functions take and return feature maps.
-_MAPS = ("nvae_fast.ops.", "nvae_fast.distributions", "nvae_fast.nn", "nvae_fast._convolutions")
+_MAPS = (
+    "nvae_fast.ops.",
+    "nvae_fast.distributions",
+    "nvae_fast.nn",
+    "nvae_fast._batch_norm",
+    "nvae_fast._convolutions",
+    "nvae_fast._flow",
+)
 
 
 def broken(names: dict[str, Name]) -> list[str]:

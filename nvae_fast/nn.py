@@ -5,19 +5,17 @@ The cells follow NVAE (arXiv 2007.03898), section 3.1 and appendix A; ``stride``
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
+from nvae_fast._flow import AutoregressiveTransform, FlowCell
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
-from nvae_fast.ops._merged_norm import merged_batch_norm_swish
-from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
@@ -46,110 +44,6 @@ STRIDES = (1, 2, -1)
 def _check_stride(name: str, stride: int) -> None:
     if stride not in STRIDES:
         raise ValueError(f"{name}: stride must be 1, 2 or -1 (upsample by 2), got {stride!r}")
-
-
-def set_process_group(module: nn.Module, group: Any) -> nn.Module:
-    """Let every batch norm (and data-dependent initialisation) in ``module`` merge statistics over ``group``.
-
-    ``group`` is a ``torch.distributed`` process group, or None for the default: the world when initialised.
-    Returns ``module``.
-    """
-    for part in module.modules():
-        if hasattr(part, "process_group"):
-            part.process_group = group
-    return module
-
-
-class BatchNormSwish(nn.Module):
-    """Batch norm and an activation, one operation: ``y = act(weight * (x - mean) / sqrt(var + eps) + bias)``.
-
-    Maps (B, C, H, W) to the same shape and dtype. While training, mean and biased variance are those of the batch, merged
-    exactly over the processes of :func:`set_process_group`, and ``running = (1 - momentum) * running + momentum * batch``
-    (variance unbiased); in evaluation they are the running ones. NVAE (arXiv 2007.03898), section 3.1.1. The operation
-    itself: :func:`nvae_fast.batch_norm_swish`, which raises for maps of another shape.
-
-    Args:
-        channels: C.
-        activation: "swish" (``t * sigmoid(t)``), "elu" or None.
-        eps: added to the variance.
-        momentum: share of the newest batch in the running statistics.
-    """
-
-    def __init__(
-        self, channels: int, activation: str | None = "swish", *, eps: float = 1e-5, momentum: float = 0.05
-    ) -> None:
-        super().__init__()
-        self.activation, self.eps, self.momentum = activation, eps, momentum
-        self.weight = nn.Parameter(torch.ones(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-        self.running_mean: torch.Tensor
-        self.running_var: torch.Tensor
-        self.num_batches_tracked: torch.Tensor
-        self.register_buffer("running_mean", torch.zeros(channels))
-        self.register_buffer("running_var", torch.ones(channels))
-        self.register_buffer("num_batches_tracked", torch.tensor(0))
-        self.process_group: Any = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return batch_norm_swish(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                eps=self.eps,
-                activation=self.activation,
-            ).y
-        count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
-        merged = merged_batch_norm_swish(
-            x, self.weight, self.bias, eps=self.eps, activation=self.activation, group=self.process_group
-        )
-        if merged is None:
-            y, mean, var = batch_norm_swish(
-                x, self.weight, self.bias, eps=self.eps, activation=self.activation
-            )
-        else:
-            y, mean, var, count = merged
-        self._update(mean, var, count)
-        return y
-
-    @torch.no_grad()
-    def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
-        if isinstance(count, int) and count == 0:
-            return  # an empty batch says nothing
-        if isinstance(
-            count, torch.Tensor
-        ):  # nor do batches that are empty, or hold one value, on all processes together
-            says = count > 1
-            mean = torch.where(says, mean, self.running_mean.to(mean.dtype))
-            unbiased = torch.where(says, var * (count / (count - 1)), self.running_var.to(var.dtype))
-            self.num_batches_tracked += says
-        else:
-            unbiased = var * (count / (count - 1))
-            self.num_batches_tracked += 1
-        mean, unbiased = mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
-        torch._foreach_lerp_([self.running_mean, self.running_var], [mean, unbiased], self.momentum)
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.numel()}, activation={self.activation!r}"
-
-
-@torch.no_grad()
-def _update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.BatchStatistics]) -> None:
-    """Running statistics of several batch norms from what they saw: a few calls for all of them."""
-    counts = [s.count for s in seen if isinstance(s.count, int) and s.count > 1]
-    alike = len({norm.momentum for norm in norms}) == 1
-    if not alike or len(counts) < len(seen):
-        for norm, s in zip(norms, seen, strict=True):
-            norm._update(*s)
-        return
-    unbiased = torch._foreach_mul([s.var for s in seen], [count / (count - 1) for count in counts])
-    new = [s.mean.to(norm.running_mean.dtype) for s, norm in zip(seen, norms, strict=True)]
-    new += [t.to(norm.running_var.dtype) for t, norm in zip(unbiased, norms, strict=True)]
-    old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    torch._foreach_lerp_(old, new, norms[0].momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
 
 
 class SqueezeExcite(nn.Module):
@@ -323,7 +217,7 @@ class InvertedResidual(nn.Module):
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
             group=self.norm.process_group,
         )  # fmt: skip
-        _update_together(norms, statistics)
+        update_together(norms, statistics)
         return y
 
 
@@ -487,79 +381,3 @@ class DecoderCombiner(nn.Module):
 
     def forward(self, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
         return self.conv(torch.cat([s, z.to(s.dtype)], dim=1))
-
-
-def causal_mask(
-    out_channels: int, in_channels: int, kernel_size: int, *, strict: bool, mirrored: bool
-) -> torch.Tensor:
-    """Mask of a causal convolution in raster order, (C_out, C_in, K, K); ``in_channels=1`` with many outputs is depthwise.
-
-    Rows above and pixels to the left are visible; at the centre, output channel block i sees input blocks < i (strict)
-    or <= i, where the narrower side has one channel a block. A depthwise kernel sees its own channel unless strict.
-    ``mirrored`` flips both spatial directions.
-    """
-    mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
-    c = kernel_size // 2
-    mask[:, :, :c] = 1
-    mask[:, :, c, :c] = 1
-    if in_channels == 1 and out_channels > 1:
-        mask[:, :, c, c] = 0 if strict else 1
-    else:
-        blocks = min(in_channels, out_channels)
-        row = torch.arange(out_channels)[:, None] // (out_channels // blocks)
-        column = torch.arange(in_channels)[None] // (in_channels // blocks)
-        mask[:, :, c, c] = (column < row if strict else column <= row).float()
-    return mask.flip(2, 3) if mirrored else mask
-
-
-class AutoregressiveTransform(nn.Module):
-    """``z - m(z)`` with a causal m: masked conv3x3 (strict) -> ELU -> masked depthwise 5x5 -> ELU -> ELU -> masked conv1x1.
-
-    (B, Z, H, W) to the same shape. Its log-determinant is zero. NVAE (arXiv 2007.03898), section 3.2 and appendix A;
-    specification section 5.
-
-    Args:
-        latent_channels: Z.
-        mirrored: run through rows, columns and pixels from the other end.
-    """
-
-    EXPANSION = 6
-
-    def __init__(self, latent_channels: int, *, mirrored: bool) -> None:
-        super().__init__()
-        z, hidden = latent_channels, latent_channels * self.EXPANSION
-        # With one latent channel a plain mask would look depthwise: the strict centre is then simply dark.
-        first = causal_mask(hidden, z, 3, strict=True, mirrored=mirrored)
-        spatial = causal_mask(hidden, 1, 5, strict=False, mirrored=mirrored)
-        last = causal_mask(z, hidden, 1, strict=False, mirrored=mirrored)
-        self.expand = WeightNormConv2d(z, hidden, 3, bias=False, mask=first)
-        self.depthwise = WeightNormConv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=spatial)
-        self.project = WeightNormConv2d(hidden, z, 1, mask=last)
-        # The taps that `spatial` leaves, the same for every channel; the dark ones need not be multiplied.
-        self.spatial_taps = tuple(range(12, 25)) if mirrored else tuple(range(13))
-        with torch.no_grad():
-            self.project.log_weight_norm.sub_(math.log(10.0))
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h = F.elu(self.expand(z))
-        weight = self.depthwise.normalized_weight().to(h.dtype)
-        h = F.elu(F.elu(depthwise_conv2d(h, weight, taps=self.spatial_taps)))
-        return z - self.project(h)
-
-
-class FlowCell(nn.Module):
-    """Two autoregressive transforms, in raster order, then mirrored: ``z2 = z1 - m2(z1)``, ``z1 = z - m1(z)``.
-
-    (B, Z, H, W) to the same shape; log-determinant zero. NVAE (arXiv 2007.03898), section 3.2.
-
-    Args:
-        latent_channels: Z.
-    """
-
-    def __init__(self, latent_channels: int) -> None:
-        super().__init__()
-        self.raster = AutoregressiveTransform(latent_channels, mirrored=False)
-        self.mirrored = AutoregressiveTransform(latent_channels, mirrored=True)
-
-    def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.mirrored(self.raster(z))
