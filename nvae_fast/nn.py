@@ -13,7 +13,7 @@ from torch import nn
 
 from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
-from nvae_fast._flow import AutoregressiveTransform, FlowCell
+from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -34,6 +34,7 @@ __all__ = [
     "SkipUp",
     "SqueezeExcite",
     "WeightNormConv2d",
+    "causal_mask",
     "set_process_group",
 ]
 

@@ -15,7 +15,6 @@ import torch
 from harness import assert_close, assert_gradcheck, assert_opcheck, strided
 
 import nvae_fast as nf
-from nvae_fast._flow import causal_mask
 from nvae_fast.ops import depthwise_conv2d as room
 
 ROOT = Path(__file__).parents[1]
@@ -153,7 +152,7 @@ def test_masked_taps(taps: list[int], form: tuple, route: str) -> None:
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_taps_of_the_autoregressive_transform(mirrored: bool) -> None:
     transform = nf.nn.AutoregressiveTransform(3, mirrored=mirrored)
-    mask = causal_mask(18, 1, 5, strict=False, mirrored=mirrored)
+    mask = nf.nn.causal_mask(18, 1, 5, strict=False, mirrored=mirrored)
     assert all(row.nonzero().flatten().tolist() == list(transform.spatial_taps) for row in mask.flatten(1))
 
 
@@ -258,7 +257,6 @@ _CAPABILITY = """
 import sys, torch
 sys.path[:0] = [{tests!r}]
 import nvae_fast as nf
-from nvae_fast._flow import causal_mask
 from nvae_fast.ops import _extension
 from test_depthwise_conv2d_kernels import BACKWARD, FORMS, FORWARD, arguments, backward_of
 found = []
