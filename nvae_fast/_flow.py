@@ -15,11 +15,18 @@ from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 def causal_mask(
     out_channels: int, in_channels: int, kernel_size: int, *, strict: bool, mirrored: bool
 ) -> torch.Tensor:
-    """Mask of a causal convolution in raster order, (C_out, C_in, K, K); ``in_channels=1`` with many outputs is depthwise.
+    """Mask of a causal convolution in raster order: zeros and ones, (C_out, C_in, K, K), float32.
 
     Rows above and pixels to the left are visible; at the centre, output channel block i sees input blocks < i (strict)
     or <= i, where the narrower side has one channel a block. A depthwise kernel sees its own channel unless strict.
-    ``mirrored`` flips both spatial directions.
+    NVAE (arXiv 2007.03898), section 3.2; the specification's section 5.
+
+    Args:
+        out_channels: C_out.
+        in_channels: C_in; 1 with many outputs is depthwise.
+        kernel_size: K, odd.
+        strict: whether a block is hidden from itself.
+        mirrored: flips both spatial directions.
     """
     mask = torch.zeros(out_channels, in_channels, kernel_size, kernel_size)
     c = kernel_size // 2
