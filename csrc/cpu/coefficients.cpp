@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../checks.h"
+#include "squeeze_excite.h"
 
 namespace nvae {
 
@@ -120,7 +121,7 @@ static std::tuple<Tensor, Tensor> merge_planes(const Tensor& mean, const Tensor&
   return {merged, total};
 }
 
-static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
     const Tensor& mean, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, double residual_scale) {
   const char* op = "gate_coefficients";

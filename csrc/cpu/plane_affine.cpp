@@ -1,6 +1,7 @@
 // nvae_fast::plane_affine and plane_dots on the CPU: layouts, threads and the second stage of the sums; the
 // arithmetic is in plane_affine.vec.cpp.
 #include "plane_affine.h"
+#include "squeeze_excite.h"
 
 #include <tuple>
 
@@ -42,8 +43,8 @@ static PlaneCoefficients planes(const char* name, const Tensor& t, const MapShap
   return {hold.back().const_data_ptr(), t.size(0) == 1 ? 0 : m.channels};
 }
 
-static Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
-                           const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
+Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
+                    const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
   const char* op = "plane_affine";
   check_feature_map(op, "x", x);
   STD_TORCH_CHECK(y || !b, op, ": b needs y");

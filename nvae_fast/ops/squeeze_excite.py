@@ -132,7 +132,7 @@ def _fused(
     skip: torch.Tensor | None,
     residual_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two passes: x is read to be pooled, then read and gated on the way to the sum."""
+    """Two passes: x is read to be pooled, then read and gated on the way to the sum. csrc/cpu/squeeze_excite.cpp is the same."""
     ops = torch.ops.nvae_fast
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
@@ -196,7 +196,6 @@ _room = room(
     differentiable=(0, 1, 2, 3, 4, 5),
     fake=_fake,
     backward=_backward,
-    cpu=_fused,
     gpu=_fused,
     save_outputs=(1,),
 )
