@@ -132,7 +132,7 @@ def _fused(
     skip: torch.Tensor | None,
     residual_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two passes: x is read to be pooled, then read and gated on the way to the sum. csrc/cpu/squeeze_excite.cpp is the same."""
+    """Two passes: x is read to be pooled, then read and gated on the way to the sum. On the CPU one operator does the same."""
     ops = torch.ops.nvae_fast
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
