@@ -127,8 +127,9 @@ _folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], 
 def folded_once(
     module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
 ) -> ReadyCell | None:
-    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter); None where gradients may be
-    wanted or a graph is being recorded, which must compute what it is replayed with."""
+    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter; writes through ``.data`` are
+    not counted, after them :func:`forget` is due); None where gradients may be wanted or a graph is being recorded, which
+    must compute what it is replayed with."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     device = q.expand.device
@@ -145,6 +146,12 @@ def folded_once(
             f = fold(q, running, eps=eps, residual_scale=residual_scale)
         found = _folds[module] = (key, tuple(t.detach() for t in sources), ready(f, again=True))
     return found[2]
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Drop what :func:`folded_once` keeps for the modules of ``model``: their tensors were changed behind PyTorch's back."""
+    for module in model.modules():
+        _folds.pop(module, None)
 
 
 def inverted_residual_cell_evaluation(
