@@ -85,3 +85,23 @@ def test_what_pytorch_does_not_count_is_said(said_by: str) -> None:
             expected = model(x)
     assert not torch.allclose(before, after)
     assert_close(after, expected, 2e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "folded once"])
+@pytest.mark.parametrize(
+    "x, skip, error, message",
+    [
+        (torch.ones(2, 16, 4, 4), torch.ones(2, 8, 4, 4), ValueError, "16"),
+        (torch.ones(8, 4, 4), torch.ones(8, 4, 4), ValueError, "x must"),
+        (torch.ones(2, 8, 4, 4, dtype=torch.int64), torch.ones(2, 8, 4, 4), TypeError, "x must"),
+        (torch.ones(2, 8, 4, 4), torch.ones(2, 8, 1, 4), ValueError, "skip must"),
+    ],
+    ids=["channels", "dimensions", "dtype", "skip"],
+)
+def test_errors(
+    x: torch.Tensor, skip: torch.Tensor, error: type[Exception], message: str, grad: bool
+) -> None:
+    """The same with gradients and without: nothing is broadcast, no library speaks for the cell."""
+    cell = nf.nn.InvertedResidualCell(8, 8, 6, 5).ops[0].eval()
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=f"inverted_residual_cell: .*{message}"):
+        cell.residual(x, skip, None)

@@ -15,7 +15,7 @@ from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
 from nvae_fast.ops._register import operator
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, check_maps
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
@@ -171,9 +171,9 @@ def inverted_residual_cell_evaluation(
     that they have. ``folded``: what :func:`folded_once` gave, to compute without gradients.
     """
     q, upsample = parameters, 2 if stride == -1 else 1
+    (check_cell if folded is None else check_maps)(x, skip, q, stride)
     xl = x.contiguous(memory_format=torch.channels_last)
     if folded is None:
-        check_cell(x, skip, q, stride)
         f = fold(q, running, eps=eps, residual_scale=residual_scale)
         d = depthwise_conv2d(
             conv1x1(xl, f.expand, f.expand_bias),
