@@ -49,8 +49,11 @@ template <class V>
 class Squasher {
   using S = typename V::Scalar;
   static constexpr int kTerms = 7;
+  // Clamps between which the coefficients, of up to clamp^-14, are normal float32 numbers. For others no lane
+  // counts as inside, and all take the general function.
+  static constexpr double kLeast = 0x1p-7, kMost = 0x1p+7;
   bool clamped_, moderate_;
-  S clamp_, inverse_, floor_, coefficient_[kTerms];
+  S clamp_, inverse_, bound_, floor_, coefficient_[kTerms];
 
  public:
   NVAE_INLINE explicit Squasher(const Squash& s)
@@ -58,6 +61,7 @@ class Squasher {
         moderate_(s.clamped && s.clamp <= 80.0),
         clamp_(static_cast<S>(s.clamped ? s.clamp : 1.0)),
         inverse_(static_cast<S>(1.0 / (s.clamped ? s.clamp : 1.0))),
+        bound_(clamp_ >= S(kLeast) && clamp_ <= S(kMost) ? clamp_ : S(-1)),
         floor_(static_cast<S>(s.floor)) {
     const double tanh_terms[kTerms] = {-0x1.55553cp-2, 0x1.110be6p-3, -0x1.b96286p-5, 0x1.600bc0p-6,
                                        -0x1.0466f8p-7, 0x1.2db66ep-9, -0x1.7803d8p-12};
@@ -90,9 +94,9 @@ class Squasher {
     for (int term = kTerms - 2; term >= 0; --term)
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) u[i] = fma(u[i], square[i], V(coefficient_[term]));
-    auto inside = abs(raw[0]) <= V(clamp_);
+    auto inside = abs(raw[0]) <= V(bound_);
 #pragma GCC unroll 4
-    for (int i = 1; i < M; ++i) inside = inside & (abs(raw[i]) <= V(clamp_));
+    for (int i = 1; i < M; ++i) inside = inside & (abs(raw[i]) <= V(bound_));
 #pragma GCC unroll 4
     for (int i = 0; i < M; ++i) {
       u[i] = fma(u[i], square[i] * raw[i], raw[i]);
@@ -102,7 +106,7 @@ class Squasher {
     if (V::size == 1 || !__builtin_expect(all(inside), 1)) {
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
-        const Bent b = outside(raw[i], {u[i], slope[i]}, clamp_, inverse_);
+        const Bent b = outside(raw[i], {u[i], slope[i]}, bound_, clamp_, inverse_);
         u[i] = b.u;
         slope[i] = b.slope;
       }
@@ -123,10 +127,10 @@ class Squasher {
   struct Bent {
     V u, slope;
   };
-  // The lanes outside [-clamp, clamp], or every lane of float64; the others as they are. Never inlined: code
+  // The lanes outside [-bound, bound], or every lane of float64; the others as they are. Never inlined: code
   // that is rarely run should not lie between what always is.
-  __attribute__((noinline)) static Bent outside(V raw, Bent inner, S clamp, S inverse) {
-    const auto inside = V::size > 1 ? abs(raw) <= V(clamp) : abs(raw) < V(S(0));
+  __attribute__((noinline)) static Bent outside(V raw, Bent inner, S bound, S clamp, S inverse) {
+    const auto inside = V::size > 1 ? abs(raw) <= V(bound) : abs(raw) < V(S(0));
     const V t = plain_nan(tanh(V::size > 1 ? raw * V(inverse) : raw / V(clamp)));
     return {select(inside, inner.u, V(clamp) * t), select(inside, inner.slope, fnma(t, t, V(S(1))))};
   }

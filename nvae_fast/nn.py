@@ -174,6 +174,11 @@ class InvertedResidual(nn.Module):
             h = conv(h)
         return self.project_norm(self.project(self.depthwise_norm(h)))
 
+    def train(self, mode: bool = True) -> InvertedResidual:
+        """As torch.nn.Module.train, ``mode`` False for evaluation; the folded batch norms that evaluation keeps are dropped."""
+        folded_cell.forget(self)
+        return super().train(mode)
+
     def _is_plain(self, norms: Sequence[BatchNormSwish], se: SqueezeExcite | None) -> bool:
         """Whether the cell is what the fused function computes: depthwise, all batch norms alike and in one mode, every part
         of the type it was made with, and nobody's hook waiting inside."""

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from harness import assert_close
 
 import nvae_fast as nf
+from nvae_fast._prepared import forget_weights
 from nvae_fast.ops._folded_cell import depthwise_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -66,3 +67,41 @@ def test_an_evaluated_cell_follows_its_weights() -> None:
             expected = cell(x)
     assert not torch.allclose(before, after)
     assert_close(after, expected, 2e-6)
+
+
+@pytest.mark.parametrize("said_by", ["train", "forget_weights"])
+def test_what_pytorch_does_not_count_is_said(said_by: str) -> None:
+    """Writes through ``.data`` move no version counter; ``train()`` and ``forget_weights`` drop folded cells."""
+    torch.manual_seed(2)
+    model = torch.nn.Sequential(nf.nn.InvertedResidualCell(8, 8, 6, 5)).eval()
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        before = model(x)
+        for parameter in model.parameters():
+            parameter.data.mul_(1.5)
+        model.train().eval() if said_by == "train" else forget_weights(model)
+        after = model(x)
+        with nf.use_backend("reference"):
+            expected = model(x)
+    assert not torch.allclose(before, after)
+    assert_close(after, expected, 2e-6)
+
+
+@pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "folded once"])
+@pytest.mark.parametrize(
+    "x, skip, error, message",
+    [
+        (torch.ones(2, 16, 4, 4), torch.ones(2, 8, 4, 4), ValueError, "16"),
+        (torch.ones(8, 4, 4), torch.ones(8, 4, 4), ValueError, "x must"),
+        (torch.ones(2, 8, 4, 4, dtype=torch.int64), torch.ones(2, 8, 4, 4), TypeError, "x must"),
+        (torch.ones(2, 8, 4, 4), torch.ones(2, 8, 1, 4), ValueError, "skip must"),
+    ],
+    ids=["channels", "dimensions", "dtype", "skip"],
+)
+def test_errors(
+    x: torch.Tensor, skip: torch.Tensor, error: type[Exception], message: str, grad: bool
+) -> None:
+    """The same with gradients and without: nothing is broadcast, no library speaks for the cell."""
+    cell = nf.nn.InvertedResidualCell(8, 8, 6, 5).ops[0].eval()
+    with torch.set_grad_enabled(grad), pytest.raises(error, match=f"inverted_residual_cell: .*{message}"):
+        cell.residual(x, skip, None)

@@ -136,3 +136,27 @@ def test_layouts_may_differ_and_strides_are_free(device: torch.device) -> None:
     for q in (posterior, posterior.to(memory_format=torch.channels_last), wide.flip(3).flip(3)[:, 2:8]):
         for actual, truth in zip(nf.residual_normal(q, prior, noise=noise), expected, strict=True):
             torch.testing.assert_close(actual, truth, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("clamp", [1e-30, 1e-3, 2.0**-7, 2.0**7, 129.0, 1e3, 1e6, 1e20])
+def test_accuracy_at_any_clamp(
+    clamp: float, memory_format: torch.memory_format, device: torch.device
+) -> None:
+    """Powers of the clamp leave float32; what is computed with them does not."""
+    generator = torch.Generator().manual_seed(0)
+    raw = torch.randn(2, 6, 5, 16, generator=generator, dtype=torch.float64)
+    raw[:, :3] *= clamp
+    raw[:, 3:] *= min(clamp, 1.0)
+    noise = torch.randn(2, 3, 5, 16, generator=generator)
+    results = []
+    for backend, dtype in (("auto", torch.float32), ("reference", torch.float64)):
+        packed = raw.float().to(device, dtype).contiguous(memory_format=memory_format).requires_grad_()
+        eps = noise.to(device, dtype)
+        with nf.use_backend(backend):
+            z, _, log_q, _ = nf.residual_normal(packed, noise=eps, clamp=clamp)
+            drawn = nf.normal_sample(packed, noise=eps, clamp=clamp)
+            (grad,) = torch.autograd.grad((z + drawn).sum(), packed)
+        size = max(clamp, 1.0)
+        results.append([z / size, drawn / size, log_q, grad])
+    for name, actual, expected in zip(("z", "sample", "log_q", "gradient"), *results, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, msg=name)

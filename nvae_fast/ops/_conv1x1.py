@@ -78,11 +78,10 @@ class PackedMatrix:
         pixels = b * h * w
         packed = self._packed.get(pixels)
         if packed is None:
-            while len(self._packed) >= self._KEPT:
-                self._packed.pop(next(iter(self._packed)))
             with torch.inference_mode(False), torch.no_grad():
                 packed = torch.ops.mkldnn._reorder_linear_weight(self.weight.contiguous(), pixels)
-            self._packed[pixels] = packed
+            # A new dictionary: other threads may be reading this one.
+            self._packed = dict([*self._packed.items(), (pixels, packed)][-self._KEPT :])
         rows = x.permute(0, 2, 3, 1).reshape(pixels, c)
         y = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
         return y.view(b, h, w, -1).permute(0, 3, 1, 2)

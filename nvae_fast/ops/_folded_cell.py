@@ -15,7 +15,7 @@ from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
 from nvae_fast.ops._register import operator
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, check_maps
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
@@ -127,8 +127,9 @@ _folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], 
 def folded_once(
     module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
 ) -> ReadyCell | None:
-    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter); None where gradients may be
-    wanted or a graph is being recorded, which must compute what it is replayed with."""
+    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter; writes through ``.data`` are
+    not counted, after them :func:`forget` is due); None where gradients may be wanted or a graph is being recorded, which
+    must compute what it is replayed with."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     device = q.expand.device
@@ -145,6 +146,12 @@ def folded_once(
             f = fold(q, running, eps=eps, residual_scale=residual_scale)
         found = _folds[module] = (key, tuple(t.detach() for t in sources), ready(f, again=True))
     return found[2]
+
+
+def forget(model: torch.nn.Module) -> None:
+    """Drop what :func:`folded_once` keeps for the modules of ``model``: their tensors were changed behind PyTorch's back."""
+    for module in model.modules():
+        _folds.pop(module, None)
 
 
 def inverted_residual_cell_evaluation(
@@ -164,9 +171,9 @@ def inverted_residual_cell_evaluation(
     that they have. ``folded``: what :func:`folded_once` gave, to compute without gradients.
     """
     q, upsample = parameters, 2 if stride == -1 else 1
+    (check_cell if folded is None else check_maps)(x, skip, q, stride)
     xl = x.contiguous(memory_format=torch.channels_last)
     if folded is None:
-        check_cell(x, skip, q, stride)
         f = fold(q, running, eps=eps, residual_scale=residual_scale)
         d = depthwise_conv2d(
             conv1x1(xl, f.expand, f.expand_bias),

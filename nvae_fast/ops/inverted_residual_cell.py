@@ -139,7 +139,7 @@ def inverted_residual_cell(
 def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
     _checks.feature_map(NAME, "x", x)
     _checks.one_of(NAME, "stride", stride, (1, 2, -1))
-    b, c, h, w = x.shape
+    c = x.shape[1]
     _checks.feature_map(NAME, "expand", parameters.expand)
     _checks.feature_map(NAME, "depthwise", parameters.depthwise)
     _checks.feature_map(NAME, "project", parameters.project)
@@ -163,6 +163,16 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
         }
     for name, size in expected.items():
         _checks.shape(NAME, name, getattr(parameters, name), size, x)
+    check_maps(x, skip, parameters, stride)
+
+
+def check_maps(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
+    """What may be wrong about x and skip where the parameters are known to be right."""
+    _checks.feature_map(NAME, "x", x)
+    b, c, h, w = x.shape
+    c_out, narrow = parameters.project.shape[0], parameters.expand.shape[1]
+    if c != narrow:
+        raise ValueError(f"{NAME}: x must have {narrow} channels, got {tuple(x.shape)}")
     h_out, w_out = (
         (2 * h, 2 * w) if stride == -1 else ((h + stride - 1) // stride, (w + stride - 1) // stride)
     )
