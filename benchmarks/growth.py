@@ -214,7 +214,7 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 import matplotlib  # noqa: F401  asked for now, not after minutes of measuring
             except ImportError:
-                raise ValueError("--plot needs matplotlib: pip install nvae_fast[plot]") from None
+                raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
         device = machine.resolve_device(arguments.device)
     except ValueError as error:
         p.error(str(error))

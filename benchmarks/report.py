@@ -233,7 +233,7 @@ def plot_path(asked: str | None, json_path: Path | None, machine_name: str) -> P
     try:
         import matplotlib  # noqa: F401  asked for now, not after minutes of measuring
     except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install nvae_fast[plot]") from None
+        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
     if asked == "":
         return json_path.with_suffix(".png") if json_path is not None else RESULTS / f"{machine_name}.png"
     path = Path(asked)

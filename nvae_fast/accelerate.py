@@ -31,6 +31,10 @@ class AccelerationReport:
         rows += [("left", name, reason, "") for name, reason in self.left]
         width = max((len(name) for _, name, *_ in rows), default=0)
         lines = [f"{len(self.replaced)} parts replaced, {len(self.left)} left"]
+        if not rows:
+            lines[0] += (
+                ": nf.accelerate was not called, or knows nothing in this model (its documentation lists what it knows)"
+            )
         for what, name, text, note in rows:
             told = f"{text} ({note})" if note else text
             lines.append(f"  {what:8}  {name or '(model)':{max(width, 7)}}  {told}")

@@ -236,6 +236,9 @@ class SkipDown(nn.Module):
     Args:
         in_channels, out_channels: C_in, C_out.
 
+    Raises:
+        ValueError: H or W is odd.
+
     Taking the phase first and convolving with stride 1 equals a stride-2 convolution of the shifted input. oneDNN's weight
     gradient of a strided 1x1 convolution in channels_last writes out of bounds below 16 channels (oneDNN issue 6035).
     """
@@ -249,6 +252,8 @@ class SkipDown(nn.Module):
         self.convs = nn.ModuleList(WeightNormConv2d(in_channels, width, 1) for width in widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            raise ValueError(f"SkipDown: x must have an even height and width, got {tuple(x.shape)}")
         x = F.silu(x)
         phases = (x[:, :, i::2, j::2] for i, j in self.SHIFTS)
         return torch.cat([conv(phase) for conv, phase in zip(self.convs, phases, strict=True)], dim=1)

@@ -10,6 +10,7 @@ import argparse
 import collections
 import os
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -198,22 +199,32 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"load_official: there is no file {file}")
+        advice = ": it is a folder; a run is opened by nf.training.load_model" if file.is_dir() else ""
+        raise FileNotFoundError(f"load_official: there is no file {file}{advice}")
     try:
         with torch.serialization.safe_globals(_allowed_globals()):
             document = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # PyTorch's own text advises weights_only=False, which would run the file's code: only the name is taken from it.
+        foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
+        if foreign is None:
+            reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
+            raise ValueError(
+                f"load_official: {file} is damaged or no checkpoint: {reason or 'not a pickle'}"
+            ) from None
         raise ValueError(
-            f"load_official: {file} holds objects that are not plain data, so it was not opened "
-            f"(a checkpoint needs tensors, numbers and an argparse.Namespace only): {str(error).splitlines()[0]}"
+            f"load_official: {file} holds objects that are not plain data ({foreign[1]}), so it was not opened: "
+            "a checkpoint needs tensors, numbers and an argparse.Namespace only"
         ) from None
     except Exception as error:  # torch.load has no error of its own: damage shows as whatever breaks first
         raise ValueError(f"load_official: {file} is damaged or no checkpoint: {error}") from error
     needed = ("state_dict", "args")
     if not isinstance(document, dict) or any(key not in document for key in needed):
         found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
+        ours = isinstance(document, dict) and "nvae_fast" in document
+        advice = ": it is a checkpoint of nvae_fast, which nf.training.load_model opens" if ours else ""
         raise ValueError(
-            f"load_official: {file} must hold a dict with the keys {list(needed)}, found {found}"
+            f"load_official: {file} must hold a dict with the keys {list(needed)}, found {found}{advice}"
         )
     return document
 

@@ -158,6 +158,10 @@ def test_skip_down(c_out: int, route: str) -> None:
         parts.append(F.conv2d(shifted, conv.normalized_weight(), conv.bias, stride=2))
     assert_close(skip(x), torch.cat(parts, dim=1), 1e-12)
     assert skip(x).shape == (2, c_out, 3, 5)
+    with pytest.raises(
+        ValueError, match=r"SkipDown: x must have an even height and width, got \(2, 8, 5, 10\)"
+    ):
+        skip(x[:, :, 1:])
 
 
 def test_skip_up(route: str) -> None:

@@ -178,7 +178,7 @@ def test_a_hostile_pickle_runs_nothing(
     marker = tmp_path / "owned"
     document = {"state_dict": {}, "args": argparse.Namespace(), "optimizer": {}, place: Hostile(marker)}
     torch.save(document, tmp_path / "evil.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(ValueError, match=r"evil\.pt"):
+    with pytest.raises(ValueError, match=r"evil\.pt holds objects that are not plain data \(\w+\.mkdir\)"):
         nf.load_official(tmp_path / "evil.pt")
     assert not marker.exists()
     (tmp_path / "raw.pt").write_bytes(pickle.dumps(document))
@@ -206,6 +206,11 @@ def test_damaged_and_foreign_files_are_named(small: nf.NVAEConfig, tmp_path: Pat
         ValueError, match=r"foreign\.pt must hold a dict with the keys .*'args'.*found \['model'\]"
     ):
         nf.load_official(tmp_path / "foreign.pt")
+    torch.save({"nvae_fast": "0.1.0"}, tmp_path / "ours.pt")
+    with pytest.raises(ValueError, match=r"a checkpoint of nvae_fast, which nf\.training\.load_model opens"):
+        nf.load_official(tmp_path / "ours.pt")
+    with pytest.raises(FileNotFoundError, match=r"a folder; a run is opened by nf\.training\.load_model"):
+        nf.load_official(tmp_path)
     with pytest.raises(ValueError, match=r"mismatch\.pt: .*missing keys"):
         nf.load_official(write(tmp_path / "mismatch.pt", nf.NVAE(small), state_dict={}))
 

@@ -5,8 +5,8 @@
         ...
     nvae_fast.data.save_grid(x, "digits.png")
 
-Nothing here needs a network. Pillow, scikit-learn and lmdb are imported when a source needs them (`pip
-install nvae_fast[data]`).
+Nothing here needs a network. Pillow, scikit-learn and lmdb are imported when a source needs them (the
+extra `data` installs them: `pip install ".[data]"` in this package's sources).
 """
 
 from .dataset import ImageDataset

@@ -7,7 +7,7 @@ from types import ModuleType
 
 
 def require(module: str, package: str, purpose: str) -> ModuleType:
-    """Import `module`; ModuleNotFoundError says what needs it and which pip extra brings it."""
+    """Import `module`; ModuleNotFoundError says what needs it and what to install."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -15,5 +15,5 @@ def require(module: str, package: str, purpose: str) -> ModuleType:
         if error.name is not None and error.name.split(".")[0] != top:
             raise  # installed, but something it needs itself is missing: its own message is the useful one
         raise ModuleNotFoundError(
-            f"{purpose} needs the package {package}: pip install nvae_fast[data]", name=error.name
+            f"{purpose} needs the package {package}: pip install {package}", name=error.name
         ) from error

@@ -75,7 +75,7 @@ def open_dataset(
         path = Path(name).expanduser()
         if not path.exists():
             raise FileNotFoundError(
-                f"name_or_path: no file or folder {name!r}; built in are {', '.join(_BUILTIN)}"
+                f"name_or_path (--data): no file or folder {name!r}; built in are {', '.join(_BUILTIN)}"
             )
         source, own_split = _OPENERS[kind or detect(path)](path, split, image_size, channels)
     if split == "test" and not own_split:

@@ -144,6 +144,10 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
     _checks.feature_map(NAME, "depthwise", parameters.depthwise)
     _checks.feature_map(NAME, "project", parameters.project)
     hidden, k, c_out = parameters.expand.shape[0], parameters.depthwise.shape[3], parameters.project.shape[0]
+    if parameters.expand.shape[1] != c:
+        raise ValueError(
+            f"{NAME}: x must have {parameters.expand.shape[1]} channels, which is what expand takes, got {c}"
+        )
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
     widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}

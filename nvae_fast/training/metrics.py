@@ -129,7 +129,7 @@ def require_tensorboard() -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError(
-            "tensorboard is not installed: pip install nvae_fast[tensorboard], or leave --tensorboard out"
+            "tensorboard is not installed: pip install tensorboard, or leave --tensorboard out"
         ) from error
     return SummaryWriter
 
