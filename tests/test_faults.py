@@ -58,9 +58,11 @@ def options(tmp_path: Path) -> list[str]:
     return [str(tmp_path / "images.npy") if word == "DATA" else word for word in OPTIONS]
 
 
-@pytest.mark.parametrize("fault", ["kill 0", "kill 1", "full disk"])
-def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, options, fault):
+@pytest.mark.parametrize("fault", ["kill 0", "kill 1", "torchrun's kill 1", "full disk"])
+def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, options, fault, monkeypatch):
     folder = tmp_path / "run"
+    if fault.startswith("torchrun"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
     both = ranks(2, [*options, "--out", str(folder)], {0: FULL_DISK} if fault == "full disk" else None)
     log = folder / metrics.NAME
     deadline = time.monotonic() + 120
@@ -76,6 +78,12 @@ def test_a_lost_process_ends_the_others_and_the_run_goes_on(tmp_path, options, f
         assert "--resume" in text
     else:
         both[victim].kill()
+        if fault.startswith(
+            "torchrun"
+        ):  # ends the others when it sees that one is gone; here, again and again
+            while both[1 - victim].poll() is None:
+                both[1 - victim].terminate()
+                time.sleep(0.05)
         both[victim].communicate()
     text = said(both[1 - victim])
     assert f"process {1 - victim} of 2: error: another process of this run died or stopped" in text

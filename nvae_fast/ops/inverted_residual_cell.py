@@ -344,8 +344,7 @@ class _Cell(torch.autograd.Function):
             to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
             if gram is None:
-                one = torch.ones_like(beta1)[None]
-                to_a = _OPS.plane_affine(to_a, one, a, beta1[None], gamma1[None])
+                to_a = _OPS.plane_affine(a, beta1[None], to_a, None, gamma1[None])
                 to_expand = weight_gradient(to_a, xhat).flatten(1).to(wide)
             else:
                 to_expand = torch.addcmul(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +18,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+
+def _outlive_torchrun() -> None:
+    """torchrun ends all processes with SIGTERM when one has died, often before the others have said what to do; it waits
+    half a minute for them."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class ProcessLost(RuntimeError):
@@ -102,6 +111,7 @@ class World:
             # gloo has no type of error of its own, but names its files.
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
+            _outlive_torchrun()
             raise ProcessLost(
                 f"another process of this run died or stopped (process {self.rank} of {self.size} lost contact; what "
                 f"happened stands in the other's output, or it was killed). {advice()}"
