@@ -232,7 +232,8 @@ class _Cell(torch.autograd.Function):
                 squares = ((expand @ gram) * expand).sum(1)
             else:
                 mean1, squares = _OPS.channel_statistics(a, False)
-                squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
+                if not isinstance(n_in, int):  # of one process alone a has mean 0
+                    squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
             m2 = _distributed.total(squares, group)
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
