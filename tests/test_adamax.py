@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_step import NoWaiting
 
+from nvae_fast.ops import _extension
 from nvae_fast.training.adamax import Adamax
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-3, "foreach": True}
@@ -87,3 +88,51 @@ def test_one_number_is_read():
     assert sum(reads) == 1
     assert len(reads) < 15
     assert len(ours) == 6
+
+
+@pytest.mark.skipif(not _extension.load(), reason="needs the C++ extension")
+@pytest.mark.parametrize("decay", [0.0, 3e-4])
+def test_one_pass_over_memory_is_the_same_bits(decay: float):
+    """More than a task long, gradients of another layout, NaN and infinities; versions move."""
+
+    def make() -> list[torch.nn.Parameter]:
+        torch.manual_seed(2)
+        return [
+            torch.nn.Parameter(torch.randn(shape)) for shape in ((3, 16, 700, 1), (50_001,), (4, 6, 3, 3))
+        ]
+
+    ours, theirs = make(), make()
+    optimizer = Adamax(ours, weight_decay=decay, **OPTIONS)
+    other = torch.optim.Adamax(theirs, weight_decay=decay, **OPTIONS)
+    for number in range(4):
+        grads = [torch.randn_like(p) for p in ours]
+        grads[2] = grads[2].to(memory_format=torch.channels_last)
+        if number == 2:
+            grads[1][:4] = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
+        for own in (ours, theirs):
+            for p, grad in zip(own, grads, strict=True):
+                p.grad = grad.clone()
+        versions = [p._version for p in ours]
+        optimizer.step()
+        other.step()
+        assert optimizer._fits
+        assert all(p._version > v for p, v in zip(ours, versions, strict=True))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.isnan(), b.isnan())
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+        for name in ("exp_avg", "exp_inf"):
+            torch.testing.assert_close(
+                optimizer.state[a][name], other.state[b][name], rtol=0, atol=0, equal_nan=True
+            )
+
+
+def test_what_the_kernel_does_not_take_is_pytorchs():
+    p = torch.nn.Parameter(torch.randn(4, 5, dtype=torch.float64))
+    q = torch.nn.Parameter(p.detach().clone())
+    ours, theirs = Adamax([p], **OPTIONS), torch.optim.Adamax([q], **OPTIONS)
+    for _ in range(3):
+        p.grad = q.grad = torch.randn(4, 5, dtype=torch.float64)
+        ours.step()
+        theirs.step()
+    assert not ours._fits
+    assert torch.equal(p, q)

@@ -30,7 +30,7 @@ PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: 
 PASSES = {
     "affine_activation", "affine_activation_reduce", "affine_activation_grad", "plane_dots",
     "batch_norm_coefficients", "batch_norm_corrections", "merge_planes", "gate_coefficients", "gate_gradients",
-    "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine",
+    "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine", "adamax",
 }  # fmt: skip
 COMPOSED = {"inverted_residual_cell"}  # a function over the other rooms' operators, no operator itself
 
