@@ -204,24 +204,22 @@ def test_bad_arguments(options, message):
         open_dataset("digits", **options)
 
 
-def test_missing_package_names_the_extra(monkeypatch, tmp_path):
+def test_missing_package_is_named(monkeypatch, tmp_path):
     def missing(module: str):
         raise ModuleNotFoundError(f"No module named {module!r}", name=module)
 
     image_folder(tmp_path)
     monkeypatch.setattr(extras.importlib, "import_module", missing)
     with pytest.raises(
-        ModuleNotFoundError, match=r"'digits' needs the package scikit-learn: .*nvae_fast\[data\]"
+        ModuleNotFoundError, match=r"'digits' needs the package scikit-learn: pip install scikit-learn"
     ):
         open_dataset("digits")
     with pytest.raises(
-        ModuleNotFoundError, match=r"image files needs the package Pillow: .*nvae_fast\[data\]"
+        ModuleNotFoundError, match=r"image files needs the package Pillow: pip install Pillow"
     ):
         open_dataset(tmp_path)
     (tmp_path / "data.mdb").write_bytes(b"")
-    with pytest.raises(
-        ModuleNotFoundError, match=r"LMDB database needs the package lmdb: .*nvae_fast\[data\]"
-    ):
+    with pytest.raises(ModuleNotFoundError, match=r"LMDB database needs the package lmdb: pip install lmdb"):
         open_dataset(tmp_path)
 
 
