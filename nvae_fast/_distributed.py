@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 
 _alone = False
+# PyTorch 2.13 calls it all_gather_single and warns of the old name.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 
 @contextmanager
@@ -58,17 +60,22 @@ def totals(tensors: Sequence[torch.Tensor], group: Any = None) -> Sequence[torch
     return tensors if world_size(group) == 1 else total(torch.stack(tuple(tensors)), group).unbind()
 
 
+def gather(t: torch.Tensor, group: Any = None) -> torch.Tensor:
+    """``t`` of each process of ``group``, which are of one shape, as (processes, *shape) in their order (not
+    differentiable)."""
+    everyone = t.new_empty(dist.get_world_size(group), *t.shape)
+    _all_gather(everyone.view(-1), t.contiguous().view(-1), group=group)
+    return everyone
+
+
 def merge(
     mean: torch.Tensor, m2: torch.Tensor, count: int, group: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]:
     """Mean, sum of squared deviations (C,) and count over every process of ``group`` from each one's, by Chan's formula, in
     one exchange (not differentiable). A count of 0 counts as nothing; the count returned is at least 1."""
-    size = world_size(group)
-    if size == 1:
+    if world_size(group) == 1:
         return mean, m2, max(count, 1)
-    mine = torch.cat([mean, m2, mean.new_full((1,), count)])
-    everyone = mine.new_empty(size, mine.numel())
-    dist.all_gather_into_tensor(everyone.view(-1), mine, group=group)
+    everyone = gather(torch.cat([mean, m2, mean.new_full((1,), count)]), group)
     means, m2s, counts = everyone.split([mean.numel(), m2.numel(), 1], dim=1)
     n = counts.sum().clamp_min(1)
     # Means differ by about a standard deviation; sums of their deviations from one of them lose no digits to |mean| >> std.

@@ -71,9 +71,10 @@ class AutoregressiveTransform(nn.Module):
             self.project.log_weight_norm.sub_(math.log(10.0))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h = F.elu(self.expand(z))
+        h = self.expand(z)
         weight = self.depthwise.normalized_weight().to(h.dtype)
-        h = F.elu(F.elu(depthwise_conv2d(h, weight, taps=self.spatial_taps)))
+        h = depthwise_conv2d(h, weight, activation="elu", taps=self.spatial_taps)
+        h = F.elu(F.elu(h), inplace=True)
         return z - self.project(h)
 
 

@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nvae_fast import _distributed
+
 
 def _outlive_torchrun() -> None:
     """torchrun ends all processes with SIGTERM when one has died, often before the others have said what to do; it waits
@@ -74,9 +76,7 @@ class World:
         """The tensor of every process, in their order; all must be of one shape."""
         if self.size == 1:
             return [tensor]
-        everyone = tensor.new_empty(self.size, *tensor.shape)
-        dist.all_gather_into_tensor(everyone.view(-1), tensor.contiguous().view(-1))
-        return list(everyone.unbind())
+        return list(_distributed.gather(tensor).unbind())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Check that all processes were started alike.
