@@ -14,6 +14,7 @@ from torch import nn
 from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
 from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
+from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -384,11 +385,17 @@ class DecoderCombiner(nn.Module):
 
     Args:
         channels, latent_channels, out_channels: C, Z, C_out.
+
+    Raises:
+        TypeError, ValueError: on the call, s or z is no floating map of its shape.
     """
 
     def __init__(self, channels: int, latent_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(channels + latent_channels, out_channels, 1)
+        self.channels, self.latent_channels = channels, latent_channels
 
     def forward(self, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        _checks.channels("DecoderCombiner", "s", s, self.channels)
+        _checks.shape("DecoderCombiner", "z", z, (s.shape[0], self.latent_channels, *s.shape[2:]), like=s)
         return self.conv(torch.cat([s, z.to(s.dtype)], dim=1))

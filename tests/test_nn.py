@@ -16,6 +16,7 @@ from nvae_fast.nn import (
     AutoregressiveTransform,
     BatchNormSwish,
     ConvBlock,
+    DecoderCombiner,
     FlowCell,
     InvertedResidual,
     InvertedResidualCell,
@@ -196,6 +197,32 @@ def test_skip_up(route: str) -> None:
 def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: WeightNormConv2d(6, 8, 3, data_init=True)(torch.zeros(2, 5, 4, 4)),
+            r"WeightNormConv2d: x must have 6 channels, got \(2, 5, 4, 4\)",
+        ),
+        (
+            lambda: WeightNormConv2d(6, 6, 3, groups=6)(torch.zeros(6, 4, 4)),
+            r"x must have shape \(B, C, H, W\), got \(6, 4, 4\)",
+        ),
+        (
+            lambda: DecoderCombiner(6, 2, 8)(torch.zeros(2, 6, 4, 4), torch.zeros(2, 2, 2, 2)),
+            r"DecoderCombiner: z must have shape \(2, 2, 4, 4\), got \(2, 2, 2, 2\)",
+        ),
+        (
+            lambda: DecoderCombiner(6, 2, 8)(torch.zeros(2, 5, 4, 4), torch.zeros(2, 2, 4, 4)),
+            r"DecoderCombiner: s must have 6 channels, got \(2, 5, 4, 4\)",
+        ),
+    ],
+)
+def test_errors_of_calls(call: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 # Flows

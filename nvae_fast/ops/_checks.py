@@ -32,6 +32,13 @@ def feature_map(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
 
 
+def channels(op: str, name: str, value: Any, expected: int) -> None:
+    """``value`` is a floating tensor (B, C, H, W) with C ``expected`` channels."""
+    feature_map(op, name, value)
+    if value.shape[1] != expected:
+        raise ValueError(f"{op}: {name} must have {expected} channels, got {tuple(value.shape)}")
+
+
 def shape(
     op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
 ) -> None:
