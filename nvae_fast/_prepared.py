@@ -28,8 +28,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast import _backend
-from nvae_fast.ops import _folded_cell
+from nvae_fast import _backend, _evaluated_cell
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
@@ -194,7 +193,7 @@ def forget_weights(model: nn.Module) -> None:
     """Drop what evaluation keeps for ``model``, folded cells too: its weights were changed behind PyTorch's back."""
     _lasting.pop(model, None)
     _lists.pop(model, None)
-    _folded_cell.forget(model)
+    _evaluated_cell.forget(model)
 
 
 def prepared_weight(conv: Convolution) -> torch.Tensor | None:

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast import _evaluated_cell as evaluated_cell
 from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
+from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
 from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell
@@ -112,15 +114,6 @@ class ConvBlock(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample else x)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 class InvertedResidual(nn.Module):
     """``BN(conv1x1(BN_swish(conv KxK(BN_swish(conv1x1(BN([nearest x2](x))))))))``; depthwise when groups is 0.
 
@@ -169,7 +162,7 @@ class InvertedResidual(nn.Module):
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         h = self.expand_norm(self.expand(self.norm(x)))
         conv = self.depthwise
-        if conv.groups == conv.in_channels and type(conv) is PlainConv2d and not _has_hooks(conv):
+        if conv.groups == conv.in_channels and type(conv) is PlainConv2d and not has_hooks(conv):
             h = depthwise_conv2d(h, conv.weight, stride=conv.stride[0])
         else:
             h = conv(h)
@@ -177,7 +170,7 @@ class InvertedResidual(nn.Module):
 
     def train(self, mode: bool = True) -> InvertedResidual:
         """As torch.nn.Module.train, ``mode`` False for evaluation; the folded batch norms that evaluation keeps are dropped."""
-        folded_cell.forget(self)
+        evaluated_cell.forget(self)
         return super().train(mode)
 
     def _is_plain(self, norms: Sequence[BatchNormSwish], se: SqueezeExcite | None) -> bool:
@@ -192,7 +185,7 @@ class InvertedResidual(nn.Module):
             *convolutions,
             *(() if se is None else (se, se.reduce, se.expand)),
         )
-        if any(type(part) is not kind or _has_hooks(part) for part, kind in zip(parts, types, strict=False)):
+        if any(type(part) is not kind or has_hooks(part) for part, kind in zip(parts, types, strict=False)):
             return False
         return self.depthwise.groups == self.depthwise.in_channels and len(alike) == 1 and activations
 
@@ -201,6 +194,9 @@ class InvertedResidual(nn.Module):
 
         ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
         """
+        kept = evaluated_cell.find(self, se, x)
+        if kept is not None:
+            return kept(x, skip)
         norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
         if not fused_cell.available(x.device.type) or not self._is_plain(norms, se):
             s = self(x)
@@ -215,11 +211,14 @@ class InvertedResidual(nn.Module):
         stride = -1 if self.upsample else self.depthwise.stride[0]
         if not self.norm.training:
             running = [(n.running_mean, n.running_var) for n in norms]
-            eps = self.norm.eps
-            return folded_cell.inverted_residual_cell_evaluation(
-                x, skip, parameters, running, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE,
-                folded=folded_cell.folded_once(self, parameters, running, eps=eps, residual_scale=RESIDUAL_SCALE),
+            kept = evaluated_cell.keep(
+                self, se, norms, parameters, running, x=x, skip=skip, stride=stride, residual_scale=RESIDUAL_SCALE
             )  # fmt: skip
+            if kept is not None:
+                return kept(x, skip)
+            return folded_cell.inverted_residual_cell_evaluation(
+                x, skip, parameters, running, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE
+            )
         y, statistics = fused_cell.inverted_residual_cell(
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
             group=self.norm.process_group,

@@ -87,6 +87,44 @@ def test_what_pytorch_does_not_count_is_said(said_by: str) -> None:
     assert_close(after, expected, 2e-6)
 
 
+@pytest.mark.parametrize("change", ["hook", "gate's hook", "part", "gate", "mode", "eps", "parameter"])
+def test_an_evaluated_cell_follows_its_parts(change: str) -> None:
+    """What is put in, or switched over, counts from the next call on."""
+    torch.manual_seed(4)
+    cell = nf.nn.InvertedResidualCell(8, 8, 6, 5, squeeze_excite=True).eval()
+    x = torch.randn(2, 8, 6, 6)
+    inner, seen = cell.ops[0], []
+
+    def doubled(module: torch.nn.Module, args: object, result: torch.Tensor) -> torch.Tensor:
+        seen.append(module)
+        return 2 * result
+
+    with torch.no_grad():
+        for _ in range(2):
+            before = cell(x)
+        if change == "hook":
+            inner.expand.register_forward_hook(doubled)
+        elif change == "gate's hook":
+            cell.se.register_forward_hook(doubled)
+        elif change == "part":
+            inner.project = nf.nn.PlainConv2d(48, 8, 1)
+        elif change == "gate":
+            cell.se = nf.nn.SqueezeExcite(8)
+        elif change == "mode":
+            inner.expand_norm.train()
+        elif change == "eps":
+            for norm in (inner.norm, inner.expand_norm, inner.depthwise_norm, inner.project_norm):
+                norm.eps = 0.5
+        else:
+            inner.expand_norm.bias = torch.nn.Parameter(torch.ones(48))
+        after = cell(x)
+        with nf.use_backend("reference"):
+            expected = cell(x)
+    assert not torch.allclose(before, after)
+    assert_close(after, expected, 1e-5)
+    assert bool(seen) == ("hook" in change)
+
+
 @pytest.mark.parametrize("grad", [True, False], ids=["with gradients", "folded once"])
 @pytest.mark.parametrize(
     "x, skip, error, message",

@@ -17,7 +17,8 @@ from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, bound_forward
 from nvae_fast._accelerate.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
 from nvae_fast._accelerate.plan import Plan, facts_of, forward_of, inside, waits_for_data
-from nvae_fast.nn import RESIDUAL_SCALE, _has_hooks
+from nvae_fast._evaluated_cell import has_hooks
+from nvae_fast.nn import RESIDUAL_SCALE
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -37,7 +38,7 @@ def _by_parts(module: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     if module.use_se:
         se = module.se
         bound = bound_forward(se)
-        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not _has_hooks(se)
+        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(se)
         layers = read_gate(se) if known and is_map(s) and skip.shape == s.shape else ""
         if not isinstance(layers, str):
             return squeeze_excite(s, *layers, skip=skip, residual_scale=RESIDUAL_SCALE)
@@ -81,7 +82,7 @@ def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
         module = modules[i]
         if type(modules[i]) is not kind or forward_of(module) != forward:
             return "its layers are no longer those that were compared"
-        if _has_hooks(module):
+        if has_hooks(module):
             name = next((name for name, m in cell.named_modules() if m is module), "")
             return f"hooks wait on {name or 'a module'} inside, which would not be called"
     convolutions = [modules[place] for place in plan.convolutions]

@@ -61,18 +61,21 @@ class PackedMatrix:
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
         self.weight, self.bias = weight, bias
+        routines = ("_linear_pointwise", "_reorder_linear_weight")
+        self._packs = (
+            weight.device.type == "cpu"
+            and weight.dtype == torch.float32
+            and all(hasattr(torch.ops.mkldnn, name) for name in routines)
+        )
         self._packed: dict[int, torch.Tensor] = {}
 
-    @staticmethod
-    def _usable(x: torch.Tensor, weight: torch.Tensor) -> bool:
-        fits = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and x.numel() > 0
-        if not fits or torch.is_autocast_enabled("cpu") or not torch.backends.mkldnn.enabled:
+    def _usable(self, x: torch.Tensor) -> bool:
+        if not self._packs or x.dtype != torch.float32 or x.numel() == 0:
             return False
-        ops = torch.ops.mkldnn
-        return hasattr(ops, "_linear_pointwise") and hasattr(ops, "_reorder_linear_weight")
+        return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if not self._usable(x, self.weight):
+        if not self._usable(x):
             return conv1x1(x, self.weight, self.bias)
         b, c, h, w = x.shape
         pixels = b * h * w

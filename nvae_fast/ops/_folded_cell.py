@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 
@@ -96,12 +95,26 @@ def _affine_of(
 
 
 class ReadyCell(NamedTuple):
-    """A :class:`FoldedCell` to compute with: once, or (its matrices packed) again and again."""
+    """A :class:`FoldedCell` to compute with: once, or (its matrices packed) again and again. Without gradients."""
 
     expand: Callable[[torch.Tensor], torch.Tensor]
     scale: torch.Tensor
     shift: torch.Tensor
     project: Callable[[torch.Tensor], torch.Tensor]
+
+    def branch(self, x: torch.Tensor, depthwise: torch.Tensor, stride: int) -> torch.Tensor:
+        """What the gate, or the sum with the skip, is given. x: in channels_last."""
+        h = depthwise_affine(
+            self.expand(x),
+            depthwise,
+            self.scale,
+            self.shift,
+            max(stride, 1),
+            2 if stride == -1 else 1,
+            "swish",
+            "swish",
+        )
+        return self.project(h)
 
 
 def ready(f: FoldedCell, *, again: bool) -> ReadyCell:
@@ -118,42 +131,6 @@ def ready(f: FoldedCell, *, again: bool) -> ReadyCell:
     )
 
 
-# What each module was folded from (kept alive, so that nothing else can come to stand at its address) and the result.
-_folds: WeakKeyDictionary[torch.nn.Module, tuple[Any, tuple[torch.Tensor, ...], ReadyCell]] = (
-    WeakKeyDictionary()
-)
-
-
-def folded_once(
-    module: torch.nn.Module, q: CellParameters, running: Running, *, eps: float, residual_scale: float
-) -> ReadyCell | None:
-    """:func:`fold`, kept for ``module`` until a tensor changes (by address or version counter; writes through ``.data`` are
-    not counted, after them :func:`forget` is due); None where gradients may be wanted or a graph is being recorded, which
-    must compute what it is replayed with."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return None
-    device = q.expand.device
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return None
-    sources = (*(t for t in q if t is not None), *(t for pair in running for t in pair))
-    if any(t.is_inference() for t in sources):
-        return None
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (stream, eps, residual_scale, *((t.data_ptr(), t._version, t.dtype) for t in sources))
-    found = _folds.get(module)
-    if found is None or found[0] != key:
-        with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-            f = fold(q, running, eps=eps, residual_scale=residual_scale)
-        found = _folds[module] = (key, tuple(t.detach() for t in sources), ready(f, again=True))
-    return found[2]
-
-
-def forget(model: torch.nn.Module) -> None:
-    """Drop what :func:`folded_once` keeps for the modules of ``model``: their tensors were changed behind PyTorch's back."""
-    for module in model.modules():
-        _folds.pop(module, None)
-
-
 def inverted_residual_cell_evaluation(
     x: torch.Tensor,
     skip: torch.Tensor,
@@ -168,7 +145,7 @@ def inverted_residual_cell_evaluation(
     """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
 
     Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
-    that they have. ``folded``: what :func:`folded_once` gave, to compute without gradients.
+    that they have. ``folded``: what :func:`ready` gave, to compute without gradients.
     """
     q, upsample = parameters, 2 if stride == -1 else 1
     (check_cell if folded is None else check_maps)(x, skip, q, stride)
@@ -185,17 +162,7 @@ def inverted_residual_cell_evaluation(
         h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
         s = conv1x1(h, f.project, f.project_bias)
     else:
-        h = depthwise_affine(
-            folded.expand(xl),
-            q.depthwise,
-            folded.scale,
-            folded.shift,
-            max(stride, 1),
-            upsample,
-            "swish",
-            "swish",
-        )
-        s = folded.project(h)
+        s = folded.branch(xl, q.depthwise, stride)
     if q.reduce_weight is None:
         return skip + s
     return squeeze_excite(
