@@ -16,7 +16,11 @@ NVAE_INLINE V logistic(V u) {
 template <Activation A, class V>
 NVAE_INLINE V activate(V u) {
   if constexpr (A == Activation::swish) return u / (V(1) + exp(-u));
-  if constexpr (A == Activation::elu) return select(u > V(0), u, expm1_negative(min(V(0), u)));
+  if constexpr (A == Activation::elu) {
+    V e, less_one;
+    exp_and_less_one(min(V(0), u), e, less_one);
+    return select(u > V(0), u, less_one);
+  }
   return u;
 }
 
@@ -30,9 +34,10 @@ NVAE_INLINE V activate_grad(V u, V grad, V& y) {
     return grad * fma(y, V(1) - s, s);
   }
   if constexpr (A == Activation::elu) {
-    const V below = expm1_negative(min(V(0), u));
-    y = select(u > V(0), u, below);
-    return grad * (below + V(1));
+    V e, less_one;
+    exp_and_less_one(min(V(0), u), e, less_one);
+    y = select(u > V(0), u, less_one);
+    return grad * e;
   }
   return grad;
 }

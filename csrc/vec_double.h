@@ -65,7 +65,10 @@ NVAE_INLINE VecD log(VecD a) { return __builtin_log(a.v); }
 NVAE_INLINE VecD log_positive(VecD a) { return __builtin_log(a.v); }
 NVAE_INLINE VecD tanh(VecD a) { return __builtin_tanh(a.v); }
 NVAE_INLINE void transpose(VecD*) {}
-NVAE_INLINE VecD expm1_negative(VecD a) { return __builtin_expm1(a.v); }
+NVAE_INLINE void exp_and_less_one(VecD a, VecD& e, VecD& less_one) {
+  e = __builtin_exp(a.v);
+  less_one = __builtin_expm1(a.v);
+}
 NVAE_INLINE VecD sigmoid(VecD a) { return 1.0 / (1.0 + __builtin_exp(-a.v)); }
 
 }  // namespace NVAE_ISA

@@ -86,13 +86,15 @@ NVAE_INLINE VecF exp(VecF x) {
   return scale_by_power(exp_reduced(r), n);
 }
 
-// exp(x) - 1 for x <= 0 (or NaN), good to an ulp near 0 too.
-NVAE_INLINE VecF expm1_negative(VecF x) {
-  VecF t = max(VecF(-104.f), x);
-  VecF n = round_even(t * VecF(0x1.715476p+0f));
-  VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), t));
-  VecF power = scale_by_power(VecF(1.f), n);
-  return fma(expm1_reduced(r), power, power - VecF(1.f));
+// exp(x) and exp(x) - 1 for x <= 0 (or NaN), the latter good to an ulp near 0 too; below -80 as at -80.
+NVAE_INLINE void exp_and_less_one(VecF x, VecF& e, VecF& less_one) {
+  const VecF t = max(VecF(-80.f), x);
+  const VecF n = round_even(t * VecF(0x1.715476p+0f));
+  const VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), t));
+  const VecF q = expm1_reduced(r);
+  const VecF power = from_bits(shift_left<23>(to_int(n) + Bits(127u)));
+  e = fma(q, power, power);
+  less_one = fma(q, power, power - VecF(1.f));
 }
 
 // log of a positive normal number, no other input.

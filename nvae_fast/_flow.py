@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast._convolutions import WeightNormConv2d
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.elu import elu
 
 
 def causal_mask(
@@ -74,8 +74,7 @@ class AutoregressiveTransform(nn.Module):
         h = self.expand(z)
         weight = self.depthwise.normalized_weight().to(h.dtype)
         h = depthwise_conv2d(h, weight, activation="elu", taps=self.spatial_taps)
-        h = F.elu(F.elu(h), inplace=True)
-        return z - self.project(h)
+        return z - self.project(elu(elu(h)))
 
 
 class FlowCell(nn.Module):

@@ -20,6 +20,7 @@ from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.elu import elu
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 __all__ = [
@@ -110,7 +111,7 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.elu(x) if self.norm is None else self.norm(x)
+        x = elu(x) if self.norm is None else self.norm(x)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample else x)
 
 

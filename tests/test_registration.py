@@ -55,6 +55,7 @@ def test_there_are_rooms() -> None:
         "depthwise_conv2d",
         "channel_statistics",
         "batch_norm_swish",
+        "elu",
         "plane_affine",
         "squeeze_excite",
         "weight_norm",

@@ -19,26 +19,6 @@ NVAE_INLINE void store(V v, T* p, int n) {
     v.store(p, n);
 }
 
-// exp(u) and exp(u) - 1 for u <= 0 (or NaN), the latter without cancellation; below -30 it is -1.
-NVAE_INLINE void exp_and_less_one(VecD u, VecD& e, VecD& less_one) {
-  e = __builtin_exp(u.v);
-  less_one = __builtin_expm1(u.v);
-}
-NVAE_INLINE void exp_and_less_one(VecF u, VecF& e, VecF& less_one) {
-  const VecF t = max(VecF(-80.f), u);
-  const VecF n = round_even(t * VecF(0x1.715476p+0f));
-  const VecF r = fnma(n, VecF(kLn2Low), fnma(n, VecF(kLn2High), t));
-  VecF q(0x1.6a4d70p-10f);
-  q = fma(q, r, VecF(0x1.12398ap-7f));
-  q = fma(q, r, VecF(0x1.5558b0p-5f));
-  q = fma(q, r, VecF(0x1.555492p-3f));
-  q = fma(q, r, VecF(0x1.fffffcp-2f));
-  q = fma(q, r * r, r);
-  const VecF power = from_bits(shift_left<23>(to_int(n) + Bits(127u)));
-  e = fma(q, power, power);
-  less_one = fma(q, power, power - VecF(1.f));
-}
-
 // act(u), and its derivative where it is asked for.
 template <int activation, bool derivative, class V>
 NVAE_INLINE V activate(V u, V& slope) {

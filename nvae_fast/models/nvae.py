@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast._prepared import forget_weights, prepare_weights
@@ -22,6 +21,7 @@ from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic,
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.streams import check_streams, is_streams, streams_of
 from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
+from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.philox import as_seed, split_seed
@@ -168,7 +168,7 @@ class NVAE(nn.Module):
     def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:
         c = self.config
         s, kept = self._bottom_up(x)
-        top = F.elu(self.encoder_head(F.elu(s)))
+        top = elu(self.encoder_head(elu(s)))
         s = self.top_feature.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
         kl, kl_per_channel = [], []
         log_q_sum: Any = 0.0
@@ -176,7 +176,7 @@ class NVAE(nn.Module):
         for index, prefix, combine in self._groups():
             for part in prefix:
                 s = self._cell(part, s)
-            prior = None if index == 0 else self.prior[index - 1](F.elu(s))
+            prior = None if index == 0 else self.prior[index - 1](elu(s))
             if index:
                 combiner, feature = kept.pop()
                 top = combiner(feature, s)
@@ -228,7 +228,7 @@ class NVAE(nn.Module):
             for part in prefix:
                 s = part(s)
             if index:
-                prior = self.prior[index - 1](F.elu(s))
+                prior = self.prior[index - 1](elu(s))
             else:
                 z_channels, height, width = self.config.z_shapes[0]
                 prior = s.new_zeros(n, 2 * z_channels, height, width)
@@ -295,7 +295,7 @@ class NVAE(nn.Module):
     def _image(self, s: torch.Tensor) -> torch.Tensor:
         for part in self.postprocess:
             s = self._cell(part, s)
-        return self.image_head(F.elu(s))
+        return self.image_head(elu(s))
 
     # ------------------------------------------------------------------------------------------- likelihood
 

@@ -1,0 +1,51 @@
+// nvae_fast::elu and its gradient on the CPU: the pass of batch_norm_swish.vec.cpp over one long row,
+// whatever the layout, with scale 1 and shift 0.
+#include "batch_norm_swish.h"
+#include "planes.h"
+
+namespace nvae {
+
+static AffineActivationArgs as_row(const char* op, const Tensor& x, std::vector<Tensor>& hold) {
+  check_feature_map(op, "x", x);
+  AffineActivationArgs a;
+  a.dtype = dtype_of(op, x.scalar_type());
+  a.activation = Activation::elu;
+  a.batches = a.channels = 1;
+  a.pixels = x.numel();
+  a.x = dense(x, is_channels_last(x), hold).const_data_ptr();
+  return a;
+}
+
+static Tensor elu(const Tensor& x) {
+  std::vector<Tensor> hold;
+  AffineActivationArgs a = as_row("elu", x, hold);
+  const Coefficients one(a.dtype, std::vector<double>{1.0}), zero(a.dtype, std::vector<double>{0.0});
+  a.scale = one.data();
+  a.shift = zero.data();
+  const Tensor y = empty_map_like(x);
+  a.y = y.mutable_data_ptr();
+  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_forward, a, begin, end); });
+  return y;
+}
+
+static Tensor elu_backward(const Tensor& grad, const Tensor& x) {
+  const char* op = "elu_backward";
+  std::vector<Tensor> hold;
+  AffineActivationArgs a = as_row(op, x, hold);
+  check_same_shape(op, "grad", grad, x);
+  a.grad = dense_like(x, grad, hold).const_data_ptr();
+  const Coefficients one(a.dtype, std::vector<double>{1.0}), zero(a.dtype, std::vector<double>{0.0});
+  a.scale = a.alpha = one.data();
+  a.shift = zero.data();
+  const Tensor grad_x = empty_map_like(x);
+  a.grad_x = grad_x.mutable_data_ptr();
+  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_gradient, a, begin, end); });
+  return grad_x;
+}
+
+}  // namespace nvae
+
+STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
+  m.impl("elu", TORCH_BOX(&nvae::elu));
+  m.impl("elu_backward", TORCH_BOX(&nvae::elu_backward));
+}
