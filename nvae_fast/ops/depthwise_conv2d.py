@@ -12,7 +12,7 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -85,8 +85,16 @@ def depthwise_conv2d(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
+    op = "depthwise_conv2d"
+    if taps is not None and not isinstance(taps, Iterable):
+        raise TypeError(f"{op}: taps must be None or a sequence of positions, got {taps!r}")
     live = None if taps is None else list(taps)
-    y, mean, m2 = _room(x, weight, scale, shift, stride, dilation, upsample, activation, stats, live)
+    steps = (
+        _checks.whole(op, "stride", stride),
+        _checks.whole(op, "dilation", dilation),
+        _checks.whole(op, "upsample", upsample),
+    )
+    y, mean, m2 = _room(x, weight, scale, shift, *steps, activation, stats, live)
     if not stats:
         return y
     return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
@@ -124,6 +132,7 @@ def _check(
     if upsample == 2 and stride == 2:
         raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    _checks.flag(op, "stats", stats)
     if taps is not None:
         inside = all(isinstance(tap, int) and 0 <= tap < k * k for tap in taps)
         if not taps or not inside or len(set(taps)) != len(taps):
