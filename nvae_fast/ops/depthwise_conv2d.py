@@ -74,7 +74,8 @@ def depthwise_conv2d(
         stride: 1 or 2; dilation: 1 or 2; upsample: 1 or 2 (2 only with stride 1).
         scale, shift: (C,) each, both or neither; applied to x on load.
         activation: None, "swish" or "elu", applied after scale and shift.
-        stats: also return :class:`ChannelStatistics` of y (mean and m2 differentiable).
+        stats: also return ``ChannelStatistics(mean, m2, count)`` of y: (C,) means, (C,) sums of squared deviations from them,
+            both differentiable, and how many values of each channel they are of, an int.
         taps: positions ``u * K + v`` of the taps that exist, for masked weights: the others are not read, cost nothing
             where whole rows or columns of them are missing, and their weights have gradient zero. None: all.
 
