@@ -230,6 +230,17 @@ def test_half_precision_input_with_full_precision_weight(route: str) -> None:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype, route: str) -> None:
+    tensors = {name: t.float() for name, t in inputs(5, (2, 3, 6, 5), affine=True).items()}
+    tensors["x"] = tensors["x"].to(dtype)
+    plain = op(**tensors, activation="swish")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = op(**tensors, activation="swish")
+    assert under.dtype == plain.dtype == dtype
+    assert torch.equal(under, plain)
+
+
 OPTIONS = {"stride": 2, "activation": "swish", "stats": True}
 
 

@@ -13,11 +13,13 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 
+from nvae_fast import _backend
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import operator, room
@@ -174,14 +176,17 @@ def _reference(
     if upsample == 2:
         h = F.interpolate(h, scale_factor=2, mode="nearest")
     k = weight.shape[-1]
-    y = F.conv2d(
-        h,
-        _masked(weight, taps).to(h.dtype),
-        stride=stride,
-        padding=k // 2 * dilation,
-        dilation=dilation,
-        groups=weight.shape[0],
-    )
+    kind = x.device.type
+    # y follows x, as the kernels' does; autocast would make it half precision behind a float32 x.
+    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
+        y = F.conv2d(
+            h,
+            _masked(weight, taps).to(h.dtype),
+            stride=stride,
+            padding=k // 2 * dilation,
+            dilation=dilation,
+            groups=weight.shape[0],
+        )
     if not stats:
         empty = y.new_empty(0, dtype=wide)
         return y, empty, empty.clone()
