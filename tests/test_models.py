@@ -254,6 +254,12 @@ def test_bad_input_is_explained() -> None:
     for call, message in wrong:
         with pytest.raises(TypeError, match=message):
             call()
+    with pytest.raises(TypeError, match=r"NVAE: x must be torch.float32 like the model .*got torch.float64"):
+        model(x.double())
+    with pytest.raises(ValueError, match="NVAE: x must be on cpu like the model, got meta"):
+        model(x.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x.bfloat16(), seed=1).kl.dtype == torch.float32
     with pytest.raises(ValueError, match="n must be an int >= 0, got True"):
         model.sample(True)
     with pytest.raises(

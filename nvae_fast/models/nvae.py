@@ -152,7 +152,7 @@ class NVAE(nn.Module):
                 seed an image: its noise then depends on neither batch nor process.
 
         Raises:
-            ValueError, TypeError: x, noise or seed has the wrong shape or type.
+            ValueError, TypeError: x, noise or seed has the wrong shape, type or device.
         """
         c = self.config
         expected = (c.channels, c.resolution, c.resolution)
@@ -161,6 +161,13 @@ class NVAE(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
                 f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
+            )
+        own = self.stem.weight
+        if x.device != own.device:
+            raise ValueError(f"NVAE: x must be on {own.device} like the model, got {x.device}")
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"NVAE: x must be {own.dtype} like the model (or use torch.autocast), got {x.dtype}"
             )
         draws = self._draws(noise, seed, x.shape[0], x.device)
         with prepare_weights(self):
