@@ -5,6 +5,8 @@ On a GPU they are the settings themselves at their batch per GPU, in bfloat16 au
 by one rule (`scaled`) so that a step takes about half a second, in float32; `--full-models` measures the two of
 `FULL` instead, at a size that is trained in earnest. The two settings at 256 pixels are alike and stand for one row.
 
+``python -m benchmarks.model`` measures them alone, with the options of ``python -m benchmarks``.
+
 This package's own step and sampler are those of `nvae_fast.training`: one CUDA graph each on a GPU. The others run
 eagerly, as one would write them.
 """
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -457,3 +460,9 @@ def _sampler(
             clock.lap(lap)
 
     return sample
+
+
+if __name__ == "__main__":
+    from benchmarks.run import main
+
+    raise SystemExit(main([*sys.argv[1:], *CASES]))

@@ -47,6 +47,9 @@ Milliseconds of all passes of an op (forward and backward), medians; in brackets
 quartiles. `eager` is the reference, plain PyTorch; `compile` and `library` are torch.compile of it and the
 best route PyTorch offers, in the faster memory format, as is `nvae_fast`; {NONE} means not measured. Speed-up
 is over the fastest of the others. Every number passed the correctness gate first."""
+WHOLE_MODELS = """\
+Whole models, each provider in its faster memory format. Peak memory on a CPU is what a step or a sampling pass held
+beyond what was there before, on a GPU model and optimizer too."""
 OURS = "nvae_fast"
 COLOURS = {
     "reference": "#9aa5b1",
@@ -297,6 +300,9 @@ def readme_table(documents: list[dict[str, Any]]) -> str:
     parts = [EXPLANATION]
     for results in documents:
         parts += ["", f"**{headline(results)}**", "", *_markdown(results)]
+        whole = _whole_models(results)
+        if whole:
+            parts += ["", WHOLE_MODELS, "", *whole]
     return "\n".join(parts)
 
 
@@ -327,6 +333,37 @@ def _markdown(results: dict[str, Any]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def _whole_models(results: dict[str, Any]) -> list[str]:
+    """A table of throughput, memory and calls, for the rows that have images per second; empty without any."""
+    lines = []
+    for (case, workload, dtype), rows in groups(results).items():
+        for provider in (*PYTORCH, OURS):
+            row = _fastest(
+                row
+                for row in rows
+                if row["status"] == "ok"
+                and row["provider"] == provider
+                and all("images_per_s" in timed for timed in row["passes"].values())
+            )
+            if row is None:
+                continue
+            (timed,) = row["passes"].values()
+            peak = row.get("peak_bytes")
+            counts = [f"{row[key]:,} {what}" for key, what in _COUNTS.items() if row.get(key) is not None]
+            rate = timed["images_per_s"]
+            cells = [
+                f"{case} {workload}",
+                dtype,
+                f"{provider} {row['memory_format']}",
+                f"{rate:.{decimals(rate)}f}",
+                NONE if peak is None else f"{peak / 2**20:.0f}",
+                ", ".join(counts) or NONE,
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    head = "| whole model | dtype | provider | images/s | peak memory, MiB | calls a step |"
+    return [head, "|---|---|---|---:|---:|---|", *lines] if lines else []
 
 
 def _fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:

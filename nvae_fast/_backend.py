@@ -96,10 +96,10 @@ def missing() -> dict[str, str]:
     lost = {}
     if not _extension.load():
         lost["extension"] = f"{_extension.reason()}. {_extension.LOST}"
-    elif torch.version.cuda is not None and not _extension.info()["cuda"]:
+    elif torch.version.cuda is not None and not _extension.has_cuda():
         lost["csrc/cuda"] = (
-            "the C++ extension was built without its CUDA sources (nvcc was not found, or NVAE_FAST_NO_CUDA). Lost without "
-            "them: depthwise_conv2d on a GPU runs in plain PyTorch instead: the same results, slower"
+            f"{_extension.NO_CUDA}. Lost without them: depthwise_conv2d on a GPU runs in plain PyTorch instead: the same "
+            "results, slower"
         )
     if triton_reason() is not None:
         lost["triton"] = (

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from nvae_fast.ops import _checks
 from nvae_fast.ops import inverted_residual_cell as fused_cell
+from nvae_fast.ops._activation import ACTIVATIONS
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 
@@ -18,7 +20,12 @@ def set_process_group(module: nn.Module, group: Any) -> nn.Module:
 
     ``group`` is a ``torch.distributed`` process group, or None for the default: the world when initialised.
     Returns ``module``.
+
+    Raises:
+        TypeError: ``module`` is no torch.nn.Module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"set_process_group: module must be a torch.nn.Module, got {type(module).__name__}")
     for part in module.modules():
         if hasattr(part, "process_group"):
             part.process_group = group
@@ -38,12 +45,16 @@ class BatchNormSwish(nn.Module):
         activation: "swish" (``t * sigmoid(t)``), "elu" or None.
         eps: added to the variance.
         momentum: share of the newest batch in the running statistics.
+
+    Raises:
+        ValueError: another activation.
     """
 
     def __init__(
         self, channels: int, activation: str | None = "swish", *, eps: float = 1e-5, momentum: float = 0.05
     ) -> None:
         super().__init__()
+        _checks.one_of("BatchNormSwish", "activation", activation, ACTIVATIONS)
         self.activation, self.eps, self.momentum = activation, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))

@@ -14,6 +14,12 @@ from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
 
+def check_kernel(name: str, kernel_size: Any) -> None:
+    """Raise unless ``kernel_size`` is odd: only then is there "same" padding on both sides."""
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {kernel_size!r}")
+
+
 class WeightNormConv2d(nn.Module):
     """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
 
@@ -31,7 +37,7 @@ class WeightNormConv2d(nn.Module):
             standard deviation 0.2; loading any state marks this as done.
 
     Raises:
-        TypeError, ValueError: on the call, x is no floating (B, C_in, H, W).
+        TypeError, ValueError: an even kernel; on the call, x is no floating (B, C_in, H, W).
     """
 
     def __init__(
@@ -48,6 +54,7 @@ class WeightNormConv2d(nn.Module):
         data_init: bool = False,
     ) -> None:
         super().__init__()
+        check_kernel("WeightNormConv2d", kernel_size)
         plain = nn.Conv2d(
             in_channels, out_channels, kernel_size, groups=groups, bias=bias
         )  # PyTorch's default initialisation
@@ -114,11 +121,15 @@ class PlainConv2d(nn.Conv2d):
         in_channels, out_channels: C_in, C_out.
         kernel_size: K, odd.
         stride, groups: as those of torch.nn.Conv2d.
+
+    Raises:
+        ValueError: an even kernel.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
     ) -> None:
+        check_kernel("PlainConv2d", kernel_size)
         super().__init__(
             in_channels,
             out_channels,

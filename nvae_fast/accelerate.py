@@ -17,9 +17,9 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name, reason) of each that looks like one
-    and does not; ``notes``: (name, what else is to be said) of some that are replaced. Names are those of ``named_modules()``;
-    modules of other kinds are not listed. As text it is a table."""
+    """What :func:`accelerate` did to a model. ``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name,
+    reason) of each that looks like one and does not; ``notes``: (name, what else is to be said) of some that are replaced.
+    Names are those of ``named_modules()``; modules of other kinds are not listed. As text it is a table."""
 
     replaced: list[tuple[str, str]]
     left: list[tuple[str, str]]

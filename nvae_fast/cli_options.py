@@ -31,7 +31,7 @@ MODEL_HELP: dict[str, str] = {
     "use_se": "squeeze-and-excitation in every cell",
     "res_dist": "posterior relative to the prior (residual normal distributions)",
     "num_mixture_dec": "components of the mixture of logistics; 1 for a normal distribution",
-    "num_x_bits": "bits a pixel (5 or 8)",
+    "num_x_bits": "bits a colour, 1 to 8",
     "arch_instance": "cell architecture, such as res_mbconv",
 }
 
@@ -92,7 +92,7 @@ def whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         number = float(text)
-        if number != int(number):
+        if not number.is_integer():  # inf and nan are none either
             raise
         return int(number)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from nvae_fast import _evaluated_cell as evaluated_cell
 from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
-from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d
+from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d, check_kernel
 from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
 from nvae_fast.ops import _checks
@@ -129,7 +129,7 @@ class InvertedResidual(nn.Module):
         groups: of the KxK convolution; 0 means depthwise.
 
     Raises:
-        ValueError: another stride, or groups that do not divide the hidden channels.
+        ValueError: another stride, an even kernel, or groups that do not divide the hidden channels.
     """
 
     def __init__(
@@ -144,6 +144,9 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         _check_stride("InvertedResidual", stride)
+        check_kernel("InvertedResidual", kernel_size)
+        if not isinstance(expansion, int) or expansion < 1:
+            raise ValueError(f"InvertedResidual: expansion must be an int >= 1, got {expansion!r}")
         hidden = in_channels * expansion
         if groups and hidden % groups:
             raise ValueError(
@@ -341,7 +344,8 @@ class InvertedResidualCell(ResidualCell):
         squeeze_excite: gate the result.
 
     Raises:
-        ValueError: another stride, channels that differ at stride 1, or groups that do not divide the hidden channels.
+        ValueError: another stride, channels that differ at stride 1, an even kernel, or groups that do not divide the hidden
+            channels.
     """
 
     def __init__(

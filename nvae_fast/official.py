@@ -261,7 +261,12 @@ def save_official(
         model: an NVAE. path: the file to write.
         epoch, global_step: counters to record. optimizer, scheduler, grad_scalar: state dicts to record, {} when None.
         args: further entries of the argument Namespace (training options); the model's own options are always there.
+
+    Raises:
+        TypeError: ``model`` is no NVAE. OSError: the file cannot be written.
     """
+    if not isinstance(model, NVAE):
+        raise TypeError(f"save_official: model must be an nvae_fast.NVAE, got {type(model).__name__}")
     options = {key: value for key, value in model.config.to_dict().items() if value is not None}
     document = {
         "epoch": epoch,

@@ -265,6 +265,7 @@ ERRORS = [
     ({"mean": C, "var": C[:2]}, ValueError, r"var must have shape \(3,\), got \(2,\)"),
     ({"x": X[:1, :, :1, :1]}, ValueError, r"expected more than one value per channel .*got x \(1, 3, 1, 1\)"),
     ({"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
+    ({"eps": None}, ValueError, "eps must be > 0, got None"),
     ({"eps": float("nan")}, ValueError, "eps must be > 0, got nan"),
     ({"activation": "gelu"}, ValueError, r"activation must be one of \[None, 'swish', 'elu'\], got 'gelu'"),
 ]

@@ -467,6 +467,36 @@ def test_the_readme_table_comes_from_the_results(folder: Path, results: dict):
     assert readme_command(folder, "--check") == 1, "a table without its results is stale"
 
 
+def test_whole_models_have_a_table_of_their_own(results: dict):
+    def row(provider: str, layout: str, ms: float, **more: object) -> dict:
+        timed = {"median_ms": ms, "lower_quartile_ms": ms, "upper_quartile_ms": ms, "images_per_s": 8e3 / ms}
+        return {
+            **dict(
+                case="training_step",
+                room="model",
+                workload="mnist B8",
+                dtype="float32",
+                status="ok",
+                reason="",
+            ),
+            **dict(provider=provider, memory_format=layout, passes={"step": timed}),
+            **dict(peak_bytes=3 * 2**20, operator_calls=22309, **more),
+        }
+
+    rows = [
+        row("reference", "NCHW", 2000.0),
+        row("reference", "channels_last", 1600.0),
+        {**row("torch.compile", "NCHW", 1.0), "status": "absent", "passes": {}},
+        {**row("nvae_fast", "channels_last", 800.0), "peak_bytes": None, "operator_calls": None},
+    ]
+    text = report.readme_table([{**results, "rows": results["rows"] + rows}])
+    assert text.splitlines()[-2:] == [
+        "| training_step mnist B8 | float32 | reference channels_last | 5.00 | 3 | 22,309 operator calls |",
+        f"| training_step mnist B8 | float32 | nvae_fast channels_last | 10.0 | {report.NONE} | {report.NONE} |",
+    ]
+    assert report.WHOLE_MODELS not in report.readme_table([results]), "no models, no table"
+
+
 @pytest.mark.parametrize(
     "value,text", [(0.1234, "0.123"), (1.234, "1.23"), (12.34, "12.3"), (1234.4, "1234")]
 )

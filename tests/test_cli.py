@@ -171,6 +171,7 @@ def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys)
     ("words", "message"),
     [
         (["train", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["train", "--max-steps", "inf"], "argument --max-steps: invalid whole number or none value: 'inf'"),
         (["train", "--batch-size", "many"], "argument --batch-size: invalid whole number value: 'many'"),
         (["train", "--learning-rate", "nan"], "learning_rate must be finite"),
         (["train", "--no-such-option"], "unrecognized arguments: --no-such-option"),

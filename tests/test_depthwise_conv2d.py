@@ -230,6 +230,17 @@ def test_half_precision_input_with_full_precision_weight(route: str) -> None:
     }
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_changes_nothing(dtype: torch.dtype, route: str) -> None:
+    tensors = {name: t.float() for name, t in inputs(5, (2, 3, 6, 5), affine=True).items()}
+    tensors["x"] = tensors["x"].to(dtype)
+    plain = op(**tensors, activation="swish")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        under = op(**tensors, activation="swish")
+    assert under.dtype == plain.dtype == dtype
+    assert torch.equal(under, plain)
+
+
 OPTIONS = {"stride": 2, "activation": "swish", "stats": True}
 
 
@@ -319,6 +330,11 @@ ERRORS = [
         r"scale must have shape \(3,\), got \(2,\)",
     ),
     ({"stride": 3}, ValueError, r"stride must be one of \[1, 2\], got 3"),
+    ({"stride": 1.0}, TypeError, "stride must be an int, got 1.0"),
+    ({"dilation": 2.0}, TypeError, "dilation must be an int, got 2.0"),
+    ({"upsample": True}, TypeError, "upsample must be an int, got True"),
+    ({"stats": "no"}, TypeError, "stats must be True or False, got 'no'"),
+    ({"taps": 3}, TypeError, "taps must be None or a sequence of positions, got 3"),
     ({"dilation": 0}, ValueError, r"dilation must be one of \[1, 2\], got 0"),
     ({"upsample": 4}, ValueError, r"upsample must be one of \[1, 2\], got 4"),
     ({"upsample": 2, "stride": 2}, ValueError, "upsample=2 needs stride=1, got stride=2"),

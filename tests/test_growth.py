@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -81,3 +82,14 @@ def test_presets_are_scaled_by_the_rule(name: str):
 def test_full_models_are_the_ones_in_earnest():
     labels = [workload.label for workload in model.workloads(CPU, full=True)]
     assert labels == ["mnist B16 32px 32ch 15 groups", "cifar10 B8 32px 64ch 10 groups"]
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
+def test_the_models_module_runs_its_cases(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr("benchmarks.run.main", lambda argv: seen.append(argv) or 0)
+    monkeypatch.setattr("sys.argv", ["benchmarks.model", "--quick"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("benchmarks.model", run_name="__main__")
+    assert end.value.code == 0
+    assert seen == [["--quick", "training_step", "sampling"]]

@@ -462,6 +462,10 @@ ERRORS = [
     ("log_prob", {"x": X.to("meta")}, ValueError, "x must be on cpu .*got meta"),
     ("log_prob", {"num_mixtures": 0}, ValueError, "num_mixtures must be >= 1, got 0"),
     ("log_prob", {"num_bits": 0}, ValueError, "num_bits must be between 1 and 16, got 0"),
+    ("log_prob", {"num_bits": 8.0}, TypeError, "num_bits must be an int, got 8.0"),
+    ("log_prob", {"num_mixtures": "3"}, TypeError, "num_mixtures must be an int, got '3'"),
+    ("sample", {"num_mixtures": None}, TypeError, "num_mixtures must be an int, got None"),
+    ("mean", {"num_mixtures": 3.0}, TypeError, "num_mixtures must be an int, got 3.0"),
     ("log_prob", {"num_bits": 17}, ValueError, "num_bits must be between 1 and 16, got 17"),
     (
         "sample",

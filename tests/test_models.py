@@ -218,6 +218,54 @@ def test_bad_input_is_explained() -> None:
         model.sample(-1)
     with pytest.raises(ValueError, match=r"logits must have shape \(B, 1, H, W\)"):
         model.likelihood(torch.zeros(1, 2, 4, 4))
+    wrong = [
+        (lambda: model(x, noise=3), "NVAE: noise must be a sequence with one entry per group, got int"),
+        (
+            lambda: model(x, noise=[None, 1, None]),
+            r"NVAE: noise\[1\] must be a torch.Tensor or None, got int",
+        ),
+        (lambda: model(x, seed="a"), "NVAE: seed must be an int or a 0-d int64 tensor, got str"),
+        (lambda: model.likelihood(3), "NVAE.likelihood: logits must be a torch.Tensor, got int"),
+        (
+            lambda: model.reconstruction_loss(x, None),
+            "NVAE.reconstruction_loss: x must be a torch.Tensor, got None",
+        ),
+        (
+            lambda: model.readjust_batch_norm(1.0, passes=1.5),
+            "readjust_batch_norm: passes must be an int, got 1.5",
+        ),
+        (
+            lambda: nf.save_official(x, "nowhere"),
+            "save_official: model must be an nvae_fast.NVAE, got Tensor",
+        ),
+        (
+            lambda: nf.nn.set_process_group(3, None),
+            "set_process_group: module must be a torch.nn.Module, got int",
+        ),
+        (
+            lambda: nf.training.balanced_kl(x[0, 0, :, :3], 0.5, 3),
+            "balanced_kl: config must be an NVAEConfig .*got int",
+        ),
+        (
+            lambda: nf.training.balanced_kl(x[0, 0, :, :3], "a", model.config),
+            "coefficient must be a number .*got str",
+        ),
+    ]
+    for call, message in wrong:
+        with pytest.raises(TypeError, match=message):
+            call()
+    with pytest.raises(TypeError, match=r"NVAE: x must be torch.float32 like the model .*got torch.float64"):
+        model(x.double())
+    with pytest.raises(ValueError, match="NVAE: x must be on cpu like the model, got meta"):
+        model(x.to("meta"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(x.bfloat16(), seed=1).kl.dtype == torch.float32
+    with pytest.raises(ValueError, match="n must be an int >= 0, got True"):
+        model.sample(True)
+    with pytest.raises(
+        ValueError, match="readjust_batch_norm: temperature must be a finite number >= 0, got -1"
+    ):
+        model.readjust_batch_norm(-1)
 
 
 def test_manual_seed_governs_the_noise_and_a_seed_overrides_it() -> None:

@@ -191,6 +191,15 @@ def test_skip_up(route: str) -> None:
             lambda: InvertedResidualCell(8, 8, 3, 5, groups=7),
             r"groups=7 must divide in_channels \* expansion = 24",
         ),
+        (lambda: InvertedResidualCell(8, 8, 3, 4), "kernel_size must be an odd int >= 1, got 4"),
+        (lambda: InvertedResidualCell(8, 8, 3, "5"), "kernel_size must be an odd int >= 1, got '5'"),
+        (lambda: InvertedResidualCell(8, 8, 0, 5), "expansion must be an int >= 1, got 0"),
+        (
+            lambda: nf.nn.WeightNormConv2d(8, 8, 2),
+            "WeightNormConv2d: kernel_size must be an odd int >= 1, got 2",
+        ),
+        (lambda: nf.nn.PlainConv2d(8, 8, 0), "PlainConv2d: kernel_size must be an odd int >= 1, got 0"),
+        (lambda: nf.nn.BatchNormSwish(8, "gelu"), "BatchNormSwish: activation must be one of .*got 'gelu'"),
         (lambda: ConvBlock(8, 8, 0), "stride must be 1, 2 or -1 .*got 0"),
     ],
 )

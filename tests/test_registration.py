@@ -14,6 +14,7 @@ import torch
 
 import nvae_fast as nf
 from nvae_fast import _backend
+from nvae_fast.ops import _extension
 from nvae_fast.ops._register import Room
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +108,15 @@ def test_backends_lists_every_op_with_a_kernel_or_a_reason() -> None:
                 device,
                 backend,
             )
+
+
+def test_a_binary_without_cuda_sources_is_the_reason_it_has_no_cuda_kernel() -> None:
+    if not _extension.load() or _extension.info()["cuda"]:
+        pytest.skip("this extension is absent, or has its CUDA sources")
+    reason = nf.backends()["depthwise_conv2d"]["cuda"]
+    assert reason.startswith(
+        "reference (the C++ extension was built without its CUDA sources (nvcc was not found"
+    )
 
 
 def test_use_backend_works_and_restores() -> None:

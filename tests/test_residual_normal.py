@@ -343,6 +343,8 @@ ERRORS = [
     ({"seed": torch.tensor(1.0)}, TypeError, "a seed tensor must be int64, got torch.float32"),
     ({"clamp": 0.0}, ValueError, "clamp must be None or a finite number > 0, got 0.0"),
     ({"clamp": float("nan")}, ValueError, "clamp must be None or a finite number > 0, got nan"),
+    ({"residual": "yes"}, TypeError, "residual must be True or False, got 'yes'"),
+    ({"residual": None}, TypeError, "residual must be True or False, got None"),
     ({"sigma_floor": -0.01}, ValueError, "sigma_floor must be a finite number >= 0, got -0.01"),
 ]
 

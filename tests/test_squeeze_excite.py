@@ -193,6 +193,8 @@ ERRORS = [
         ValueError,
         r"skip must have shape \(2, 6, 3, 3\), got \(2, 6, 3, 4\)",
     ),
+    ({"residual_scale": None}, TypeError, "residual_scale must be a number, got None"),
+    ({"residual_scale": "a"}, TypeError, "residual_scale must be a number, got 'a'"),
 ]
 
 

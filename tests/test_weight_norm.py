@@ -173,6 +173,7 @@ ERRORS = [
         r"mask must have shape \(4, 3, 3, 3\), got \(4, 3, 3, 1\)",
     ),
     ({"mask": W.bool()}, TypeError, "mask must have one of the dtypes .*got torch.bool"),
+    ({"eps": "small"}, ValueError, "eps must be >= 0, got 'small'"),
     ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
 ]
 

@@ -249,6 +249,9 @@ ERRORS = [
         ValueError,
         "layer 1: weight must be on cpu like the first argument, got meta",
     ),
+    ({"weights": None}, TypeError, "weights must be a sequence with one entry a layer, got NoneType"),
+    ({"masks": 3}, TypeError, "masks must be a sequence with one entry a layer, got int"),
+    ({"eps": None}, ValueError, "eps must be >= 0, got None"),
     ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
     ({"dtype": torch.int32}, TypeError, r"dtype must be None or one of .*got torch.int32"),
 ]

@@ -51,8 +51,8 @@ def open_dataset(
     binarize: a Bernoulli draw at every load; None: for one-channel images, whose likelihood is Bernoulli.
 
     One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Raises FileNotFoundError or
-    ValueError that names the file, what was expected and what came; ModuleNotFoundError that names the pip
-    extra when a needed package is missing.
+    ValueError that names the file, what was expected and what came; ModuleNotFoundError that says what to
+    install when a needed package is missing.
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")

@@ -21,6 +21,7 @@ from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic,
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.streams import check_streams, is_streams, streams_of
 from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
+from nvae_fast.ops import _checks
 from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
@@ -151,7 +152,7 @@ class NVAE(nn.Module):
                 seed an image: its noise then depends on neither batch nor process.
 
         Raises:
-            ValueError, TypeError: x, noise or seed has the wrong shape or type.
+            ValueError, TypeError: x, noise or seed has the wrong shape, type or device.
         """
         c = self.config
         expected = (c.channels, c.resolution, c.resolution)
@@ -160,6 +161,13 @@ class NVAE(nn.Module):
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
                 f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
+            )
+        own = self.stem.weight
+        if x.device != own.device:
+            raise ValueError(f"NVAE: x must be on {own.device} like the model, got {x.device}")
+        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"NVAE: x must be {own.dtype} like the model (or use torch.autocast), got {x.dtype}"
             )
         draws = self._draws(noise, seed, x.shape[0], x.device)
         with prepare_weights(self):
@@ -216,7 +224,7 @@ class NVAE(nn.Module):
         Raises:
             ValueError, TypeError: ``n``, ``temperature`` or ``noise`` has the wrong value, shape or type.
         """
-        if not isinstance(n, int) or n < 0:
+        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
             raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}")
         draws = self._draws(noise, seed, n, self.top_feature.device)
         with prepare_weights(self):
@@ -247,9 +255,15 @@ class NVAE(nn.Module):
         groups = self.config.num_groups
         if noise is None:
             noise = [None] * groups
+        if isinstance(noise, torch.Tensor) or not isinstance(noise, Sequence):
+            raise TypeError(
+                f"NVAE: noise must be a sequence with one entry per group, got {type(noise).__name__}"
+            )
         if len(noise) != groups:
             raise ValueError(f"NVAE: noise must have one entry per group ({groups}), got {len(noise)}")
         for i, (eps, shape) in enumerate(zip(noise, self.config.z_shapes, strict=True)):
+            if eps is not None and not isinstance(eps, torch.Tensor):
+                raise TypeError(f"NVAE: noise[{i}] must be a torch.Tensor or None, got {type(eps).__name__}")
             if eps is not None and tuple(eps.shape) != (n, *shape):
                 raise ValueError(f"NVAE: noise[{i}] must have shape {(n, *shape)}, got {tuple(eps.shape)}")
         if all(eps is not None for eps in noise):
@@ -258,7 +272,7 @@ class NVAE(nn.Module):
             check_streams("NVAE", seed, n, device)
             drawn = streams_of(seed, self.config.z_shapes, self.top_feature.dtype)
             return [(own if eps is None else eps, None) for own, eps in zip(drawn, noise, strict=True)]
-        seeds = split_seed(as_seed(seed, device), groups).unbind()
+        seeds = split_seed(_checks.seed("NVAE", seed, device), groups).unbind()
         return [(None, seeds[i]) if eps is None else (eps, None) for i, eps in enumerate(noise)]
 
     def _bottom_up(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor]]]:
@@ -303,9 +317,10 @@ class NVAE(nn.Module):
         """The distribution over images with parameters ``logits`` (B, head_channels, H, W).
 
         Raises:
-            ValueError: ``logits`` has another shape.
+            TypeError, ValueError: ``logits`` is not such a floating tensor.
         """
         c = self.config
+        _checks.tensor("NVAE.likelihood", "logits", logits)
         if logits.dim() != 4 or logits.shape[1] != c.head_channels:
             raise ValueError(
                 f"NVAE.likelihood: logits must have shape (B, {c.head_channels}, H, W), got {tuple(logits.shape)}"
@@ -326,6 +341,9 @@ class NVAE(nn.Module):
         Raises:
             TypeError, ValueError: as :meth:`likelihood` and its log_prob.
         """
+        op = "NVAE.reconstruction_loss"
+        for name, value in (("logits", logits), ("x", x)):
+            _checks.feature_map(op, name, value)
         border = self.config.reconstruction_border
         if border:
             inner = (..., slice(border, -border), slice(border, -border))
@@ -359,8 +377,11 @@ class NVAE(nn.Module):
             seed: of the noise; None takes one from the device's default generator.
 
         Raises:
-            ValueError: ``passes`` or ``batch`` is below 1.
+            TypeError, ValueError: ``passes`` or ``batch`` is no int or below 1, or ``temperature`` no finite number >= 0.
         """
+        op = "readjust_batch_norm"
+        passes, batch = _checks.whole(op, "passes", passes), _checks.whole(op, "batch", batch)
+        _checks.temperature(op, temperature, zero=True)
         if passes < 1 or batch < 1:
             raise ValueError(f"readjust_batch_norm: passes and batch must be >= 1, got {passes} and {batch}")
         modes = {module: module.training for module in self.modules()}

@@ -4,6 +4,7 @@ what came, before any output exists."""
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import torch
@@ -86,6 +87,24 @@ def seed(op: str, value: Any, device: torch.device) -> torch.Tensor:
         return as_seed(value, device)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {str(error).removeprefix('seed: ')}") from None
+
+
+def whole(op: str, name: str, value: Any) -> int:
+    """``value`` as an int, of which NumPy's integers are some; a bool or a float is none."""
+    if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
+        return value  # type: ignore[return-value]
+    if not isinstance(value, (bool, torch.Tensor)):
+        try:
+            return operator.index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+
+
+def flag(op: str, name: str, value: Any) -> None:
+    """``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:

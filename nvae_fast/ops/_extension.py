@@ -25,6 +25,10 @@ from typing import Any
 from nvae_fast.ops import _schemas
 
 CAPABILITIES = ("baseline", "avx2", "avx512")
+NO_CUDA = (
+    "the C++ extension was built without its CUDA sources (nvcc was not found, the PyTorch it was built for has no CUDA, or "
+    "NVAE_FAST_NO_CUDA)"
+)
 REBUILD = "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand"
 # What is lost without it.
 LOST = (
@@ -96,6 +100,11 @@ def reason() -> str | None:
     """Why the extension is absent, or None when it is loaded."""
     load()
     return _reason
+
+
+def has_cuda() -> bool:
+    """Whether the extension is loaded and holds the CUDA sources; unlike :func:`info` it never initialises CUDA."""
+    return load() and _module is not None and bool(_module.info()["cuda"])
 
 
 def info() -> dict[str, Any]:

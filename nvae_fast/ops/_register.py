@@ -207,6 +207,6 @@ def record_kernels(name: str, gpu: Callable[..., Any] | None) -> None:
         elif gpu is not None and key == "CUDA":
             _backend.record(name, device, None, _backend.triton_reason() or "")
         else:
-            _backend.record(
-                name, device, None, _extension.reason() or "PyTorch's own kernels are used for this op"
-            )
+            without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
+            own = "PyTorch's own kernels are used for this op"
+            _backend.record(name, device, None, _extension.reason() or without or own)

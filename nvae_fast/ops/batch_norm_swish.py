@@ -88,7 +88,7 @@ def _check(
         raise ValueError(
             f"{op}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
         )
-    if not eps > 0:
+    if not (isinstance(eps, (int, float)) and eps > 0):
         raise ValueError(f"{op}: eps must be > 0, got {eps!r}")
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
 

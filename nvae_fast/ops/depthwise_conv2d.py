@@ -12,12 +12,14 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 
+from nvae_fast import _backend
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import operator, room
@@ -74,7 +76,8 @@ def depthwise_conv2d(
         stride: 1 or 2; dilation: 1 or 2; upsample: 1 or 2 (2 only with stride 1).
         scale, shift: (C,) each, both or neither; applied to x on load.
         activation: None, "swish" or "elu", applied after scale and shift.
-        stats: also return :class:`ChannelStatistics` of y (mean and m2 differentiable).
+        stats: also return ``ChannelStatistics(mean, m2, count)`` of y: (C,) means, (C,) sums of squared deviations from them,
+            both differentiable, and how many values of each channel they are of, an int.
         taps: positions ``u * K + v`` of the taps that exist, for masked weights: the others are not read, cost nothing
             where whole rows or columns of them are missing, and their weights have gradient zero. None: all.
 
@@ -85,8 +88,16 @@ def depthwise_conv2d(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
+    op = "depthwise_conv2d"
+    if taps is not None and not isinstance(taps, Iterable):
+        raise TypeError(f"{op}: taps must be None or a sequence of positions, got {taps!r}")
     live = None if taps is None else list(taps)
-    y, mean, m2 = _room(x, weight, scale, shift, stride, dilation, upsample, activation, stats, live)
+    steps = (
+        _checks.whole(op, "stride", stride),
+        _checks.whole(op, "dilation", dilation),
+        _checks.whole(op, "upsample", upsample),
+    )
+    y, mean, m2 = _room(x, weight, scale, shift, *steps, activation, stats, live)
     if not stats:
         return y
     return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
@@ -124,6 +135,7 @@ def _check(
     if upsample == 2 and stride == 2:
         raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
     _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    _checks.flag(op, "stats", stats)
     if taps is not None:
         inside = all(isinstance(tap, int) and 0 <= tap < k * k for tap in taps)
         if not taps or not inside or len(set(taps)) != len(taps):
@@ -164,14 +176,17 @@ def _reference(
     if upsample == 2:
         h = F.interpolate(h, scale_factor=2, mode="nearest")
     k = weight.shape[-1]
-    y = F.conv2d(
-        h,
-        _masked(weight, taps).to(h.dtype),
-        stride=stride,
-        padding=k // 2 * dilation,
-        dilation=dilation,
-        groups=weight.shape[0],
-    )
+    kind = x.device.type
+    # y follows x, as the kernels' does; autocast would make it half precision behind a float32 x.
+    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
+        y = F.conv2d(
+            h,
+            _masked(weight, taps).to(h.dtype),
+            stride=stride,
+            padding=k // 2 * dilation,
+            dilation=dilation,
+            groups=weight.shape[0],
+        )
     if not stats:
         empty = y.new_empty(0, dtype=wide)
         return y, empty, empty.clone()

@@ -50,7 +50,9 @@ def mixture_logistic_log_prob(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    return _log_prob(params, x, num_mixtures, num_bits)
+    op = "mixture_logistic_log_prob"
+    bits = _checks.whole(op, "num_bits", num_bits)
+    return _log_prob(params, x, _checks.whole(op, "num_mixtures", num_mixtures), bits)
 
 
 def mixture_logistic_sample(
@@ -75,11 +77,11 @@ def mixture_logistic_sample(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    _check_params("mixture_logistic_sample", params, num_mixtures)
+    op = "mixture_logistic_sample"
+    components = _checks.whole(op, "num_mixtures", num_mixtures)
+    _check_params(op, params, components)
     params = params.detach()
-    return _sample(
-        params, _checks.seed("mixture_logistic_sample", seed, params.device), num_mixtures, temperature
-    )
+    return _sample(params, _checks.seed(op, seed, params.device), components, temperature)
 
 
 def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> torch.Tensor:
@@ -95,7 +97,7 @@ def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> to
     Raises:
         TypeError, ValueError: ``params`` is not a floating (B, 10 * num_mixtures, H, W) tensor.
     """
-    return _mean(params, num_mixtures)
+    return _mean(params, _checks.whole("mixture_logistic_mean", "num_mixtures", num_mixtures))
 
 
 def _check_params(op: str, params: torch.Tensor, num_mixtures: int) -> None:

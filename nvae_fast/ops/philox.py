@@ -1,5 +1,5 @@
-"""Counter-based normal draws: one seed gives the same numbers on every device, in every layout, at every
-batch split.
+"""Counter-based normal draws: one seed gives the same numbers on every device and in every layout, and a batch
+begins with the numbers of any shorter one.
 
 Draw number ``i`` is a pure function of ``(seed, i)``: nothing is stored, nothing is shared between threads, a
 backward pass can draw its noise again. ``i`` is the logical index in NCHW order, whatever the memory format

@@ -97,6 +97,7 @@ def _check(
     if prior is not None:
         _checks.shape("residual_normal", "prior", prior, tuple(posterior.shape), posterior)
     check_noise("residual_normal", posterior, noise, seed)
+    _checks.flag("residual_normal", "residual", residual)
     _checks.squashing("residual_normal", clamp, sigma_floor)
 
 

@@ -50,6 +50,8 @@ def squeeze_excite(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
+    if not isinstance(residual_scale, (int, float)):
+        raise TypeError(f"squeeze_excite: residual_scale must be a number, got {residual_scale!r}")
     return _room(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, float(residual_scale))[0]
 
 

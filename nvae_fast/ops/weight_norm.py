@@ -49,7 +49,7 @@ def _check(
     _checks.shape(op, "log_weight_norm", log_weight_norm, (weight.shape[0], 1, 1, 1), weight)
     if mask is not None:
         _checks.shape(op, "mask", mask, tuple(weight.shape), weight)
-    if not eps >= 0:
+    if not (isinstance(eps, (int, float)) and eps >= 0):
         raise ValueError(f"{op}: eps must be >= 0, got {eps!r}")
 
 

@@ -7,7 +7,7 @@ some hundred layers: what one call costs besides arithmetic counts once instead 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -45,8 +45,14 @@ def weight_norm_many(
     Raises:
         TypeError, ValueError: an argument has the wrong type, length, shape, device or value.
     """
-    masks = [None] * len(weights) if masks is None else list(masks)
-    return _room(list(weights), list(log_weight_norms), masks, eps, dtype)
+    for name, value in (("weights", weights), ("log_weight_norms", log_weight_norms), ("masks", masks)):
+        if not (isinstance(value, Iterable) or (value is None and name == "masks")):
+            raise TypeError(
+                f"weight_norm_many: {name} must be a sequence with one entry a layer, got {type(value).__name__}"
+            )
+    layers = list(weights)
+    masks = [None] * len(layers) if masks is None else list(masks)
+    return _room(layers, list(log_weight_norms), masks, eps, dtype)
 
 
 def _check(
@@ -62,7 +68,7 @@ def _check(
             raise ValueError(f"{op}: {name} must have one entry per weight ({count}), got {len(values)}")
     if dtype is not None and dtype not in OUTPUTS:
         raise TypeError(f"{op}: dtype must be None or one of {[str(d) for d in OUTPUTS]}, got {dtype!r}")
-    if not eps >= 0:
+    if not (isinstance(eps, (int, float)) and eps >= 0):
         raise ValueError(f"{op}: eps must be >= 0, got {eps!r}")
     for i, (weight, norm, mask) in enumerate(zip(weights, log_weight_norms, masks, strict=True)):
         try:

@@ -55,7 +55,7 @@ class MetricsLog:
 
     resume_step: keep only the lines up to this step (a killed run may have logged past its last checkpoint;
     those steps are run again). None starts a new file. tensorboard: also write event files under
-    `tensorboard/`. Raises RunFolderError when the file cannot be written, ImportError naming the extra when
+    `tensorboard/`. Raises RunFolderError when the file cannot be written, ImportError naming the package when
     TensorBoard is asked for and missing.
     """
 
@@ -124,7 +124,7 @@ def _plain(value: Any) -> Any:
 
 
 def require_tensorboard() -> Any:
-    """TensorBoard's writer class. Raises ImportError naming the pip extra when it is not installed."""
+    """TensorBoard's writer class. Raises ImportError saying what to install when it is not there."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:

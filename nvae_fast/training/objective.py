@@ -107,6 +107,10 @@ def balanced_kl(
     `kl_balance`. Raises TypeError or ValueError when kl is no floating (B, G) tensor or the coefficient no scalar.
     """
     _check_kl("balanced_kl", kl, config)
+    if not isinstance(coefficient, (int, float, Tensor)):
+        raise TypeError(
+            f"balanced_kl: coefficient must be a number or a 0-d tensor, got {type(coefficient).__name__}"
+        )
     if isinstance(coefficient, Tensor):
         if coefficient.dim() != 0:
             raise ValueError(
@@ -142,6 +146,10 @@ def full_precision(tensor: Tensor) -> Tensor:
 
 
 def _check_kl(name: str, kl: Tensor, config: HasGroups) -> None:
+    if not hasattr(config, "groups_per_scale"):
+        raise TypeError(
+            f"{name}: config must be an NVAEConfig or have its groups_per_scale, got {type(config).__name__}"
+        )
     groups = sum(config.groups_per_scale)
     if not isinstance(kl, Tensor) or kl.dim() != 2 or kl.shape[1] != groups:
         got = f"shape {tuple(kl.shape)}" if isinstance(kl, Tensor) else type(kl).__name__

@@ -1,0 +1,124 @@
+"""Every operator, the inner passes and backward kernels too, as it is really called: PyTorch's own checks of its schema and of
+its fake (shapes, dtypes, strides), on the arguments that a model, its regularisers and the optimizer give it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nvae_fast as nf
+from nvae_fast.ops import _extension
+from nvae_fast.ops.inverted_residual_cell import NAME as CELL
+from nvae_fast.training.adamax import Adamax
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Of each operator so many calls of different kinds (shapes and layouts come in as the work below varies them).
+MOST = 6
+
+
+class Recorder(TorchDispatchMode):
+    """Keeps the arguments of this package's operators: one call of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: dict[str, dict[Any, tuple[Any, tuple[Any, ...]]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "nvae_fast":
+            assert not kwargs
+            found = self.calls.setdefault(func._schema.name.removeprefix("nvae_fast::"), {})
+            kind = repr([_kind(a) for a in args])
+            if kind not in found and len(found) < MOST:
+                found[kind] = (func, tuple(_copy(a) for a in args))
+        return func(*args, **(kwargs or {}))
+
+
+def _kind(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.dim(), value.dtype, value.is_contiguous(), value.numel() == 0)
+    return [_kind(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _copy(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    return [_copy(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def cells(layout: torch.memory_format) -> None:
+    for stride, c_out, se in ((1, 4, True), (2, 8, False), (-1, 4, True)):
+        cell = nf.nn.InvertedResidualCell(4, c_out, 3, 5, stride, squeeze_excite=se)
+        x = torch.randn(2, 4, 6, 6).contiguous(memory_format=layout).requires_grad_()
+        cell(x).square().sum().backward()
+        with torch.no_grad():
+            cell.eval()(x)
+
+
+def a_model() -> None:
+    config = nf.NVAEConfig(
+        dataset="custom", image_size=8, image_channels=3, likelihood="mixture_logistic", num_mixture_dec=2,
+        num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=2, num_latent_per_group=2, num_nf=1,
+        num_preprocess_blocks=1, num_preprocess_cells=1, num_postprocess_blocks=1, num_postprocess_cells=1,
+    )  # fmt: skip
+    model, x = nf.NVAE(config), torch.rand(2, 3, 8, 8)
+    out = model(x)
+    loss = model.reconstruction_loss(out.logits, x).sum() + out.kl.sum() + sum(model.regularization())
+    loss.backward()
+    optimizer = Adamax(model.parameters(), lr=1e-3, foreach=True)
+    optimizer.step()
+    logits = model.eval().sample(2, seed=1)
+    model.likelihood(logits).sample(seed=2)
+    model.likelihood(logits).mean()
+
+
+def rooms() -> None:
+    x = torch.randn(2, 4, 3, 3, requires_grad=True)
+    nf.normal_sample(x).sum().backward()
+    nf.weight_norm(torch.ones(2, 2, 3, 3, requires_grad=True), torch.zeros(2, 1, 1, 1)).sum().backward()
+    nf.batch_norm_swish(x, torch.ones(4), torch.zeros(4)).y.sum().backward()
+    # Called between processes and on a GPU; on a CPU alone C++ calls its body.
+    channels = [torch.rand(4) for _ in range(5)]
+    for layout in (torch.contiguous_format, torch.channels_last):
+        maps = [torch.randn(2, 4, 3, 3).contiguous(memory_format=layout) for _ in range(2)]
+        torch.ops.nvae_fast.affine_activation_grad(*maps, *channels, "swish")
+
+
+WORK: tuple[Callable[[], None], ...] = (
+    lambda: cells(torch.contiguous_format),
+    lambda: cells(torch.channels_last),
+    a_model,
+    rooms,
+)
+
+
+@pytest.fixture(scope="module")
+def calls() -> dict[str, dict[Any, tuple[Any, tuple[Any, ...]]]]:
+    if nf.backends()[CELL]["cpu"] != "cpp":
+        pytest.skip(_extension.reason() or "the kernels are not in use")
+    torch.manual_seed(0)
+    with Recorder() as recorder:
+        for work in WORK:
+            work()
+    return recorder.calls
+
+
+def names() -> list[str]:
+    schemas = (schema.name for schema in torch._C._jit_get_all_schemas())
+    return sorted({n.removeprefix("nvae_fast::") for n in schemas if n.startswith("nvae_fast::")})
+
+
+# Called nowhere in that work: words and draws of their own, which tests/test_philox.py checks.
+ELSEWHERE = {"philox_normal", "philox_words"}
+
+
+@pytest.mark.parametrize("name", [n for n in names() if n not in ELSEWHERE])
+def test_schema_and_fake(name: str, calls: dict[str, dict[Any, tuple[Any, tuple[Any, ...]]]]) -> None:
+    found = calls.get(name, {})
+    assert found, f"{name} is called by nothing here: let some work above call it"
+    for operator, args in found.values():
+        torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
