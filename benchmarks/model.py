@@ -3,7 +3,7 @@ settings.
 
 On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast. On a CPU they are scaled down
 by one rule (`scaled`) so that a step takes about half a second, in float32; `--full-models` measures the two of
-`FULL` instead, at a size that is trained in earnest. The two settings at 256 pixels are alike and stand for one row.
+`FULL` at a size that is trained in earnest. The two settings at 256 pixels are alike and stand for one row.
 
 ``python -m benchmarks.model`` measures them alone, with the options of ``python -m benchmarks``.
 
@@ -49,7 +49,7 @@ TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (5e-2, 0.1)}
 PRESETS = ("mnist", "cifar10", "celeba_256", "celeba_64", "imagenet_32")
 SHRINK, LEAST_CHANNELS, MOST_GROUPS, MOST_PIXELS, BATCH_AT_32 = 8, 8, 2, 64, 8
 
-# On a CPU with --full-models: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
+# On a CPU with --full-models, in place of the scaled ones: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
 FULL: dict[str, tuple[int, dict[str, Any]]] = {
     "mnist": (16, {}),
     "cifar10": (8, {"num_channels_enc": 64, "num_channels_dec": 64, "num_groups_per_scale": 10}),
@@ -123,12 +123,14 @@ def workloads(
             )
             for name in PRESETS
         ]
-    if full:
-        return [
-            Workload(name, nf.NVAEConfig.preset(name).replace(**changes), batch, "float32")
-            for name, (batch, changes) in FULL.items()
-        ]
-    return [Workload(name, config, batch, "float32") for name in PRESETS for batch, config in [scaled(name)]]
+    found = []
+    for name in PRESETS:
+        batch, config = scaled(name)
+        if full and name in FULL:
+            batch, changes = FULL[name]
+            config = nf.NVAEConfig.preset(name).replace(**changes)
+        found.append(Workload(name, config, batch, "float32"))
+    return found
 
 
 class RandnNoise(nn.Module):

@@ -36,7 +36,7 @@ class Settings:
     compile_seconds: compilation time of all ops together, shared evenly by the cases; model_compile_seconds:
         of all whole models.
     models_until: settings that would start later than this after the first are skipped. scale: which shapes.
-    full_models: on a CPU measure ``model.FULL`` in place of the scaled-down settings.
+    full_models: on a CPU measure the settings in ``model.FULL`` at that size, not scaled down.
     """
 
     device: torch.device
@@ -376,8 +376,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--full-models",
         action="store_true",
-        help="on a CPU, whole models in earnest (mnist, and cifar10 with 64 channels and 10 groups; a quarter of an "
-        "hour on two cores) in place of the scaled-down settings",
+        help="on a CPU, two whole models in earnest (mnist, and cifar10 with 64 channels and 10 groups; a quarter of an "
+        "hour on two cores), the other settings scaled down",
     )
     p.add_argument(
         "--overwrite",
