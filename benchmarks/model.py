@@ -49,7 +49,7 @@ TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (5e-2, 0.1)}
 PRESETS = ("mnist", "cifar10", "celeba_256", "celeba_64", "imagenet_32")
 SHRINK, LEAST_CHANNELS, MOST_GROUPS, MOST_PIXELS, BATCH_AT_32 = 8, 8, 2, 64, 8
 
-# On a CPU with --full-models, in place of the scaled ones: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
+# On a CPU with --full-models, not scaled: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
 FULL: dict[str, tuple[int, dict[str, Any]]] = {
     "mnist": (16, {}),
     "cifar10": (8, {"num_channels_enc": 64, "num_channels_dec": 64, "num_groups_per_scale": 10}),
