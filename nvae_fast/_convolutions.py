@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import _distributed
-from nvae_fast._prepared import prepared_weight
+from nvae_fast._prepared import prepared_layer
 from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
@@ -72,8 +72,11 @@ class WeightNormConv2d(nn.Module):
 
     def normalized_weight(self) -> torch.Tensor:
         """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
-        prepared = prepared_weight(self)
-        return weight_norm(self.weight, self.log_weight_norm, self.mask) if prepared is None else prepared
+        layer = prepared_layer(self)
+        return self._own_weight() if layer is None else layer.normalized
+
+    def _own_weight(self) -> torch.Tensor:
+        return weight_norm(self.weight, self.log_weight_norm, self.mask)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.awaits_data = False
@@ -105,7 +108,14 @@ class WeightNormConv2d(nn.Module):
         _checks.channels("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)
         if self.awaits_data and self.training:
             self._initialize_from(x)
-        return self._convolve(x, self.normalized_weight(), self.bias)
+        layer = prepared_layer(self)
+        if layer is None:
+            weight = self._own_weight()
+        elif layer.matrix is not None and x.is_contiguous(memory_format=torch.channels_last):
+            return layer.matrix(x, self.bias)
+        else:
+            weight = layer.normalized
+        return self._convolve(x, weight, self.bias)
 
     def extra_repr(self) -> str:
         c_out, c_in, k, _ = self.weight.shape

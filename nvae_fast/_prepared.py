@@ -22,13 +22,15 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from nvae_fast import _backend, _evaluated_cell
+from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
@@ -36,7 +38,8 @@ Convolution = Any  # a nn.WeightNormConv2d, whose module imports this one
 Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their own; with gradients
 
 
-class _Layer(NamedTuple):
+@dataclass
+class _Layer:
     """A convolution's normalised weight and what it was computed from."""
 
     normalized: torch.Tensor
@@ -46,6 +49,7 @@ class _Layer(NamedTuple):
     aliases: tuple[
         torch.Tensor, ...
     ]  # where it lasts: no other tensor can come to stand in the sources' places
+    matrix: PackedMatrix | None = None  # where it lasts and is a matrix: in the library's own layout
 
     def fits(self, conv: Convolution) -> bool:
         sources = _sources(conv)
@@ -79,7 +83,7 @@ class _Prepared:
         self.lasting = lasting
         self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
 
-    def get(self, conv: Convolution, mode: Mode) -> torch.Tensor | None:
+    def get(self, conv: Convolution, mode: Mode) -> _Layer | None:
         dtype, grad = mode
         if grad and self.lasting:
             return None
@@ -93,7 +97,7 @@ class _Prepared:
             layer = self.compute(mode).get(conv) if self.lasting else None
         elif layer is None and (model := self.model()) is not None:
             _lists.pop(model, None)  # a convolution that came later? The next scope looks again
-        return None if layer is None else layer.normalized
+        return layer
 
     def compute(self, mode: Mode) -> dict[Convolution, _Layer]:
         convs = [conv for conv in self.convolutions if not (conv.awaits_data and conv.training)]
@@ -114,7 +118,15 @@ class _Prepared:
     def _layer(self, conv: Convolution, normalized: torch.Tensor) -> _Layer:
         sources = _sources(conv)
         aliases = tuple(t.detach() for t in sources if t is not None) if self.lasting else ()
-        return _Layer(normalized, sources, _versions(sources), _places(sources, self.lasting), aliases)
+        is_matrix = conv.groups == conv.stride == 1 and normalized.shape[2:] == (1, 1)
+        return _Layer(
+            normalized,
+            sources,
+            _versions(sources),
+            _places(sources, self.lasting),
+            aliases,
+            PackedMatrix(normalized.flatten(1), None) if self.lasting and is_matrix else None,
+        )
 
 
 class _State(threading.local):
@@ -198,6 +210,12 @@ def forget_weights(model: nn.Module) -> None:
 
 def prepared_weight(conv: Convolution) -> torch.Tensor | None:
     """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
+    layer = prepared_layer(conv)
+    return None if layer is None else layer.normalized
+
+
+def prepared_layer(conv: Convolution) -> _Layer | None:
+    """The same with what else is known of it."""
     if torch.compiler.is_compiling():
         return None
     scopes = _state.scopes

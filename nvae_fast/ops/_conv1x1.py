@@ -59,7 +59,7 @@ class PackedMatrix:
 
     _KEPT = 2  # layouts: one for whole batches, one for the last of a set
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         routines = ("_linear_pointwise", "_reorder_linear_weight")
         self._packs = (
@@ -74,9 +74,11 @@ class PackedMatrix:
             return False
         return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """bias: where it may change, in place of the one that was given with the matrix."""
+        bias = self.bias if bias is None else bias
         if not self._usable(x):
-            return conv1x1(x, self.weight, self.bias)
+            return conv1x1(x, self.weight, bias)
         b, c, h, w = x.shape
         pixels = b * h * w
         packed = self._packed.get(pixels)
@@ -86,5 +88,5 @@ class PackedMatrix:
             # A new dictionary: other threads may be reading this one.
             self._packed = dict([*self._packed.items(), (pixels, packed)][-self._KEPT :])
         rows = x.permute(0, 2, 3, 1).reshape(pixels, c)
-        y = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
         return y.view(b, h, w, -1).permute(0, 3, 1, 2)
