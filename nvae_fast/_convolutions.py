@@ -10,6 +10,7 @@ from torch import nn
 
 from nvae_fast import _distributed
 from nvae_fast._prepared import prepared_weight
+from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
 
@@ -28,6 +29,9 @@ class WeightNormConv2d(nn.Module):
             is that of the masked weight.
         data_init: set ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
             standard deviation 0.2; loading any state marks this as done.
+
+    Raises:
+        TypeError, ValueError: the input is no floating (B, C_in, H, W) tensor.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class WeightNormConv2d(nn.Module):
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.map_of("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)
         if self.awaits_data and self.training:
             self._initialize_from(x)
         return self._convolve(x, self.normalized_weight(), self.bias)

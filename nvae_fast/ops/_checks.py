@@ -32,6 +32,13 @@ def feature_map(op: str, name: str, value: Any) -> None:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
 
 
+def map_of(op: str, name: str, value: Any, channels: int) -> None:
+    """``value`` is a floating tensor (B, ``channels``, H, W)."""
+    feature_map(op, name, value)
+    if value.shape[1] != channels:
+        raise ValueError(f"{op}: {name} must have {channels} channels, got {tuple(value.shape)}")
+
+
 def shape(
     op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
 ) -> None:
