@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast import _distributed
 from nvae_fast import _evaluated_cell as evaluated_cell
 from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d, check_kernel
@@ -49,6 +50,15 @@ STRIDES = (1, 2, -1)
 def _check_stride(name: str, stride: int) -> None:
     if stride not in STRIDES:
         raise ValueError(f"{name}: stride must be 1, 2 or -1 (upsample by 2), got {stride!r}")
+
+
+def _check_map(name: str, x: torch.Tensor, channels: int, weight: torch.Tensor) -> None:
+    """``x`` is what convolutions with ``weight`` behind a batch norm will take: said before its running statistics change."""
+    _checks.channels(name, "x", x, channels)
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        raise TypeError(
+            f"{name}: x must have the parameters' dtype {weight.dtype} (or use torch.autocast), got {x.dtype}"
+        )
 
 
 class SqueezeExcite(nn.Module):
@@ -111,6 +121,7 @@ class ConvBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_map("ConvBlock", x, self.conv.weight.shape[1], self.conv.weight)
         x = elu(x) if self.norm is None else self.norm(x)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest") if self.upsample else x)
 
@@ -162,6 +173,8 @@ class InvertedResidual(nn.Module):
         self.project_norm = BatchNormSwish(out_channels, None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _check_map("InvertedResidual", x, self.expand.in_channels, self.expand.weight)
+        self._check_count(x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
         h = self.expand_norm(self.expand(self.norm(x)))
@@ -171,6 +184,18 @@ class InvertedResidual(nn.Module):
         else:
             h = conv(h)
         return self.project_norm(self.project(self.depthwise_norm(h)))
+
+    def _check_count(self, x: torch.Tensor) -> None:
+        """Behind a stride the last two batch norms see fewer values than the first two, which have counted theirs by then."""
+        b, _, h, w = x.shape
+        stride, norm = self.depthwise.stride[0], self.depthwise_norm
+        if stride == 1 or b * -(-h // stride) * -(-w // stride) != 1 or not norm.training:
+            return
+        if _distributed.world_size(norm.process_group) == 1:
+            raise ValueError(
+                f"InvertedResidual: expected more than one value per channel behind stride {stride} to take statistics of, "
+                f"got x {tuple(x.shape)}"
+            )
 
     def train(self, mode: bool = True) -> InvertedResidual:
         """As torch.nn.Module.train, ``mode`` False for evaluation; the folded batch norms that evaluation keeps are dropped."""
@@ -241,7 +266,7 @@ class SkipDown(nn.Module):
         in_channels, out_channels: C_in, C_out.
 
     Raises:
-        ValueError: H or W is odd.
+        ValueError: H or W is odd, or x has other channels; at construction, fewer than four output channels.
 
     Taking the phase first and convolving with stride 1 equals a stride-2 convolution of the shifted input. oneDNN's weight
     gradient of a strided 1x1 convolution in channels_last writes out of bounds below 16 channels (oneDNN issue 6035).
@@ -251,11 +276,17 @@ class SkipDown(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
+        if out_channels < 4:
+            raise ValueError(
+                f"SkipDown: out_channels must be at least 4, one for each of its convolutions, got {out_channels}"
+            )
+        self.in_channels = in_channels
         quarter = out_channels // 4
         widths = (quarter, quarter, quarter, out_channels - 3 * quarter)
         self.convs = nn.ModuleList(WeightNormConv2d(in_channels, width, 1) for width in widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.channels("SkipDown", "x", x, self.in_channels)
         if x.shape[-2] % 2 or x.shape[-1] % 2:
             raise ValueError(f"SkipDown: x must have an even height and width, got {tuple(x.shape)}")
         x = F.silu(x)
@@ -277,6 +308,7 @@ class SkipUp(nn.Module):
         self.conv = WeightNormConv2d(in_channels, out_channels, 1, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.channels("SkipUp", "x", x, self.conv.weight.shape[1])
         return self.conv(F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True))
 
 

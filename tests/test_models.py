@@ -222,7 +222,7 @@ def test_bad_input_is_explained() -> None:
         (lambda: model(x, noise=3), "NVAE: noise must be a sequence with one entry per group, got int"),
         (
             lambda: model(x, noise=[None, 1, None]),
-            r"NVAE: noise\[1\] must be a torch.Tensor or None, got int",
+            r"NVAE: noise\[1\] must be a torch.Tensor, got int",
         ),
         (lambda: model(x, seed="a"), "NVAE: seed must be an int or a 0-d int64 tensor, got str"),
         (lambda: model.likelihood(3), "NVAE.likelihood: logits must be a torch.Tensor, got int"),
@@ -347,3 +347,40 @@ def test_model_deep_copies_and_moves_dtype() -> None:
     assert out.kl.dtype == torch.float64
     assert torch.equal(out.logits, model(x, seed=2).logits)
     assert model.regularization()[0].dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("images", "noise", "message"),
+    [
+        (torch.zeros(1, 1, 4, 4), None, "at least 2 images"),
+        (torch.zeros(2, 1, 4, 4, dtype=torch.float64), None, "torch.float32 like the model"),
+        (
+            torch.zeros(2, 1, 4, 4),
+            [None, torch.ones(2, 2, 1, 1, dtype=torch.int64)],
+            r"noise\[1\] must have one of",
+        ),
+        (torch.zeros(2, 1, 4, 4), [1.0, 2.0], r"noise\[0\] must be a torch.Tensor"),
+    ],
+)
+def test_a_forward_that_fails_leaves_the_running_statistics(images, noise, message) -> None:
+    """A layer in the middle would say it too, when those before it have counted the batch."""
+    model = nf.NVAE(
+        nf.NVAEConfig(
+            dataset="custom", image_size=4, image_channels=1, likelihood="bernoulli", num_groups_per_scale=2,
+            num_channels_enc=4, num_channels_dec=4, num_latent_per_group=2,
+        )
+    )  # fmt: skip
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        model(images, noise=noise)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+    model.eval()
+    if "images" in message:
+        model(images)  # one image is enough for given statistics
+
+
+def test_a_width_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_channels_enc must be >= 2"):
+        nf.NVAEConfig(num_channels_enc=1)
+    with pytest.raises(ValueError, match="n must be an int"):
+        nf.NVAE(nf.NVAEConfig(num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=1)).sample(True)

@@ -445,3 +445,60 @@ def test_compiles(device: torch.device) -> None:
         if "running" in key:
             assert_close(other.state_dict()[key], value, 1e-6, key)
     assert int(other.state_dict()["ops.0.norm.num_batches_tracked"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "dtype", "message"),
+    [
+        (lambda: nf.nn.ConvBlock(4, 4), (2, 4, 4, 4), torch.float64, "parameters' dtype"),
+        (lambda: nf.nn.ConvBlock(4, 4), (2, 5, 4, 4), torch.float32, "ConvBlock: x must have 4 channels"),
+        (
+            lambda: nf.nn.InvertedResidual(4, 4, expansion=2, kernel_size=3),
+            (2, 4, 4, 4),
+            torch.bfloat16,
+            "parameters' dtype",
+        ),
+        (
+            lambda: nf.nn.InvertedResidual(4, 8, 2, expansion=2, kernel_size=3),
+            (1, 4, 2, 2),
+            torch.float32,
+            "more than one value",
+        ),
+        (
+            lambda: nf.nn.InvertedResidualCell(4, 8, 2, 3, 2, groups=2),
+            (1, 4, 2, 2),
+            torch.float32,
+            "more than one value",
+        ),
+        (
+            lambda: nf.nn.InvertedResidualCell(4, 8, 2, 3, 2),
+            (2, 5, 4, 4),
+            torch.float32,
+            "SkipDown: x must have 4 channels",
+        ),
+        (
+            lambda: nf.nn.InvertedResidualCell(4, 8, 2, 3, 2),
+            (4, 4, 4),
+            torch.float32,
+            "SkipDown: x must have shape",
+        ),
+        (
+            lambda: nf.nn.InvertedResidualCell(4, 2, 2, 3, -1),
+            (2, 5, 4, 4),
+            torch.float32,
+            "SkipUp: x must have 4 channels",
+        ),
+        (lambda: nf.nn.FlowCell(3), (2, 4, 4, 4), torch.float32, "WeightNormConv2d: x must have 3 channels"),
+    ],
+)
+def test_a_call_that_fails_leaves_the_running_statistics(make, size, dtype, message) -> None:
+    module = make()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    with pytest.raises((TypeError, ValueError), match=message):
+        module(torch.randn(size, dtype=dtype))
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_stride_2_skip_has_an_output_channel_for_each_convolution() -> None:
+    with pytest.raises(ValueError, match="at least 4"):
+        nf.nn.SkipDown(2, 3)

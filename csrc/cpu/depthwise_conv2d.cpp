@@ -46,7 +46,8 @@ Tensor empty_like_sums(const Tensor& like, int64_t n, ScalarType type) {
 // A map as it is where the kernels can walk it, else a dense copy.
 DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
   const bool last = t.stride(1) == 1 || t.size(1) == 1;
-  if (!last && t.stride(3) != 1 && t.size(3) != 1) {
+  // (Of no elements PyTorch makes no copy, and every layout will do.)
+  if (!last && t.stride(3) != 1 && t.size(3) != 1 && t.numel() != 0) {
     hold.push_back(torch::stable::contiguous(t));
     return view(hold.back(), hold);
   }

@@ -48,7 +48,10 @@ inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tenso
   int64_t pixel = w > 1 ? t.stride(3) : t.stride(2);
   if (h * w == 1) pixel = 1;
   const bool one_stride = h <= 1 || w <= 1 || t.stride(2) == w * t.stride(3);
-  const bool fits = one_stride && (channels_last ? t.stride(1) == 1 || t.size(1) == 1 : pixel == 1);
+  // Of no elements every layout is the right one, and PyTorch makes no copy of it to begin again with.
+  const bool empty = t.numel() == 0;
+  const bool fits =
+      empty || (one_stride && (channels_last ? t.stride(1) == 1 || t.size(1) == 1 : pixel == 1));
   if (fits) {
     const Packed found{t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
     hold.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or stand in hold itself

@@ -255,6 +255,10 @@ class NVAEConfig:
             self.likelihood_name != "mixture_logistic" or self.channels == 3,
             f"the logistic mixture is for RGB images (3 channels), got {self.channels} channels: use likelihood='normal'",
         )
+        require(
+            self.num_channels_enc >= 2 or self.top_multiplier == 1,
+            f"num_channels_enc must be >= 2 where images are halved, got {self.num_channels_enc}",
+        )
         require(1 <= self.num_x_bits <= 8, f"num_x_bits must be between 1 and 8, got {self.num_x_bits}")
         require(
             self.num_preprocess_blocks == self.num_postprocess_blocks,

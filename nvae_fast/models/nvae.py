@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from nvae_fast import _distributed
 from nvae_fast._prepared import forget_weights, prepare_weights
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
@@ -20,7 +21,14 @@ from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.streams import check_streams, is_streams, streams_of
-from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
+from nvae_fast.nn import (
+    BatchNormSwish,
+    DecoderCombiner,
+    EncoderCombiner,
+    FlowCell,
+    ResidualCell,
+    WeightNormConv2d,
+)
 from nvae_fast.ops import _checks
 from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
@@ -162,6 +170,13 @@ class NVAE(nn.Module):
             raise ValueError(
                 f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
             )
+        self._check_images(x)
+        draws = self._draws(noise, seed, x.shape[0], x.device)
+        with prepare_weights(self):
+            return self._encode_decode(x, draws)
+
+    def _check_images(self, x: torch.Tensor) -> None:
+        """What a layer in the middle would complain of, when those before it have counted the batch already."""
         own = self.stem.weight
         if x.device != own.device:
             raise ValueError(f"NVAE: x must be on {own.device} like the model, got {x.device}")
@@ -169,9 +184,13 @@ class NVAE(nn.Module):
             raise TypeError(
                 f"NVAE: x must be {own.dtype} like the model (or use torch.autocast), got {x.dtype}"
             )
-        draws = self._draws(noise, seed, x.shape[0], x.device)
-        with prepare_weights(self):
-            return self._encode_decode(x, draws)
+        if self.training and x.shape[0] * self.config.z_shapes[0][1] ** 2 == 1:
+            norms = [m for m in self.modules() if isinstance(m, BatchNormSwish) and m.training]
+            if norms and _distributed.world_size(norms[0].process_group) == 1:
+                raise ValueError(
+                    "NVAE: batch norm needs more than one value per channel while training and the coarsest scale has one "
+                    f"pixel: x must hold at least 2 images, got {tuple(x.shape)}"
+                )
 
     def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:
         c = self.config
@@ -262,10 +281,8 @@ class NVAE(nn.Module):
         if len(noise) != groups:
             raise ValueError(f"NVAE: noise must have one entry per group ({groups}), got {len(noise)}")
         for i, (eps, shape) in enumerate(zip(noise, self.config.z_shapes, strict=True)):
-            if eps is not None and not isinstance(eps, torch.Tensor):
-                raise TypeError(f"NVAE: noise[{i}] must be a torch.Tensor or None, got {type(eps).__name__}")
-            if eps is not None and tuple(eps.shape) != (n, *shape):
-                raise ValueError(f"NVAE: noise[{i}] must have shape {(n, *shape)}, got {tuple(eps.shape)}")
+            if eps is not None:
+                _checks.shape("NVAE", f"noise[{i}]", eps, (n, *shape), self.top_feature)
         if all(eps is not None for eps in noise):
             return [(eps, None) for eps in noise]
         if is_streams(seed):
