@@ -160,3 +160,28 @@ def test_accuracy_at_any_clamp(
         results.append([z / size, drawn / size, log_q, grad])
     for name, actual, expected in zip(("z", "sample", "log_q", "gradient"), *results, strict=True):
         torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize(
+    "outputs", [("z",), ("kl",), ("log_q",), ("log_p",), ("z", "kl"), ("kl", "log_q", "log_p")]
+)
+def test_nan_reaches_the_gradients_that_pytorch_gives_it(
+    outputs: tuple[str, ...], residual: bool, memory_format: torch.memory_format, device: torch.device
+) -> None:
+    """One NaN among mu and log sigma of posterior and prior and the noise: gradients that do not depend on it are numbers."""
+    for bad in range(5):
+        given = [torch.full((1, 2, 1, 5), 0.3), torch.full((1, 2, 1, 5), -0.2), torch.full((1, 1, 1, 5), 0.7)]
+        given[bad // 2][0, bad % 2, 0, 2] = math.nan
+        leaves = [t.to(device, memory_format=memory_format).requires_grad_() for t in given]
+        found = {}
+        for backend in ("auto", "reference"):
+            with nf.use_backend(backend):
+                out = nf.residual_normal(leaves[0], leaves[1], noise=leaves[2], residual=residual)
+                loss = sum(getattr(out, name).sum() for name in outputs)
+                found[backend] = torch.autograd.grad(loss, leaves, allow_unused=True)
+        for name, actual, expected in zip(("posterior", "prior", "noise"), *found.values(), strict=True):
+            expected = torch.zeros(()) if expected is None else expected
+            actual = torch.zeros_like(expected) if actual is None else actual
+            assert not (actual.isnan() & ~expected.isnan()).any(), f"{name}, NaN number {bad}"
+            torch.testing.assert_close(actual[~actual.isnan()], expected.expand_as(actual)[~actual.isnan()])

@@ -275,6 +275,7 @@ struct Gradients {
   T *posterior, *prior;
   void* noise;
   Dtype noise_dtype;
+  bool kl, log_q, log_p;  // which sums have a gradient: without one, no NaN may come from 0 * NaN
   int64_t map, map_step, packed, packed_step, log_sigma;
 
   Gradients(const ResidualNormalArgs& a, int64_t map_at, int64_t packed_at)
@@ -283,6 +284,9 @@ struct Gradients {
         prior(static_cast<T*>(a.grad_prior)),
         noise(a.grad_noise),
         noise_dtype(a.noise.dtype),
+        kl(a.grad_kl != nullptr),
+        log_q(a.grad_log_q != nullptr),
+        log_p(a.grad_log_p != nullptr),
         map(map_at),
         packed(packed_at) {}
   // The gradients of a packed tensor, at element `at` of it.
@@ -323,38 +327,60 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
             ahead(g.z + map);
             g_z = load<V>(g.z + map, n);
           }
-          if (model.per_log > 1) {  // one division serves both
+          bool shared = model.per_log > 1;
+          if (shared) {  // one division serves both
             const V both = one / (at.sigma_p * at.sigma_q);
             inverse_p = both * at.sigma_q;
             inverse_q = both * at.sigma_p;
-          } else {
+            shared = all(both > V(S(0)));  // else a NaN of the one is not to reach the other
+          }
+          if (!shared) {
             inverse_p = one / at.sigma_p;
             inverse_q = one / at.sigma_q;
           }
-          const V d = (at.mu_q - at.mu_p) * inverse_p, r = at.sigma_q * inverse_p;
-          const V w = fma(at.sigma_q, eps, at.mu_q - at.mu_p) * inverse_p;
-          const V through_p = up.log_p * w * inverse_p;  // -d log_p / dz
-          const V into_z = g_z - through_p, from_kl = up.kl * d * inverse_p;
-          // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
-          const V to_sigma_q =
-              fma(into_z, eps, fnma(up.log_q, inverse_q, up.kl * fma(r, inverse_p, -inverse_q)));
-          const V mu_q = (into_z + from_kl) * V::load(block.q.slope_mu + place);
+          V d(S(0)), r(S(0)), w(S(0)), through_p(S(0)), from_kl(S(0)), sigma_q_alone(S(0));
+          if (g.log_p) {
+            w = fma(at.sigma_q, eps, at.mu_q - at.mu_p) * inverse_p;
+            through_p = up.log_p * w * inverse_p;  // -d log_p / dz
+          }
+          if (g.kl) {
+            d = (at.mu_q - at.mu_p) * inverse_p;
+            r = at.sigma_q * inverse_p;
+            from_kl = up.kl * d * inverse_p;
+            sigma_q_alone =
+                up.kl * fma(r, inverse_p, -inverse_q);  // d kl / d sigma_q = r / sigma_p - 1 / sigma_q
+          }
+          if (g.log_q) sigma_q_alone = fnma(up.log_q, inverse_q, sigma_q_alone);
+          const V into_z = g_z - through_p;
+          const V to_sigma_q = g.z || g.log_p ? fma(into_z, eps, sigma_q_alone) : sigma_q_alone;
+          V mu_q(S(0));
+          if (g.z || g.kl || g.log_p) mu_q = (into_z + from_kl) * V::load(block.q.slope_mu + place);
           const V ls_q = to_sigma_q * (V::load(block.q.slope_ls + place) * V::load(block.q.exp_ls + place));
           const int64_t packed = g.packed + v * g.packed_step;
           if (g.posterior) g.leave(g.posterior, mu_q, ls_q, packed, n);
           if (g.prior) {
-            // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
-            const V to_sigma_p =
-                inverse_p * fma(up.log_p, fma(w, w, -one), up.kl * fnma(d, d, fnma(r, r, one)));
-            V mu_p = (through_p - from_kl) * V::load(block.p.slope_mu + place);
-            V ls_p = to_sigma_p * (V::load(block.p.slope_ls + place) * V::load(block.p.exp_ls + place));
+            V mu_p(S(0)), ls_p(S(0));
+            if (g.kl || g.log_p) {
+              V to_sigma_p(S(0));
+              // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
+              if (g.kl) to_sigma_p = up.kl * fnma(d, d, fnma(r, r, one));
+              if (g.log_p) to_sigma_p = fma(up.log_p, fma(w, w, -one), to_sigma_p);
+              mu_p = (through_p - from_kl) * V::load(block.p.slope_mu + place);
+              ls_p = inverse_p * to_sigma_p *
+                     (V::load(block.p.slope_ls + place) * V::load(block.p.exp_ls + place));
+            }
             if (model.residual) {
               mu_p = mu_p + mu_q;
               ls_p = ls_p + ls_q;
             }
             g.leave(g.prior, mu_p, ls_p, packed, n);
           }
-          if (g.noise) store_as(fnma(up.log_q, eps, into_z * at.sigma_q), g.noise, g.noise_dtype, map, n);
+          if (g.noise) {
+            V to_noise(S(0));
+            if (g.z || g.log_p) to_noise = into_z * at.sigma_q;
+            if (g.log_q) to_noise = fnma(up.log_q, eps, to_noise);
+            store_as(to_noise, g.noise, g.noise_dtype, map, n);
+          }
           if (--left == 0 && ++row < rows) {
             up = sums(row);
             left = length;
