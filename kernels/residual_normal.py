@@ -161,6 +161,9 @@ def backward_kernel(
 ):  # fmt: skip
     """Every tensor but the posterior may be None: a gradient that is not there costs nothing."""
     HAS_PRIOR: tl.constexpr = prior is not None
+    # What has a gradient at all: without one, no NaN may come from 0 * NaN.
+    THROUGH_Z: tl.constexpr = grad_z is not None or grad_log_p is not None
+    THROUGH_PRIOR: tl.constexpr = grad_kl is not None or grad_log_p is not None
     COUNT: tl.constexpr = TILE[PIXELS]
     block, chunk = program(chunks, TILE)
     b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
@@ -215,8 +218,11 @@ def backward_kernel(
             to_sigma_p = g_p * tl.fma(w, w, -1.0)
             into_z = into_z - to_mu_p
         to_mu_q = into_z
-        to_sigma_q = into_z * eps[k]
-        into_eps = into_z * sigma_q
+        to_sigma_q = tl.zeros_like(mu_q)
+        into_eps = tl.zeros_like(mu_q)
+        if THROUGH_Z:
+            to_sigma_q = into_z * eps[k]
+            into_eps = into_z * sigma_q
         if grad_log_q is not None:
             to_sigma_q -= g_q * inverse_q
             into_eps -= g_q * eps[k]
@@ -226,14 +232,16 @@ def backward_kernel(
             to_mu_p = to_mu_p - from_kl
             to_sigma_q += g_kl * (ratio * inverse_p - inverse_q)
             to_sigma_p += g_kl * (1.0 - distance * distance - ratio * ratio)
-        to_mu_q = to_mu_q * slope_mu_q
+        if THROUGH_Z or THROUGH_PRIOR:
+            to_mu_q = to_mu_q * slope_mu_q
         to_sigma_q = to_sigma_q * slope_ls_q
         if grad_posterior is not None:
             store(grad_posterior, packed_mu, packed_step, k, to_mu_q, mask, TILE)
             store(grad_posterior, packed_ls, packed_step, k, to_sigma_q, mask, TILE)
         if grad_prior is not None:
-            to_mu_p = to_mu_p * slope_mu_p
-            to_sigma_p = to_sigma_p * inverse_p * slope_ls_p
+            if THROUGH_PRIOR:
+                to_mu_p = to_mu_p * slope_mu_p
+                to_sigma_p = to_sigma_p * inverse_p * slope_ls_p
             if RESIDUAL:
                 to_mu_p += to_mu_q
                 to_sigma_p += to_sigma_q
