@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from test_step import NoWaiting
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nvae_fast.ops import _extension
 from nvae_fast.training.adamax import Adamax
@@ -19,6 +20,18 @@ def parameters() -> list[torch.nn.Parameter]:
     found = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     found.append(torch.nn.Parameter(torch.randn(4, 6, 3, 3).to(memory_format=torch.channels_last)))
     return found
+
+
+class Counting(TorchDispatchMode):
+    """The operators that are called inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def both(decay: float) -> list[tuple[list[torch.nn.Parameter], torch.optim.Optimizer]]:
@@ -46,6 +59,24 @@ def same(pair: list) -> None:
     assert states[0].keys() == states[1].keys()
     for index, entry in states[0].items():
         assert all(torch.equal(value, states[1][index][name]) for name, value in entry.items())
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 5, 5), (8, 4, 1, 1), (1, 1, 3, 3)])
+def test_gradients_that_lie_alike_are_not_copied(shape: tuple[int, ...]):
+    """Weights of depthwise and 1x1 convolutions are dense in both formats, whatever their strides say."""
+    formats = (torch.contiguous_format, torch.channels_last)
+    for own, other in (formats, formats[::-1]):
+        ours = torch.nn.Parameter(torch.randn(shape).contiguous(memory_format=own))
+        theirs = torch.nn.Parameter(ours.detach().clone())
+        optimizers = Adamax([ours], **OPTIONS), torch.optim.Adamax([theirs], **OPTIONS)
+        for _ in range(2):
+            grad = torch.empty(shape, memory_format=other).normal_()
+            ours.grad, theirs.grad = grad.clone(), grad.clone()
+            with Counting() as calls:
+                optimizers[0].step()
+            optimizers[1].step()
+        assert "aten.copy_.default" not in calls.names
+        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("decay", [0.0, 3e-4])

@@ -56,6 +56,15 @@ adamax = operator(
 )
 
 
+def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory alike: dimensions of size 1 may have any stride, and the weights of 1x1
+    and of depthwise convolutions are dense in both formats."""
+    return any(
+        a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout)
+        for layout in (torch.contiguous_format, *((torch.channels_last,) if a.dim() == 4 else ()))
+    )
+
+
 def fits(parameters: Tensors, averages: Tensors, norms: Tensors) -> bool:
     """Whether the kernel can take them: on the CPU, float32, dense, each parameter's state in its layout."""
     if not _extension.load() or not torch._C._dispatch_has_kernel_for_dispatch_key(

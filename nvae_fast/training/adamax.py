@@ -53,7 +53,7 @@ class Adamax(torch.optim.Adamax):
             _adamax._formula(parameters, grads, averages, norms, *constants)
             return None
         grads = [
-            g if g.stride() == p.stride() else torch.empty_like(p).copy_(g)
+            g if g.stride() == p.stride() or _adamax.alike(g, p) else torch.empty_like(p).copy_(g)
             for p, g in zip(parameters, grads, strict=True)
         ]
         _adamax.adamax(parameters, grads, averages, norms, *constants)
