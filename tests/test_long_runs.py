@@ -105,8 +105,8 @@ def test_two_thousand_steps_leave_nothing_behind(tmp_path):
     assert last["threads"] == first["threads"], seen
     assert seen["after"]["threads"] == seen["before"]["threads"], "the threads that read ahead have ended"
     assert last["objects"] - first["objects"] < 1000, seen
-    # A leak of a hundred bytes a step would be 150 kB.
-    assert last["bytes"] - first["bytes"] < 100_000, seen
+    # A leak of a hundred bytes a step would be 150 kB. Seen: 75 kB, and 108 kB where a table of 32 kB grows in between.
+    assert last["bytes"] - first["bytes"] < 140_000, seen
     assert last["resident"] - first["resident"] < 8_000_000, seen
     assert sorted(f.name for f in tmp_path.iterdir()) == [checkpoint.PREVIOUS, checkpoint.NAME, metrics.NAME]
 
