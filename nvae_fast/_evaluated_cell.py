@@ -18,10 +18,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast import _backend
 from nvae_fast.ops._folded_cell import ReadyCell, Running, fold, ready
 from nvae_fast.ops.inverted_residual_cell import CellParameters, available, check_cell, check_maps
-from nvae_fast.ops.squeeze_excite import gated_sum, squeeze_excite
+from nvae_fast.ops.squeeze_excite import gated_sum
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[Any, Any], ...]:
@@ -60,7 +59,6 @@ class EvaluatedCell:
         self._folded = folded
         self._gate = gate
         self._norms = [(norm, norm.eps, norm.activation) for norm in norms]
-        self._gate_is_fused = _backend.fused("squeeze_excite", parameters.expand.device.type)
         self._parts: list[tuple[dict[str, Any], str, nn.Module, type, tuple[dict[Any, Any], ...]]] = []
         self._tensors: list[tuple[dict[str, Any], str, torch.Tensor, torch.dtype, int, int]] = []
         # Aliases live as long as this: no other tensor can come to stand at their addresses.
@@ -105,9 +103,7 @@ class EvaluatedCell:
         if q.reduce_weight is None:
             return skip + s
         layers = (q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias)
-        if self._gate_is_fused:
-            return gated_sum(s, *layers, skip, self.residual_scale)  # type: ignore[arg-type]
-        return squeeze_excite(s, *layers, skip=skip, residual_scale=self.residual_scale)  # type: ignore[arg-type]
+        return gated_sum(s, *layers, skip, self.residual_scale)  # type: ignore[arg-type]
 
 
 _kept: WeakKeyDictionary[nn.Module, EvaluatedCell] = WeakKeyDictionary()

@@ -208,14 +208,8 @@ def forget_weights(model: nn.Module) -> None:
     _evaluated_cell.forget(model)
 
 
-def prepared_weight(conv: Convolution) -> torch.Tensor | None:
-    """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
-    layer = prepared_layer(conv)
-    return None if layer is None else layer.normalized
-
-
 def prepared_layer(conv: Convolution) -> _Layer | None:
-    """The same with what else is known of it."""
+    """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
     if torch.compiler.is_compiling():
         return None
     scopes = _state.scopes
@@ -251,7 +245,7 @@ def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContext
     scope = _state.scopes[-1]
     if scope.convolutions:
         # Computed here, outside the region, in which nothing but the region's own tensors may be saved.
-        prepared_weight(scope.convolutions[0])
+        prepared_layer(scope.convolutions[0])
     return _inside(scope), _inside(scope)
 
 

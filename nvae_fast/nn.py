@@ -6,6 +6,7 @@ The cells follow NVAE (arXiv 2007.03898), section 3.1 and appendix A; ``stride``
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -280,13 +281,13 @@ class SkipDown(nn.Module):
             raise ValueError(
                 f"SkipDown: out_channels must be at least 4, one for each of its convolutions, got {out_channels}"
             )
-        self.in_channels = in_channels
         quarter = out_channels // 4
         widths = (quarter, quarter, quarter, out_channels - 3 * quarter)
         self.convs = nn.ModuleList(WeightNormConv2d(in_channels, width, 1) for width in widths)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        _checks.channels("SkipDown", "x", x, self.in_channels)
+        first: Any = self.convs[0]
+        _checks.channels("SkipDown", "x", x, first.weight.shape[1])
         if x.shape[-2] % 2 or x.shape[-1] % 2:
             raise ValueError(f"SkipDown: x must have an even height and width, got {tuple(x.shape)}")
         x = F.silu(x)
@@ -429,9 +430,9 @@ class DecoderCombiner(nn.Module):
     def __init__(self, channels: int, latent_channels: int, out_channels: int) -> None:
         super().__init__()
         self.conv = WeightNormConv2d(channels + latent_channels, out_channels, 1)
-        self.channels, self.latent_channels = channels, latent_channels
+        self.latent_channels = latent_channels
 
     def forward(self, s: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        _checks.channels("DecoderCombiner", "s", s, self.channels)
+        _checks.channels("DecoderCombiner", "s", s, self.conv.weight.shape[1] - self.latent_channels)
         _checks.shape("DecoderCombiner", "z", z, (s.shape[0], self.latent_channels, *s.shape[2:]), like=s)
         return self.conv(torch.cat([s, z.to(s.dtype)], dim=1))

@@ -4,7 +4,7 @@
 
     y = x if x > 0 else exp(x) - 1
 
-Clevert et al., arXiv 1511.07289, equation 15 with alpha = 1. PyTorch's on the CPU takes one element at a time.
+Clevert et al., arXiv 1511.07289, equation 15 with alpha = 1. On the CPU PyTorch's forward pass takes about three times as long.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def gated_sum(
     skip: torch.Tensor,
     residual_scale: float,
 ) -> torch.Tensor:
-    """:func:`squeeze_excite` where its kernel is, without gradients; its arguments are trusted."""
+    """:func:`squeeze_excite` without gradients, where the cell's kernels are (it needs no others); arguments are trusted."""
     return _room._run(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, residual_scale)[0]
 
 
