@@ -44,6 +44,13 @@ inline Activation activation_of(const char* op, const std::optional<Text>& name)
   return Activation::elu;
 }
 
+// Dimension by dimension: sizes() cannot be compared before PyTorch 2.13.
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  bool same = a.dim() == b.dim();
+  for (int64_t d = 0; same && d < a.dim(); ++d) same = a.size(d) == b.size(d);
+  return same;
+}
+
 // The value of a seed tensor on the CPU.
 inline uint64_t seed_of(const char* op, const Tensor& seed) {
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,

@@ -346,7 +346,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
                       grad.size(2) == extent(x.size(2)) && grad.size(3) == extent(x.size(3)),
                   op, ": grad must have the shape of the output");
   STD_TORCH_CHECK(alpha.has_value() == beta.has_value() && alpha.has_value() == gamma.has_value() &&
-                      (!alpha || (out && out->sizes() == grad.sizes())),
+                      (!alpha || (out && same_shape(*out, grad))),
                   op, ": alpha, beta and gamma must be given together, with the output");
   a.x = view(x, job.hold);
   // As x is laid out where both are more than a pixel: then no row takes two forms.

@@ -16,9 +16,7 @@ inline void check_feature_map(const char* op, const char* name, const Tensor& t)
   STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must have shape (B, C, H, W)");
 }
 inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  bool same = t.dim() == like.dim();
-  for (int64_t d = 0; same && d < t.dim(); ++d) same = t.size(d) == like.size(d);
-  STD_TORCH_CHECK(same, op, ": ", name, " must have the shape of the first map");
+  STD_TORCH_CHECK(same_shape(t, like), op, ": ", name, " must have the shape of the first map");
 }
 
 // How dense maps laid out like t are walked. One pixel a plane is the same memory in both layouts, and so is

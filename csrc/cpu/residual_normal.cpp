@@ -23,7 +23,7 @@ static ResidualNormalArgs describe(const Tensor& posterior, const std::optional<
   a.posterior = packed_view(posterior, a.channels_last, hold);
   if (prior) {
     check_packed(op, "prior", *prior);
-    STD_TORCH_CHECK(prior->sizes() == posterior.sizes(), op, ": prior must have the shape of posterior");
+    STD_TORCH_CHECK(same_shape(*prior, posterior), op, ": prior must have the shape of posterior");
     a.prior = packed_view(as_dtype_of(posterior, *prior), a.channels_last, hold);
   }
   a.noise = noise_of(op, posterior, noise, seed, a.channels_last, hold);
