@@ -258,11 +258,7 @@ def test_controls_and_replay():
     assert not replay.ready("key"), "only the newest key is kept"
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("changes", [{}, {"arch_instance": "res_elu"}, FLOWS])
 @pytest.mark.parametrize(
     "options", [{}, {"autocast": "bf16"}, {"checkpoint_cells": True, "grad_clip": 100.0}]
@@ -282,7 +278,6 @@ def test_cuda_graph_equals_eager(changes, options):
 
 
 @pytest.mark.gpu
-@gpu
 def test_cuda_graph_undoes_a_bad_step_and_follows_seed_and_shape():
     model = tiny_model().cuda().train()
     step = Step(model, TrainingConfig(cuda_graph=True))
@@ -304,7 +299,6 @@ def test_cuda_graph_undoes_a_bad_step_and_follows_seed_and_shape():
 
 
 @pytest.mark.gpu
-@gpu
 def test_cuda_graph_is_one_launch():
     from torch.profiler import ProfilerActivity, profile
 
