@@ -50,7 +50,8 @@ def test_a_budget_measures_the_first_cases_first_and_names_what_it_skips(monkeyp
     names = ["elu", "weight_norm_many", "residual_normal", "training_step"]
     found = run.run(names, settings, say=lambda line: None, save=saved.append)
     assert started == ["residual_normal", "weight_norm_many", "elu"]
-    assert found["rows"] == [] and saved == []
+    assert found["rows"] == []
+    assert saved == []
     assert [line.split()[0] for line in found["skipped"]] == [*started, "mnist"]
     assert all(line.endswith("(--budget 0)") for line in found["skipped"])
 
