@@ -101,7 +101,15 @@ def fingerprint() -> str:
 class Cuda(NamedTuple):
     nvcc: str
     home: Path  # the toolkit's folder, with include/ and lib64/
-    archs: list[str]
+    archs: list[str]  # sm_80: machine code, compute_100: PTX
+
+    def code(self) -> list[str]:
+        """nvcc's flags for all of them."""
+        return [
+            word
+            for arch in self.archs
+            for word in ("-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}")
+        ]
 
 
 def cuda_toolkit(torch_has_cuda: bool) -> Cuda | None:
@@ -130,6 +138,10 @@ def cuda_toolkit(torch_has_cuda: bool) -> Cuda | None:
     archs = [a for a in wanted if not known or re.sub("[af]$", "", a) in known]
     if not archs:
         raise Unavailable(f"{found} compiles for none of {', '.join(wanted)}")
+    # PTX of the newest architecture that is not for one chip only lets later GPUs run it too.
+    portable = [int(a[3:]) for a in archs if a[-1].isdigit()]
+    if portable:
+        archs.append(f"compute_{max(portable)}")
     return Cuda(found, folder, archs)
 
 
@@ -268,12 +280,7 @@ class NinjaBuild(build_ext):
             )
             flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
             flags += ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-            for arch in cuda.archs:
-                flags += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
-            # PTX of the newest architecture that is not for one chip only lets later GPUs run it too.
-            portable = [a.replace("sm", "compute") for a in cuda.archs if a[-1].isdigit()]
-            if portable:
-                flags += ["-gencode", f"arch={portable[-1]},code={portable[-1]}"]
+            flags += cuda.code()
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 out.compile(source, f"cuda.{source.stem}.cu", "nvcc", flags)
             for source in sorted(CSRC.glob("cuda/*.cpp")):
