@@ -29,7 +29,10 @@ NO_CUDA = (
     "the C++ extension was built without its CUDA sources (nvcc was not found, the PyTorch it was built for has no CUDA, or "
     "NVAE_FAST_NO_CUDA)"
 )
-REBUILD = "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand"
+REBUILD = (
+    "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand "
+    "(pip install --force-reinstall --no-deps --no-cache-dir)"
+)
 # What is lost without it.
 LOST = (
     "Lost without it: the C++ kernels. Every operation on the CPU, and depthwise_conv2d on the GPU, runs in plain PyTorch "
