@@ -222,12 +222,21 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write(document: dict[str, Any]) -> None:
+def write(cell: Cell, result: dict[str, Any], **head: str) -> None:
+    """Put one cell beside what is known of the others."""
+    document: dict[str, Any] = {"cells": {}}
+    if JSON.exists():
+        document = json.loads(JSON.read_text(encoding="utf-8"))
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    document |= {"machine": machine(), "date": today, **head}
+    document["cells"][f"{cell.python}x{cell.torch}"] = result
     JSON.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     page = PAGE.read_text(encoding="utf-8")
-    head, tail = page.index(MARKS[0]) + len(MARKS[0]), page.index(MARKS[1])
-    said = f"\n\nOn {document['machine']}, {document['date']}; the wheel was built with {document['wheel_built_with']}.\n\n"
-    PAGE.write_text(page[:head] + said + table(document) + "\n\n" + page[tail:], encoding="utf-8")
+    start, end = page.index(MARKS[0]) + len(MARKS[0]), page.index(MARKS[1])
+    said = f"On {document['machine']}, {document['date']}"
+    if "wheel_built_with" in document:
+        said += f"; the wheel was built with {document['wheel_built_with']}"
+    PAGE.write_text(f"{page[:start]}\n\n{said}.\n\n{table(document)}\n\n{page[end:]}", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -238,15 +247,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--keep", action="store_true", help="leave the environments, 5 GB each")
     options = parser.parse_args(arguments)
     BUILD.mkdir(parents=True, exist_ok=True)
-    document: dict[str, Any] = {"cells": {}}
-    if JSON.exists():
-        document = json.loads(JSON.read_text(encoding="utf-8"))
-    document |= {
-        "machine": machine(),
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
     wheel = options.wheel and options.wheel.resolve()
     compiled: set[str] = set()
+    head: dict[str, str] = {}
+    passed = True
     for cell in options.cells:
         print(f"{cell}: installing", flush=True)
         environment = Environment(cell)
@@ -255,7 +259,7 @@ def main(arguments: list[str] | None = None) -> int:
         if wheel is None:
             print(f"{cell}: building the wheel", flush=True)
             wheel, built = build_wheel(environment)
-            document["wheel_built_with"] = str(cell)
+            head["wheel_built_with"] = str(cell)
         elif cell.torch not in compiled and not options.no_sources:
             print(f"{cell}: compiling the sources", flush=True)
             built = build_sources(environment)
@@ -267,13 +271,12 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{cell}: testing {wheel.name}", flush=True)
         result |= test(environment, wheel)
         print(f"{cell}: {result['tests']} in {result['seconds']} s", flush=True)
-        document["cells"][f"{cell.python}x{cell.torch}"] = result
-        write(document)
+        write(cell, result, **head)
+        passed = passed and result["passed"] and result["built"] is not False
         if not options.keep:
             shutil.rmtree(environment.folder)
-    print(table(document))
-    asked = [document["cells"][f"{cell.python}x{cell.torch}"] for cell in options.cells]
-    return int(not all(cell["passed"] and cell["built"] is not False for cell in asked))
+    print(table(json.loads(JSON.read_text(encoding="utf-8"))))
+    return int(not passed)
 
 
 if __name__ == "__main__":
