@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -439,4 +440,5 @@ def test_empty() -> None:
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run_cases(sys.argv[1], sys.argv[2])

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -233,4 +234,5 @@ def test_kernels_compile_without_spills(
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run(sys.argv[1])
