@@ -26,7 +26,7 @@ from nvae_fast.kernels.pointwise import squash, squash_slopes
 
 @triton.jit
 def forward_kernel(
-    params, noise, seed, z,
+    parameters, noise, seed, z,
     batches, channels, pixels, chunks, rows, temperature, floor,
     params_batch, params_step, noise_batch, noise_step, z_batch, z_step,
     CLAMP: tl.constexpr, TILE: tl.constexpr,
@@ -38,8 +38,8 @@ def forward_kernel(
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
-    raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-    raw_ls = load(params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_mu = load(parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_ls = load(parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
     if noise is not None:
         eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
     else:
@@ -52,7 +52,7 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_z, params, noise, seed, grad_params, grad_noise,
+    grad_z, parameters, noise, seed, grad_params, grad_noise,
     batches, channels, pixels, chunks, rows, temperature, floor,
     z_batch, z_step, params_batch, params_step, noise_batch, noise_step, packed_batch, packed_step, map_batch, map_step,
     CLAMP: tl.constexpr, TILE: tl.constexpr,
@@ -65,8 +65,8 @@ def backward_kernel(
     at = first + pixel
     mask = inside & (at < pixels)
     g = load(grad_z, offsets(b, c, at, z_batch, z_step, TILE), z_step, mask, TILE)
-    raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-    raw_ls = load(params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_mu = load(parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_ls = load(parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
     if noise is not None:
         eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
     else:

@@ -19,7 +19,7 @@ POINTERS = (
         "grad_posterior",
         "grad_prior",
         "grad_noise",
-        "params",
+        "parameters",
         "grad_params",
     ],
     ["out_kl", "out_log_q", "out_log_p", "out", "grad", "grad_kl", "grad_log_q", "grad_log_p"],
