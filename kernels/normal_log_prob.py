@@ -26,7 +26,6 @@ from nvae_fast.kernels.maps import (
     multiply,
     of_sums,
     offsets,
-    program,
     store,
     sum_places,
     zero_sums,
@@ -61,8 +60,7 @@ def forward_kernel(
     """``parameters`` may be None. SHARED_LOGS: four sigmas may be multiplied before a logarithm is taken."""
     COUNT: tl.constexpr = TILE[PIXELS]
     TIMES: tl.constexpr = TILE[ITERATIONS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     total = zero_sums(TILE)
     sigmas = zero_sums(TILE) + 1.0  # the logarithm of this product is to be added
@@ -97,8 +95,7 @@ def forward_kernel(
             sigmas, sigmas_power = multiply(sigmas, sigmas_power, sigma, TILE)
     if SHARED_LOGS:
         total += 2.0 * log_product(sigmas, sigmas_power, TILE)
-    place, there = sum_places(block, chunk, batches, channels, rows, TILE)
-    counted = tl.minimum(pixels - first, TILE[ITERATIONS] * TILE[SPAN])
+    place, there, counted = sum_places(batches, channels, pixels, chunks, rows, TILE)
     tl.store(out + place, -0.5 * lane_sums(total, TILE) - LOG_SQRT_2PI * counted.to(tl.float32), mask=there)
 
 
@@ -111,8 +108,7 @@ def backward_kernel(
 ):  # fmt: skip
     """``parameters`` may be None, and a gradient that is not wanted."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)

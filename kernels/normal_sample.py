@@ -18,7 +18,6 @@ from nvae_fast.kernels.maps import (
     log_sigma_channel,
     normals,
     offsets,
-    program,
     store,
 )
 from nvae_fast.kernels.pointwise import squash, squash_slopes
@@ -33,8 +32,7 @@ def forward_kernel(
 ):  # fmt: skip
     """``noise`` or ``seed`` is None."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
@@ -59,8 +57,7 @@ def backward_kernel(
 ):  # fmt: skip
     """``noise`` or ``seed`` is None, and a gradient that is not wanted."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
