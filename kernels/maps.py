@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from nvae_fast.kernels.philox import philox_normals4
+from nvae_fast.kernels.pointwise import log_positive
 
 
 class Tile(NamedTuple):
@@ -267,8 +268,8 @@ def multiply(fraction, exponent, x, TILE: tl.constexpr):
 
 @triton.jit
 def log_product(fraction, exponent, TILE: tl.constexpr):
-    """The logarithm of what :func:`multiply` made."""
-    log = tl.log(fraction)
+    """The logarithm of what :func:`multiply` made. Not a number gives some number: the sums it is added to are none already."""
+    log = log_positive(fraction)
     if TILE[ITERATIONS] > 1:
         log = tl.fma((exponent - 127 * TILE[ITERATIONS]).to(tl.float32), 0.6931471805599453, log)
     return log
