@@ -26,14 +26,13 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     m0: tl.constexpr = 0xD2511F53
     m1: tl.constexpr = 0xCD9E8D57
     for _ in tl.static_range(10):
-        hi0 = tl.umulhi(m0, c0)
-        hi1 = tl.umulhi(m1, c2)
-        lo0 = tl.mul(m0, c0, sanitize_overflow=False)
-        lo1 = tl.mul(m1, c2, sanitize_overflow=False)
-        c0 = hi1 ^ c1 ^ k0
-        c2 = hi0 ^ c3 ^ k1
-        c1 = lo1
-        c3 = lo0
+        # Both halves of a product in one instruction.
+        p0 = tl.mul(c0.to(tl.uint64), m0, sanitize_overflow=False)
+        p1 = tl.mul(c2.to(tl.uint64), m1, sanitize_overflow=False)
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3

@@ -239,7 +239,7 @@ def test_empty() -> None:
 
 # Ahead of time.
 
-POINTERS = ("params", "x", "out", "grad")
+POINTERS = ("parameters", "x", "out", "grad")
 COMPILED = [
     (kernel, layout, dtype)
     for kernel in ("log_prob_kernel", "log_prob_backward_kernel", "sample_kernel", "mean_kernel")
