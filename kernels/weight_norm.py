@@ -168,7 +168,7 @@ def _plan_tables(shapes: tuple[tuple[int, int], ...], device: torch.device) -> t
 
 
 def _copied(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    if device not in _loaded:
+    if device.type == "cuda" and device not in _loaded:
         _loaded.add(device)
         written((0,), device)
     return torch.tensor(numbers, dtype=torch.int64).to(device)

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import traceback
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -105,8 +104,11 @@ class Device(TorchDispatchMode):
         base, size = storage.data_ptr(), storage.nbytes()
         known = self._storages.get(base)
         if base and (known is None or known[1] != size or known[0].expired()):
-            if known is None:
-                bisect.insort(self._bases, base)
+            # What was in this place before is gone.
+            first, last = bisect.bisect_left(self._bases, base), bisect.bisect_left(self._bases, base + max(size, 1))
+            for gone in self._bases[first:last]:
+                del self._storages[gone]
+            self._bases[first:last] = [base]
             self._storages[base] = (torch.multiprocessing.reductions.StorageWeakRef(storage), size)
             if self.capture is not None:
                 self.capture.inside.add(base)
@@ -243,12 +245,12 @@ def _noted(what: str) -> None:
 class Graph:
     """What a capture saw; a replay launches what it holds and runs nothing."""
 
-    made: list[weakref.ref[Graph]] = []  # noqa: RUF012  of the process
+    made: list[Graph] = []  # noqa: RUF012  of the process
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.capture = Capture()
         self.replays = 0
-        Graph.made.append(weakref.ref(self))
+        Graph.made.append(self)
 
     def replay(self) -> None:
         assert _device is not None

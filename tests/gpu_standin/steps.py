@@ -9,6 +9,7 @@ import json
 import sys
 import time
 import traceback
+from collections import Counter
 from typing import Any
 
 from start import device, driver, nf, stand_in, torch
@@ -60,14 +61,14 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:
         failure = f"{type(error).__name__}: {error} | {driver.library.standin_refusal().decode()}"
         traceback.print_exc()
-    graphs = [graph for made in stand_in.Graph.made if (graph := made())]
+    graphs = stand_in.Graph.made
     counts = driver.report()
     return {
         "name": case["name"], "failure": failure, "seconds": round(time.time() - started, 1), "graphs": len(graphs),
         "replays": sum(graph.replays for graph in graphs), "events": [e for g in graphs for e in g.capture.events],
         "operators": sum(graph.capture.operators for graph in graphs),
         **{k: v for k, v in counts.items() if k != "kernels"},
-        "in_capture": {k["name"]: k["launches_in_capture"] for k in counts["kernels"] if k["launches_in_capture"]},
+        "in_capture": dict(sum((Counter({k["name"]: k["launches_in_capture"]}) for k in counts["kernels"]), Counter())),
     }  # fmt: skip
 
 
