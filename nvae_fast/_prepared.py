@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from nvae_fast import _backend, _evaluated_cell
+from nvae_fast.ops import _capture
 from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
@@ -192,7 +193,7 @@ def _scope(model: nn.Module) -> _Prepared:
         return _Prepared(model, lasting=False)
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # a graph must compute what it replays with
+        if _capture.recorded(device):  # a graph must compute what it replays with
             return _Prepared(model, lasting=False)
         stream = torch.cuda.current_stream(device).cuda_stream
     found = _lasting.get(model)

@@ -144,12 +144,22 @@ def _check(
             )
 
 
+def _runs(taps: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs of consecutive positions in ``taps``, each as (first, one past the last)."""
+    ordered = sorted(taps)
+    starts = [tap for tap in ordered if tap - 1 not in ordered]
+    stops = [tap + 1 for tap in ordered if tap + 1 not in ordered]
+    return list(zip(starts, stops, strict=True))
+
+
 def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
     """``weight`` with zeros where no tap is; nothing that stands there gets through."""
     if taps is None:
         return weight
     live = torch.zeros(weight.shape[-1] ** 2, dtype=torch.bool, device=weight.device)
-    live[list(taps)] = True
+    # One fill a run of neighbours: a list of positions would be copied from the host, which a CUDA graph cannot hold.
+    for start, stop in _runs(taps):
+        live[start:stop] = True
     return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
 
 
