@@ -104,10 +104,9 @@ def by_device(launcher: Callable[..., Any], formula: Callable[..., Any]) -> Call
 
 
 def _device(args: Iterable[Any]) -> int | None:
-    """Index of the GPU that the first tensor among the arguments, or in lists of them, is on."""
+    """Index of the GPU that the first tensor on one is on, among the arguments or in lists of them."""
     for value in args:
-        if isinstance(value, torch.Tensor):
-            return value.device.index
-        if isinstance(value, (list, tuple)) and value and isinstance(value[0], torch.Tensor):
-            return value[0].device.index
+        for tensor in value if isinstance(value, (list, tuple)) else (value,):
+            if isinstance(tensor, torch.Tensor) and tensor.device.type == "cuda":
+                return tensor.device.index
     return None
