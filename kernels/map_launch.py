@@ -22,11 +22,11 @@ ROW_TILES = ((1024, 4), (512, 4))
 # Tiles of channels have a lane to a thread and 16, 8 or 4 elements to a lane. More lanes than these leave a thread fewer
 # registers than the backward pass takes.
 LANES, MOST_ELEMENTS = (128, 256, 512), 4096
-# In units of one element on a warp, some 170 instructions of residual_normal: what a thread does besides its elements; a sum
+# In units of one element on a warp, some 140 instructions of residual_normal: what a thread does besides its elements; a sum
 # across threads, for each channel of a lane; a partial sum, which is written and read again; a second launch that adds up.
-THREAD_COST, REDUCE_COST, PARTIAL_COST, STAGE_COST = 1.0, 0.3, 0.7, 14.0
+THREAD_COST, REDUCE_COST, PARTIAL_COST, STAGE_COST = 1.0, 0.3, 1.0, 14.0
 ACCESS_COST = 0.1  # of an element that is loaded and stored alone; a share of it where several are
-BUSY_WARPS = 4  # on a scheduler; with fewer it waits for their results
+BUSY_WARPS = 3  # on a scheduler; with fewer it waits for their results
 # (tiles of the map, tiles that one program adds up): adding across threads at the end costs about a third of a tile, but
 # a multiprocessor wants several programs.
 SUM_TILES = ((32768, 8), (16384, 4), (8192, 2), (0, 1))

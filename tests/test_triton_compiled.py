@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ def seed() -> torch.Tensor:
 
 
 def noise_cases() -> Iterator[Case]:
-    kernels = __import__("nvae_fast.kernels.philox", fromlist=["_"])
+    kernels = importlib.import_module("nvae_fast.kernels.philox")
     wide = (2**21, 20, 7, 9)  # 64-bit offsets
     yield "flat", kernels.philox_normal, [(2**20,), seed(), torch.float32, False]
     yield "quads", kernels.philox_normal, [(8, 20, 16, 16), seed(), torch.bfloat16, True]
@@ -43,7 +44,7 @@ def noise_cases() -> Iterator[Case]:
 
 def mixture_cases() -> Iterator[Case]:
     """Ten components of 32x32 pixels; with 5 bits a bin is far wider than the smallest scales."""
-    kernels = __import__("nvae_fast.kernels.mixture_logistic", fromlist=["_"])
+    kernels = importlib.import_module("nvae_fast.kernels.mixture_logistic")
     for layout, dtype in (("rows", torch.float32), ("channels", torch.bfloat16)):
         params, x = empty((16, 100, 32, 32), layout, dtype), empty((16, 3, 32, 32), layout, dtype)
         bits = 5 if layout == "channels" else 8
@@ -55,9 +56,9 @@ def mixture_cases() -> Iterator[Case]:
 
 
 def plane_cases() -> Iterator[Case]:
-    bn = __import__("nvae_fast.kernels.batch_norm_swish", fromlist=["_"])
-    cs = __import__("nvae_fast.kernels.channel_statistics", fromlist=["_"])
-    pa = __import__("nvae_fast.kernels.plane_affine", fromlist=["_"])
+    bn = importlib.import_module("nvae_fast.kernels.batch_norm_swish")
+    cs = importlib.import_module("nvae_fast.kernels.channel_statistics")
+    pa = importlib.import_module("nvae_fast.kernels.plane_affine")
     for dtype in (torch.float32, torch.bfloat16):
         for layout, activation in (("rows", "swish"), ("channels", "elu")):
             # In rows 64-bit offsets, for float32.
