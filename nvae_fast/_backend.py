@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd import forward_ad
 
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")
@@ -41,9 +42,20 @@ def forced_reference() -> bool:
     return _choice == "reference"
 
 
-def fused(op: str, device_type: str) -> bool:
-    """True when a call of ``op`` on ``device_type`` goes to a fused kernel."""
-    return _choice == "auto" and (op, device_type) in _fused
+def transforms_active() -> bool:
+    """Inside torch.func.grad, jvp, vmap or jacrev, or a level of forward-mode differentiation: no kernel can follow them."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def fused(op: str, device: torch.device) -> bool:
+    """True when a call of ``op`` on ``device`` goes to a fused kernel, for every operator: there is one, nothing forces the
+    reference, and no functional transform or forward-mode differentiation is active."""
+    return (
+        (op, device.type) in _fused
+        and _choice == "auto"
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+    )
 
 
 def kernel(op: str, device_type: str) -> str | None:

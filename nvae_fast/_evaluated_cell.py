@@ -125,7 +125,7 @@ def find(cell: nn.Module, gate: nn.Module | None, x: torch.Tensor) -> EvaluatedC
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     kept = _kept.get(cell)
-    if kept is None or not available(x.device.type):
+    if kept is None or not available(x.device):
         return None
     stream = _stream(x.device)
     return kept if stream is not None and kept.fits(gate, stream) else None

@@ -216,13 +216,13 @@ def prepared_layer(conv: Convolution) -> _Layer | None:
     if not scopes or (conv.awaits_data and conv.training):
         return None
     weight = conv.weight
-    device = weight.device.type
+    device = weight.device
     if not _backend.fused(OP, device):
         return None
     grad = torch.is_grad_enabled()
     if grad and not _state.hooks_allowed and torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
-    mode = _mode(device, weight.dtype, grad)
+    mode = _mode(device.type, weight.dtype, grad)
     for scope in reversed(scopes):
         found = scope.get(conv, mode)
         if found is not None:

@@ -1,5 +1,5 @@
-"""The checks that several rooms share. Each raises an error that names the op, the argument, what was expected and
-what came, before any output exists."""
+"""The checks that operators share. Each raises an error that names the operator, the argument, what was expected and what
+came, before any output exists. Each is one call where nothing is wrong: a model makes thousands a step."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import operator
 from typing import Any
 
 import torch
-
-from nvae_fast.ops.philox import as_seed
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,13 +20,14 @@ def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = 
         raise TypeError(
             f"{op}: {name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}"
         )
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
 
 
 def feature_map(op: str, name: str, value: Any) -> None:
     """``value`` is a floating tensor (B, C, H, W)."""
-    tensor(op, name, value)
+    if not isinstance(value, torch.Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+        tensor(op, name, value)
     if value.dim() != 4:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
 
@@ -44,10 +43,11 @@ def shape(
     op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
 ) -> None:
     """``value`` is a floating tensor of ``expected`` shape, on the device of ``like``."""
-    tensor(op, name, value)
-    if tuple(value.shape) != tuple(expected):
+    if not isinstance(value, torch.Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+        tensor(op, name, value)
+    if value.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
-    if like is not None:
+    if like is not None and value.device != like.device:
         device(op, name, value, like)
 
 
@@ -58,7 +58,10 @@ def device(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
 
 def packed(op: str, name: str, value: Any) -> None:
     """``value`` is packed raw parameters (B, 2Z, H, W)."""
-    feature_map(op, name, value)
+    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
+        feature_map(op, name, value)
+    if value.layout is not torch.strided:
+        tensor(op, name, value)
     if value.shape[1] % 2:
         raise ValueError(
             f"{op}: {name} must have an even number of channels 2Z (raw mu, then raw log sigma), got {value.shape[1]}"
@@ -81,12 +84,46 @@ def temperature(op: str, value: float, *, zero: bool) -> None:
         )
 
 
-def seed(op: str, value: Any, device: torch.device) -> torch.Tensor:
-    """``value`` as a 0-d int64 tensor on ``device``; None takes a fresh one from its default generator."""
-    try:
-        return as_seed(value, device)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{op}: {str(error).removeprefix('seed: ')}") from None
+def noise_or_seed(
+    op: str, packed: torch.Tensor, noise: torch.Tensor | None, given: int | torch.Tensor | None
+) -> torch.Tensor | None:
+    """The seed tensor to draw the noise of ``packed`` (B, 2Z, H, W) from, or None where ``noise`` (B, Z, H, W) is given."""
+    if noise is None:
+        return seed(op, given, packed.device)
+    if given is not None:
+        raise ValueError(f"{op}: give either noise or seed, not both")
+    b, channels, h, w = packed.shape
+    shape(op, "noise", noise, (b, channels // 2, h, w), packed)
+    return None
+
+
+def seed(op: str, value: Any, device: torch.device | str | None) -> torch.Tensor:
+    """``value`` as a 0-d int64 tensor on ``device``: an int is taken mod 2^64, None draws a fresh one from the default generator
+    of the device, so that ``torch.manual_seed`` governs it."""
+    if value is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(value, torch.Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: a seed tensor must be int64, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{op}: a seed tensor must be 0-d, got shape {tuple(value.shape)}")
+        wanted, found = torch.device(value.device if device is None else device), value.device
+        if wanted.type != found.type or wanted.index not in (None, found.index):
+            raise ValueError(
+                f"{op}: the seed tensor must be on {device}, got {found}; moving it would synchronise"
+            )
+        return value
+    if isinstance(value, (bool, float)):
+        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)  # NumPy integers
+        except TypeError:
+            message = f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}"
+            raise TypeError(message) from None
+    if not -(2**63) <= value < 2**63:
+        value = (value + 2**63) % 2**64 - 2**63  # the int64 with the same bits
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def whole(op: str, name: str, value: Any) -> int:

@@ -62,7 +62,7 @@ class Room:
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
-        if not _backend.fused(self.name, args[0].device.type):
+        if not _backend.fused(self.name, args[0].device):
             return self.reference(*args)
         if torch.compiler.is_compiling():
             return self.operator(*args)

@@ -88,9 +88,9 @@ for _device in _backend.DEVICES:
     )
 
 
-def available(device_type: str) -> bool:
+def available(device: torch.device) -> bool:
     """Whether the cell runs fused on this device."""
-    return _backend.fused(NAME, device_type)
+    return _backend.fused(NAME, device)
 
 
 def inverted_residual_cell(

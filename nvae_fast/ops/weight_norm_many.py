@@ -270,7 +270,7 @@ class _Lists(Room):
         _check(*args)
         if not weights:
             return []
-        if not _backend.fused(self.name, weights[0].device.type):
+        if not _backend.fused(self.name, weights[0].device):
             return _reference(*args)
         if torch.compiler.is_compiling():
             return self.operator(*args)

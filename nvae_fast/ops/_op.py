@@ -1,0 +1,411 @@
+"""``define_op``: a PyTorch operator from one plain function, its formula.
+
+The formula is ordinary PyTorch. Its signature is the operator's schema, it is the operator's default kernel, its vector-Jacobian
+product is the default backward, and it is what every fused kernel is tested against::
+
+    def _reference(x: torch.Tensor, scale: torch.Tensor | None, eps: float) -> torch.Tensor:
+        ...
+
+    _op = define_op(
+        "my_op",
+        _reference,
+        fake=lambda x, *_: empty_map(x, x.shape[1]),    # shape, dtype and layout of the result
+        differentiable=("x", "scale"),
+        triton="my_op",                                 # nvae_fast.kernels.my_op.my_op runs it on a GPU
+        fused_backward=True,                            # and my_op_backward its gradient
+    )
+
+registers ``torch.ops.nvae_fast.my_op(Tensor x, Tensor? scale, float eps) -> Tensor`` and, for ``fused_backward``,
+``my_op_backward(Tensor grad, Tensor x, Tensor? scale, float eps, bool need_x, bool need_scale) -> (Tensor, Tensor)``. The C++
+extension adds kernels to both by these names. ``_op(x, scale, eps)`` has the types of the formula. The public function checks
+its arguments, where they have names and defaults, and calls it; the operator itself trusts them.
+
+A call goes, for every operator, where :func:`nvae_fast._backend.fused` says: to the fused kernel where the device has one,
+else to the formula. The formula also takes over under functional transforms and forward-mode differentiation, which a kernel
+cannot follow; and float64 on a GPU, where kernels compute in float32.
+
+:func:`define_kernel` registers an operator of the inside: without gradients, called with the schema's arguments as they are.
+"""
+
+from __future__ import annotations
+
+import importlib
+import typing
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, ParamSpec, TypeVar
+
+import torch
+
+from nvae_fast import _backend
+from nvae_fast.ops import _extension
+from nvae_fast.ops._layout import empty_map
+
+NAMESPACE = "nvae_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+Tensors = Sequence[torch.Tensor]
+Grads = Sequence[torch.Tensor | None]
+Gradients = dict[str, torch.Tensor | None]
+# backward(grads of the outputs, names of the arguments whose gradients are wanted, the arguments, the saved outputs)
+Backward = Callable[[Grads, frozenset[str], Any, Tensors], Gradients]
+_AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
+
+
+@dataclass(frozen=True)
+class Definition:
+    """What ``torch.ops.nvae_fast.<name>`` was made of."""
+
+    name: str
+    schema: str
+    formula: Callable[..., Any]
+    fake: Callable[..., Any]
+    launch: Callable[..., Any] | None  # its Triton kernels, or the formula for float64
+
+
+DEFINITIONS: dict[str, Definition] = {}
+
+
+def refuse_double_backward(name: str) -> None:
+    """Raise while autograd would record the backward pass: the gradients of a fused kernel have no graph."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
+        )
+
+
+# ------------------------------------------------------------------------------ registration
+
+
+def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic_sizes: bool = False) -> str:
+    """The schema that the annotations of ``formula`` say. An int is a constant of the compiled graph, unless it is a size."""
+    formula.__annotations__ = typing.get_type_hints(formula)  # strings, which not every PyTorch resolves
+    schema = torch.library.infer_schema(formula, mutates_args=mutates)
+    return schema if symbolic_sizes else schema.replace("SymInt", "int")
+
+
+def _arguments(schema: str) -> list[tuple[str, str]]:
+    """(type, name) of every argument."""
+    inside = schema[1 : schema.index(") -> ")]
+    return [(kind, name) for kind, name in (argument.rsplit(" ", 1) for argument in inside.split(", "))]
+
+
+def _is_float64(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(map(_is_float64, value))
+    return (value.dtype if isinstance(value, torch.Tensor) else value) is torch.float64
+
+
+def _launcher(
+    name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
+) -> Callable[..., Any]:
+    """``nvae_fast.kernels.<triton>.<name>``, or a function that launches kernels. They compute in float32: unless they know
+    ``float64``, it is the formula's."""
+
+    def launch(*args: Any) -> Any:
+        if not float64 and any(map(_is_float64, args)):
+            return formula(*args)
+        if callable(triton):
+            return triton(*args)
+        return getattr(importlib.import_module(f"nvae_fast.kernels.{triton}"), name)(*args)
+
+    return launch
+
+
+def _register(
+    name: str,
+    schema: str,
+    formula: Callable[..., Any],
+    fake: Callable[..., Any],
+    triton: str | Callable[..., Any] | None,
+    float64: bool = False,
+) -> Any:
+    LIBRARY.define(name + schema)
+    LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    launch = None if triton is None else _launcher(name, triton, formula, float64)
+    if launch is not None and _backend.triton_reason() is None:
+        LIBRARY.impl(name, launch, "CUDA")
+    DEFINITIONS[name] = Definition(name, schema, formula, fake, launch)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def define_kernel(
+    name: str,
+    formula: Callable[P, R],
+    *,
+    fake: Callable[..., Any],
+    triton: str | Callable[..., Any] | None = None,
+    mutates: Sequence[str] = (),
+) -> Callable[P, R]:
+    """Register ``nvae_fast::<name>`` without gradients and return it; its arguments are trusted.
+
+    Args:
+        name: of the operator and of its kernels.
+        formula: the operator in plain PyTorch.
+        fake: uninitialised results of the right shapes, dtypes and layouts.
+        triton: module of ``nvae_fast.kernels`` that has the Triton kernel, or a function that launches it.
+        mutates: names of the arguments that it writes to.
+    """
+    return typing.cast("Callable[P, R]", _register(name, schema_of(formula, mutates), formula, fake, triton))
+
+
+def define_op(
+    name: str,
+    formula: Callable[P, R],
+    *,
+    fake: Callable[..., Any],
+    differentiable: Sequence[str] = (),
+    outputs: Sequence[str] = (),
+    triton: str | Callable[..., Any] | None = None,
+    backward: Backward | None = None,
+    fused_backward: bool = False,
+    gradient: Callable[[Any, str], torch.Tensor] | None = None,
+    saves: Sequence[int] | Callable[[Any], Sequence[int]] = (),
+    constant_outputs: Sequence[int] | Callable[[Any], Sequence[int]] = (),
+    backend: str | None = None,
+    symbolic_sizes: bool = False,
+    float64: bool = False,
+    opaque: bool = False,
+) -> Operator[P, R]:
+    """Register ``nvae_fast::<name>`` with its gradients, fake and Triton kernels; see the module's docstring.
+
+    Args:
+        name: of the operator and of its kernels.
+        formula: the operator in plain PyTorch. A result must be a tensor of its own, no view of an argument.
+        fake: uninitialised results of the right shapes, dtypes and layouts.
+        differentiable: names of the arguments that receive gradients.
+        outputs: names of the results; the arguments of a derived backward operator are called after them.
+        triton: module of ``nvae_fast.kernels`` that has the Triton kernels, or a function that launches them.
+        backward: gradients by name where a composition of operators computes them; by default the formula's
+            vector-Jacobian product.
+        fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own.
+        gradient: ``gradient(args, name)``, uninitialised: dtype and layout of what these kernels return. By default the
+            argument's dtype and the memory format of the first argument.
+        saves: positions of the results that ``backward`` is given, or a function of the arguments that says which.
+        constant_outputs: positions of the results that carry no gradient, or a function of the arguments that says which.
+        backend: the row of :func:`nvae_fast.backends` that says what runs it; by default its own.
+        symbolic_sizes: ints are sizes, which a compiler may leave open.
+        float64: the Triton kernels know float64.
+        opaque: a compiler is given the operator, never its formula.
+    """
+    schema = schema_of(formula, symbolic_sizes=symbolic_sizes)
+    overload = _register(name, schema, formula, fake, triton, float64)
+    arguments = _arguments(schema)
+    names = [name for _, name in arguments]
+    is_tensor = [kind in ("Tensor", "Tensor?") for kind, _ in arguments]
+    where = [names.index(argument) for argument in differentiable]
+    values_of = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
+    if fused_backward:
+        kernel = _derive_backward(name, schema, formula, where, outputs, triton, gradient)
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        results = output if isinstance(output, tuple) else (output,)
+        kept = saves(values_of(inputs)) if callable(saves) else saves
+        constants = constant_outputs(values_of(inputs)) if callable(constant_outputs) else constant_outputs
+        if constants:
+            ctx.mark_non_differentiable(*map(results.__getitem__, constants))
+        ctx.save_for_backward(*map(inputs.__getitem__, tensors), *map(results.__getitem__, kept))
+        ctx.arguments = list(inputs)
+        for i in tensors:
+            ctx.arguments[i] = None
+
+    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward(name)
+        args, saved, needs = ctx.arguments.copy(), ctx.saved_tensors, ctx.needs_input_grad
+        for i, value in zip(tensors, saved, strict=False):
+            args[i] = value
+        result: list[torch.Tensor | None] = [None] * len(args)
+        if all(grad is None for grad in grads) or not any(needs[i] for i in where):
+            return tuple(result)
+        found: Any
+        if backward is None and not fused_backward:
+            found = vjp(formula, where, grads, args, needs)
+        elif torch.compiler.is_compiling():
+            found = gradients(grads, args, needs, saved[len(tensors) :])
+        else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
+            with torch._C._AutoDispatchBelowAutograd():
+                found = gradients(grads, args, needs, saved[len(tensors) :])
+        for i, value in zip(where, found, strict=True):
+            if needs[i]:
+                result[i] = value
+        return tuple(result)
+
+    def gradients(grads: Grads, args: list[Any], needs: Sequence[bool], saved: Tensors) -> Any:
+        if backward is None:
+            found = kernel(*grads, *args, *(needs[i] for i in where)) if len(where) > 1 else kernel(*grads, *args)
+            return found if len(where) > 1 else (found,)
+        wanted = frozenset(names[i] for i in where if needs[i])
+        return map(backward(grads, wanted, values_of(args), saved).get, differentiable)
+
+    tensors = [i for i, tensor in enumerate(is_tensor) if tensor]
+    torch.library.register_autograd(
+        f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY
+    )
+    record_kernels(name, backend or name, triton is not None)
+    return Operator(
+        DEFINITIONS[name], overload, tensors[0], backend or name, opaque, setup_context, run_backward
+    )
+
+
+# -------------------------------------------------------------------------------- dispatch
+
+
+class Operator(Generic[P, R]):
+    """An operator with gradients. Call it with the formula's arguments, by position."""
+
+    def __init__(
+        self,
+        definition: Definition,
+        overload: Any,
+        first_tensor: int,
+        backend: str,
+        opaque: bool,
+        setup_context: Callable[..., None],
+        run_backward: Callable[..., Any],
+    ) -> None:
+        self.definition, self.name, self.overload, self.backend = definition, definition.name, overload, backend
+        self.formula: Callable[P, R] = definition.formula
+        self._first_tensor, self._opaque, self._kernel = first_tensor, opaque, overload._op
+        operator = self
+
+        # The operator's registered autograd does the same for compilers, but costs a tenth of a millisecond a call.
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    outputs = operator._kernel(*args)
+                setup_context(ctx, args, outputs)
+                return outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+                return run_backward(ctx, *grads)
+
+        # Without Function.apply's own look for functional transforms: none is active where this is called.
+        self._differentiable = super(torch.autograd.Function, Differentiable).apply
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        device: torch.device = args[self._first_tensor].device  # type: ignore[attr-defined]
+        if not _backend.fused(self.backend, device):
+            if self._opaque and torch.compiler.is_compiling() and not _backend.transforms_active():
+                return self.overload(*args, **kwargs)
+            return self.formula(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return self.overload(*args, **kwargs)
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return self._differentiable(*args, **kwargs)
+        return self.without_grad(*args, **kwargs)
+
+    def without_grad(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """The kernel, or else the formula, on arguments that are trusted; no gradients."""
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*args, **kwargs)
+
+
+def record_kernels(name: str, backend: str, triton: bool) -> None:
+    """Note in :mod:`nvae_fast._backend` what runs ``nvae_fast::<name>`` on each device, or why nothing does."""
+    for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
+        device = key.lower()
+        if key == "CUDA" and triton:
+            reason = _backend.triton_reason()
+            _backend.record(backend, device, None if reason else "triton", reason or "")
+        elif _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(
+            f"{NAMESPACE}::{name}", key
+        ):
+            _backend.record(backend, device, kernel)
+        else:
+            without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
+            own = "PyTorch's own kernels are used for this op"
+            _backend.record(backend, device, None, _extension.reason() or without or own)
+
+
+# ------------------------------------------------------------------------------- gradients
+
+
+def vjp(
+    formula: Callable[..., Any],
+    where: Sequence[int],
+    grads: Grads,
+    args: Sequence[Any],
+    needs: Sequence[bool],
+) -> list[torch.Tensor | None]:
+    """The vector-Jacobian product of ``formula`` at ``args``: gradients of the arguments at the positions ``where`` of which
+    ``needs`` is true, None for the others."""
+    values, leaves = list(args), {}
+    # A kernel runs below autograd, where nothing would be recorded.
+    with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
+        for i in where:
+            if needs[i] and isinstance(values[i], torch.Tensor):
+                values[i] = leaves[i] = values[i].detach().requires_grad_(True)
+        results = formula(*values)
+        results = results if isinstance(results, tuple) else (results,)
+        pairs = [
+            (y, g.to(y.dtype))
+            for y, g in zip(results, grads, strict=True)
+            if g is not None and y.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(where)
+        found = torch.autograd.grad(
+            [y for y, _ in pairs], [*leaves.values()], [g for _, g in pairs], allow_unused=True
+        )
+    of = dict(zip(leaves, found, strict=True))
+    return [of.get(i) for i in where]
+
+
+def _derive_backward(
+    name: str,
+    schema: str,
+    formula: Callable[..., Any],
+    where: Sequence[int],
+    outputs: Sequence[str],
+    triton: str | Callable[..., Any] | None,
+    gradient: Callable[[Any, str], torch.Tensor] | None,
+) -> Any:
+    """Register ``<name>_backward(grads of the outputs, arguments, which gradients are needed) -> gradients``. A gradient that
+    is not needed comes back empty; where there is one argument to differentiate, it always is."""
+    arguments = _arguments(schema)
+    names = [argument for _, argument in arguments]
+    grads = [f"Tensor? grad_{output}" for output in outputs] or ["Tensor grad"]
+    if len(outputs) == 1:
+        grads = [f"Tensor grad_{outputs[0]}"]
+    needs = [f"bool need_{names[i]}" for i in where] if len(where) > 1 else []
+    returns = f"({', '.join(['Tensor'] * len(where))})" if len(where) > 1 else "Tensor"
+    text = f"({', '.join([*grads, *(f'{kind} {n}' for kind, n in arguments), *needs])}) -> {returns}"
+    values_of = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
+    first, last = len(grads), len(grads) + len(arguments)
+
+    def needed(flat: Sequence[Any]) -> list[bool]:
+        """Of every argument."""
+        flags = dict(zip(where, flat[last:] or [True], strict=True))
+        return [flags.get(i, False) and flat[first + i] is not None for i in range(len(arguments))]
+
+    def fake(*flat: Any) -> Any:
+        args, like = values_of(flat[first:last]), flat[first]
+        found = []
+        for i, need in ((i, needed(flat)[i]) for i in where):
+            value = like if args[i] is None else args[i]
+            if not need:
+                found.append(like.new_empty(0, dtype=value.dtype))
+            elif gradient is not None:
+                found.append(gradient(args, names[i]))
+            else:
+                found.append(empty_map(like, value.shape[1], value.dtype))
+        return tuple(found) if len(where) > 1 else found[0]
+
+    def of_formula(*flat: Any) -> Any:
+        found = fake(*flat)
+        every = vjp(formula, where, flat[:first], flat[first:last], needed(flat))
+        for out, value in zip(found if len(where) > 1 else (found,), every, strict=True):
+            if value is not None:
+                out.copy_(value)
+            else:  # not needed, hence empty; or nothing depends on it
+                out.zero_()
+        return found
+
+    return _register(f"{name}_backward", text, of_formula, fake, triton)
