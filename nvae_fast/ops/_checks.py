@@ -51,6 +51,25 @@ def shape(
         device(op, name, value, like)
 
 
+def vectors(op: str, like: torch.Tensor, **values: torch.Tensor | None) -> None:
+    """Each of ``values`` is None, or a floating tensor (C,), C the channels of ``like``, on its device."""
+    expected = like.shape[1:2]
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, torch.Tensor) or value.shape != expected or value.device != like.device:
+            shape(op, name, value, tuple(expected), like)
+        if value.dtype not in FLOATING or value.layout is not torch.strided:
+            tensor(op, name, value)
+
+
+def together(op: str, **values: torch.Tensor | None) -> None:
+    """All of ``values`` are None, or none is."""
+    given = [name for name, value in values.items() if value is not None]
+    if given and len(given) < len(values):
+        raise ValueError(f"{op}: {' and '.join(values)} must be given together, got only {', '.join(given)}")
+
+
 def device(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the first argument, got {value.device}")
@@ -136,6 +155,16 @@ def whole(op: str, name: str, value: Any) -> int:
         except TypeError:
             pass
     raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+
+
+def choices(op: str, allowed: tuple[int, ...], **values: int) -> tuple[int, ...]:
+    """Each of ``values`` as an int (see :func:`whole`) of those ``allowed``."""
+    for name, value in values.items():
+        if value.__class__ is not int:
+            values[name] = whole(op, name, value)
+        if values[name] not in allowed:
+            one_of(op, name, values[name], allowed)
+    return tuple(values.values())
 
 
 def flag(op: str, name: str, value: Any) -> None:

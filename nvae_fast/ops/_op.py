@@ -32,7 +32,7 @@ from __future__ import annotations
 import importlib
 import typing
 from collections import namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -164,8 +164,8 @@ def define_op(
     backward: Backward | None = None,
     fused_backward: bool = False,
     gradient: Callable[[Any, str], torch.Tensor] | None = None,
-    saves: Sequence[int] | Callable[[Any], Sequence[int]] = (),
-    constant_outputs: Sequence[int] | Callable[[Any], Sequence[int]] = (),
+    saves: Mapping[int, str | None] | None = None,
+    constant_outputs: Mapping[int, str | None] | None = None,
     backend: str | None = None,
     symbolic_sizes: bool = False,
     float64: bool = False,
@@ -185,8 +185,10 @@ def define_op(
         fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own.
         gradient: ``gradient(args, name)``, uninitialised: dtype and layout of what these kernels return. By default the
             argument's dtype and the memory format of the first argument.
-        saves: positions of the results that ``backward`` is given, or a function of the arguments that says which.
-        constant_outputs: positions of the results that carry no gradient, or a function of the arguments that says which.
+        saves: positions of the results that ``backward`` is given, each with the argument that must be true or given for
+            it, or None.
+        constant_outputs: positions of the results that carry no gradient, each with the argument that gives it one where it
+            is true or given, or None.
         backend: the row of :func:`nvae_fast.backends` that says what runs it; by default its own.
         symbolic_sizes: ints are sizes, which a compiler may leave open.
         float64: the Triton kernels know float64.
@@ -196,7 +198,11 @@ def define_op(
     overload = _register(name, schema, formula, fake, triton, float64)
     arguments = _arguments(schema)
     names = [name for _, name in arguments]
-    is_tensor = [kind in ("Tensor", "Tensor?") for kind, _ in arguments]
+    tensors = [i for i, (kind, _) in enumerate(arguments) if kind in ("Tensor", "Tensor?")]
+    no_gradient, saved_results = (
+        [(i, None if argument is None else names.index(argument)) for i, argument in (rule or {}).items()]
+        for rule in (constant_outputs, saves)
+    )
     where = [names.index(argument) for argument in differentiable]
     values_of = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
     if fused_backward:
@@ -205,11 +211,16 @@ def define_op(
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
         results = output if isinstance(output, tuple) else (output,)
-        kept = saves(values_of(inputs)) if callable(saves) else saves
-        constants = constant_outputs(values_of(inputs)) if callable(constant_outputs) else constant_outputs
+        constants, kept = [], []
+        for i, giver in no_gradient:
+            if giver is None or inputs[giver] is None or inputs[giver] is False:
+                constants.append(results[i])
+        for i, asker in saved_results:
+            if asker is None or (inputs[asker] is not None and inputs[asker] is not False):
+                kept.append(results[i])
         if constants:
-            ctx.mark_non_differentiable(*map(results.__getitem__, constants))
-        ctx.save_for_backward(*map(inputs.__getitem__, tensors), *map(results.__getitem__, kept))
+            ctx.mark_non_differentiable(*constants)
+        ctx.save_for_backward(*map(inputs.__getitem__, tensors), *kept)
         ctx.arguments = list(inputs)
         for i in tensors:
             ctx.arguments[i] = None
@@ -242,7 +253,6 @@ def define_op(
         wanted = frozenset(names[i] for i in where if needs[i])
         return map(backward(grads, wanted, values_of(args), saved).get, differentiable)
 
-    tensors = [i for i, tensor in enumerate(is_tensor) if tensor]
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY
     )
