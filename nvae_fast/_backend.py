@@ -82,13 +82,12 @@ def use_backend(choice: str) -> Iterator[None]:
 
 
 def record(op: str, device_type: str, kernel: str | None, reason: str = "") -> None:
-    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none."""
+    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or the ``reason`` why it has none."""
     key = (op, device_type)
-    if kernel is None:
-        _fused.pop(key, None)
+    _fused.pop(key, None)
+    if kernel is None or reason:
         _absent[key] = reason
     else:
-        _absent.pop(key, None)
         _fused[key] = kernel
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 
 from nvae_fast.ops import _extension
-from nvae_fast.ops._register import NAMESPACE, operator
+from nvae_fast.ops._op import NAMESPACE, define_kernel
 
 Tensors = list[torch.Tensor]
 
@@ -43,16 +43,8 @@ def _formula(
     torch._foreach_addcdiv_(parameters, averages, norms, value=-rate)
 
 
-def _fake(*args: object) -> None:
-    return None
-
-
-adamax = operator(
-    "adamax",
-    "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] averages, Tensor(c!)[] norms, float rate, float beta1,"
-    " float beta2, float eps, float weight_decay) -> ()",
-    default=_formula,
-    fake=_fake,
+adamax = define_kernel(
+    "adamax", _formula, fake=lambda *_: None, mutates=("parameters", "averages", "norms")
 )
 
 

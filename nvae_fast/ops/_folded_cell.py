@@ -11,7 +11,7 @@ import torch
 
 from nvae_fast.ops import _affine
 from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
-from nvae_fast.ops._register import operator
+from nvae_fast.ops._op import define_kernel
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, check_maps
@@ -45,12 +45,8 @@ def _depthwise_affine_fake(
 
 # out_act(out_scale * conv(act(x)) + out_shift): where the statistics of the convolution are given, the batch norm behind it
 # costs no pass of its own. Not differentiable; its arguments are trusted.
-depthwise_affine = operator(
-    "depthwise_conv2d_affine",
-    "(Tensor x, Tensor weight, Tensor out_scale, Tensor out_shift, int stride, int upsample, str? activation,"
-    " str? out_activation) -> Tensor",
-    default=_depthwise_affine,
-    fake=_depthwise_affine_fake,
+depthwise_affine = define_kernel(
+    "depthwise_conv2d_affine", _depthwise_affine, fake=_depthwise_affine_fake
 )
 
 

@@ -20,6 +20,7 @@ from nvae_fast import _backend, _distributed
 from nvae_fast.ops import _affine, _checks, _coefficients
 from nvae_fast.ops import batch_norm_swish as batch_norm
 from nvae_fast.ops import channel_statistics as statistics
+from nvae_fast.ops._op import refuse_double_backward
 
 
 class MergedNorm(NamedTuple):
@@ -50,9 +51,12 @@ def merged_batch_norm_swish(
     """
     if _distributed.world_size(group) == 1:
         return None
-    _checks.feature_map("batch_norm_swish", "x", x)
-    # Its own check but for the number of values, of which a process may have none: statistics stand in as given.
-    batch_norm._check(x, weight, bias, weight, weight, eps, activation)
+    if _backend.transforms_active():
+        raise RuntimeError(
+            "batch_norm_swish: statistics over several processes cannot be computed under torch.func transforms or "
+            "forward-mode differentiation; take those of one process, or the running ones"
+        )
+    batch_norm.check_batch_norm(x, weight, bias, eps, activation)  # a process may have no values at all
     return MergedNorm(*_Merged.apply(x, weight, bias, eps, activation, group))
 
 
@@ -128,8 +132,7 @@ class _Merged(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("batch_norm_swish: double backward over several processes is not supported")
+        refuse_double_backward("batch_norm_swish", "take statistics of one process for create_graph=True")
         if grad is None:
             return (None,) * 6
         x, mean, rstd, scale, shift, count = ctx.saved_tensors

@@ -69,12 +69,12 @@ class Definition:
 DEFINITIONS: dict[str, Definition] = {}
 
 
-def refuse_double_backward(name: str) -> None:
+def refuse_double_backward(
+    name: str, instead: str = "use nvae_fast.use_backend('reference') for create_graph=True"
+) -> None:
     """Raise while autograd would record the backward pass: the gradients of a fused kernel have no graph."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{name}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
-        )
+        raise RuntimeError(f"{name}: double backward is not supported; {instead}")
 
 
 # ------------------------------------------------------------------------------ registration
@@ -82,7 +82,8 @@ def refuse_double_backward(name: str) -> None:
 
 def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic_sizes: bool = False) -> str:
     """The schema that the annotations of ``formula`` say. An int is a constant of the compiled graph, unless it is a size."""
-    formula.__annotations__ = typing.get_type_hints(formula)  # strings, which not every PyTorch resolves
+    hints = typing.get_type_hints(formula)  # not every PyTorch resolves annotations that are strings
+    formula.__annotations__ = {**hints, "return": hints["return"] if hints["return"] is not type(None) else None}
     schema = torch.library.infer_schema(formula, mutates_args=mutates)
     return schema if symbolic_sizes else schema.replace("SymInt", "int")
 
@@ -90,7 +91,8 @@ def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic
 def _arguments(schema: str) -> list[tuple[str, str]]:
     """(type, name) of every argument."""
     inside = schema[1 : schema.index(") -> ")]
-    return [(kind, name) for kind, name in (argument.rsplit(" ", 1) for argument in inside.split(", "))]
+    split = (argument.partition("=")[0].rsplit(" ", 1) for argument in inside.split(", "))
+    return [(kind, name) for kind, name in split]
 
 
 def _is_float64(value: Any) -> bool:
@@ -102,7 +104,7 @@ def _is_float64(value: Any) -> bool:
 def _launcher(
     name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
 ) -> Callable[..., Any]:
-    """``nvae_fast.kernels.<triton>.<name>``, or a function that launches kernels. They compute in float32: unless they know
+    """``nvae_fast.kernels.<triton>.<name>``, ``nvae_fast.kernels.<triton>``, or a function that launches kernels. They compute in float32: unless they know
     ``float64``, it is the formula's."""
 
     def launch(*args: Any) -> Any:
@@ -110,7 +112,8 @@ def _launcher(
             return formula(*args)
         if callable(triton):
             return triton(*args)
-        return getattr(importlib.import_module(f"nvae_fast.kernels.{triton}"), name)(*args)
+        module, _, function = triton.partition(".")
+        return getattr(importlib.import_module(f"nvae_fast.kernels.{module}"), function or name)(*args)
 
     return launch
 
@@ -162,7 +165,7 @@ def define_op(
     outputs: Sequence[str] = (),
     triton: str | Callable[..., Any] | None = None,
     backward: Backward | None = None,
-    fused_backward: bool = False,
+    fused_backward: bool | Callable[..., Any] = False,
     gradient: Callable[[Any, str], torch.Tensor] | None = None,
     saves: Mapping[int, str | None] | None = None,
     constant_outputs: Mapping[int, str | None] | None = None,
@@ -182,7 +185,8 @@ def define_op(
         triton: module of ``nvae_fast.kernels`` that has the Triton kernels, or a function that launches them.
         backward: gradients by name where a composition of operators computes them; by default the formula's
             vector-Jacobian product.
-        fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own.
+        fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own; or the
+            function that launches those in Triton.
         gradient: ``gradient(args, name)``, uninitialised: dtype and layout of what these kernels return. By default the
             argument's dtype and the memory format of the first argument.
         saves: positions of the results that ``backward`` is given, each with the argument that must be true or given for
@@ -197,69 +201,22 @@ def define_op(
     schema = schema_of(formula, symbolic_sizes=symbolic_sizes)
     overload = _register(name, schema, formula, fake, triton, float64)
     arguments = _arguments(schema)
-    names = [name for _, name in arguments]
+    names = [argument for _, argument in arguments]
     tensors = [i for i, (kind, _) in enumerate(arguments) if kind in ("Tensor", "Tensor?")]
-    no_gradient, saved_results = (
-        [(i, None if argument is None else names.index(argument)) for i, argument in (rule or {}).items()]
-        for rule in (constant_outputs, saves)
-    )
     where = [names.index(argument) for argument in differentiable]
-    values_of = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
+    rules = [
+        [(i, None if argument is None else names.index(argument)) for i, argument in (rule or {}).items()]
+        for rule in (saves, constant_outputs)
+    ]
+    kernel = None
     if fused_backward:
-        kernel = _derive_backward(name, schema, formula, where, outputs, triton, gradient)
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.set_materialize_grads(False)
-        results = output if isinstance(output, tuple) else (output,)
-        constants, kept = [], []
-        for i, giver in no_gradient:
-            if giver is None or inputs[giver] is None or inputs[giver] is False:
-                constants.append(results[i])
-        for i, asker in saved_results:
-            if asker is None or (inputs[asker] is not None and inputs[asker] is not False):
-                kept.append(results[i])
-        if constants:
-            ctx.mark_non_differentiable(*constants)
-        ctx.save_for_backward(*map(inputs.__getitem__, tensors), *kept)
-        ctx.arguments = list(inputs)
-        for i in tensors:
-            ctx.arguments[i] = None
-
-    def run_backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        refuse_double_backward(name)
-        args, saved, needs = ctx.arguments.copy(), ctx.saved_tensors, ctx.needs_input_grad
-        for i, value in zip(tensors, saved, strict=False):
-            args[i] = value
-        result: list[torch.Tensor | None] = [None] * len(args)
-        if all(grad is None for grad in grads) or not any(needs[i] for i in where):
-            return tuple(result)
-        found: Any
-        if backward is None and not fused_backward:
-            found = vjp(formula, where, grads, args, needs)
-        elif torch.compiler.is_compiling():
-            found = gradients(grads, args, needs, saved[len(tensors) :])
-        else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
-            with torch._C._AutoDispatchBelowAutograd():
-                found = gradients(grads, args, needs, saved[len(tensors) :])
-        for i, value in zip(where, found, strict=True):
-            if needs[i]:
-                result[i] = value
-        return tuple(result)
-
-    def gradients(grads: Grads, args: list[Any], needs: Sequence[bool], saved: Tensors) -> Any:
-        if backward is None:
-            found = kernel(*grads, *args, *(needs[i] for i in where)) if len(where) > 1 else kernel(*grads, *args)
-            return found if len(where) > 1 else (found,)
-        wanted = frozenset(names[i] for i in where if needs[i])
-        return map(backward(grads, wanted, values_of(args), saved).get, differentiable)
-
+        launcher = fused_backward if callable(fused_backward) else triton
+        kernel = _derive_backward(name, schema, formula, where, outputs, launcher, gradient)
+    autograd = _Autograd(name, formula, names, tensors, where, *rules, backward, kernel)
     torch.library.register_autograd(
-        f"{NAMESPACE}::{name}", run_backward, setup_context=setup_context, lib=LIBRARY
+        f"{NAMESPACE}::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
     )
-    record_kernels(name, backend or name, triton is not None)
-    return Operator(
-        DEFINITIONS[name], overload, tensors[0], backend or name, opaque, setup_context, run_backward
-    )
+    return Operator(overload, tensors[0], backend, autograd.function(overload._op), opaque=opaque)
 
 
 # -------------------------------------------------------------------------------- dispatch
@@ -270,37 +227,22 @@ class Operator(Generic[P, R]):
 
     def __init__(
         self,
-        definition: Definition,
         overload: Any,
         first_tensor: int,
-        backend: str,
-        opaque: bool,
-        setup_context: Callable[..., None],
-        run_backward: Callable[..., Any],
+        backend: str | None,
+        differentiable: Callable[..., Any],
+        *,
+        opaque: bool = False,
     ) -> None:
-        self.definition, self.name, self.overload, self.backend = definition, definition.name, overload, backend
-        self.formula: Callable[P, R] = definition.formula
-        self._first_tensor, self._opaque, self._kernel = first_tensor, opaque, overload._op
-        operator = self
-
-        # The operator's registered autograd does the same for compilers, but costs a tenth of a millisecond a call.
-        class Differentiable(torch.autograd.Function):
-            @staticmethod
-            def forward(ctx: Any, *args: Any) -> Any:
-                with torch._C._AutoDispatchBelowAutograd():
-                    outputs = operator._kernel(*args)
-                setup_context(ctx, args, outputs)
-                return outputs
-
-            @staticmethod
-            def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
-                return run_backward(ctx, *grads)
-
-        # Without Function.apply's own look for functional transforms: none is active where this is called.
-        self._differentiable = super(torch.autograd.Function, Differentiable).apply
+        self.name: str = overload._opname
+        self.overload, self.backend, self.formula = overload, backend or self.name, DEFINITIONS[self.name].formula
+        self._kernel = overload._op  # without a call between
+        self._first_tensor, self._opaque, self._differentiable = first_tensor, opaque, differentiable
+        _listed[self.name] = self.backend
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        device: torch.device = args[self._first_tensor].device  # type: ignore[attr-defined]
+        first: Any = args[self._first_tensor]  # its device decides
+        device = first.device if isinstance(first, torch.Tensor) else first[0].device
         if not _backend.fused(self.backend, device):
             if self._opaque and torch.compiler.is_compiling() and not _backend.transforms_active():
                 return self.overload(*args, **kwargs)
@@ -309,7 +251,8 @@ class Operator(Generic[P, R]):
             return self.overload(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._differentiable(*args, **kwargs)
-        return self.without_grad(*args, **kwargs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return self._kernel(*args, **kwargs)
 
     def without_grad(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The kernel, or else the formula, on arguments that are trusted; no gradients."""
@@ -317,24 +260,131 @@ class Operator(Generic[P, R]):
             return self._kernel(*args, **kwargs)
 
 
-def record_kernels(name: str, backend: str, triton: bool) -> None:
-    """Note in :mod:`nvae_fast._backend` what runs ``nvae_fast::<name>`` on each device, or why nothing does."""
-    for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
-        device = key.lower()
-        if key == "CUDA" and triton:
-            reason = _backend.triton_reason()
-            _backend.record(backend, device, None if reason else "triton", reason or "")
-        elif _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(
-            f"{NAMESPACE}::{name}", key
-        ):
-            _backend.record(backend, device, kernel)
-        else:
-            without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
-            own = "PyTorch's own kernels are used for this op"
-            _backend.record(backend, device, None, _extension.reason() or without or own)
+_listed: dict[str, str] = {}  # operator -> row of backends()
+_composed: dict[str, Sequence[str]] = {}
+
+
+def compose(name: str, parts: Sequence[str]) -> None:
+    """List ``name``, a function over other operators, in backends(): it runs fused where all of them do."""
+    _composed[name] = parts
+
+
+def load_kernels() -> None:
+    """Load the C++ kernels of the operators defined, and note what runs each on each device, or why nothing does."""
+    loaded = _extension.load()
+    for name, row in _listed.items():
+        for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
+            if key == "CUDA" and DEFINITIONS[name].launch is not None:
+                kernel, reason = "triton", _backend.triton_reason() or ""
+            elif loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
+                reason = ""
+            else:
+                without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
+                reason = _extension.reason() or without or "PyTorch's own kernels are used for this op"
+            _backend.record(row, key.lower(), None if reason else kernel, reason)
+    for name, parts in _composed.items():
+        for device in _backend.DEVICES:
+            missing = [part for part in parts if _backend.kernel(part, device) is None]
+            reason = f"{', '.join(missing)} has no fused kernel" if missing else ""
+            _backend.record(name, device, _backend.kernel(parts[0], device), reason)
 
 
 # ------------------------------------------------------------------------------- gradients
+
+
+class _Autograd:
+    """What autograd is told about an operator: which tensors to save, and how gradients come of them."""
+
+    def __init__(
+        self,
+        name: str,
+        formula: Callable[..., Any],
+        names: Sequence[str],
+        tensors: Sequence[int],
+        where: Sequence[int],
+        saves: Sequence[tuple[int, int | None]],
+        constant_outputs: Sequence[tuple[int, int | None]],
+        backward: Backward | None,
+        kernel: Callable[..., Any] | None,
+    ) -> None:
+        self.name, self.formula, self.names = name, formula, names
+        self.tensors, self.where = tensors, where  # positions of tensors, and of those to differentiate
+        self.saves, self.constant_outputs = saves, constant_outputs
+        self.composed, self.kernel = backward, kernel
+        self.arguments = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        results = output if isinstance(output, tuple) else (output,)
+        kept = []
+        for i, when in self.saves:
+            if when is None or (inputs[when] is not None and inputs[when] is not False):
+                kept.append(results[i])
+        constants = []
+        for i, unless in self.constant_outputs:
+            if unless is None or inputs[unless] is None or inputs[unless] is False:
+                constants.append(results[i])
+        if constants:
+            ctx.mark_non_differentiable(*constants)
+        ctx.save_for_backward(*map(inputs.__getitem__, self.tensors), *kept)
+        ctx.arguments = list(inputs)
+        for i in self.tensors:
+            ctx.arguments[i] = None
+
+    def backward(self, ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        refuse_double_backward(self.name)
+        args, saved, needs = ctx.arguments.copy(), ctx.saved_tensors, ctx.needs_input_grad
+        for i, value in zip(self.tensors, saved, strict=False):
+            args[i] = value
+        result: list[torch.Tensor | None] = [None] * len(args)
+        wanted = [i for i in self.where if needs[i]]
+        if not wanted or all(grad is None for grad in grads):
+            return tuple(result)
+        kept = saved[len(self.tensors) :]
+        if torch.compiler.is_compiling() or (self.composed is None and self.kernel is None):
+            found = self.gradients(grads, args, needs, kept)
+        else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
+            with torch._C._AutoDispatchBelowAutograd():
+                found = self.gradients(grads, args, needs, kept)
+        for i in wanted:
+            result[i] = found[i]
+        return tuple(result)
+
+    def gradients(
+        self, grads: Grads, args: list[Any], needs: Sequence[bool], kept: Tensors
+    ) -> Mapping[int, torch.Tensor | None]:
+        """By the argument's position."""
+        if self.composed is not None:
+            wanted = frozenset(self.names[i] for i in self.where if needs[i])
+            found = self.composed(grads, wanted, self.arguments(args), kept)
+            return {i: found.get(self.names[i]) for i in self.where}
+        if self.kernel is None:
+            return vjp(self.formula, self.where, grads, args, needs)
+        if len(self.where) == 1:
+            return {self.where[0]: self.kernel(*grads, *args)}
+        return dict(
+            zip(self.where, self.kernel(*grads, *args, *(needs[i] for i in self.where)), strict=True)
+        )
+
+    def function(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
+        """``kernel`` with gradients, for eager calls. The operator's registered autograd, which compilers see, does the same
+        but costs a tenth of a millisecond a call."""
+        autograd = self
+
+        class Differentiable(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                with torch._C._AutoDispatchBelowAutograd():
+                    outputs = kernel(*args)
+                autograd.setup_context(ctx, args, outputs)
+                return outputs
+
+            @staticmethod
+            def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+                return autograd.backward(ctx, *grads)
+
+        # Without Function.apply's own look for functional transforms: where this is called there is none.
+        return super(torch.autograd.Function, Differentiable).apply
 
 
 def vjp(
@@ -343,29 +393,24 @@ def vjp(
     grads: Grads,
     args: Sequence[Any],
     needs: Sequence[bool],
-) -> list[torch.Tensor | None]:
-    """The vector-Jacobian product of ``formula`` at ``args``: gradients of the arguments at the positions ``where`` of which
-    ``needs`` is true, None for the others."""
+) -> dict[int, torch.Tensor | None]:
+    """The vector-Jacobian product of ``formula`` at ``args``: gradients by position, of the arguments at ``where`` of which
+    ``needs`` is true; None where nothing depends on one."""
     values, leaves = list(args), {}
     # A kernel runs below autograd, where nothing would be recorded.
     with torch._C._SetExcludeDispatchKeyGuard(_AUTOGRAD, False), torch.enable_grad():
         for i in where:
-            if needs[i] and isinstance(values[i], torch.Tensor):
+            if needs[i] and values[i] is not None:
                 values[i] = leaves[i] = values[i].detach().requires_grad_(True)
         results = formula(*values)
         results = results if isinstance(results, tuple) else (results,)
-        pairs = [
-            (y, g.to(y.dtype))
-            for y, g in zip(results, grads, strict=True)
-            if g is not None and y.requires_grad
-        ]
+        pairs = [(y, g) for y, g in zip(results, grads, strict=True) if g is not None and y.requires_grad]
         if not pairs:
-            return [None] * len(where)
+            return dict.fromkeys(leaves)
         found = torch.autograd.grad(
-            [y for y, _ in pairs], [*leaves.values()], [g for _, g in pairs], allow_unused=True
+            [y for y, _ in pairs], [*leaves.values()], [g.to(y.dtype) for y, g in pairs], allow_unused=True
         )
-    of = dict(zip(leaves, found, strict=True))
-    return [of.get(i) for i in where]
+    return dict(zip(leaves, found, strict=True))
 
 
 def _derive_backward(
@@ -380,15 +425,12 @@ def _derive_backward(
     """Register ``<name>_backward(grads of the outputs, arguments, which gradients are needed) -> gradients``. A gradient that
     is not needed comes back empty; where there is one argument to differentiate, it always is."""
     arguments = _arguments(schema)
-    names = [argument for _, argument in arguments]
-    grads = [f"Tensor? grad_{output}" for output in outputs] or ["Tensor grad"]
-    if len(outputs) == 1:
-        grads = [f"Tensor grad_{outputs[0]}"]
-    needs = [f"bool need_{names[i]}" for i in where] if len(where) > 1 else []
-    returns = f"({', '.join(['Tensor'] * len(where))})" if len(where) > 1 else "Tensor"
-    text = f"({', '.join([*grads, *(f'{kind} {n}' for kind, n in arguments), *needs])}) -> {returns}"
-    values_of = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
-    first, last = len(grads), len(grads) + len(arguments)
+    names, several = [argument for _, argument in arguments], len(where) > 1
+    grads = [f"Tensor{'?' if len(outputs) > 1 else ''} grad_{output}" for output in outputs] or ["Tensor grad"]
+    needs = [f"bool need_{names[i]}" for i in where] if several else []
+    inside = ", ".join([*grads, *(f"{kind} {argument}" for kind, argument in arguments), *needs])
+    returns = f"({', '.join(['Tensor'] * len(where))})" if several else "Tensor"
+    make, first, last = namedtuple(f"{name}_arguments", names)._make, len(grads), len(grads) + len(arguments)  # type: ignore[misc]
 
     def needed(flat: Sequence[Any]) -> list[bool]:
         """Of every argument."""
@@ -396,26 +438,27 @@ def _derive_backward(
         return [flags.get(i, False) and flat[first + i] is not None for i in range(len(arguments))]
 
     def fake(*flat: Any) -> Any:
-        args, like = values_of(flat[first:last]), flat[first]
+        args, like, needs = make(flat[first:last]), flat[first], needed(flat)
         found = []
-        for i, need in ((i, needed(flat)[i]) for i in where):
+        for i in where:
             value = like if args[i] is None else args[i]
-            if not need:
+            if not needs[i]:
                 found.append(like.new_empty(0, dtype=value.dtype))
             elif gradient is not None:
                 found.append(gradient(args, names[i]))
             else:
                 found.append(empty_map(like, value.shape[1], value.dtype))
-        return tuple(found) if len(where) > 1 else found[0]
+        return tuple(found) if several else found[0]
 
     def of_formula(*flat: Any) -> Any:
         found = fake(*flat)
-        every = vjp(formula, where, flat[:first], flat[first:last], needed(flat))
-        for out, value in zip(found if len(where) > 1 else (found,), every, strict=True):
+        gradients = vjp(formula, where, flat[:first], flat[first:last], needed(flat))
+        for i, out in zip(where, found if several else (found,), strict=True):
+            value = gradients.get(i)
             if value is not None:
                 out.copy_(value)
             else:  # not needed, hence empty; or nothing depends on it
                 out.zero_()
         return found
 
-    return _register(f"{name}_backward", text, of_formula, fake, triton)
+    return _register(f"{name}_backward", f"({inside}) -> {returns}", of_formula, fake, triton)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from nvae_fast.ops._register import operator
+from nvae_fast.ops._op import define_kernel
 
 Tensors = list[torch.Tensor]
 
@@ -65,15 +65,7 @@ def _gradients(grad: torch.Tensor, weights: Tensors, u: Tensors, v: Tensors) -> 
     return found
 
 
-lengths = operator(
-    "spectral_lengths",
-    "(Tensor[] weights, Tensor[] u, int iterations, float eps) -> (Tensor lengths, Tensor[] u, Tensor[] v)",
-    default=_lengths,
-    fake=_lengths_fake,
-)
-gradients = operator(
-    "spectral_gradients",
-    "(Tensor grad, Tensor[] weights, Tensor[] u, Tensor[] v) -> Tensor[]",
-    default=_gradients,
-    fake=lambda grad, weights, u, v: [torch.empty_like(w) for w in weights],
+lengths = define_kernel("spectral_lengths", _lengths, fake=_lengths_fake)
+gradients = define_kernel(
+    "spectral_gradients", _gradients, fake=lambda grad, weights, u, v: [torch.empty_like(w) for w in weights]
 )

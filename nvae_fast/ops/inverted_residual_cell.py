@@ -41,6 +41,7 @@ from nvae_fast.ops import (  # noqa: F401  their operators are registered on the
 from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
+from nvae_fast.ops._op import compose, refuse_double_backward
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
@@ -77,15 +78,7 @@ class BatchStatistics(NamedTuple):
     count: int | torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
-# The cell is fused where all its parts are.
-for _device in _backend.DEVICES:
-    _missing = [part for part in _PARTS if _backend.kernel(part, _device) is None]
-    _backend.record(
-        NAME,
-        _device,
-        None if _missing else _backend.kernel(_PARTS[0], _device),
-        f"{', '.join(_missing)} has no fused kernel" if _missing else "",
-    )
+compose(NAME, _PARTS)
 
 
 def available(device: torch.device) -> bool:
@@ -294,10 +287,7 @@ class _Cell(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{NAME}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
-            )
+        refuse_double_backward(NAME)
         if grad is None:
             return (None,) * (6 + len(CellParameters._fields))
         (
