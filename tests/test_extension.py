@@ -68,9 +68,14 @@ def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: P
     assert len(before) == 16
     page = package / "nvae_fast" / "ops" / "channel_statistics.py"
     text = page.read_text()
-    page.write_text(text.replace("mean, m2 = _op(x, per_sample)", "mean, m2 = _op(x, bool(per_sample))") + "\n# More.\n")
+    page.write_text(
+        text.replace("mean, m2 = _op(x, per_sample)", "mean, m2 = _op(x, bool(per_sample))") + "\n# More.\n"
+    )
     assert fingerprint(package) == before
-    other = text.replace("def _reference(x: torch.Tensor, per_sample: bool)", "def _reference(x: torch.Tensor, per_sample: int)")
+    other = text.replace(
+        "def _reference(x: torch.Tensor, per_sample: bool)",
+        "def _reference(x: torch.Tensor, per_sample: int)",
+    )
     assert other != text
     page.write_text(other)
     assert fingerprint(package) != before

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import activate, activation_slope
@@ -22,34 +22,26 @@ from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import define_kernel
 
 
-def _column(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _column(t: Tensor, like: Tensor) -> Tensor:
     return t.to(_checks.accumulate_dtype(like.dtype))[:, None, None]
 
 
-def _u(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def _u(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x.to(_checks.accumulate_dtype(x.dtype)) * _column(scale, x) + _column(shift, x)
 
 
-def _like(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _like(x: Tensor, value: Tensor) -> Tensor:
     return empty_map(x, x.shape[1]).copy_(value)
 
 
-def _forward(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str | None
-) -> torch.Tensor:
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, activation: str | None) -> Tensor:
     return _like(x, activate(_u(x, scale, shift), activation))
 
 
 def _reduce(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    pivot: torch.Tensor | None,
-    activation: str | None,
-    need_g: bool,
-    need_y: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, pivot: Tensor | None, activation: str | None,
+    need_g: bool, need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     u = _u(x, scale, shift)
     g = grad.to(u.dtype) * activation_slope(u, activation)
     d = x.to(u.dtype) if pivot is None else x.to(u.dtype) - _column(pivot, x)
@@ -62,31 +54,22 @@ def _reduce(
 
 
 def _gradient(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    alpha: torch.Tensor,
-    beta: torch.Tensor,
-    gamma: torch.Tensor,
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor,
     activation: str | None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     u = _u(x, scale, shift)
     g = grad.to(u.dtype) * activation_slope(u, activation)
     return _like(x, g * _column(alpha, x) + (x.to(u.dtype) * _column(beta, x) + _column(gamma, x)))
 
 
-def _empty_sums_and_maps(grad: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+def _empty_sums_and_maps(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     sums = (x.new_empty(x.shape[1], dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
     maps = (empty_map(x, x.shape[1]) if need else x.new_empty(0) for need in args[-2:])
     return *sums, *maps
 
 
 forward = define_kernel(
-    "affine_activation",
-    _forward,
-    fake=lambda x, *_: empty_map(x, x.shape[1]),
-    triton="batch_norm_swish",
+    "affine_activation", _forward, fake=lambda x, *_: empty_map(x, x.shape[1]), triton="batch_norm_swish"
 )
 reduce = define_kernel(
     "affine_activation_reduce", _reduce, fake=_empty_sums_and_maps, triton="batch_norm_swish"

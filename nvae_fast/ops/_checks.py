@@ -8,13 +8,14 @@ import operator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     """``value`` is a dense tensor of one of ``dtypes``."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(
@@ -26,7 +27,7 @@ def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = 
 
 def feature_map(op: str, name: str, value: Any) -> None:
     """``value`` is a floating tensor (B, C, H, W)."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
         tensor(op, name, value)
     if value.dim() != 4:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
@@ -39,11 +40,9 @@ def channels(op: str, name: str, value: Any, expected: int) -> None:
         raise ValueError(f"{op}: {name} must have {expected} channels, got {tuple(value.shape)}")
 
 
-def shape(
-    op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
-) -> None:
+def shape(op: str, name: str, value: Any, expected: tuple[int, ...], like: Tensor | None = None) -> None:
     """``value`` is a floating tensor of ``expected`` shape, on the device of ``like``."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
         tensor(op, name, value)
     if value.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
@@ -51,33 +50,33 @@ def shape(
         device(op, name, value, like)
 
 
-def vectors(op: str, like: torch.Tensor, **values: torch.Tensor | None) -> None:
+def vectors(op: str, like: Tensor, **values: Tensor | None) -> None:
     """Each of ``values`` is None, or a floating tensor (C,), C the channels of ``like``, on its device."""
     expected = like.shape[1:2]
     for name, value in values.items():
         if value is None:
             continue
-        if not isinstance(value, torch.Tensor) or value.shape != expected or value.device != like.device:
+        if not isinstance(value, Tensor) or value.shape != expected or value.device != like.device:
             shape(op, name, value, tuple(expected), like)
         if value.dtype not in FLOATING or value.layout is not torch.strided:
             tensor(op, name, value)
 
 
-def together(op: str, **values: torch.Tensor | None) -> None:
+def together(op: str, **values: Tensor | None) -> None:
     """All of ``values`` are None, or none is."""
     given = [name for name, value in values.items() if value is not None]
     if given and len(given) < len(values):
         raise ValueError(f"{op}: {' and '.join(values)} must be given together, got only {', '.join(given)}")
 
 
-def device(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the first argument, got {value.device}")
 
 
 def packed(op: str, name: str, value: Any) -> None:
     """``value`` is packed raw parameters (B, 2Z, H, W)."""
-    if not isinstance(value, torch.Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
         feature_map(op, name, value)
     if value.layout is not torch.strided:
         tensor(op, name, value)
@@ -103,9 +102,7 @@ def temperature(op: str, value: float, *, zero: bool) -> None:
         )
 
 
-def noise_or_seed(
-    op: str, packed: torch.Tensor, noise: torch.Tensor | None, given: int | torch.Tensor | None
-) -> torch.Tensor | None:
+def noise_or_seed(op: str, packed: Tensor, noise: Tensor | None, given: int | Tensor | None) -> Tensor | None:
     """The seed tensor to draw the noise of ``packed`` (B, 2Z, H, W) from, or None where ``noise`` (B, Z, H, W) is given."""
     if noise is None:
         return seed(op, given, packed.device)
@@ -116,12 +113,12 @@ def noise_or_seed(
     return None
 
 
-def seed(op: str, value: Any, device: torch.device | str | None) -> torch.Tensor:
+def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
     """``value`` as a 0-d int64 tensor on ``device``: an int is taken mod 2^64, None draws a fresh one from the default generator
     of the device, so that ``torch.manual_seed`` governs it."""
     if value is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, Tensor):
         if value.dtype != torch.int64:
             raise TypeError(f"{op}: a seed tensor must be int64, got {value.dtype}")
         if value.dim() != 0:
@@ -149,7 +146,7 @@ def whole(op: str, name: str, value: Any) -> int:
     """``value`` as an int, of which NumPy's integers are some; a bool or a float is none."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, torch.Tensor)):
+    if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)
         except TypeError:

@@ -22,10 +22,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops._op import define_kernel
-
-Tensor = torch.Tensor
 
 
 def _coefficients(
@@ -53,15 +52,9 @@ def _merge_planes(mean: Tensor, m2: Tensor, pixels: int) -> tuple[Tensor, Tensor
 
 
 def _gate(
-    mean: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    mean: Tensor, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     residual_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     pooled = mean.clone() if scale is None or shift is None else mean * scale + shift
     hidden = torch.relu(torch.addmm(b1, pooled, w1.t()))
     gate = torch.sigmoid(torch.addmm(b2, hidden, w2.t()))

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast import _backend, _distributed
 from nvae_fast.ops import _affine, _checks, _coefficients
@@ -26,16 +27,16 @@ from nvae_fast.ops._op import refuse_double_backward
 class MergedNorm(NamedTuple):
     """``y`` like x; ``mean`` and biased ``var`` (C,) of all processes, detached, and of how many values (0-d, at least 1)."""
 
-    y: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
-    count: torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
 def merged_batch_norm_swish(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     *,
     eps: float = 1e-5,
     activation: str | None = "swish",
@@ -61,13 +62,13 @@ def merged_batch_norm_swish(
 
 
 def coefficients_of(
-    mean: torch.Tensor | None,
-    m2: torch.Tensor,
-    count: int | torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
+    mean: Tensor | None,
+    m2: Tensor,
+    count: int | Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
     eps: float,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
     if isinstance(count, int):
         return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
@@ -75,14 +76,14 @@ def coefficients_of(
 
 
 def corrections_of(
-    sum_g: torch.Tensor,
-    sum_gx: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    scale: torch.Tensor,
-    count: int | torch.Tensor,
+    sum_g: Tensor,
+    sum_gx: Tensor,
+    mean: Tensor | None,
+    rstd: Tensor,
+    scale: Tensor,
+    count: int | Tensor,
     group: Any,
-) -> tuple[torch.Tensor, ...]:
+) -> tuple[Tensor, ...]:
     """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
     if isinstance(count, int):
         return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
@@ -110,14 +111,8 @@ def _passes(device: torch.device) -> _Passes:
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-        activation: str | None,
-        group: Any,
-    ) -> tuple[torch.Tensor, ...]:
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, group: Any
+    ) -> tuple[Tensor, ...]:
         passes = _passes(x.device)
         wide = _checks.accumulate_dtype(x.dtype)
         mean, m2 = passes.statistics(x, False)
@@ -131,7 +126,7 @@ class _Merged(torch.autograd.Function):
         return passes.forward(x, scale, shift, activation), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
         refuse_double_backward("batch_norm_swish", "take statistics of one process for create_graph=True")
         if grad is None:
             return (None,) * 6

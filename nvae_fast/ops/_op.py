@@ -3,7 +3,7 @@
 The formula is ordinary PyTorch. Its signature is the operator's schema, it is the operator's default kernel, its vector-Jacobian
 product is the default backward, and it is what every fused kernel is tested against::
 
-    def _reference(x: torch.Tensor, scale: torch.Tensor | None, eps: float) -> torch.Tensor:
+    def _reference(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
         ...
 
     _op = define_op(
@@ -37,6 +37,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 from nvae_fast import _backend
 from nvae_fast.ops import _extension
@@ -47,9 +48,9 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Tensors = Sequence[torch.Tensor]
-Grads = Sequence[torch.Tensor | None]
-Gradients = dict[str, torch.Tensor | None]
+Tensors = Sequence[Tensor]
+Grads = Sequence[Tensor | None]
+Gradients = dict[str, Tensor | None]
 # backward(grads of the outputs, names of the arguments whose gradients are wanted, the arguments, the saved outputs)
 Backward = Callable[[Grads, frozenset[str], Any, Tensors], Gradients]
 _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
@@ -83,7 +84,10 @@ def refuse_double_backward(
 def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic_sizes: bool = False) -> str:
     """The schema that the annotations of ``formula`` say. An int is a constant of the compiled graph, unless it is a size."""
     hints = typing.get_type_hints(formula)  # not every PyTorch resolves annotations that are strings
-    formula.__annotations__ = {**hints, "return": hints["return"] if hints["return"] is not type(None) else None}
+    formula.__annotations__ = {
+        **hints,
+        "return": hints["return"] if hints["return"] is not type(None) else None,
+    }
     schema = torch.library.infer_schema(formula, mutates_args=mutates)
     return schema if symbolic_sizes else schema.replace("SymInt", "int")
 
@@ -95,17 +99,22 @@ def _arguments(schema: str) -> list[tuple[str, str]]:
     return [(kind, name) for kind, name in split]
 
 
+def _named(names: Sequence[str]) -> Callable[[Sequence[Any]], Any]:
+    """Values in the order of ``names`` as a tuple with these names."""
+    made: Any = namedtuple("Arguments", names)  # type: ignore[misc]
+    return made._make
+
+
 def _is_float64(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return any(map(_is_float64, value))
-    return (value.dtype if isinstance(value, torch.Tensor) else value) is torch.float64
+    return (value.dtype if isinstance(value, Tensor) else value) is torch.float64
 
 
 def _launcher(
     name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
 ) -> Callable[..., Any]:
-    """``nvae_fast.kernels.<triton>.<name>``, ``nvae_fast.kernels.<triton>``, or a function that launches kernels. They compute in float32: unless they know
-    ``float64``, it is the formula's."""
+    """The function that launches Triton kernels. They compute in float32: unless they know ``float64``, it is the formula's."""
 
     def launch(*args: Any) -> Any:
         if not float64 and any(map(_is_float64, args)):
@@ -119,13 +128,9 @@ def _launcher(
 
 
 def _register(
-    name: str,
-    schema: str,
-    formula: Callable[..., Any],
-    fake: Callable[..., Any],
-    triton: str | Callable[..., Any] | None,
-    float64: bool = False,
-) -> Any:
+    name: str, schema: str, formula: Callable[..., Any], fake: Callable[..., Any],
+    triton: str | Callable[..., Any] | None, float64: bool = False,
+) -> Any:  # fmt: skip
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
@@ -150,7 +155,8 @@ def define_kernel(
         name: of the operator and of its kernels.
         formula: the operator in plain PyTorch.
         fake: uninitialised results of the right shapes, dtypes and layouts.
-        triton: module of ``nvae_fast.kernels`` that has the Triton kernel, or a function that launches it.
+        triton: ``"module"`` or ``"module.function"`` of ``nvae_fast.kernels`` that launches the Triton kernel (the function
+            has the operator's name by default), or a function that does.
         mutates: names of the arguments that it writes to.
     """
     return typing.cast("Callable[P, R]", _register(name, schema_of(formula, mutates), formula, fake, triton))
@@ -166,7 +172,7 @@ def define_op(
     triton: str | Callable[..., Any] | None = None,
     backward: Backward | None = None,
     fused_backward: bool | Callable[..., Any] = False,
-    gradient: Callable[[Any, str], torch.Tensor] | None = None,
+    gradient: Callable[[Any, str], Tensor] | None = None,
     saves: Mapping[int, str | None] | None = None,
     constant_outputs: Mapping[int, str | None] | None = None,
     backend: str | None = None,
@@ -182,7 +188,7 @@ def define_op(
         fake: uninitialised results of the right shapes, dtypes and layouts.
         differentiable: names of the arguments that receive gradients.
         outputs: names of the results; the arguments of a derived backward operator are called after them.
-        triton: module of ``nvae_fast.kernels`` that has the Triton kernels, or a function that launches them.
+        triton: as for :func:`define_kernel`.
         backward: gradients by name where a composition of operators computes them; by default the formula's
             vector-Jacobian product.
         fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own; or the
@@ -204,15 +210,11 @@ def define_op(
     names = [argument for _, argument in arguments]
     tensors = [i for i, (kind, _) in enumerate(arguments) if kind in ("Tensor", "Tensor?")]
     where = [names.index(argument) for argument in differentiable]
-    rules = [
-        [(i, None if argument is None else names.index(argument)) for i, argument in (rule or {}).items()]
-        for rule in (saves, constant_outputs)
-    ]
     kernel = None
     if fused_backward:
         launcher = fused_backward if callable(fused_backward) else triton
         kernel = _derive_backward(name, schema, formula, where, outputs, launcher, gradient)
-    autograd = _Autograd(name, formula, names, tensors, where, *rules, backward, kernel)
+    autograd = _Autograd(name, formula, names, tensors, where, saves, constant_outputs, backward, kernel)
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
     )
@@ -235,14 +237,18 @@ class Operator(Generic[P, R]):
         opaque: bool = False,
     ) -> None:
         self.name: str = overload._opname
-        self.overload, self.backend, self.formula = overload, backend or self.name, DEFINITIONS[self.name].formula
+        self.overload, self.backend, self.formula = (
+            overload,
+            backend or self.name,
+            DEFINITIONS[self.name].formula,
+        )
         self._kernel = overload._op  # without a call between
         self._first_tensor, self._opaque, self._differentiable = first_tensor, opaque, differentiable
         _listed[self.name] = self.backend
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[self._first_tensor]  # its device decides
-        device = first.device if isinstance(first, torch.Tensor) else first[0].device
+        device = first.device if isinstance(first, Tensor) else first[0].device
         if not _backend.fused(self.backend, device):
             if self._opaque and torch.compiler.is_compiling() and not _backend.transforms_active():
                 return self.overload(*args, **kwargs)
@@ -302,16 +308,19 @@ class _Autograd:
         names: Sequence[str],
         tensors: Sequence[int],
         where: Sequence[int],
-        saves: Sequence[tuple[int, int | None]],
-        constant_outputs: Sequence[tuple[int, int | None]],
+        saves: Mapping[int, str | None] | None,
+        constant_outputs: Mapping[int, str | None] | None,
         backward: Backward | None,
         kernel: Callable[..., Any] | None,
     ) -> None:
         self.name, self.formula, self.names = name, formula, names
         self.tensors, self.where = tensors, where  # positions of tensors, and of those to differentiate
-        self.saves, self.constant_outputs = saves, constant_outputs
+        self.saves, self.constant_outputs = (
+            [(i, None if when is None else names.index(when)) for i, when in (rule or {}).items()]
+            for rule in (saves, constant_outputs)
+        )
         self.composed, self.kernel = backward, kernel
-        self.arguments = namedtuple(f"{name}_arguments", names)._make  # type: ignore[misc]
+        self.arguments = _named(names)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -331,12 +340,12 @@ class _Autograd:
         for i in self.tensors:
             ctx.arguments[i] = None
 
-    def backward(self, ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(self, ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward(self.name)
         args, saved, needs = ctx.arguments.copy(), ctx.saved_tensors, ctx.needs_input_grad
         for i, value in zip(self.tensors, saved, strict=False):
             args[i] = value
-        result: list[torch.Tensor | None] = [None] * len(args)
+        result: list[Tensor | None] = [None] * len(args)
         wanted = [i for i in self.where if needs[i]]
         if not wanted or all(grad is None for grad in grads):
             return tuple(result)
@@ -352,7 +361,7 @@ class _Autograd:
 
     def gradients(
         self, grads: Grads, args: list[Any], needs: Sequence[bool], kept: Tensors
-    ) -> Mapping[int, torch.Tensor | None]:
+    ) -> Mapping[int, Tensor | None]:
         """By the argument's position."""
         if self.composed is not None:
             wanted = frozenset(self.names[i] for i in self.where if needs[i])
@@ -362,9 +371,7 @@ class _Autograd:
             return vjp(self.formula, self.where, grads, args, needs)
         if len(self.where) == 1:
             return {self.where[0]: self.kernel(*grads, *args)}
-        return dict(
-            zip(self.where, self.kernel(*grads, *args, *(needs[i] for i in self.where)), strict=True)
-        )
+        return dict(zip(self.where, self.kernel(*grads, *args, *(needs[i] for i in self.where)), strict=True))
 
     def function(self, kernel: Callable[..., Any]) -> Callable[..., Any]:
         """``kernel`` with gradients, for eager calls. The operator's registered autograd, which compilers see, does the same
@@ -380,7 +387,7 @@ class _Autograd:
                 return outputs
 
             @staticmethod
-            def backward(ctx: Any, *grads: torch.Tensor | None) -> Any:
+            def backward(ctx: Any, *grads: Tensor | None) -> Any:
                 return autograd.backward(ctx, *grads)
 
         # Without Function.apply's own look for functional transforms: where this is called there is none.
@@ -393,7 +400,7 @@ def vjp(
     grads: Grads,
     args: Sequence[Any],
     needs: Sequence[bool],
-) -> dict[int, torch.Tensor | None]:
+) -> dict[int, Tensor | None]:
     """The vector-Jacobian product of ``formula`` at ``args``: gradients by position, of the arguments at ``where`` of which
     ``needs`` is true; None where nothing depends on one."""
     values, leaves = list(args), {}
@@ -414,23 +421,20 @@ def vjp(
 
 
 def _derive_backward(
-    name: str,
-    schema: str,
-    formula: Callable[..., Any],
-    where: Sequence[int],
-    outputs: Sequence[str],
-    triton: str | Callable[..., Any] | None,
-    gradient: Callable[[Any, str], torch.Tensor] | None,
-) -> Any:
+    name: str, schema: str, formula: Callable[..., Any], where: Sequence[int], outputs: Sequence[str],
+    triton: str | Callable[..., Any] | None, gradient: Callable[[Any, str], Tensor] | None,
+) -> Any:  # fmt: skip
     """Register ``<name>_backward(grads of the outputs, arguments, which gradients are needed) -> gradients``. A gradient that
     is not needed comes back empty; where there is one argument to differentiate, it always is."""
     arguments = _arguments(schema)
     names, several = [argument for _, argument in arguments], len(where) > 1
-    grads = [f"Tensor{'?' if len(outputs) > 1 else ''} grad_{output}" for output in outputs] or ["Tensor grad"]
+    grads = [f"Tensor{'?' if len(outputs) > 1 else ''} grad_{output}" for output in outputs] or [
+        "Tensor grad"
+    ]
     needs = [f"bool need_{names[i]}" for i in where] if several else []
     inside = ", ".join([*grads, *(f"{kind} {argument}" for kind, argument in arguments), *needs])
     returns = f"({', '.join(['Tensor'] * len(where))})" if several else "Tensor"
-    make, first, last = namedtuple(f"{name}_arguments", names)._make, len(grads), len(grads) + len(arguments)  # type: ignore[misc]
+    make, first, last = _named(names), len(grads), len(grads) + len(arguments)
 
     def needed(flat: Sequence[Any]) -> list[bool]:
         """Of every argument."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map, memory_format  # noqa: F401
@@ -11,30 +12,30 @@ from nvae_fast.ops.philox import philox_normal
 LOG_SQRT_2PI = 0.9189385332046727  # log(2 pi) / 2
 
 
-def soft_clamp(t: torch.Tensor, clamp: float | None) -> torch.Tensor:
+def soft_clamp(t: Tensor, clamp: float | None) -> Tensor:
     """``clamp * tanh(t / clamp)``: a differentiable clamp; the identity for None."""
     return t if clamp is None else clamp * torch.tanh(t / clamp)
 
 
-def slope(u: torch.Tensor, clamp: float | None) -> torch.Tensor | float:
+def slope(u: Tensor, clamp: float | None) -> Tensor | float:
     """The derivative of :func:`soft_clamp` where its value is ``u``: ``1 - (u / clamp)^2``."""
     return 1.0 if clamp is None else 1.0 - (u / clamp).square()
 
 
 def squash(
-    raw_mu: torch.Tensor, raw_log_sigma: torch.Tensor, clamp: float | None, sigma_floor: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    raw_mu: Tensor, raw_log_sigma: Tensor, clamp: float | None, sigma_floor: float
+) -> tuple[Tensor, Tensor]:
     """``mu = soft_clamp(raw_mu)``, ``sigma = exp(soft_clamp(raw_log_sigma)) + sigma_floor``."""
     return soft_clamp(raw_mu, clamp), torch.exp(soft_clamp(raw_log_sigma, clamp)) + sigma_floor
 
 
-def unpack(packed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack(packed: Tensor) -> tuple[Tensor, Tensor]:
     """(B, 2Z, H, W) -> raw mu and raw log sigma, (B, Z, H, W) each, in the dtype sums are computed in."""
     raw_mu, raw_log_sigma = packed.to(_checks.accumulate_dtype(packed.dtype)).chunk(2, dim=1)
     return raw_mu, raw_log_sigma
 
 
-def draw_like(packed: torch.Tensor, noise: torch.Tensor | None, seed: torch.Tensor | None) -> torch.Tensor:
+def draw_like(packed: Tensor, noise: Tensor | None, seed: Tensor | None) -> Tensor:
     """The noise given, or standard normals (B, Z, H, W) of ``seed``, in the dtype sums are computed in."""
     dtype = _checks.accumulate_dtype(packed.dtype)
     if noise is not None:

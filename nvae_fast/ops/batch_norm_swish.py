@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast.ops import _affine as affine
 from nvae_fast.ops import _checks, channel_statistics  # noqa: F401  the operator that batch statistics come from
@@ -25,17 +26,17 @@ from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_o
 class BatchNormOutput(NamedTuple):
     """``y`` like x; ``mean`` and ``var`` (C,): the statistics used, var biased, detached when they are the batch's."""
 
-    y: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
+    y: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 def batch_norm_swish(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None = None,
-    var: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
     *,
     eps: float = 1e-5,
     activation: str | None = "swish",
@@ -72,9 +73,7 @@ def batch_norm_swish(
     return BatchNormOutput(*_op(x, weight, bias, mean, var, eps, activation))
 
 
-def check_batch_norm(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, activation: str | None
-) -> None:
+def check_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None) -> None:
     """All that is checked whose statistics they are."""
     op = "batch_norm_swish"
     _checks.feature_map(op, "x", x)
@@ -87,14 +86,9 @@ def check_batch_norm(
 
 
 def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
     activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _checks.accumulate_dtype(x.dtype)
     if mean is None or var is None:
         if x.numel() == 0:
@@ -113,14 +107,14 @@ def _reference(
         factor = (weight * torch.rsqrt(var.to(wide) + eps)).to(wide)
         y = ((x.to(wide) - mean[column]) * factor[column] + bias[column]).to(x.dtype)
     else:
-        vectors = (t.to(wide).contiguous() for t in (mean, var, weight, bias))
-        y = F.batch_norm(x, *vectors, False, 0.0, eps)
+        m, v, scale, shift = (t.to(wide).contiguous() for t in (mean, var, weight, bias))
+        y = F.batch_norm(x, m, v, scale, shift, False, 0.0, eps)
     return activate(y, activation), mean.clone(), var.clone()
 
 
 def _fake(
-    x: torch.Tensor, weight: Any, bias: Any, mean: torch.Tensor | None, var: torch.Tensor | None, *_: Any
-) -> tuple[torch.Tensor, ...]:
+    x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
     if mean is None or var is None:
         wide = _checks.accumulate_dtype(x.dtype)
         return empty_map(x, x.shape[1]), *(x.new_empty(x.shape[1], dtype=wide) for _ in range(2))
@@ -128,18 +122,9 @@ def _fake(
 
 
 def _backward_formula(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    activation: str | None,
-    given: bool,
-    need_x: bool,
-    need_sums: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
+    activation: str | None, given: bool, need_x: bool, need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients from x and the statistics alone. With ``r = 1 / sqrt(var + eps)``, ``u`` what the activation is applied
     to and ``g = grad act'(u)``, sums over the values of a channel::
 
@@ -170,7 +155,7 @@ def _backward_formula(
     return grad_x, to_weight, to_bias, to_mean, to_var
 
 
-def _backward_fake(grad: torch.Tensor, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, ...]:
+def _backward_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     given, need_x, need_sums = args[-3:]
     wide = _checks.accumulate_dtype(x.dtype)
     sizes = (need_sums, need_sums, need_sums and given, need_sums and given)
@@ -186,11 +171,12 @@ _gradients = define_kernel("batch_norm_swish_backward", _backward_formula, fake=
 
 def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
     grad, *of_statistics = grads
+    mean, var = saved
     names = ("x", "weight", "bias", "mean", "var")
     found: Gradients = {}
     if grad is not None:
         every = _gradients(
-            grad, a.x, a.weight, a.bias, *saved, a.eps, a.activation, a.mean is not None, "x" in wanted, wanted != {"x"},
+            grad, a.x, a.weight, a.bias, mean, var, a.eps, a.activation, a.mean is not None, "x" in wanted, wanted != {"x"},
         )  # fmt: skip
         found = {name: value for name, value in zip(names, every, strict=True) if name in wanted}
     for name, through in zip(("mean", "var"), of_statistics, strict=True):
@@ -205,14 +191,9 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
 
 
 def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
     activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Two passes: statistics, then normalisation and activation."""
     if mean is None or var is None:
         count = x.numel() // max(x.shape[1], 1)

@@ -15,6 +15,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
@@ -23,12 +24,12 @@ from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
 class ChannelStatistics(NamedTuple):
     """``mean``, and ``m2``: the sum of squared deviations from it, (C,) or (B, C); ``count`` values were in each."""
 
-    mean: torch.Tensor
-    m2: torch.Tensor
+    mean: Tensor
+    m2: Tensor
     count: int  # type: ignore[assignment]  # tuple.count gives way
 
 
-def channel_statistics(x: torch.Tensor, per_sample: bool = False) -> ChannelStatistics:
+def channel_statistics(x: Tensor, per_sample: bool = False) -> ChannelStatistics:
     """Statistics of the channels of ``x`` (B, C, H, W); formulas in the module's docstring.
 
     Returns:
@@ -43,12 +44,12 @@ def channel_statistics(x: torch.Tensor, per_sample: bool = False) -> ChannelStat
     return ChannelStatistics(mean, m2, _count(x, per_sample))
 
 
-def _count(x: torch.Tensor, per_sample: bool) -> int:
+def _count(x: Tensor, per_sample: bool) -> int:
     pixels = x.shape[2] * x.shape[3]
     return pixels if per_sample else x.shape[0] * pixels
 
 
-def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     wide = x.to(_checks.accumulate_dtype(x.dtype))
     dims = (2, 3) if per_sample else (0, 2, 3)
     count = _count(x, per_sample)
@@ -59,7 +60,7 @@ def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.T
     return mean, var * count
 
 
-def _fake(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     size = x.shape[:2] if per_sample else x.shape[1:2]
     wide = _checks.accumulate_dtype(x.dtype)
     return x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
@@ -69,16 +70,12 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     """``dx = dmean / n + 2 dm2 (x - mean)``, in one pass."""
     (grad_mean, grad_m2), (mean,), x = grads, saved, a.x
     column = (x.shape[0] if a.per_sample else 1, x.shape[1], 1, 1)
-    constant = (
-        torch.zeros_like(mean) if grad_mean is None else grad_mean / max(_count(x, a.per_sample), 1)
-    )
+    constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / max(_count(x, a.per_sample), 1)
     if grad_m2 is None:
         return {"x": constant.to(x.dtype).reshape(column).expand_as(x)}
     slope = 2 * grad_m2
     constant = torch.addcmul(constant, slope, mean, value=-1)
-    return {
-        "x": torch.addcmul(constant.reshape(column), slope.reshape(column), x.to(mean.dtype)).to(x.dtype)
-    }
+    return {"x": torch.addcmul(constant.reshape(column), slope.reshape(column), x.to(mean.dtype)).to(x.dtype)}
 
 
 _op = define_op(

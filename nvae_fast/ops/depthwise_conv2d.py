@@ -18,6 +18,7 @@ from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast import _backend
 from nvae_fast.ops import _checks
@@ -29,45 +30,29 @@ from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 @overload
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str | None = None,
-    stats: Literal[False] = False,
-    taps: Sequence[int] | None = None,
-) -> torch.Tensor: ...
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, upsample: int = 1,
+    scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = None,
+    stats: Literal[False] = False, taps: Sequence[int] | None = None,
+) -> Tensor: ...  # fmt: skip
 @overload
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str | None = None,
-    stats: Literal[True],
-    taps: Sequence[int] | None = None,
-) -> tuple[torch.Tensor, ChannelStatistics]: ...
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, upsample: int = 1,
+    scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = None,
+    stats: Literal[True], taps: Sequence[int] | None = None,
+) -> tuple[Tensor, ChannelStatistics]: ...  # fmt: skip
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
     *,
     stride: int = 1,
     dilation: int = 1,
     upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     activation: str | None = None,
     stats: bool = False,
     taps: Sequence[int] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, ChannelStatistics]:
+) -> Tensor | tuple[Tensor, ChannelStatistics]:
     """Depthwise convolution with "same" padding; formula in the module's docstring.
 
     Args:
@@ -89,8 +74,10 @@ def depthwise_conv2d(
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     op = "depthwise_conv2d"
-    steps = _checks.choices(op, (1, 2), stride=stride, dilation=dilation, upsample=upsample)
-    if steps[0] == steps[2] == 2:
+    stride, dilation, upsample = _checks.choices(
+        op, (1, 2), stride=stride, dilation=dilation, upsample=upsample
+    )
+    if stride == upsample == 2:
         raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
     _checks.feature_map(op, "x", x)
     _checks.feature_map(op, "weight", weight)
@@ -106,7 +93,7 @@ def depthwise_conv2d(
     if not isinstance(stats, bool):
         _checks.flag(op, "stats", stats)
     live = None if taps is None else _positions(taps, k)
-    y, mean, m2 = _op(x, weight, scale, shift, *steps, activation, stats, live)
+    y, mean, m2 = _op(x, weight, scale, shift, stride, dilation, upsample, activation, stats, live)
     if not stats:
         return y
     return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
@@ -124,7 +111,7 @@ def _positions(taps: Any, k: int) -> list[int]:
     return live
 
 
-def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
+def _masked(weight: Tensor, taps: Sequence[int] | None) -> Tensor:
     """``weight`` with zeros where no tap is; what it has there, be it NaN, does not get through."""
     if taps is None:
         return weight
@@ -134,17 +121,9 @@ def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
 
 
 def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    stats: bool,
-    taps: Sequence[int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int,
+    upsample: int, activation: str | None, stats: bool, taps: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _checks.accumulate_dtype(x.dtype)
     h = x
     if scale is not None and shift is not None:
@@ -178,9 +157,9 @@ def _reference(
 
 
 def _fake(
-    x: torch.Tensor, weight: Any, scale: Any, shift: Any, stride: int, dilation: int, upsample: int,
+    x: Tensor, weight: Any, scale: Any, shift: Any, stride: int, dilation: int, upsample: int,
     activation: Any, stats: bool, taps: Any,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     b, c, h, w = x.shape
     size = (b, c, (h * upsample + stride - 1) // stride, (w * upsample + stride - 1) // stride)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
@@ -188,25 +167,11 @@ def _fake(
 
 
 def _backward_formula(
-    grad: torch.Tensor,
-    out: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    pivot: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    taps: Sequence[int] | None,
-    need_x: bool,
-    need_weight: bool,
-    need_affine: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, out: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None,
+    pivot: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int,
+    dilation: int, upsample: int, activation: str | None, taps: Sequence[int] | None, need_x: bool,
+    need_weight: bool, need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients from the input and what reached the output; every fused backward kernel computes this.
 
     ::
@@ -221,7 +186,7 @@ def _backward_formula(
     """
     wide = _checks.accumulate_dtype(x.dtype)
 
-    def column(t: torch.Tensor) -> torch.Tensor:
+    def column(t: Tensor) -> Tensor:
         return t.to(wide)[:, None, None]
 
     dy = grad.to(wide)
@@ -264,8 +229,8 @@ def _backward_formula(
 
 
 def _empty_gradients(
-    x: torch.Tensor, weight: torch.Tensor, need_x: bool, need_weight: bool, need_affine: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_affine: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _checks.accumulate_dtype(x.dtype)
     channels = x.shape[1] if need_affine else 0
     return (

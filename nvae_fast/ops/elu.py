@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import define_op
 
 
-def elu(x: torch.Tensor) -> torch.Tensor:
+def elu(x: Tensor) -> Tensor:
     """``x if x > 0 else exp(x) - 1`` of a map.
 
     Args:
@@ -35,14 +36,10 @@ def elu(x: torch.Tensor) -> torch.Tensor:
     return _op(x)
 
 
-def _reference(x: torch.Tensor) -> torch.Tensor:
+def _reference(x: Tensor) -> Tensor:
     return F.elu(x)
 
 
 _op = define_op(
-    "elu",
-    _reference,
-    fake=lambda x: empty_map(x, x.shape[1]),
-    differentiable=("x",),
-    fused_backward=True,
+    "elu", _reference, fake=lambda x: empty_map(x, x.shape[1]), differentiable=("x",), fused_backward=True
 )

@@ -36,6 +36,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._op import define_op
@@ -47,8 +48,8 @@ LOWER_EDGE, UPPER_EDGE = -0.999, 0.99
 
 
 def mixture_logistic_log_prob(
-    params: torch.Tensor, x: torch.Tensor, *, num_mixtures: int = 10, num_bits: int = 8
-) -> torch.Tensor:
+    params: Tensor, x: Tensor, *, num_mixtures: int = 10, num_bits: int = 8
+) -> Tensor:
     """Log-probability of RGB pixels in nats, (B, H, W), float32 (float64 for float64 parameters).
 
     Args:
@@ -72,12 +73,8 @@ def mixture_logistic_log_prob(
 
 
 def mixture_logistic_sample(
-    params: torch.Tensor,
-    *,
-    num_mixtures: int = 10,
-    temperature: float = 1.0,
-    seed: int | torch.Tensor | None = None,
-) -> torch.Tensor:
+    params: Tensor, *, num_mixtures: int = 10, temperature: float = 1.0, seed: int | Tensor | None = None
+) -> Tensor:
     """Sample RGB pixels (B, 3, H, W) in [0, 1], in the dtype of ``params``.
 
     The component is drawn by Gumbel-max over ``logits / temperature``; logistic noise is multiplied by the temperature;
@@ -99,7 +96,7 @@ def mixture_logistic_sample(
     return _sample(params.detach(), _checks.seed(op, seed, params.device), components, temperature)
 
 
-def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> torch.Tensor:
+def mixture_logistic_mean(params: Tensor, *, num_mixtures: int = 10) -> Tensor:
     """Mean image (B, 3, H, W) in [0, 1], in the dtype of ``params``.
 
     Means and tanh(coefficients) are averaged with the softmax weights of the components, each colour clamped to [-1, 1]
@@ -115,7 +112,7 @@ def mixture_logistic_mean(params: torch.Tensor, *, num_mixtures: int = 10) -> to
     return _mean(params, _check_params("mixture_logistic_mean", params, num_mixtures))
 
 
-def _check_params(op: str, params: torch.Tensor, num_mixtures: int) -> int:
+def _check_params(op: str, params: Tensor, num_mixtures: int) -> int:
     """``num_mixtures`` as an int."""
     num_mixtures = _checks.whole(op, "num_mixtures", num_mixtures)
     if num_mixtures < 1:
@@ -128,9 +125,7 @@ def _check_params(op: str, params: torch.Tensor, num_mixtures: int) -> int:
     return num_mixtures
 
 
-def _unpack(
-    params: torch.Tensor, num_mixtures: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _unpack(params: Tensor, num_mixtures: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits (B, M, H, W); means, log_scales, coefficients (B, 3, M, H, W)."""
     wide = params.to(_checks.accumulate_dtype(params.dtype))
     b, _, h, w = wide.shape
@@ -139,9 +134,7 @@ def _unpack(
     return wide[:, :num_mixtures], means, log_scales.clamp_min(MIN_LOG_SCALE), torch.tanh(coefficients)
 
 
-def _log_prob_of_colours(
-    means: torch.Tensor, log_scales: torch.Tensor, c: torch.Tensor, x: torch.Tensor, levels: int
-) -> torch.Tensor:
+def _log_prob_of_colours(means: Tensor, log_scales: Tensor, c: Tensor, x: Tensor, levels: int) -> Tensor:
     """log P of every colour and component, (B, 3, M, H, W)."""
     value = (2.0 * x.detach().to(means.dtype) - 1.0)[:, :, None]  # (B, 3, 1, H, W)
     red, green = value[:, 0], value[:, 1]
@@ -162,20 +155,18 @@ def _log_prob_of_colours(
     )
 
 
-def _log_prob_reference(
-    params: torch.Tensor, x: torch.Tensor, num_mixtures: int, num_bits: int
-) -> torch.Tensor:
+def _log_prob_reference(params: Tensor, x: Tensor, num_mixtures: int, num_bits: int) -> Tensor:
     logits, means, log_scales, c = _unpack(params, num_mixtures)
     per_colour = _log_prob_of_colours(means, log_scales, c, x, 2**num_bits - 1)
     return torch.logsumexp(per_colour.sum(1) + F.log_softmax(logits, dim=1), dim=1)
 
 
-def _log_prob_fake(params: torch.Tensor, *_: Any) -> torch.Tensor:
+def _log_prob_fake(params: Tensor, *_: Any) -> Tensor:
     b, _channels, h, w = params.shape
     return params.new_empty((b, h, w), dtype=_checks.accumulate_dtype(params.dtype))
 
 
-def uniform(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+def uniform(seed: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Uniform draws strictly inside (0, 1), symmetric: the middle of one of 2^23 cells, word by word of the stream.
 
     With 2^24 cells the middle of the last one would round to 1 in float32.
@@ -185,9 +176,7 @@ def uniform(seed: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> t
     return ((words >> 9).to(dtype) + 0.5) * 2.0**-23
 
 
-def _sample_reference(
-    params: torch.Tensor, seed: torch.Tensor, num_mixtures: int, temperature: float
-) -> torch.Tensor:
+def _sample_reference(params: Tensor, seed: Tensor, num_mixtures: int, temperature: float) -> Tensor:
     logits, means, log_scales, coefficients = _unpack(params, num_mixtures)
     b, _, h, w = logits.shape
     seeds = split_seed(seed, 2)
@@ -199,13 +188,13 @@ def _sample_reference(
     return _colours(x, c).to(params.dtype)
 
 
-def _mean_reference(params: torch.Tensor, num_mixtures: int) -> torch.Tensor:
+def _mean_reference(params: Tensor, num_mixtures: int) -> Tensor:
     logits, means, _, coefficients = _unpack(params, num_mixtures)
     weights = torch.softmax(logits, dim=1)[:, None]
     return _colours((means * weights).sum(2), (coefficients * weights).sum(2)).to(params.dtype)
 
 
-def _colours(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+def _colours(x: Tensor, c: Tensor) -> Tensor:
     """The autoregression over colours, clamped to [-1, 1], mapped to [0, 1]; x and c are (B, 3, H, W)."""
     red = x[:, 0].clamp(-1.0, 1.0)
     green = (x[:, 1] + c[:, 0] * red).clamp(-1.0, 1.0)
@@ -213,7 +202,7 @@ def _colours(x: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
     return torch.stack((red, green, blue), dim=1) * 0.5 + 0.5
 
 
-def _image_fake(params: torch.Tensor, *_: Any) -> torch.Tensor:
+def _image_fake(params: Tensor, *_: Any) -> Tensor:
     b, _channels, h, w = params.shape
     return params.new_empty((b, 3, h, w))
 
@@ -226,9 +215,7 @@ _log_prob = define_op(
     triton="mixture_logistic",
     fused_backward=True,
 )
-_sample = define_op(
-    "mixture_logistic_sample", _sample_reference, fake=_image_fake, triton="mixture_logistic"
-)
+_sample = define_op("mixture_logistic_sample", _sample_reference, fake=_image_fake, triton="mixture_logistic")
 _mean = define_op(
     "mixture_logistic_mean",
     _mean_reference,

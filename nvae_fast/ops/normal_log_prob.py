@@ -12,6 +12,7 @@ d sigma / d raw = (sigma - floor)(1 - (u / clamp)^2) at the clamped log sigma u.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._op import define_op
@@ -19,12 +20,8 @@ from nvae_fast.ops._squash import LOG_SQRT_2PI, squash, unpack
 
 
 def normal_log_prob(
-    z: torch.Tensor,
-    params: torch.Tensor | None = None,
-    *,
-    clamp: float | None = 5.0,
-    sigma_floor: float = 0.01,
-) -> torch.Tensor:
+    z: Tensor, params: Tensor | None = None, *, clamp: float | None = 5.0, sigma_floor: float = 0.01
+) -> Tensor:
     """Log-density of ``z`` (B, Z, H, W) in nats, (B, Z), float32 (float64 for float64 z).
 
     Args:
@@ -47,9 +44,7 @@ def normal_log_prob(
     return _op(z, params, clamp, sigma_floor)
 
 
-def _reference(
-    z: torch.Tensor, params: torch.Tensor | None, clamp: float | None, sigma_floor: float
-) -> torch.Tensor:
+def _reference(z: Tensor, params: Tensor | None, clamp: float | None, sigma_floor: float) -> Tensor:
     value = z.to(_checks.accumulate_dtype(z.dtype))
     if params is None:
         raw_mu = raw_log_sigma = torch.zeros_like(value)

@@ -10,7 +10,7 @@ Gradients, which the kernels compute from the inputs and the seed alone: mu gets
 
 from __future__ import annotations
 
-import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map
@@ -19,14 +19,14 @@ from nvae_fast.ops._squash import draw_like, squash, unpack
 
 
 def normal_sample(
-    params: torch.Tensor,
+    params: Tensor,
     *,
     temperature: float = 1.0,
-    noise: torch.Tensor | None = None,
-    seed: int | torch.Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
     clamp: float | None = 5.0,
     sigma_floor: float = 0.01,
-) -> torch.Tensor:
+) -> Tensor:
     """Draw ``z`` (B, Z, H, W), in the dtype of ``params``.
 
     Args:
@@ -51,13 +51,9 @@ def normal_sample(
 
 
 def _reference(
-    params: torch.Tensor,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    temperature: float,
-    clamp: float | None,
+    params: Tensor, noise: Tensor | None, seed: Tensor | None, temperature: float, clamp: float | None,
     sigma_floor: float,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     mu, sigma = squash(*unpack(params), clamp, sigma_floor)
     return (mu + temperature * sigma * draw_like(params, noise, seed)).to(params.dtype)
 

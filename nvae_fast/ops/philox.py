@@ -41,6 +41,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._op import define_op
@@ -54,12 +55,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def philox_normal(
     size: Sequence[int],
-    seed: int | torch.Tensor,
+    seed: int | Tensor,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> torch.Tensor:
+) -> Tensor:
     """Standard normal draws number 0 to ``prod(size) - 1`` of the stream ``seed``.
 
     Args:
@@ -89,7 +90,7 @@ def philox_normal(
     return _normal(shape, _given_seed("philox_normal", seed, device), dtype, channels_last)
 
 
-def philox_words(seed: int | torch.Tensor, n_blocks: int, first_block: int = 0) -> torch.Tensor:
+def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Tensor:
     """The words of blocks ``first_block`` to ``first_block + n_blocks - 1`` of the stream ``seed``.
 
     Returns int64 (n_blocks, 4) holding 32-bit words, 0 to 2^32 - 1, on the device of the seed.
@@ -106,12 +107,12 @@ def philox_words(seed: int | torch.Tensor, n_blocks: int, first_block: int = 0) 
     return _words(_given_seed("philox_words", seed), n_blocks, first_block)
 
 
-def new_seed(device: torch.device | str | None = None) -> torch.Tensor:
+def new_seed(device: torch.device | str | None = None) -> Tensor:
     """A fresh 0-d int64 seed from the default generator of ``device``, so that ``torch.manual_seed`` governs it."""
     return _checks.seed("new_seed", None, device)
 
 
-def split_seed(seed: int | torch.Tensor, n: int) -> torch.Tensor:
+def split_seed(seed: int | Tensor, n: int) -> Tensor:
     """``n`` independent sub-seeds of ``seed``, int64 (n,), each >= 0, on the device of the seed.
 
     Neighbouring seeds share no sub-seeds, and no sub-seed is a draw of its parent. Sub-seed ``i`` does not
@@ -127,7 +128,7 @@ def split_seed(seed: int | torch.Tensor, n: int) -> torch.Tensor:
     return _split(_given_seed("split_seed", seed), n)
 
 
-def as_seed(seed: int | torch.Tensor | None, device: torch.device | str | None = None) -> torch.Tensor:
+def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:
     """``seed`` as a 0-d int64 tensor on ``device``: an int is wrapped mod 2^64, None draws a
     :func:`new_seed`.
 
@@ -137,7 +138,7 @@ def as_seed(seed: int | torch.Tensor | None, device: torch.device | str | None =
     return _checks.seed("seed", seed, device)
 
 
-def _given_seed(op: str, seed: Any, device: torch.device | str | None = None) -> torch.Tensor:
+def _given_seed(op: str, seed: Any, device: torch.device | str | None = None) -> Tensor:
     if seed is None:
         raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got NoneType")
     return _checks.seed(op, seed, device)
@@ -160,16 +161,14 @@ def _checked_size(size: Any) -> list[int]:
 # The reference: int64 tensors hold 32-bit words, so that it runs on any device.
 
 
-def _mul_hi_lo(word: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mul_hi_lo(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """Both halves of the 64-bit product of 32-bit numbers, 16 bits at a time: nothing overflows int64."""
     low = (word & 0xFFFF) * multiplier
     high = (word >> 16) * multiplier
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
 
 
-def philox4x32(
-    counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32: four counter words, two key words -> four words. int64 tensors that
     broadcast.
     """
@@ -183,7 +182,7 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _words_of_stream(seed: torch.Tensor, n_blocks: int, first_block: int, stream: int) -> torch.Tensor:
+def _words_of_stream(seed: Tensor, n_blocks: int, first_block: int, stream: int) -> Tensor:
     block = torch.arange(n_blocks, dtype=torch.int64, device=seed.device) + first_block
     zero = torch.zeros_like(block)
     words = philox4x32(
@@ -192,19 +191,19 @@ def _words_of_stream(seed: torch.Tensor, n_blocks: int, first_block: int, stream
     return torch.stack(torch.broadcast_tensors(*words), dim=1)
 
 
-def _words_reference(seed: torch.Tensor, n_blocks: int, first_block: int) -> torch.Tensor:
+def _words_reference(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
     return _words_of_stream(seed, n_blocks, first_block, 0)
 
 
-def _sub_seeds(words: torch.Tensor) -> torch.Tensor:
+def _sub_seeds(words: Tensor) -> Tensor:
     return words[:, 0] | ((words[:, 1] & 0x7FFFFFFF) << 32)
 
 
-def _split_reference(seed: torch.Tensor, n: int) -> torch.Tensor:
+def _split_reference(seed: Tensor, n: int) -> Tensor:
     return _sub_seeds(_words_of_stream(seed, n, 0, SPLIT))
 
 
-def normals_of_words(words: torch.Tensor) -> torch.Tensor:
+def normals_of_words(words: Tensor) -> Tensor:
     """Box-Muller: words (n, 4) -> float32 normals (n, 4)."""
     u = (words[:, 0::2].to(torch.float32) + 0.5) * 2.0**-32
     r = torch.sqrt(-2.0 * torch.log(u))
@@ -218,29 +217,25 @@ def normals_of_words(words: torch.Tensor) -> torch.Tensor:
     return torch.stack((r * turned_cosine, r * turned_sine), dim=2).reshape(-1, 4)
 
 
-def _normal_reference(
-    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool
-) -> torch.Tensor:
+def _normal_reference(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     count = math.prod(size)
     normals = normals_of_words(_words_reference(seed, (count + 3) // 4, 0)).reshape(-1)[:count]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return normals.reshape(size).to(dtype).clone(memory_format=memory_format)
 
 
-def _empty_normal(
-    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool
-) -> torch.Tensor:
+def _empty_normal(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=seed.device, memory_format=memory_format)
 
 
-def _launch_words(seed: torch.Tensor, n_blocks: int, first_block: int) -> torch.Tensor:
+def _launch_words(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
     from nvae_fast.kernels import philox as kernels
 
     return kernels.philox_words_of(seed, n_blocks, first_block, 0)
 
 
-def _launch_split(seed: torch.Tensor, n: int) -> torch.Tensor:
+def _launch_split(seed: Tensor, n: int) -> Tensor:
     from nvae_fast.kernels import philox as kernels
 
     return _sub_seeds(kernels.philox_words_of(seed, n, 0, SPLIT))

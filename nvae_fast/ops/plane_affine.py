@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map, memory_format
@@ -21,12 +21,8 @@ from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_o
 
 
 def plane_affine(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, a: Tensor, y: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None
+) -> Tensor:
     """``a x + b y + c``; formula in the module's docstring.
 
     Args:
@@ -52,7 +48,7 @@ def plane_affine(
     return _op(x, a, y, b, c)
 
 
-def _check_coefficient(op: str, name: str, value: torch.Tensor, x: torch.Tensor) -> None:
+def _check_coefficient(op: str, name: str, value: Tensor, x: Tensor) -> None:
     _checks.tensor(op, name, value)
     if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]) or value.shape[1] != x.shape[1]:
         raise ValueError(
@@ -61,9 +57,7 @@ def _check_coefficient(op: str, name: str, value: torch.Tensor, x: torch.Tensor)
     _checks.device(op, name, value, x)
 
 
-def plane_dots(
-    x: torch.Tensor, y: torch.Tensor, pivot: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def plane_dots(x: Tensor, y: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sum_x`` and ``sum_xy``, (B, C) in float32 (float64 for float64), of maps x and y (B, C, H, W) and pivot (C,) (None:
     zeros); formula in the module's docstring. Not differentiable.
 
@@ -76,17 +70,11 @@ def plane_dots(
     return _dots(x, y, pivot)
 
 
-def _reference(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None,
-    b: torch.Tensor | None,
-    c: torch.Tensor | None,
-) -> torch.Tensor:
+def _reference(x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
     like = x if y is None else y
     wide = _checks.accumulate_dtype(like.dtype)
 
-    def column(t: torch.Tensor) -> torch.Tensor:
+    def column(t: Tensor) -> Tensor:
         return t.to(wide)[:, :, None, None]
 
     out = x.to(wide) * column(a)
@@ -97,15 +85,13 @@ def _reference(
     return out.to(like.dtype, memory_format=memory_format(like))
 
 
-def _dots_formula(
-    x: torch.Tensor, y: torch.Tensor, pivot: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _dots_formula(x: Tensor, y: Tensor, pivot: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = _checks.accumulate_dtype(x.dtype)
     d = y.to(wide) if pivot is None else y.to(wide) - pivot.to(wide)[:, None, None]
     return x.to(wide).sum((2, 3)), (x.to(wide) * d).sum((2, 3))
 
 
-def _empty_sums(x: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def _empty_sums(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     wide = _checks.accumulate_dtype(x.dtype)
     return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
 

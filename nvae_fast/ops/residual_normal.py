@@ -30,6 +30,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map
@@ -44,19 +45,19 @@ class ResidualNormal(NamedTuple):
     float32 (float64 for float64 parameters).
     """
 
-    z: torch.Tensor
-    kl: torch.Tensor
-    log_q: torch.Tensor
-    log_p: torch.Tensor
+    z: Tensor
+    kl: Tensor
+    log_q: Tensor
+    log_p: Tensor
 
 
 def residual_normal(
-    posterior: torch.Tensor,
-    prior: torch.Tensor | None = None,
+    posterior: Tensor,
+    prior: Tensor | None = None,
     *,
     residual: bool = True,
-    noise: torch.Tensor | None = None,
-    seed: int | torch.Tensor | None = None,
+    noise: Tensor | None = None,
+    seed: int | Tensor | None = None,
     clamp: float | None = 5.0,
     sigma_floor: float = 0.01,
 ) -> ResidualNormal:
@@ -90,14 +91,9 @@ def residual_normal(
 
 
 def _reference(
-    posterior: torch.Tensor,
-    prior: torch.Tensor | None,
-    noise: torch.Tensor | None,
-    seed: torch.Tensor | None,
-    residual: bool,
-    clamp: float | None,
-    sigma_floor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    posterior: Tensor, prior: Tensor | None, noise: Tensor | None, seed: Tensor | None, residual: bool,
+    clamp: float | None, sigma_floor: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     raw_mu_q, raw_log_sigma_q = unpack(posterior)
     if prior is None:
         raw_mu_p, raw_log_sigma_p = torch.zeros_like(raw_mu_q), torch.zeros_like(raw_log_sigma_q)
@@ -116,12 +112,12 @@ def _reference(
     return z.to(posterior.dtype), kl.sum((2, 3)), log_q.sum((2, 3)), log_p.sum((2, 3))
 
 
-def _fake(posterior: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+def _fake(posterior: Tensor, *_: Any) -> tuple[Tensor, ...]:
     z = empty_map(posterior, posterior.shape[1] // 2)
     return z, *(z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype)) for _ in range(3))
 
 
-def _gradient(args: Any, name: str) -> torch.Tensor:
+def _gradient(args: Any, name: str) -> Tensor:
     dtype = args.noise.dtype if name == "noise" else args.posterior.dtype
     return empty_map(args.posterior, getattr(args, name).shape[1], dtype)
 

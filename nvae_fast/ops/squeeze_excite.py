@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast.ops import (  # noqa: F401  operators that this one is made of
     _checks,
@@ -27,15 +28,15 @@ from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
 
 
 def squeeze_excite(
-    x: torch.Tensor,
-    reduce_weight: torch.Tensor,
-    reduce_bias: torch.Tensor,
-    expand_weight: torch.Tensor,
-    expand_bias: torch.Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
     *,
-    skip: torch.Tensor | None = None,
+    skip: Tensor | None = None,
     residual_scale: float = 1.0,
-) -> torch.Tensor:
+) -> Tensor:
     """Gate the channels of ``x``; formula in the module's docstring.
 
     Args:
@@ -66,29 +67,24 @@ def squeeze_excite(
 
 
 def gated_sum(
-    x: torch.Tensor,
-    reduce_weight: torch.Tensor,
-    reduce_bias: torch.Tensor,
-    expand_weight: torch.Tensor,
-    expand_bias: torch.Tensor,
-    skip: torch.Tensor,
+    x: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor,
+    expand_weight: Tensor,
+    expand_bias: Tensor,
+    skip: Tensor,
     residual_scale: float,
-) -> torch.Tensor:
+) -> Tensor:
     """:func:`squeeze_excite` without gradients, where the cell's kernels are (it needs no others); arguments are trusted."""
-    return _op.without_grad(
-        x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, residual_scale
-    )[0]
+    return _op.without_grad(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, residual_scale)[
+        0
+    ]
 
 
 def _reference(
-    x: torch.Tensor,
-    reduce_weight: torch.Tensor,
-    reduce_bias: torch.Tensor,
-    expand_weight: torch.Tensor,
-    expand_bias: torch.Tensor,
-    skip: torch.Tensor | None,
-    residual_scale: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    x: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor, expand_bias: Tensor,
+    skip: Tensor | None, residual_scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and the pooled x (B, C), which the backward pass needs."""
     wide = _checks.accumulate_dtype(x.dtype)
     pooled = x.mean((2, 3), dtype=wide)
@@ -102,33 +98,31 @@ def _reference(
     return y, pooled.detach()
 
 
-def _fake(x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     skip = args[-2]
     like = x if skip is None else skip
     y = empty_map(like, x.shape[1], torch.promote_types(x.dtype, like.dtype))
     return y, x.new_empty(x.shape[:2], dtype=_checks.accumulate_dtype(x.dtype))
 
 
-def _weights(pooled: torch.Tensor, *parameters: torch.Tensor) -> list[torch.Tensor]:
-    """The two layers in the dtype of ``pooled``."""
+def _layers(pooled: Tensor, *parameters: Tensor) -> Any:
+    """The four tensors of the two layers, in the dtype of ``pooled``."""
     return [p if p.dtype == pooled.dtype else p.to(pooled.dtype) for p in parameters]
 
 
-def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """The layers of the gate are too small to gain from half precision."""
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _launch(
-    x: torch.Tensor, *args: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """Two passes: x is read to be pooled, then read and gated on the way to the sum. On the CPU one operator does the same."""
     *layers, skip, residual_scale = args
     ops = torch.ops.nvae_fast
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
-        weights = _weights(pooled, *layers)
+        weights = _layers(pooled, *layers)
         factor = _coefficients.gate(pooled, None, None, *weights, residual_scale)[3]
         if skip is not None:
             skip = skip.to(torch.promote_types(x.dtype, skip.dtype))
@@ -147,7 +141,7 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     layers = [getattr(a, name) for name in names]
     with _no_autocast(x):
-        weights = _weights(pooled, *layers)
+        weights = _layers(pooled, *layers)
         _, hidden, gate, _, _ = _coefficients.gate(pooled, None, None, *weights, a.residual_scale)
         sum_x, sum_xp = ops.plane_dots(grad, x, None)
         *of_layers, through, _, _, factor = _coefficients.gate_backward(

@@ -11,21 +11,16 @@ Gradients, which the kernels compute from the inputs alone. With the upstream gr
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._op import define_op
 
 
 def weight_norm(
-    weight: torch.Tensor,
-    log_weight_norm: torch.Tensor,
-    mask: torch.Tensor | None = None,
-    *,
-    eps: float = 1e-5,
-) -> torch.Tensor:
+    weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None = None, *, eps: float = 1e-5
+) -> Tensor:
     """The normalised weight, shaped like ``weight`` and in its dtype (float32 arithmetic for half precision); formula in the
     module's docstring.
 
@@ -45,9 +40,7 @@ def weight_norm(
     return _op(weight, log_weight_norm, mask, eps)
 
 
-def check_layer(
-    op: str, weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None
-) -> None:
+def check_layer(op: str, weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None) -> None:
     _checks.tensor(op, "weight", weight)
     if weight.dim() != 4:
         raise ValueError(f"{op}: weight must have shape (C_out, C_in, K, K), got {tuple(weight.shape)}")
@@ -61,9 +54,7 @@ def check_eps(op: str, eps: float) -> None:
         raise ValueError(f"{op}: eps must be >= 0, got {eps!r}")
 
 
-def normalised(
-    weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def normalised(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     """The formula, not rounded to the dtype of ``weight`` yet."""
     wide = _checks.accumulate_dtype(weight.dtype)
     masked = weight.to(wide) if mask is None else weight.to(wide) * mask.to(wide)
@@ -71,28 +62,19 @@ def normalised(
     return torch.exp(log_weight_norm.to(wide)) * (masked / (norm + eps))
 
 
-def _reference(
-    weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def _reference(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     return normalised(weight, log_weight_norm, mask, eps).to(weight.dtype)
 
 
-def _launch(
-    weight: torch.Tensor, log_weight_norm: torch.Tensor, mask: torch.Tensor | None, eps: float
-) -> torch.Tensor:
+def _launch(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     from nvae_fast.kernels import weight_norm as kernels
 
     return kernels.weight_norm([weight], [log_weight_norm], [mask], eps, None)[0]
 
 
 def _launch_backward(
-    grad: torch.Tensor,
-    weight: torch.Tensor,
-    log_weight_norm: torch.Tensor,
-    mask: torch.Tensor | None,
-    eps: float,
-    *needs: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    grad: Tensor, weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float, *needs: bool
+) -> tuple[Tensor, Tensor]:
     from nvae_fast.kernels import weight_norm as kernels
 
     found = kernels.weight_norm_backward([grad], [weight], [log_weight_norm], [mask], eps, *needs)

@@ -11,31 +11,25 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops import weight_norm as one_layer
-from nvae_fast.ops._op import (
-    LIBRARY,
-    NAMESPACE,
-    Operator,
-    define_kernel,
-    refuse_double_backward,
-    vjp,
-)
+from nvae_fast.ops._op import LIBRARY, NAMESPACE, Operator, define_kernel, refuse_double_backward, vjp
 
-Tensors = Sequence[torch.Tensor]
-Masks = Sequence[torch.Tensor | None]
+Tensors = Sequence[Tensor]
+Masks = Sequence[Tensor | None]
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def weight_norm_many(
-    weights: Sequence[torch.Tensor],
-    log_weight_norms: Sequence[torch.Tensor],
+    weights: Sequence[Tensor],
+    log_weight_norms: Sequence[Tensor],
     masks: Masks | None = None,
     *,
     eps: float = 1e-5,
     dtype: torch.dtype | None = None,
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     """The normalised weight of every layer; formula in the module's docstring.
 
     Args:
@@ -63,9 +57,7 @@ def weight_norm_many(
     return _op(weights, log_weight_norms, masks, eps, dtype) if weights else []
 
 
-def _check(
-    weights: Tensors, log_weight_norms: Tensors, masks: Masks, dtype: torch.dtype | None
-) -> None:
+def _check(weights: Tensors, log_weight_norms: Tensors, masks: Masks, dtype: torch.dtype | None) -> None:
     op, count = "weight_norm_many", len(weights)
     for name, values in (("log_weight_norms", log_weight_norms), ("masks", masks)):
         if len(values) != count:
@@ -82,20 +74,15 @@ def _check(
 
 def _reference(
     weights: Tensors, log_weight_norms: Tensors, masks: Masks, eps: float, dtype: torch.dtype | None
-) -> list[torch.Tensor]:
+) -> list[Tensor]:
     layers = zip(weights, log_weight_norms, masks, strict=True)
     return [one_layer.normalised(*layer, eps).to(dtype or layer[0].dtype) for layer in layers]
 
 
 def _backward_formula(
-    grads: Tensors,
-    weights: Tensors,
-    log_weight_norms: Tensors,
-    masks: Masks,
-    eps: float,
-    need_weights: bool,
-    need_log_weight_norms: bool,
-) -> list[torch.Tensor]:
+    grads: Tensors, weights: Tensors, log_weight_norms: Tensors, masks: Masks, eps: float,
+    need_weights: bool, need_log_weight_norms: bool,
+) -> list[Tensor]:  # fmt: skip
     """Gradients of the weights where they are wanted, then of the log norms where they are wanted."""
     found = _empty_gradients(
         grads, weights, log_weight_norms, masks, eps, need_weights, need_log_weight_norms
@@ -109,7 +96,7 @@ def _backward_formula(
     return found
 
 
-def _empty_gradients(grads: Tensors, weights: Tensors, norms: Tensors, *args: Any) -> list[torch.Tensor]:
+def _empty_gradients(grads: Tensors, weights: Tensors, norms: Tensors, *args: Any) -> list[Tensor]:
     need_weights, need_norms = args[-2:]
     of_weights = [torch.empty_like(weight) for weight in weights] if need_weights else []
     return of_weights + ([norm.new_empty(norm.shape) for norm in norms] if need_norms else [])
@@ -124,23 +111,20 @@ _backward_kernel = define_kernel(
 
 
 def _gradients(
-    grads: Sequence[torch.Tensor | None],
-    weights: Tensors,
-    log_weight_norms: Tensors,
-    masks: Masks,
-    eps: float,
-    need_weights: bool,
-    need_log_weight_norms: bool,
-) -> tuple[list[torch.Tensor | None], list[torch.Tensor | None]]:
+    grads: Sequence[Tensor | None], weights: Tensors, log_weight_norms: Tensors, masks: Masks, eps: float,
+    need_weights: bool, need_log_weight_norms: bool,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Of every weight and every log norm; None where the result was not used or the gradient is not wanted."""
     refuse_double_backward("weight_norm_many")
-    of_weights: list[torch.Tensor | None] = [None] * len(weights)
-    of_norms: list[torch.Tensor | None] = [None] * len(weights)
+    of_weights: list[Tensor | None] = [None] * len(weights)
+    of_norms: list[Tensor | None] = [None] * len(weights)
     used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
     if used and (need_weights or need_log_weight_norms):
         found = _backward_kernel(
             [grad for _, grad in used],
-            *([values[i] for i, _ in used] for values in (weights, log_weight_norms, masks)),
+            [weights[i] for i, _ in used],
+            [log_weight_norms[i] for i, _ in used],
+            [masks[i] for i, _ in used],
             eps,
             need_weights,
             need_log_weight_norms,
@@ -157,14 +141,14 @@ class _Flat(torch.autograd.Function):
     """For eager calls: autograd sees no tensors inside lists, so it is given those to differentiate one by one."""
 
     @staticmethod
-    def forward(ctx: Any, args: Any, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(ctx: Any, args: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
         _, _, ctx.masks, ctx.eps, _ = args  # masks are constants
         return tuple(_op.without_grad(*args))
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n, tensors, needed = len(grads), ctx.saved_tensors, ctx.needs_input_grad[1:]
         with torch._C._AutoDispatchBelowAutograd():
             of_weights, of_norms = _gradients(
@@ -173,7 +157,7 @@ class _Flat(torch.autograd.Function):
         return None, *of_weights, *of_norms
 
 
-def _apply(weights: Tensors, log_weight_norms: Tensors, *rest: Any) -> list[torch.Tensor]:
+def _apply(weights: Tensors, log_weight_norms: Tensors, *rest: Any) -> list[Tensor]:
     return list(_Flat.apply((weights, log_weight_norms, *rest), *weights, *log_weight_norms))
 
 
@@ -184,7 +168,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*weights, *log_norms, *(mask for mask in masks if mask is not None))
 
 
-def _backward(ctx: Any, grads: Sequence[torch.Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
     n, tensors = len(ctx.has_mask), ctx.saved_tensors
     given = iter(tensors[2 * n :])
     masks = [next(given) if has else None for has in ctx.has_mask]
@@ -203,6 +187,6 @@ _forward_kernel: Any = define_kernel(
 torch.library.register_autograd(
     f"{NAMESPACE}::weight_norm_many", _backward, setup_context=_setup_context, lib=LIBRARY
 )
-_op: Operator[[Tensors, Tensors, Masks, float, torch.dtype | None], list[torch.Tensor]] = Operator(
+_op: Operator[[Tensors, Tensors, Masks, float, torch.dtype | None], list[Tensor]] = Operator(
     _forward_kernel, 0, None, _apply
 )
