@@ -1,7 +1,9 @@
 """Counter-based integer noise: the same number for the same (seed, index, counter), in any batch.
 
-    mix64(z):  z ^= z >> 30;  z *= 0xBF58476D1CE4E5B9;  z ^= z >> 27;  z *= 0x94D049BB133111EB;  z ^= z >>
-    31   (mod 2^64) word(key, j) = mix64(key + (j + 1) * 0x9E3779B97F4A7C15)
+::
+
+    mix64(z):      z ^= z >> 30;  z *= 0xBF58476D1CE4E5B9;  z ^= z >> 27;  z *= 0x94D049BB133111EB;  z ^= z >> 31   (mod 2^64)
+    word(key, j) = mix64(key + (j + 1) * 0x9E3779B97F4A7C15)
 
 This is the SplitMix64 generator (Steele, Lea, Flood 2014) addressed by counter. Written in numpy integers
 rather than `numpy.random.Generator`, whose streams may change between numpy versions: a run resumed after
@@ -45,15 +47,16 @@ def as_seed(value: object, name: str = "seed") -> int:
         ) from None
 
 
+def splitmix64(state: int) -> int:
+    """``mix64(state + 0x9E3779B97F4A7C15)``, mod 2^64: the next number of the generator in that state."""
+    return int(_mix64(np.array([(state + _GAMMA) & _MASK], dtype=np.uint64))[0])
+
+
 def fold_seed(seed: int, *words: int) -> int:
     """One 64-bit seed from a seed and any number of integers; order matters."""
-    state = np.array([seed & _MASK], dtype=np.uint64)
     for word in words:
-        state += np.uint64(_GAMMA)
-        _mix64(state)
-        state ^= np.uint64(word & _MASK)
-    state += np.uint64(_GAMMA)
-    return int(_mix64(state)[0])
+        seed = splitmix64(seed) ^ (word & _MASK)
+    return splitmix64(seed)
 
 
 def index_keys(seed: int, indices: np.ndarray) -> np.ndarray:

@@ -80,6 +80,3 @@ gradient = define_kernel(
     fake=lambda grad, x, *_: empty_map(x, x.shape[1]),
     triton="batch_norm_swish",
 )
-
-# The same in plain PyTorch, in this order.
-FORMULAS = (_forward, _reduce, _gradient)

@@ -114,8 +114,8 @@ def noise_or_seed(op: str, packed: Tensor, noise: Tensor | None, given: int | Te
 
 
 def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
-    """``value`` as a 0-d int64 tensor on ``device``: an int is taken mod 2^64, None draws a fresh one from the default generator
-    of the device, so that ``torch.manual_seed`` governs it."""
+    """``value`` as a 0-d int64 tensor on ``device``: an int is taken mod 2^64, None draws a fresh one from the device's default
+    generator, so that ``torch.manual_seed`` governs it."""
     if value is None:
         return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
     if isinstance(value, Tensor):
@@ -162,6 +162,14 @@ def choices(op: str, allowed: tuple[int, ...], **values: int) -> tuple[int, ...]
         if values[name] not in allowed:
             one_of(op, name, values[name], allowed)
     return tuple(values.values())
+
+
+def size(op: str, name: str, value: Any) -> None:
+    """``value`` is an int >= 0."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
 
 
 def flag(op: str, name: str, value: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +29,15 @@ def _depthwise_affine(
     return _affine.forward(y, out_scale, out_shift, out_activation)
 
 
-def _depthwise_affine_fake(
-    x: Tensor, weight: Tensor, out_scale: Tensor, out_shift: Tensor, *form: Any
-) -> Tensor:
-    stride, upsample, activation, _ = form
-    return torch.ops.nvae_fast.depthwise_conv2d(
-        x, weight, None, None, stride, 1, upsample, activation, False, None
-    )[0]
-
-
 # out_act(out_scale * conv(act(x)) + out_shift): where the statistics of the convolution are given, the batch norm behind it
 # costs no pass of its own. Not differentiable; its arguments are trusted.
-depthwise_affine = define_kernel("depthwise_conv2d_affine", _depthwise_affine, fake=_depthwise_affine_fake)
+depthwise_affine = define_kernel(
+    "depthwise_conv2d_affine",
+    _depthwise_affine,
+    fake=lambda x, weight, scale, shift, stride, upsample, *_: torch.ops.nvae_fast.depthwise_conv2d(
+        x, weight, None, None, stride, 1, upsample, None, False, None
+    )[0],
+)
 
 
 class FoldedCell(NamedTuple):
@@ -150,7 +147,7 @@ def inverted_residual_cell_evaluation(
         return skip + s
     return squeeze_excite(
         s,
-        *(q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias),  # type: ignore[arg-type]
+        *q.gate,
         skip=skip,
         residual_scale=residual_scale,
     )

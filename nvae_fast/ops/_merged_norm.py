@@ -12,16 +12,16 @@ this process's part, as PyTorch's own synchronised batch norm leaves them: whoev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, _coefficients
+from nvae_fast.ops import _checks, _coefficients
 from nvae_fast.ops import batch_norm_swish as batch_norm
-from nvae_fast.ops import channel_statistics as statistics
-from nvae_fast.ops._op import refuse_double_backward
+from nvae_fast.ops._op import DEFINITIONS, refuse_double_backward
 
 
 class MergedNorm(NamedTuple):
@@ -62,13 +62,8 @@ def merged_batch_norm_swish(
 
 
 def coefficients_of(
-    mean: Tensor | None,
-    m2: Tensor,
-    count: int | Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, ...]:
+    mean: Tensor | None, m2: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:  # fmt: skip
     """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
     if isinstance(count, int):
         return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
@@ -76,14 +71,8 @@ def coefficients_of(
 
 
 def corrections_of(
-    sum_g: Tensor,
-    sum_gx: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    scale: Tensor,
-    count: int | Tensor,
-    group: Any,
-) -> tuple[Tensor, ...]:
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: int | Tensor, group: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
     """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
     if isinstance(count, int):
         return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
@@ -92,20 +81,11 @@ def corrections_of(
     return rstd * sum_gx, beta, gamma
 
 
-class _Passes(NamedTuple):
-    """The passes over maps: operators where batch norm is fused, their formulas elsewhere."""
-
-    statistics: Any
-    forward: Any
-    reduce: Any
-    gradient: Any
-
-
-def _passes(device: torch.device) -> _Passes:
-    if _backend.fused("batch_norm_swish", device):
-        of = torch.ops.nvae_fast.channel_statistics
-        return _Passes(of, _affine.forward, _affine.reduce, _affine.gradient)
-    return _Passes(statistics._reference, *_affine.FORMULAS)
+def _run(x: Tensor, *names: str) -> list[Callable[..., Any]]:
+    """Operators where batch norm is fused, their formulas elsewhere."""
+    if _backend.fused("batch_norm_swish", x.device):
+        return [getattr(torch.ops.nvae_fast, name) for name in names]
+    return [DEFINITIONS[name].formula for name in names]
 
 
 class _Merged(torch.autograd.Function):
@@ -113,9 +93,9 @@ class _Merged(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, group: Any
     ) -> tuple[Tensor, ...]:
-        passes = _passes(x.device)
+        channel_statistics, forward = _run(x, "channel_statistics", "affine_activation")
         wide = _checks.accumulate_dtype(x.dtype)
-        mean, m2 = passes.statistics(x, False)
+        mean, m2 = channel_statistics(x, False)
         count: Any
         mean, m2, count = _distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
         var, rstd, scale, shift = coefficients_of(mean, m2, count, weight.to(wide), bias.to(wide), eps)
@@ -123,7 +103,7 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, scale, shift, count)
         ctx.constants = (activation, group, weight.dtype, bias.dtype)
         ctx.mark_non_differentiable(mean, var, count)
-        return passes.forward(x, scale, shift, activation), mean, var, count
+        return forward(x, scale, shift, activation), mean, var, count
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
@@ -132,11 +112,11 @@ class _Merged(torch.autograd.Function):
             return (None,) * 6
         x, mean, rstd, scale, shift, count = ctx.saved_tensors
         activation, group, weight_dtype, bias_dtype = ctx.constants
-        passes = _passes(x.device)
-        sum_g, sum_gx, _, _ = passes.reduce(grad, x, scale, shift, mean, activation, False, False)
+        reduce, gradient = _run(x, "affine_activation_reduce", "affine_activation_grad")
+        sum_g, sum_gx, _, _ = reduce(grad, x, scale, shift, mean, activation, False, False)
         to_x = None
         to_weight = rstd * sum_gx
         if ctx.needs_input_grad[0]:
             _, beta, gamma = corrections_of(sum_g, sum_gx, mean, rstd, scale, count, group)
-            to_x = passes.gradient(grad, x, scale, shift, scale, beta, gamma, activation)
+            to_x = gradient(grad, x, scale, shift, scale, beta, gamma, activation)
         return to_x, to_weight.to(weight_dtype), sum_g.to(bias_dtype), None, None, None

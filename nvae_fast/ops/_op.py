@@ -1,7 +1,7 @@
 """``define_op``: a PyTorch operator from one plain function, its formula.
 
-The formula is ordinary PyTorch. Its signature is the operator's schema, it is the operator's default kernel, its vector-Jacobian
-product is the default backward, and it is what every fused kernel is tested against::
+The formula is ordinary PyTorch. Its signature is the operator's schema, it is the operator's default kernel, its
+vector-Jacobian product is the default backward, and it is what every fused kernel is tested against::
 
     def _reference(x: Tensor, scale: Tensor | None, eps: float) -> Tensor:
         ...
@@ -84,10 +84,7 @@ def refuse_double_backward(
 def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic_sizes: bool = False) -> str:
     """The schema that the annotations of ``formula`` say. An int is a constant of the compiled graph, unless it is a size."""
     hints = typing.get_type_hints(formula)  # not every PyTorch resolves annotations that are strings
-    formula.__annotations__ = {
-        **hints,
-        "return": hints["return"] if hints["return"] is not type(None) else None,
-    }
+    formula.__annotations__ = {**hints, "return": None} if hints["return"] is type(None) else hints
     schema = torch.library.infer_schema(formula, mutates_args=mutates)
     return schema if symbolic_sizes else schema.replace("SymInt", "int")
 
@@ -214,11 +211,15 @@ def define_op(
     if fused_backward:
         launcher = fused_backward if callable(fused_backward) else triton
         kernel = _derive_backward(name, schema, formula, where, outputs, launcher, gradient)
-    autograd = _Autograd(name, formula, names, tensors, where, saves, constant_outputs, backward, kernel)
+    rules = [
+        [(i, None if argument is None else names.index(argument)) for i, argument in (rule or {}).items()]
+        for rule in (saves, constant_outputs)
+    ]
+    autograd = _Autograd(name, formula, names, tensors, where, rules[0], rules[1], backward, kernel)
     torch.library.register_autograd(
         f"{NAMESPACE}::{name}", autograd.backward, setup_context=autograd.setup_context, lib=LIBRARY
     )
-    return Operator(overload, tensors[0], backend, autograd.function(overload._op), opaque=opaque)
+    return Operator(overload, tensors[0], backend, autograd.function(overload._op), opaque)
 
 
 # -------------------------------------------------------------------------------- dispatch
@@ -228,20 +229,12 @@ class Operator(Generic[P, R]):
     """An operator with gradients. Call it with the formula's arguments, by position."""
 
     def __init__(
-        self,
-        overload: Any,
-        first_tensor: int,
-        backend: str | None,
-        differentiable: Callable[..., Any],
-        *,
+        self, overload: Any, first_tensor: int, backend: str | None, differentiable: Callable[..., Any],
         opaque: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name: str = overload._opname
-        self.overload, self.backend, self.formula = (
-            overload,
-            backend or self.name,
-            DEFINITIONS[self.name].formula,
-        )
+        self.formula: Callable[P, R] = DEFINITIONS[self.name].formula
+        self.overload, self.backend = overload, backend or self.name
         self._kernel = overload._op  # without a call between
         self._first_tensor, self._opaque, self._differentiable = first_tensor, opaque, differentiable
         _listed[self.name] = self.backend
@@ -298,29 +291,22 @@ def load_kernels() -> None:
 # ------------------------------------------------------------------------------- gradients
 
 
+@dataclass
 class _Autograd:
     """What autograd is told about an operator: which tensors to save, and how gradients come of them."""
 
-    def __init__(
-        self,
-        name: str,
-        formula: Callable[..., Any],
-        names: Sequence[str],
-        tensors: Sequence[int],
-        where: Sequence[int],
-        saves: Mapping[int, str | None] | None,
-        constant_outputs: Mapping[int, str | None] | None,
-        backward: Backward | None,
-        kernel: Callable[..., Any] | None,
-    ) -> None:
-        self.name, self.formula, self.names = name, formula, names
-        self.tensors, self.where = tensors, where  # positions of tensors, and of those to differentiate
-        self.saves, self.constant_outputs = (
-            [(i, None if when is None else names.index(when)) for i, when in (rule or {}).items()]
-            for rule in (saves, constant_outputs)
-        )
-        self.composed, self.kernel = backward, kernel
-        self.arguments = _named(names)
+    name: str
+    formula: Callable[..., Any]
+    names: Sequence[str]  # of the arguments
+    tensors: Sequence[int]  # positions of tensors
+    where: Sequence[int]  # positions of tensors to differentiate
+    saves: Sequence[tuple[int, int | None]]  # (result, argument that must be true or given for it)
+    constant_outputs: Sequence[tuple[int, int | None]]  # (result, argument that gives it a gradient)
+    composed: Backward | None
+    kernel: Callable[..., Any] | None  # <name>_backward
+
+    def __post_init__(self) -> None:
+        self.arguments = _named(self.names)
 
     def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.set_materialize_grads(False)
@@ -395,12 +381,8 @@ class _Autograd:
 
 
 def vjp(
-    formula: Callable[..., Any],
-    where: Sequence[int],
-    grads: Grads,
-    args: Sequence[Any],
-    needs: Sequence[bool],
-) -> dict[int, Tensor | None]:
+    formula: Callable[..., Any], where: Sequence[int], grads: Grads, args: Sequence[Any], needs: Sequence[bool]
+) -> dict[int, Tensor | None]:  # fmt: skip
     """The vector-Jacobian product of ``formula`` at ``args``: gradients by position, of the arguments at ``where`` of which
     ``needs`` is true; None where nothing depends on one."""
     values, leaves = list(args), {}
@@ -428,9 +410,8 @@ def _derive_backward(
     is not needed comes back empty; where there is one argument to differentiate, it always is."""
     arguments = _arguments(schema)
     names, several = [argument for _, argument in arguments], len(where) > 1
-    grads = [f"Tensor{'?' if len(outputs) > 1 else ''} grad_{output}" for output in outputs] or [
-        "Tensor grad"
-    ]
+    kind = "Tensor?" if len(outputs) > 1 else "Tensor"
+    grads = [f"{kind} grad_{output}" for output in outputs] or ["Tensor grad"]
     needs = [f"bool need_{names[i]}" for i in where] if several else []
     inside = ", ".join([*grads, *(f"{kind} {argument}" for kind, argument in arguments), *needs])
     returns = f"({', '.join(['Tensor'] * len(where))})" if several else "Tensor"

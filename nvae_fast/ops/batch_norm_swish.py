@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae_fast.ops import _affine as affine
-from nvae_fast.ops import _checks, channel_statistics  # noqa: F401  the operator that batch statistics come from
+from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op

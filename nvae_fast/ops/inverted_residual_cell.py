@@ -25,21 +25,13 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import (  # noqa: F401  their operators are registered on the way
-    _affine,
-    _checks,
-    _coefficients,
-    batch_norm_swish,
-    channel_statistics,
-    depthwise_conv2d,
-    plane_affine,
-)
+from nvae_fast.ops import _affine, _checks, _coefficients
 from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
@@ -47,7 +39,6 @@ from nvae_fast.ops._op import compose, refuse_double_backward
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
-_PARTS = ("depthwise_conv2d", "batch_norm_swish", "channel_statistics", "plane_affine")
 
 
 class CellParameters(NamedTuple):
@@ -71,6 +62,11 @@ class CellParameters(NamedTuple):
     gate_weight: Tensor | None = None
     gate_bias: Tensor | None = None
 
+    @property
+    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gate's two layers, where there is one."""
+        return self[-4:]  # type: ignore[return-value]
+
 
 class BatchStatistics(NamedTuple):
     """``mean`` and biased ``var`` (C,) of what a batch norm saw, and of how many values: what running averages want."""
@@ -80,7 +76,7 @@ class BatchStatistics(NamedTuple):
     count: int | Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
-compose(NAME, _PARTS)
+compose(NAME, ("depthwise_conv2d", "batch_norm_swish", "channel_statistics", "plane_affine"))
 
 
 def available(device: torch.device) -> bool:
@@ -122,11 +118,9 @@ def inverted_residual_cell(
         )
     y, *flat = _Cell.apply(x, None if skip is x else skip, stride, eps, residual_scale, group, *parameters)
     b, _, h, w = x.shape
-    size = _distributed.world_size(group)
-    counts: list[int | Tensor] = [b * h * w * (4 if stride == -1 else 1)] * 2 + [
-        y.shape[0] * y.shape[2] * y.shape[3]
-    ] * 2
-    if size > 1:
+    seen, made = b * h * w * (4 if stride == -1 else 1), y.shape[0] * y.shape[2] * y.shape[3]
+    counts: list[int | Tensor] = [seen, seen, made, made]
+    if _distributed.world_size(group) > 1:
         counts = list(flat.pop().unbind())
     return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
 
@@ -139,10 +133,9 @@ def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
     _checks.feature_map(NAME, "depthwise", parameters.depthwise)
     _checks.feature_map(NAME, "project", parameters.project)
     hidden, k, c_out = parameters.expand.shape[0], parameters.depthwise.shape[3], parameters.project.shape[0]
-    if parameters.expand.shape[1] != c:
-        raise ValueError(
-            f"{NAME}: x must have {parameters.expand.shape[1]} channels, which is what expand takes, got {c}"
-        )
+    takes = parameters.expand.shape[1]
+    if takes != c:
+        raise ValueError(f"{NAME}: x must have {takes} channels, which is what expand takes, got {c}")
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
     widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}
@@ -154,12 +147,9 @@ def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
     }
     if parameters.reduce_weight is not None:
         r = parameters.reduce_weight.shape[0]
-        expected |= {
-            "reduce_weight": (r, c_out),
-            "reduce_bias": (r,),
-            "gate_weight": (c_out, r),
-            "gate_bias": (c_out,),
-        }
+        expected |= dict(
+            reduce_weight=(r, c_out), reduce_bias=(r,), gate_weight=(c_out, r), gate_bias=(c_out,)
+        )
     for name, size in expected.items():
         _checks.shape(NAME, name, getattr(parameters, name), size, x)
     check_maps(x, skip, parameters, stride)
@@ -250,13 +240,12 @@ class _Cell(torch.autograd.Function):
                 mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
             )
             pooled = hidden = gate = None
-            layers: Any = (q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias)
             if q.reduce_weight is None:
                 factor, offset = (residual_scale * scale3)[None], (residual_scale * shift3)[None]
             else:
-                pooled, hidden, gate, factor, offset = _coefficients.gate(
-                    plane_mean, scale3, shift3, *layers, residual_scale
-                )
+                w1, b1, w2, b2 = q.gate
+                computed = _coefficients.gate(plane_mean, scale3, shift3, w1, b1, w2, b2, residual_scale)
+                pooled, hidden, gate, factor, offset = computed
             y = _OPS.plane_affine(p, factor, skip, None, offset)
 
         ctx.set_materialize_grads(False)
@@ -295,10 +284,10 @@ class _Cell(torch.autograd.Function):
                 to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
                 factor = (residual_scale * scale3)[None]
             else:
-                first, last = cast("tuple[Tensor, Tensor]", (q.reduce_weight, q.gate_weight))
+                w1, _, w2, _ = q.gate
                 *to_gate, through, to_bias3, to_weight3, factor = _coefficients.gate_backward(
                     sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
-                    hidden, gate, first, last, residual_scale,
+                    hidden, gate, w1, w2, residual_scale,
                 )  # fmt: skip
                 _, beta3, gamma3 = _corrections_of(
                     to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group

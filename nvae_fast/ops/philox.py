@@ -99,11 +99,8 @@ def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Ten
         TypeError: seed is neither int nor int64 tensor, a count is not an int.
         ValueError: seed tensor not 0-d, negative count.
     """
-    for name, value in (("n_blocks", n_blocks), ("first_block", first_block)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"philox_words: {name} must be an int, got {type(value).__name__}")
-        if value < 0:
-            raise ValueError(f"philox_words: {name} must be >= 0, got {value}")
+    _checks.size("philox_words", "n_blocks", n_blocks)
+    _checks.size("philox_words", "first_block", first_block)
     return _words(_given_seed("philox_words", seed), n_blocks, first_block)
 
 
@@ -121,16 +118,12 @@ def split_seed(seed: int | Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`philox_words`.
     """
-    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
-        raise TypeError(f"split_seed: n must be an int, got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"split_seed: n must be >= 0, got {n}")
+    _checks.size("split_seed", "n", n)
     return _split(_given_seed("split_seed", seed), n)
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:
-    """``seed`` as a 0-d int64 tensor on ``device``: an int is wrapped mod 2^64, None draws a
-    :func:`new_seed`.
+    """``seed`` as a 0-d int64 tensor on ``device``: an int is wrapped mod 2^64, None draws a :func:`new_seed`.
 
     Raises:
         TypeError, ValueError: as :func:`philox_normal`.
@@ -241,32 +234,18 @@ def _launch_split(seed: Tensor, n: int) -> Tensor:
     return _sub_seeds(kernels.philox_words_of(seed, n, 0, SPLIT))
 
 
-# Opaque: a compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
+# A compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
+_OPAQUE: Any = dict(backend="philox", symbolic_sizes=True, opaque=True)
 _normal = define_op(
-    "philox_normal",
-    _normal_reference,
-    fake=_empty_normal,
-    triton="philox",
-    backend="philox",
-    symbolic_sizes=True,
-    float64=True,
-    opaque=True,
+    "philox_normal", _normal_reference, fake=_empty_normal, triton="philox", float64=True, **_OPAQUE
 )
 _words = define_op(
     "philox_words",
     _words_reference,
     fake=lambda seed, n_blocks, first_block: seed.new_empty((n_blocks, 4)),
     triton=_launch_words,
-    backend="philox",
-    symbolic_sizes=True,
-    opaque=True,
+    **_OPAQUE,
 )
 _split = define_op(
-    "split_seed",
-    _split_reference,
-    fake=lambda seed, n: seed.new_empty((n,)),
-    triton=_launch_split,
-    backend="philox",
-    symbolic_sizes=True,
-    opaque=True,
+    "split_seed", _split_reference, fake=lambda seed, n: seed.new_empty((n,)), triton=_launch_split, **_OPAQUE
 )

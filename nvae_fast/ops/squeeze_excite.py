@@ -17,12 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast.ops import (  # noqa: F401  operators that this one is made of
-    _checks,
-    _coefficients,
-    channel_statistics,
-    plane_affine,
-)
+from nvae_fast.ops import _checks, _coefficients
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
 
@@ -122,8 +117,8 @@ def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     ops = torch.ops.nvae_fast
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
-        weights = _layers(pooled, *layers)
-        factor = _coefficients.gate(pooled, None, None, *weights, residual_scale)[3]
+        w1, b1, w2, b2 = _layers(pooled, *layers)
+        factor = _coefficients.gate(pooled, None, None, w1, b1, w2, b2, residual_scale)[3]
         if skip is not None:
             skip = skip.to(torch.promote_types(x.dtype, skip.dtype))
         return ops.plane_affine(x, factor, skip, None, None), pooled
@@ -141,11 +136,11 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     layers = [getattr(a, name) for name in names]
     with _no_autocast(x):
-        weights = _layers(pooled, *layers)
-        _, hidden, gate, _, _ = _coefficients.gate(pooled, None, None, *weights, a.residual_scale)
+        w1, b1, w2, b2 = _layers(pooled, *layers)
+        _, hidden, gate, _, _ = _coefficients.gate(pooled, None, None, w1, b1, w2, b2, a.residual_scale)
         sum_x, sum_xp = ops.plane_dots(grad, x, None)
         *of_layers, through, _, _, factor = _coefficients.gate_backward(
-            sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, weights[0], weights[2], a.residual_scale,
+            sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, w1, w2, a.residual_scale,
         )  # fmt: skip
         if "x" in wanted:
             shift = through / max(x.shape[2] * x.shape[3], 1)

@@ -117,7 +117,7 @@ def _gradients(
     """Of every weight and every log norm; None where the result was not used or the gradient is not wanted."""
     refuse_double_backward("weight_norm_many")
     of_weights: list[Tensor | None] = [None] * len(weights)
-    of_norms: list[Tensor | None] = [None] * len(weights)
+    of_norms = of_weights.copy()
     used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
     if used and (need_weights or need_log_weight_norms):
         found = _backward_kernel(
@@ -137,30 +137,6 @@ def _gradients(
     return of_weights, of_norms
 
 
-class _Flat(torch.autograd.Function):
-    """For eager calls: autograd sees no tensors inside lists, so it is given those to differentiate one by one."""
-
-    @staticmethod
-    def forward(ctx: Any, args: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*tensors)
-        _, _, ctx.masks, ctx.eps, _ = args  # masks are constants
-        return tuple(_op.without_grad(*args))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        n, tensors, needed = len(grads), ctx.saved_tensors, ctx.needs_input_grad[1:]
-        with torch._C._AutoDispatchBelowAutograd():
-            of_weights, of_norms = _gradients(
-                grads, tensors[:n], tensors[n:], ctx.masks, ctx.eps, any(needed[:n]), any(needed[n:])
-            )
-        return None, *of_weights, *of_norms
-
-
-def _apply(weights: Tensors, log_weight_norms: Tensors, *rest: Any) -> list[Tensor]:
-    return list(_Flat.apply((weights, log_weight_norms, *rest), *weights, *log_weight_norms))
-
-
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     weights, log_norms, masks, ctx.eps, _ = inputs
     ctx.set_materialize_grads(False)
@@ -168,14 +144,35 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*weights, *log_norms, *(mask for mask in masks if mask is not None))
 
 
-def _backward(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
+def _backward(ctx: Any, grads: Sequence[Tensor | None], needs: Any = None) -> tuple[Any, ...]:
     n, tensors = len(ctx.has_mask), ctx.saved_tensors
     given = iter(tensors[2 * n :])
     masks = [next(given) if has else None for has in ctx.has_mask]
-    needs = [any([need] if isinstance(need, bool) else need) for need in ctx.needs_input_grad[:2]]
+    needs = [any([need] if isinstance(need, bool) else need) for need in needs or ctx.needs_input_grad[:2]]
     of_weights, of_norms = _gradients(grads, tensors[:n], tensors[n : 2 * n], masks, ctx.eps, *needs)
     # PyTorch takes a list with a None in it for one argument without gradient.
     return of_weights, of_norms, [None] * n if all(ctx.has_mask) else None, None, None
+
+
+class _Flat(torch.autograd.Function):
+    """For eager calls: autograd sees no tensors inside lists, so it is given those to differentiate one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, args: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        outputs = tuple(_op.without_grad(*args))
+        _setup_context(ctx, (tensors[: len(outputs)], tensors[len(outputs) :], *args[2:]), outputs)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, needs = len(grads), ctx.needs_input_grad[1:]
+        with torch._C._AutoDispatchBelowAutograd():
+            of_weights, of_norms, *_ = _backward(ctx, grads, (needs[:n], needs[n:]))
+        return None, *of_weights, *of_norms
+
+
+def _apply(weights: Tensors, log_weight_norms: Tensors, *rest: Any) -> list[Tensor]:
+    return list(_Flat.apply((weights, log_weight_norms, *rest), *weights, *log_weight_norms))
 
 
 _forward_kernel: Any = define_kernel(
