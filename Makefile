@@ -1,11 +1,14 @@
-# Every target but `gpu` does its own set-up: a virtual environment in .venv, the pinned packages, the C++ extension.
-#   make demo    train a small NVAE on real images for about two minutes, leave pictures in runs/demo/
-#   make test    the whole test suite, no GPU needed
-#   make build   environment and extension only
-#   make bench   benchmarks of this machine -> benchmarks/results/
-#   make lint    ruff, clang-format, mypy
-#   make gpu     with the python at hand (no network, no .venv): build in place, test on the GPU, benchmark it
+# Every target but `gpu` and its stages does its own set-up: a virtual environment in .venv, the pinned packages, the C++ extension.
+#   make demo     train a small NVAE on real images for about two minutes, leave pictures in runs/demo/
+#   make test     the whole test suite, no GPU needed
+#   make build    environment and extension only
+#   make bench    benchmarks of this machine -> benchmarks/results/
+#   make lint     ruff, clang-format, mypy
+#   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
+#   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
 
+SHELL := /bin/bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= python3
 # The PyTorch that the suite is pinned to. Any requirement pip understands: make test TORCH='torch==2.11.0'
 TORCH ?= torch==2.13.0
@@ -14,7 +17,18 @@ PY := $(VENV)/bin/python
 # Test processes; two cores run the suite in half the time.
 JOBS ?= 2
 
-.PHONY: all build test demo bench lint gpu clean
+# The CUDA build of PyTorch that gpu-dry is pinned to, and where it builds.
+TORCH_CUDA ?= torch==2.11.0
+VENV_CUDA := .venv-cuda
+CUDA_PY := $(VENV_CUDA)/bin/python
+DRY := build/gpu-dry
+# The stages of `make gpu`: results and logs go to OUT, tests run in GPU_JOBS processes, benchmarks take GPU_SECONDS.
+OUT ?= build/gpu
+GPU_JOBS ?= 8
+GPU_SECONDS ?= 200
+
+.NOTPARALLEL:
+.PHONY: all build test demo bench lint gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
 
 all: build
 
@@ -47,11 +61,56 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(PY) -m benchmarks.report --readme --check
 
-gpu:
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m nvae_fast info
-	$(PYTHON) -m pytest -q -x
-	$(PYTHON) -m benchmarks --device cuda --json benchmarks/results/$$($(PYTHON) -m benchmarks --machine-name --device cuda).json
+# A second environment: CUDA libraries of some 5 GB, importable without a driver.
+$(VENV_CUDA)/.installed: Makefile
+	@test -x $(CUDA_PY) || $(PYTHON) -m venv $(VENV_CUDA)
+	@echo "installing $(TORCH_CUDA) and the tools into $(VENV_CUDA)"
+	@$(CUDA_PY) -m pip install -q --disable-pip-version-check "$(TORCH_CUDA)" numpy setuptools wheel ninja packaging \
+		pytest pytest-xdist pillow scikit-learn lmdb
+	@$(CUDA_PY) -c "import torch, triton; assert torch.version.cuda, 'this PyTorch was built without CUDA'"
+	@touch $@
+
+# The package as it is installed, so that the sources' own extension for the CPU stays as it is.
+gpu-dry: $(VENV_CUDA)/.installed
+	NVAE_FAST_REQUIRE_EXTENSION=1 $(CUDA_PY) setup.py -q build --build-base $(DRY) --build-lib $(DRY)/lib
+	cd $(DRY) && LD_BIND_NOW=1 PYTHONPATH=$$PWD/lib $(CURDIR)/$(CUDA_PY) -m nvae_fast info
+	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -n $(JOBS) $(DRY_TESTS)
+
+# Prints sm_90a, sm_80, ...
+ARCH := import torch; c = torch.cuda.get_device_capability(); print('sm_%d%d%s' % (*c, 'a' if c == (9, 0) else ''))
+
+gpu: gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench
+
+# For the architecture of the GPU at hand alone.
+gpu-build:
+	@mkdir -p $(OUT)
+	NVAE_FAST_CUDA_ARCHS=$$($(PYTHON) -c "$(ARCH)") $(PYTHON) setup.py -q build_ext --inplace 2>&1 | tee $(OUT)/build.log
+	$(PYTHON) -m nvae_fast info 2>&1 | tee -a $(OUT)/build.log
+
+gpu-smoke:
+	$(PYTHON) tests/gpu/smoke.py --out $(OUT) --jobs $(GPU_JOBS)
+
+gpu-test:
+	@mkdir -p $(OUT)
+	$(PYTHON) -m pytest -q -m gpu -n $(GPU_JOBS) --tb=short --junitxml=$(OUT)/tests.xml 2>&1 | tee $(OUT)/tests.log
+
+# Without PyTorch's cache every tensor is an allocation of its own, and an access past its end is seen.
+gpu-sanitize:
+	@if ! command -v compute-sanitizer; then echo "SKIPPED: compute-sanitizer was not found"; exit 0; fi; set -x; \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 $(PYTHON) tests/gpu/smoke.py --operators --eager --jobs $(GPU_JOBS) \
+		--under "compute-sanitizer --tool memcheck --error-exitcode 9" --out $(OUT)/memcheck && \
+	$(PYTHON) tests/gpu/smoke.py --operators --eager --jobs $(GPU_JOBS) \
+		--under "compute-sanitizer --tool racecheck --error-exitcode 9" --out $(OUT)/racecheck
+
+gpu-bench:
+	@mkdir -p $(OUT)
+	$(PYTHON) -m benchmarks --device cuda --budget $(GPU_SECONDS) --overwrite \
+		--json $(OUT)/$$($(PYTHON) -m benchmarks --machine-name --device cuda).json
 
 clean:
 	rm -rf build dist *.egg-info nvae_fast/_C*.so nvae_fast/_build.json .pytest_cache .mypy_cache .ruff_cache
+
+# Builds and tests for every supported Python and PyTorch (python3.10 to python3.13 on PATH); the table is docs/support.md.
+matrix:
+	$(PYTHON) tests/matrix.py
+.PHONY: matrix

@@ -6,7 +6,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,75 +24,19 @@ from benchmarks.providers import (
     one_line,
     time_limit,
 )
+from benchmarks.settings import CompileBudget, Settings, settings_for
 from benchmarks.timing import Clock, clock_for, interleave
 
-
-@dataclass
-class Settings:
-    """How long and how much, in seconds.
-
-    seconds: measuring time of one shape of one op; model_seconds: of one setting in one case.
-    compile_seconds: compilation time of all ops together, shared evenly by the cases; model_compile_seconds:
-        of all whole models.
-    models_until: settings that would start later than this after the first are skipped. scale: which shapes.
-    full_models: on a CPU measure the settings in ``model.FULL`` at that size, not scaled down.
-    """
-
-    device: torch.device
-    scale: str
-    seconds: float
-    model_seconds: float
-    compile_seconds: float
-    model_compile_seconds: float
-    models_until: float
-    all_shapes_compiled: bool = False
-    full_models: bool = False
-    min_rounds: int = 5
-
-    @property
-    def quick(self) -> bool:
-        return self.scale in ("quick", "tiny")
-
-
-def settings_for(device: torch.device, *, quick: bool = False, tiny: bool = False) -> Settings:
-    """The defaults: a few minutes on two cores or on a GPU; quick: under a minute."""
-    if tiny:
-        return Settings(device, "tiny", 0.0, 0.0, 0.0, 0.0, 0.0, min_rounds=1)
-    if quick:
-        return Settings(device, "quick", 0.2, 0.5, 0.0, 0.0, 0.0, min_rounds=3)
-    if device.type == "cuda":
-        return Settings(device, "cuda", 0.4, 2.0, 80.0, 90.0, 90.0)
-    # The 14 graphs of a small model's cells took over five minutes to compile here: only when asked for.
-    return Settings(device, "cpu", 0.8, 2.0, 120.0, 0.0, 120.0)
-
-
-class CompileBudget:
-    """Compilation time is bounded over the run. Each of ``cases`` gets an equal share; what one leaves over,
-    the next may use."""
-
-    def __init__(self, seconds: float, cases: int, *, quick: bool, option: str) -> None:
-        self._seconds, self._cases, self._quick, self._option = seconds, max(cases, 1), quick, option
-        self._started = 0
-        self.spent = 0.0
-
-    def next_case(self) -> None:
-        """A case begins: its share is added to what may be spent."""
-        self._started += 1
-
-    @property
-    def left(self) -> float:
-        """Seconds the next compilation may take."""
-        return self._seconds * self._started / self._cases - self.spent
-
-    def reason(self, *, first: bool) -> str:
-        """Why the next workload is not compiled; empty when it is. first: of its case."""
-        if self._seconds <= 0:
-            return "left out of a quick run" if self._quick else f"left out: {self._option} is 0"
-        if not first:
-            return "only the first shape is compiled (--compile-all-shapes)"
-        if self.left <= 1:
-            return f"the time for compilation, {self._seconds:.0f} s, is spent ({self._option})"
-        return ""
+# Measured first, because a run with a time budget may not reach the rest: what the package exists for.
+FIRST = (
+    "residual_normal",
+    "depthwise_conv2d",
+    "inverted_residual_cell",
+    "batch_norm_swish",
+    "mixture_logistic_log_prob",
+    "weight_norm_many",
+)
+OPERATOR_SHARE = 0.55  # of a budget, when whole models are asked for too
 
 
 def measure_case(
@@ -102,18 +45,26 @@ def measure_case(
     ceilings: dict[str, float],
     budget: CompileBudget,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """Every shape and dtype of ``case``: one row for each provider and memory format."""
+    deadline: float = float("inf"),
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Every shape and dtype of ``case`` that can start before ``deadline`` (of `time.perf_counter`): one row for each
+    provider and memory format; and what was skipped."""
     rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
     dtypes = case.dtypes if settings.device.type == "cuda" else case.cpu_dtypes
     for dtype in dtypes:
         for index, shape in enumerate(case.shapes[settings.scale]):
-            say(f"{case.name}  {case.label(shape)}  {str(dtype).removeprefix('torch.')}")
+            label = f"{case.name}  {case.label(shape)}  {str(dtype).removeprefix('torch.')}"
+            if time.perf_counter() > deadline:
+                skipped.append(f"{label} (--budget {settings.budget:g})")
+                say(f"skipped: {skipped[-1]}")
+                continue
+            say(label)
             reason = budget.reason(first=index == 0 or settings.all_shapes_compiled)
             providers = candidates(case, shape, settings.device, compile_reason=reason)
             rows += measure_workload(case, shape, dtype, providers, settings, ceilings, budget)
             torch._dynamo.reset()
-    return rows
+    return rows, skipped
 
 
 def measure_workload(
@@ -185,9 +136,14 @@ def measure_workload(
 
 
 def measure_models(
-    cases: list[str], settings: Settings, say: Callable[[str], None]
+    cases: list[str],
+    settings: Settings,
+    say: Callable[[str], None],
+    deadline: float = float("inf"),
+    save: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """Whole training steps and sampling of as many settings as time allows; rows, and what was skipped."""
+    """Whole training steps and sampling of as many settings as time allows; rows, and what was skipped. ``save`` is called
+    with the rows so far after each setting."""
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
     budget = CompileBudget(
@@ -202,8 +158,10 @@ def measure_models(
         full=settings.full_models,
     )
     for index, workload in enumerate(choice):
-        if index and time.perf_counter() - started > settings.models_until:
-            skipped.append(f"{workload.label} (--models-until {settings.models_until:g})")
+        late = time.perf_counter() > deadline
+        if late or (index and time.perf_counter() - started > settings.models_until):
+            limit = f"--budget {settings.budget:g}" if late else f"--models-until {settings.models_until:g}"
+            skipped.append(f"{workload.label} ({limit})")
             say(f"skipped: {skipped[-1]}")
             continue
         rows += model.measure_model(
@@ -216,6 +174,7 @@ def measure_models(
             min_rounds=settings.min_rounds,
             say=say,
         )
+        save(rows)
     return rows, skipped
 
 
@@ -279,31 +238,55 @@ def _copy_sampler(copies: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> Calla
     return sample
 
 
-def run(names: list[str], settings: Settings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Measure the cases ``names`` and return a results document (see ``report``)."""
+def run(
+    names: list[str],
+    settings: Settings,
+    say: Callable[[str], None] = print,
+    save: Callable[[dict[str, Any]], None] = lambda document: None,
+) -> dict[str, Any]:
+    """Measure the cases ``names`` and return a results document (see ``report``). ``save`` is called with the document so
+    far after each case, so that a run that is cut short leaves what it measured."""
     cases = load_cases()
     started = time.perf_counter()
-    document = machine.describe(settings.device)
+    facts = machine.describe(settings.device)
     ceilings = measure.ceilings(settings.device)
     measure.settle_allocator(settings.device)
     rows: list[dict[str, Any]] = []
+    skipped: list[str] = []
     ops = [name for name in names if name in cases]
     whole = [name for name in names if name in model.CASES]
+    if settings.budget is not None:
+        ops.sort(key=lambda name: FIRST.index(name) if name in FIRST else len(FIRST))
+    end = started + (settings.budget if settings.budget is not None else float("inf"))
+    operators_end = started + (end - started) * (OPERATOR_SHARE if whole else 1.0)
     budget = CompileBudget(
         settings.compile_seconds, len(ops), quick=settings.quick, option="--compile-seconds"
     )
+
+    def document(more: list[dict[str, Any]]) -> dict[str, Any]:
+        return report.document(
+            {
+                **facts,
+                "settings": {"scale": settings.scale, "seconds": settings.seconds, "tf32": False},
+                "ceilings": {name: round(value, 2) for name, value in ceilings.items()},
+                "skipped": skipped,
+                "run_seconds": round(time.perf_counter() - started, 1),
+            },
+            [*rows, *more],
+        )
+
     for name in ops:
         budget.next_case()
-        rows += measure_case(cases[name], settings, ceilings, budget, say)
-    skipped: list[str] = []
+        found, left_out = measure_case(cases[name], settings, ceilings, budget, say, operators_end)
+        rows += found
+        skipped += left_out
+        if found:
+            save(document([]))
     if whole:
-        model_rows, skipped = measure_models(whole, settings, say)
-        rows += model_rows
-    document["settings"] = {"scale": settings.scale, "seconds": settings.seconds, "tf32": False}
-    document["ceilings"] = {name: round(value, 2) for name, value in ceilings.items()}
-    document["skipped"] = skipped
-    document["run_seconds"] = round(time.perf_counter() - started, 1)
-    return report.document(document, rows)
+        found, left_out = measure_models(whole, settings, say, end, lambda more: save(document(more)))
+        rows += found
+        skipped += left_out
+    return document([])
 
 
 def available() -> dict[str, str]:
@@ -371,6 +354,12 @@ def parser() -> argparse.ArgumentParser:
         help="skip the settings that would start later than this after the first, seconds (default 120, GPU 90)",
     )
     p.add_argument(
+        "--budget",
+        type=float,
+        help="time of the whole run, seconds (default: no limit): the most telling cases first, operators before whole models, "
+        "and what would start later is skipped and named",
+    )
+    p.add_argument(
         "--compile-all-shapes", action="store_true", help="compile every shape, not only a case's first"
     )
     p.add_argument(
@@ -414,7 +403,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError, OSError) as error:
         p.error(str(error))
     settings = settings_for(device, quick=arguments.quick)
-    for name in ("seconds", "compile_seconds", "model_compile_seconds", "models_until"):
+    for name in ("seconds", "compile_seconds", "model_compile_seconds", "models_until", "budget"):
         value = getattr(arguments, name)
         if value is not None:
             if value < 0:
@@ -424,10 +413,15 @@ def main(argv: list[str] | None = None) -> int:
     settings.full_models = arguments.full_models
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    results = run(names, settings, say=lambda line: print(line, file=sys.stderr, flush=True))
+
+    def save(document: dict[str, Any]) -> None:
+        if arguments.json is not None:
+            report.write_json(document, arguments.json)
+
+    results = run(names, settings, say=lambda line: print(line, file=sys.stderr, flush=True), save=save)
     print(report.console(results))
     if arguments.json is not None:
-        report.write_json(results, arguments.json)
+        save(results)
         print(f"results: {arguments.json}")
     if plot is not None:
         report.plot(results, plot)

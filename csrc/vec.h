@@ -6,20 +6,24 @@
 // mix. Keep such files free of standard-library templates for the same reason: the linker would merge their
 // copies.
 //
-//   Vec<float>   size lanes of float32. Vec<double>: one lane, same interface, for float64 kernels and
-//   gradcheck. Bits         size lanes of uint32 (arithmetic wraps);  Wide: size/2 lanes of uint64 holding
-//   32-bit factors Mask         one truth value per lane
+//   Vec<float>   size lanes of float32
+//   Vec<double>  one lane with the same interface, for float64 kernels and gradcheck
+//   Bits         size lanes of uint32; arithmetic wraps
+//   Wide         size / 2 lanes of uint64 that hold 32-bit factors
+//   Mask         one truth value per lane
 //
-//   Vec(x)  V::load(p)  V::load(p, n)  v.store(p)  v.store(p, n)       p: float, double, bf16 or f16
-//   (converted; stores
-//                                                                      round to nearest even); n < size
-//                                                                      lanes, the rest 0
-//   + - * / unary -  fma(a, b, c) = a*b + c  fnma(a, b, c) = c - a*b   fused where the instruction set has it
-//   sqrt abs min max copysign select(mask, yes, no)                    min, max: of (a, b) b when either is
-//   NaN < <= > >= ==  & | ~ any all                                        comparisons give Mask; false on
-//   NaN round_even, bits(v), from_bits(b), to_float(Bits as int32 | uint32), to_int(v) sum(v), max_lane(v)
-//   horizontal, in a fixed order exp log log_positive tanh sigmoid sincos_turn vec_math.h; largest measured
-//   errors stand there
+//   Vec(x)  V::load(p)  V::load(p, n)     p: float, double, bf16 or f16, converted; n < size lanes, the rest 0
+//   v.store(p)  v.store(p, n)             converted, rounded to nearest even
+//   + - * /  unary -  sqrt  abs
+//   fma(a, b, c) = a * b + c              fused where the instruction set has it
+//   fnma(a, b, c) = c - a * b             likewise
+//   min(a, b)  max(a, b)                  b when either is NaN
+//   copysign  select(mask, yes, no)
+//   < <= > >= ==                          give a Mask, false where either is NaN
+//   & | ~ any all                         of masks
+//   round_even  bits(v)  from_bits(b)  to_int(v)  to_float(Bits read as int32 or as uint32)
+//   sum(v)  max_lane(v)                   over the lanes, in a fixed order
+//   exp  log  log_positive  tanh  sigmoid  sincos_turn      vec_math.h, with the largest measured errors
 //
 // -ffp-contract=off: only fma() fuses, so a formula gives the same result wherever it is inlined.
 #pragma once

@@ -39,6 +39,37 @@ def broken(case: Case, wrong) -> Case:
     return dataclasses.replace(case, library=library)
 
 
+def test_a_budget_measures_the_first_cases_first_and_names_what_it_skips(monkeypatch):
+    started: list[str] = []
+    measure_case = run.measure_case
+    monkeypatch.setattr(
+        run, "measure_case", lambda case, *rest: started.append(case.name) or measure_case(case, *rest)
+    )
+    saved: list[dict] = []
+    settings = dataclasses.replace(run.settings_for(CPU, tiny=True), budget=0.0)
+    names = ["elu", "weight_norm_many", "residual_normal", "training_step"]
+    found = run.run(names, settings, say=lambda line: None, save=saved.append)
+    assert started == ["residual_normal", "weight_norm_many", "elu"]
+    assert found["rows"] == []
+    assert saved == []
+    assert [line.split()[0] for line in found["skipped"]] == [*started, "mnist"]
+    assert all(line.endswith("(--budget 0)") for line in found["skipped"])
+
+
+def test_results_are_saved_after_every_case():
+    saved: list[list[str]] = []
+    run.run(
+        ["weight_norm", "normal_log_prob"],
+        run.settings_for(CPU, tiny=True),
+        say=lambda line: None,
+        save=lambda document: saved.append(sorted({row["case"] for row in document["rows"]})),
+    )
+    assert saved == [
+        ["weight_norm"],
+        ["normal_log_prob", "weight_norm"],
+    ]
+
+
 # ---------------------------------------------------------------------------------------------------- cases
 
 

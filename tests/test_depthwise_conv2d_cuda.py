@@ -225,8 +225,7 @@ def on_the_gpu(
     t: dict[str, Any], step: tuple[int, int, int], activation: str | None, taps: Any, channels_last: bool
 ) -> dict:
     ops, name = torch.ops.nvae_fast, "nvae_fast::depthwise_conv2d"
-    if not (torch.cuda.is_available() and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")):
-        pytest.skip("needs a GPU and the extension built for it")
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), "the extension has no CUDA sources"
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     t = {
         n: v.cuda().contiguous(memory_format=memory_format) if v.dim() == 4 else v.cuda()
@@ -242,6 +241,7 @@ def on_the_gpu(
     }
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("step", STEPS | DILATED)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_step import WARM_UP, Again, NoWaiting, gpu
+from test_step import WARM_UP, Again, NoWaiting
 from training_runs import tiny_model
 
 from nvae_fast.training import Sampler
@@ -108,7 +108,6 @@ def test_wrong_options_are_named():
 
 
 @pytest.mark.gpu
-@gpu
 @pytest.mark.parametrize("changes", MODELS)
 def test_a_replay_draws_what_the_model_draws(changes):
     model = tiny_model(**changes).cuda().eval()

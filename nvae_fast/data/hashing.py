@@ -1,9 +1,12 @@
 """Counter-based integer noise: the same number for the same (seed, index, counter), in any batch.
 
-::
-
-    mix64(z):      z ^= z >> 30;  z *= 0xBF58476D1CE4E5B9;  z ^= z >> 27;  z *= 0x94D049BB133111EB;  z ^= z >> 31   (mod 2^64)
     word(key, j) = mix64(key + (j + 1) * 0x9E3779B97F4A7C15)
+
+    mix64(z):    z ^= z >> 30
+                 z *= 0xBF58476D1CE4E5B9
+                 z ^= z >> 27
+                 z *= 0x94D049BB133111EB
+                 z ^= z >> 31                    all modulo 2^64
 
 This is the SplitMix64 generator (Steele, Lea, Flood 2014) addressed by counter. Written in numpy integers
 rather than `numpy.random.Generator`, whose streams may change between numpy versions: a run resumed after
@@ -19,9 +22,7 @@ import numpy as np
 _GAMMA = 0x9E3779B97F4A7C15
 _KEYS = 0x6B657973
 _MASK = (1 << 64) - 1
-_ROWS_AT_ONCE = (
-    64  # rows hashed together, so that the scratch (64 x 512 words for a 32x32 image) stays in the cache
-)
+_ROWS_AT_ONCE = 64  # the scratch, 64 x 512 words for images of 32x32 pixels, then stays in the cache
 
 
 def _mix64(z: np.ndarray) -> np.ndarray:
@@ -77,8 +78,8 @@ def _words32(keys: np.ndarray, counters: np.ndarray) -> np.ndarray:
 def bernoulli(probability_255: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """(N, P) uint8 of 0 and 1 with P(1) = v / 255 for v in `probability_255` (N, P) uint8, keys (N,) uint64.
 
-    Pixel j of row i uses 31 bits of word(keys[i], j // 2) (low half for even j) and compares with round(v *
-    2^31 / 255), so that 0 never and 255 always gives 1.
+    Pixel j of row i uses 31 bits of word(keys[i], j // 2), the low half for even j, and compares them with
+    round(v * 2^31 / 255), so that 0 never and 255 always gives 1.
     """
     rows, pixels = probability_255.shape
     threshold = np.array([(2 * v * 2**31 + 255) // 510 for v in range(256)], dtype=np.uint32)

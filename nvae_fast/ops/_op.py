@@ -39,7 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nvae_fast import _backend
+from nvae_fast import _backend, _devices
 from nvae_fast.ops import _extension
 from nvae_fast.ops._layout import empty_map
 
@@ -133,7 +133,7 @@ def _register(
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     launch = None if triton is None else _launcher(name, triton, formula, float64)
     if launch is not None and _backend.triton_reason() is None:
-        LIBRARY.impl(name, launch, "CUDA")
+        LIBRARY.impl(name, _devices.by_device(launch, formula), "CUDA")
     DEFINITIONS[name] = Definition(name, schema, formula, fake, launch)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
@@ -285,7 +285,8 @@ def load_kernels() -> None:
         for device in _backend.DEVICES:
             missing = [part for part in parts if _backend.kernel(part, device) is None]
             reason = f"{', '.join(missing)} has no fused kernel" if missing else ""
-            _backend.record(name, device, _backend.kernel(parts[0], device), reason)
+            kinds = [_backend.kernel(part, device) for part in parts]
+            _backend.record(name, device, kinds[0], reason, kinds)
 
 
 # ------------------------------------------------------------------------------- gradients

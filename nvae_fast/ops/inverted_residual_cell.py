@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, _coefficients
+from nvae_fast.ops import _affine, _checks, _coefficients, depthwise_conv2d
 from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
@@ -223,7 +223,7 @@ class _Cell(torch.autograd.Function):
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
-            d, mean2, m2 = _OPS.depthwise_conv2d(
+            d, mean2, m2 = depthwise_conv2d.kernels(a.device)[0](
                 a, q.depthwise, scale1, q.expand_norm_bias, max(stride, 1), 1, 2 if stride == -1 else 1, "swish", True, None,
             )  # fmt: skip
             pixels = d.shape[2] * d.shape[3]
@@ -302,7 +302,7 @@ class _Cell(torch.autograd.Function):
             to_project = weight_gradient(to_p, h3)
             del h3, to_p
             to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
-            to_a, to_depthwise, dot1, to_bias1 = _OPS.depthwise_conv2d_backward(
+            to_a, to_depthwise, dot1, to_bias1 = depthwise_conv2d.kernels(a.device)[1](
                 g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
                 max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
             )  # fmt: skip
