@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import re
-import runpy
 import shlex
 import shutil
 import subprocess
@@ -106,12 +105,32 @@ def compiler() -> list[str]:
     raise Unavailable(f"no C++ compiler was found ({named or 'c++, g++, clang++'})")
 
 
+# The package itself is not imported: what else it needs may not be there yet.
+FINGERPRINT = """
+import sys, types
+package = sys.modules["nvae_fast"] = types.ModuleType("nvae_fast")
+package.__path__ = [sys.argv[1]]
+from nvae_fast.ops import _schemas
+print("fingerprint", _schemas.fingerprint())
+"""
+
+
 def fingerprint() -> str:
-    """Of the operators' schemas; compiled in, so that a binary made for others is not loaded."""
-    found: str | None = runpy.run_path(str(ROOT / "nvae_fast" / "ops" / "_schemas.py"))["expected"]()
-    if found is None:
-        raise Unavailable("nvae_fast/ops holds no operator schemas: these sources are not complete")
-    return found
+    """Of the operators' schemas; compiled in, so that a binary made for others is not loaded. PyTorch is imported for it, in a
+    process of its own."""
+    environment = {**os.environ, "NVAE_FAST_DISABLE_EXTENSION": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", FINGERPRINT, str(ROOT / "nvae_fast")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = re.search(r"^fingerprint (\w+)$", done.stdout, re.MULTILINE)
+    if done.returncode or found is None:
+        lines = done.stderr.strip().splitlines()
+        raise Unavailable(f"the operators cannot be imported: {lines[-1] if lines else done.returncode}")
+    return found[1]
 
 
 class Cuda(NamedTuple):

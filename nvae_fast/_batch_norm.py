@@ -9,10 +9,12 @@ import torch
 from torch import nn
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops._activation import ACTIVATIONS
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+
+# mean, biased variance, and the number of values
+Statistics = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
 
 
 def set_process_group(module: nn.Module, group: Any) -> nn.Module:
@@ -87,42 +89,58 @@ class BatchNormSwish(nn.Module):
             )
         else:
             y, mean, var, count = merged
-        self._update(mean, var, count)
+        update_running([self], [(mean, var, count)])
         return y
-
-    @torch.no_grad()
-    def _update(self, mean: torch.Tensor, var: torch.Tensor, count: int | torch.Tensor) -> None:
-        if isinstance(count, int) and count == 0:
-            return  # an empty batch says nothing
-        if isinstance(
-            count, torch.Tensor
-        ):  # nor do batches that are empty, or hold one value, on all processes together
-            says = count > 1
-            mean = torch.where(says, mean, self.running_mean.to(mean.dtype))
-            unbiased = torch.where(says, var * (count / (count - 1)), self.running_var.to(var.dtype))
-            self.num_batches_tracked += says
-        else:
-            unbiased = var * (count / (count - 1))
-            self.num_batches_tracked += 1
-        mean, unbiased = mean.to(self.running_mean.dtype), unbiased.to(self.running_var.dtype)
-        torch._foreach_lerp_([self.running_mean, self.running_var], [mean, unbiased], self.momentum)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, activation={self.activation!r}"
 
 
 @torch.no_grad()
-def update_together(norms: Sequence[BatchNormSwish], seen: Sequence[fused_cell.BatchStatistics]) -> None:
-    """Running statistics of several batch norms from what they saw: a few calls for all of them."""
-    counts = [s.count for s in seen if isinstance(s.count, int) and s.count > 1]
-    alike = len({norm.momentum for norm in norms}) == 1
-    if not alike or len(counts) < len(seen):
-        for norm, s in zip(norms, seen, strict=True):
-            norm._update(*s)
+def update_running(
+    norms: Sequence[Any], seen: Sequence[Statistics], counted: Sequence[bool] | None = None
+) -> None:
+    """``running = (1 - momentum) * running + momentum * batch`` of batch norms, the variance unbiased, in a few calls for all.
+
+    Args:
+        norms: what has ``running_mean``, ``running_var``, ``momentum`` and ``num_batches_tracked``.
+        seen: of each, mean and biased variance of the batch, and of how many values. A batch of one or none, on all processes
+            together, changes nothing.
+        counted: of each, whether its batches are counted; None for all.
+    """
+    old: list[torch.Tensor] = []
+    new: list[torch.Tensor] = []
+    momenta: list[float] = []
+    variances, counters = [], []
+    factors: list[Any] = []
+    merged = False
+    for i, (norm, (mean, var, count)) in enumerate(zip(norms, seen, strict=True)):
+        known: torch.Tensor | int = 1
+        if isinstance(count, torch.Tensor):
+            known, merged = count > 1, True
+            mean = torch.where(known, mean, norm.running_mean.to(mean.dtype))
+            var = torch.where(known, var * (count / (count - 1)), norm.running_var.to(var.dtype))
+        elif count <= 1:
+            continue
+        old += norm.running_mean, norm.running_var
+        new += mean.to(norm.running_mean.dtype), var
+        momenta.append(norm.momentum)
+        variances.append(var)
+        factors.append(count / (count - 1))
+        if counted is None or counted[i]:
+            counters.append((norm.num_batches_tracked, known))
+    if not old:
         return
-    unbiased = torch._foreach_mul([s.var for s in seen], [count / (count - 1) for count in counts])
-    new = [s.mean.to(norm.running_mean.dtype) for s, norm in zip(seen, norms, strict=True)]
-    new += [t.to(norm.running_var.dtype) for t, norm in zip(unbiased, norms, strict=True)]
-    old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    torch._foreach_lerp_(old, new, norms[0].momentum)
-    torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+    if not merged:
+        variances = list(torch._foreach_mul(variances, factors))
+    new[1::2] = [var.to(running.dtype) for var, running in zip(variances, old[1::2], strict=True)]
+    if len(set(momenta)) == 1:
+        torch._foreach_lerp_(old, new, momenta[0])
+    else:
+        for i, momentum in enumerate(momenta):
+            torch._foreach_lerp_(old[2 * i : 2 * i + 2], new[2 * i : 2 * i + 2], momentum)
+    if merged:
+        for counter, known in counters:
+            counter += known
+    elif counters:
+        torch._foreach_add_([counter for counter, _ in counters], 1)

@@ -14,7 +14,7 @@ from torch import nn
 
 from nvae_fast import _distributed
 from nvae_fast import _evaluated_cell as evaluated_cell
-from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_together
+from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_running
 from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d, check_kernel
 from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
@@ -253,7 +253,7 @@ class InvertedResidual(nn.Module):
             x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
             group=self.norm.process_group,
         )  # fmt: skip
-        update_together(norms, statistics)
+        update_running(norms, statistics)
         return y
 
 

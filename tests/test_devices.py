@@ -131,9 +131,9 @@ def test_unlike_gpus_each_asked_once_and_said_once(machine: Machine) -> None:
 def test_a_call_goes_where_its_device_says(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Public functions by the device of their tensors; these hold no data, so that no GPU is needed."""
     calls: list[str] = []
-    room = depthwise_conv2d._room
-    monkeypatch.setattr(room, "_run", lambda *args: calls.append("operator") or [args[0]] * 3)
-    monkeypatch.setattr(room, "reference", lambda *args: calls.append("reference") or [args[0]] * 3)
+    op = depthwise_conv2d._op
+    monkeypatch.setattr(op, "_kernel", lambda *args: calls.append("operator") or [args[0]] * 3)
+    monkeypatch.setattr(op, "formula", lambda *args: calls.append("reference") or [args[0]] * 3)
     with FakeTensorMode():
         tensors = [
             (torch.empty(1, 4, 8, 8, device=cuda(i)), torch.empty(4, 1, 5, 5, device=cuda(i)))

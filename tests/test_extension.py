@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension, _schemas
+from nvae_fast.ops import _extension, _op, _schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 # An editable install of this repository would lend its extension to a copy of the package.
@@ -42,45 +43,67 @@ def package(tmp_path: Path) -> Path:
 # ------------------------------------------------------------------------------ the schemas
 
 
-def schemas_of_the_dispatcher() -> list[str]:
+_FINGERPRINT = "from nvae_fast.ops import _schemas; print(_schemas.fingerprint())"
+
+
+def fingerprint(package: Path) -> str:
+    done = python(_FINGERPRINT, package, NVAE_FAST_DISABLE_EXTENSION="1")
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_operator_of_the_dispatcher_is_in_the_fingerprint() -> None:
+    """With the schema that define_op inferred."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nvae_fast::")]
-    return sorted(str(getattr(torch.ops.nvae_fast, name.split("::")[1]).default._schema) for name in names)
-
-
-def test_the_text_of_the_rooms_holds_every_schema() -> None:
-    """By arguments and results: the name stands in another argument where a room registers its op."""
-    registered = [schema.split("(", 1)[1] for schema in schemas_of_the_dispatcher()]
-    written = [text for _, text in _schemas.texts()]
-    parsed = [str(torch._C.parse_schema("op(" + text.split("(", 1)[1])).split("(", 1)[1] for text in written]
-    assert len(registered) > 30
-    assert sorted(registered) == sorted(parsed)
+    assert len(names) > 30
+    assert {name.removeprefix("nvae_fast::") for name in names} == set(_op.DEFINITIONS)
+    for name, definition in _op.DEFINITIONS.items():
+        registered = str(getattr(torch.ops.nvae_fast, name).default._schema).removeprefix("nvae_fast::")
+        assert registered == str(torch._C.parse_schema(name + definition.schema))
 
 
 def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: Path) -> None:
-    folder = package / "nvae_fast" / "ops"
-    before = _schemas.expected(folder)
-    assert before == _schemas.expected()
+    before = fingerprint(package)
+    assert before == _schemas.fingerprint()
     assert len(before) == 16
-    page = folder / "channel_statistics.py"
+    page = package / "nvae_fast" / "ops" / "channel_statistics.py"
     text = page.read_text()
     page.write_text(
-        text.replace('"(Tensor x, bool per_sample)', '"(Tensor x,"\n    " bool per_sample)') + "\n# More.\n"
+        text.replace("mean, m2 = _op(x, per_sample)", "mean, m2 = _op(x, bool(per_sample))") + "\n# More.\n"
     )
-    assert _schemas.expected(folder) == before
-    page.write_text(text.replace("bool per_sample)", "bool per_sample, int more)"))
-    assert _schemas.expected(folder) != before
+    assert fingerprint(package) == before
+    other = text.replace(
+        "def _reference(x: torch.Tensor, per_sample: bool)",
+        "def _reference(x: torch.Tensor, per_sample: int)",
+    )
+    assert other != text
+    page.write_text(other)
+    assert fingerprint(package) != before
     page.write_text(text)
     version = package / "nvae_fast" / "_version.py"
     version.write_text(version.read_text().replace('__version__ = "', '__version__ = "9'))
-    assert _schemas.expected(folder) != before
-    assert _schemas.expected(package) is None  # no sources
+    assert fingerprint(package) != before
+
+
+def test_setup_takes_the_same_fingerprint() -> None:
+    """Without the package's own imports, which may miss something while it is being installed."""
+    source = (ROOT / "setup.py").read_text()
+    (code,) = re.findall(r'FINGERPRINT = """(.*?)"""', source, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['numpy'] = None\n" + code, str(ROOT / "nvae_fast")],
+        env={**os.environ, "NVAE_FAST_DISABLE_EXTENSION": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert f"fingerprint {_schemas.fingerprint()}" in done.stdout.splitlines(), done.stderr
 
 
 def test_the_binary_says_what_it_was_built_for(tmp_path: Path) -> None:
     if not _extension.load():
         pytest.skip(_extension.reason())
     info = _extension.info()
-    assert info["schemas"] == _schemas.expected() == _schemas.compiled_into(info["path"])
+    assert info["schemas"] == _schemas.fingerprint() == _schemas.compiled_into(info["path"])
     other = tmp_path / "other.so"
     other.write_bytes(b"\x7fELF" + bytes(64))
     assert _schemas.compiled_into(other) is None
@@ -118,7 +141,7 @@ def test_a_binary_of_other_sources_is_refused(package: Path) -> None:
 
     page = package / "nvae_fast" / "ops" / "channel_statistics.py"
     text = page.read_text()
-    page.write_text(text.replace("bool per_sample) ->", "bool per_sample, int more=0) ->"))
+    page.write_text(text.replace("per_sample: bool) -> tuple[", "per_sample: bool, more: int = 0) -> tuple["))
     assert page.read_text() != text
     refused()
     page.write_text(text)

@@ -451,7 +451,7 @@ def test_one_call_a_pass() -> None:
     convs = [m for m in model.modules() if isinstance(m, WeightNormConv2d)]
     w, g, m = ([getattr(c, name) for c in convs] for name in ("weight", "log_weight_norm", "mask"))
     assert operator_calls(lambda: nf.weight_norm_many(w, g, m)) == 1
-    assert weight_norm_many._room.name == "weight_norm_many"
+    assert weight_norm_many._op.name == "weight_norm_many"
 
 
 def test_checkpointed_cells_share_the_weights(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ import torch
 from harness import relative_error, strided
 
 import nvae_fast as nf
-from nvae_fast.ops import mixture_logistic as room
+from nvae_fast.ops._op import DEFINITIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
@@ -94,13 +94,9 @@ def compute(case: Case, functions: Any, dtype: torch.dtype | None = None) -> dic
     }
 
 
-REFERENCES = (
-    room._log_prob_reference,
-    room._log_prob_backward_formula,
-    room._sample_reference,
-    room._mean_reference,
-)
 NAMES = ("log_prob", "log_prob_backward", "sample", "mean")
+OPERATORS = [DEFINITIONS[f"mixture_logistic_{name}"] for name in NAMES]
+REFERENCES = tuple(operator.formula for operator in OPERATORS)
 
 
 def launchers() -> tuple[Any, ...]:
@@ -175,13 +171,7 @@ def test_interpreter(number: int, found: dict[str, torch.Tensor]) -> None:
     with nf.use_backend("reference"):
         truth = compute(case, REFERENCES, torch.float64)
         native = compute(case, REFERENCES)
-        params, x, grad = inputs(case)
-        fakes = (
-            room._log_prob_fake(params, x, case.mixtures, case.bits),
-            room._log_prob_backward_fake(grad, params, x, case.mixtures, case.bits),
-            room._image_fake(params),
-            room._image_fake(params),
-        )
+        fakes = compute(case, [operator.fake for operator in OPERATORS]).values()
     for (name, expected), like in zip(truth.items(), fakes, strict=True):
         key = f"{number} | {name} | {like.dtype} {like.stride()}"
         assert key in found, f"{key} is missing; there are {[k for k in found if k.startswith(f'{number} ')]}"
@@ -213,10 +203,7 @@ def test_extremes(found: dict[str, torch.Tensor]) -> None:
 def test_float64_is_the_references() -> None:
     pytest.importorskip("triton")
     case = replace(DEFAULT, size=(1, 2, 3))
-    gpu = [
-        room._gpu(f"mixture_logistic_{name}", plain, int(name == "log_prob_backward"))
-        for name, plain in zip(NAMES, REFERENCES, strict=True)
-    ]
+    gpu = [operator.launch for operator in OPERATORS]
     expected = compute(case, REFERENCES, torch.float64)
     for name, value in compute(case, gpu, torch.float64).items():
         assert torch.equal(value, expected[name])

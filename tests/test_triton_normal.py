@@ -22,7 +22,7 @@ import torch
 from harness import relative_error, strided
 
 import nvae_fast as nf
-from nvae_fast.ops import normal_log_prob, normal_sample, residual_normal
+from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.philox import philox_normal
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,11 +179,6 @@ def inputs(case: Case) -> tuple[list[torch.Tensor | None], list[torch.Tensor | N
 
 OPS = ("residual_normal", "normal_sample", "normal_log_prob")
 OPERATORS = {f"{op}{end}" for op in OPS for end in ("", "_backward")}
-ROOMS = {
-    "residual_normal": residual_normal,
-    "normal_sample": normal_sample,
-    "normal_log_prob": normal_log_prob,
-}
 
 
 def arguments(case: Case, dtype: torch.dtype | None, noise: bool) -> tuple[list[Any], list[Any]]:
@@ -328,14 +323,14 @@ def test_interpreter(group: str) -> None:
 def check_cases(group: str, found: dict[str, torch.Tensor]) -> None:
     """Values and gradients, their dtypes and strides, against the reference in float64 on the same inputs."""
     for case in cases(group):
-        room = ROOMS[case.op]
+        forward, backward = DEFINITIONS[case.op], DEFINITIONS[f"{case.op}_backward"]
         with nf.use_backend("reference"):
-            truth = compute(case, room._reference, room._backward_formula, torch.float64, True)
-            native = compute(case, room._reference, room._backward_formula, None, True)
+            truth = compute(case, forward.formula, backward.formula, torch.float64, True)
+            native = compute(case, forward.formula, backward.formula, None, True)
             args, backward_args = arguments(case, None, False)
-            shapes = room._fake(*args)
+            shapes = forward.fake(*args)
             shapes = (shapes,) if isinstance(shapes, torch.Tensor) else shapes
-            shapes = [*shapes, *(t for t in room._backward_fake(*backward_args) if t.dim() == 4)]
+            shapes = [*shapes, *(t for t in backward.fake(*backward_args) if t.dim() == 4)]
         for (key, expected), like in zip(truth.items(), shapes, strict=True):
             name = f"{case.name} | {key} | {layout_of(like)}"
             assert name in found, (
@@ -362,11 +357,8 @@ def check_streams(found: dict[str, torch.Tensor]) -> None:
 
 def check_extremes(found: dict[str, torch.Tensor], setting: str) -> None:
     """NaN where the reference has NaN, and the same numbers elsewhere."""
-    functions = {
-        "residual_normal": residual_normal._reference,
-        "residual_normal_backward": residual_normal._backward_formula,
-        "normal_log_prob": normal_log_prob._reference,
-    }
+    names = ("residual_normal", "residual_normal_backward", "normal_log_prob")
+    functions = {name: DEFINITIONS[name].formula for name in names}
     with nf.use_backend("reference"):
         expected = hard(HARD_SETTINGS[setting][0], functions)
     for key, value in expected.items():
@@ -431,10 +423,11 @@ def test_launch_choices() -> None:
 def test_float64_is_the_references() -> None:
     pytest.importorskip("triton")
     case = Case("residual_normal", size=(2, 2, 3, 2), noise=True)
-    for op, room in ROOMS.items():
+    for op in OPS:
         case = replace(case, op=op)
-        found = compute(case, room._gpu, room._gpu_backward, torch.float64)
-        expected = compute(case, room._reference, room._backward_formula, torch.float64)
+        forward, backward = DEFINITIONS[op], DEFINITIONS[f"{op}_backward"]
+        found = compute(case, forward.launch, backward.launch, torch.float64)
+        expected = compute(case, forward.formula, backward.formula, torch.float64)
         for key, value in expected.items():
             assert torch.equal(found[key], value)
         kernels = __import__(f"nvae_fast.kernels.{op}", fromlist=["_"])
@@ -446,11 +439,11 @@ def test_float64_is_the_references() -> None:
 
 def test_empty() -> None:
     pytest.importorskip("triton")
-    for op, size in itertools.product(ROOMS, ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4))):
+    for op, size in itertools.product(OPS, ((0, 3, 4, 4), (2, 0, 4, 4), (2, 3, 0, 4))):
         kernels = __import__(f"nvae_fast.kernels.{op}", fromlist=["_"])
         case = Case(op, size=size, noise=True)
         found = compute(case, getattr(kernels, op), getattr(kernels, f"{op}_backward"), None, True)
-        expected = compute(case, ROOMS[op]._reference, ROOMS[op]._backward_formula, None, True)
+        expected = compute(case, DEFINITIONS[op].formula, DEFINITIONS[f"{op}_backward"].formula, None, True)
         assert {k: v.shape for k, v in found.items()} == {k: v.shape for k, v in expected.items()}
         assert all(not value.any() for value in found.values())
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from harness import relative_error, strided
 
-from nvae_fast.ops import weight_norm, weight_norm_many
+from nvae_fast.ops._op import DEFINITIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 # Rows shorter than a tile, of one tile and a part, of several; more rows than a program has; empty layers.
@@ -129,13 +129,14 @@ def test_interpreter(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     found = {key: torch.from_numpy(value) for key, value in np.load(tmp_path / "found.npz").items()}
-    formulas = weight_norm_many._reference, weight_norm_many._backward_formula
+    forward, backward = DEFINITIONS["weight_norm_many"], DEFINITIONS["weight_norm_many_backward"]
+    formulas = forward.formula, backward.formula
     for case in CASES:
         weights, norms, masks, grads = arguments(case)
         native = compute(case, *formulas)
         shapes = [
-            *weight_norm_many._fake(weights, norms, masks, 1e-5, case.out),
-            *weight_norm_many._backward_fake(grads, weights, norms, masks, 1e-5, *case.need),
+            *forward.fake(weights, norms, masks, 1e-5, case.out),
+            *backward.fake(grads, weights, norms, masks, 1e-5, *case.need),
         ]
         truth = compute(case, *formulas, wide=True)
         for (key, expected), like in zip(truth.items(), shapes, strict=True):
@@ -166,16 +167,15 @@ def test_float64_is_the_references() -> None:
         TypeError, match=r"^weight_norm: the GPU kernel computes in float32; .*got torch.float64"
     ):
         kernels.weight_norm([w], [g], [None], 1e-5, None)
-    assert torch.equal(weight_norm._gpu(w, g, None, 1e-5), weight_norm._reference(w, g, None, 1e-5))
-    assert torch.equal(
-        weight_norm_many._gpu([w.float()], [g.float()], [None], 1e-5, torch.float64)[0],
-        weight_norm_many._reference([w.float()], [g.float()], [None], 1e-5, torch.float64)[0],
-    )
-    args = ([w], [w], [g], [None], 1e-5, True, True)
-    for a, e in zip(
-        weight_norm_many._gpu_backward(*args), weight_norm_many._backward_formula(*args), strict=True
-    ):
-        assert torch.equal(a, e)
+    calls = {
+        "weight_norm": (w, g, None, 1e-5),
+        "weight_norm_many": ([w.float()], [g.float()], [None], 1e-5, torch.float64),
+        "weight_norm_many_backward": ([w], [w], [g], [None], 1e-5, True, True),
+    }
+    for name, args in calls.items():
+        found, expected = DEFINITIONS[name].launch(*args), DEFINITIONS[name].formula(*args)
+        for a, e in zip(found, expected, strict=True):
+            assert torch.equal(a, e)
 
 
 def test_plan_covers_every_row_once() -> None:

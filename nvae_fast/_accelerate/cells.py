@@ -6,7 +6,6 @@ of batch norms, layers, inputs. Where it may not, the cell runs part by part.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +16,7 @@ from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, bound_forward
 from nvae_fast._accelerate.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
 from nvae_fast._accelerate.plan import Plan, facts_of, forward_of, inside, waits_for_data
+from nvae_fast._batch_norm import update_running
 from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast.nn import RESIDUAL_SCALE
 from nvae_fast.ops import _folded_cell as folded_cell
@@ -197,29 +197,11 @@ def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-@torch.no_grad()
 def _update(norms: list[Any], plan: Plan, seen: tuple[fused_cell.BatchStatistics, ...]) -> None:
-    """Running statistics as PyTorch's: the variance unbiased by the number of pixels that the batch norm would have seen."""
-    counts = [s.count / 4 if plan.stride == -1 and i < plan.early else s.count for i, s in enumerate(seen)]
-    factors = [count / (count - 1) for count in counts]
-    unbiased: Sequence[torch.Tensor]
-    if any(isinstance(factor, torch.Tensor) for factor in factors):
-        unbiased = [s.var * factor for s, factor in zip(seen, factors, strict=True)]
-    else:
-        unbiased = torch._foreach_mul([s.var for s in seen], factors)  # type: ignore[arg-type]
-    new = [s.mean.to(norm.running_mean.dtype) for norm, s in zip(norms, seen, strict=True)]
-    new += [var.to(norm.running_var.dtype) for norm, var in zip(norms, unbiased, strict=True)]
-    old = [norm.running_mean for norm in norms] + [norm.running_var for norm in norms]
-    if len({norm.momentum for norm in norms}) == 1:  # one call for all of them
-        torch._foreach_lerp_(old, new, norms[0].momentum)
-    else:
-        for i, norm in enumerate(norms):
-            torch._foreach_lerp_(old[i :: len(norms)], new[i :: len(norms)], norm.momentum)
-    counted = [
-        norm.num_batches_tracked for norm, known in zip(norms, plan.norms, strict=True) if known.counts
-    ]
-    if counted:
-        torch._foreach_add_(counted, 1)
+    """The variance is unbiased by the number of pixels that the batch norm itself would have seen."""
+    early = plan.early if plan.stride == -1 else 0
+    own: list[Any] = [s._replace(count=s.count / 4) if i < early else s for i, s in enumerate(seen)]  # type: ignore[arg-type]
+    update_running(norms, own, [known.counts for known in plan.norms])
 
 
 FORWARDS.update({RESIDUAL_CELL: _residual_cell, WHOLE_CELL: _whole_cell})

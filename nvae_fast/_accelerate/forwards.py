@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, original
 from nvae_fast._accelerate.taps import live_taps
+from nvae_fast._batch_norm import update_running
 from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
@@ -70,11 +71,7 @@ def batch_norm(
         y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
     else:
         y, mean, var, count = everyone
-    with torch.no_grad():
-        new = [mean.to(norm.running_mean.dtype), (var * (count / (count - 1))).to(norm.running_var.dtype)]
-        torch._foreach_lerp_([norm.running_mean, norm.running_var], new, norm.momentum)
-        if counts:
-            norm.num_batches_tracked.add_(1)
+    update_running([norm], [(mean, var, count)], [counts])
     return y
 
 

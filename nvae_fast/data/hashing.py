@@ -48,15 +48,16 @@ def as_seed(value: object, name: str = "seed") -> int:
         ) from None
 
 
+def splitmix64(state: int) -> int:
+    """``mix64(state + 0x9E3779B97F4A7C15)``, mod 2^64: the next number of the generator in that state."""
+    return int(_mix64(np.array([(state + _GAMMA) & _MASK], dtype=np.uint64))[0])
+
+
 def fold_seed(seed: int, *words: int) -> int:
     """One 64-bit seed from a seed and any number of integers; order matters."""
-    state = np.array([seed & _MASK], dtype=np.uint64)
     for word in words:
-        state += np.uint64(_GAMMA)
-        _mix64(state)
-        state ^= np.uint64(word & _MASK)
-    state += np.uint64(_GAMMA)
-    return int(_mix64(state)[0])
+        seed = splitmix64(seed) ^ (word & _MASK)
+    return splitmix64(seed)
 
 
 def index_keys(seed: int, indices: np.ndarray) -> np.ndarray:

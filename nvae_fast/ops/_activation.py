@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 ACTIVATIONS = (None, "swish", "elu")
 
 
-def activate(x: torch.Tensor, activation: str | None) -> torch.Tensor:
+def activate(x: Tensor, activation: str | None) -> Tensor:
     """``"swish"``: ``x * sigmoid(x)``; ``"elu"``: ``x if x > 0 else exp(x) - 1``; None: ``x``."""
     if activation == "swish":
         return F.silu(x)
     return F.elu(x) if activation == "elu" else x
 
 
-def activation_slope(u: torch.Tensor, activation: str | None) -> torch.Tensor:
+def activation_slope(u: Tensor, activation: str | None) -> Tensor:
     """The derivative of :func:`activate`."""
     if activation == "swish":
         s = torch.sigmoid(u)

@@ -11,25 +11,19 @@ every parameter would cost as much as the step. Its caller bumps their versions.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _extension
-from nvae_fast.ops._register import NAMESPACE, operator
+from nvae_fast.ops._op import NAMESPACE, define_kernel
 
-Tensors = list[torch.Tensor]
+Tensors = list[Tensor]
 
 
 def _formula(
-    parameters: Tensors,
-    grads: Tensors,
-    averages: Tensors,
-    norms: Tensors,
-    rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-) -> None:
-    size: tuple[torch.Tensor, ...] | list[torch.Tensor] = grads
+    parameters: Tensors, grads: Tensors, averages: Tensors, norms: Tensors, rate: float, beta1: float,
+    beta2: float, eps: float, weight_decay: float,
+) -> None:  # fmt: skip
+    size: tuple[Tensor, ...] | list[Tensor] = grads
     if weight_decay != 0:
         size = torch._foreach_add(grads, parameters, alpha=weight_decay)
     torch._foreach_lerp_(averages, size, 1 - beta1)
@@ -43,20 +37,10 @@ def _formula(
     torch._foreach_addcdiv_(parameters, averages, norms, value=-rate)
 
 
-def _fake(*args: object) -> None:
-    return None
+adamax = define_kernel("adamax", _formula, fake=lambda *_: None, mutates=("parameters", "averages", "norms"))
 
 
-adamax = operator(
-    "adamax",
-    "(Tensor(a!)[] parameters, Tensor[] grads, Tensor(b!)[] averages, Tensor(c!)[] norms, float rate, float beta1,"
-    " float beta2, float eps, float weight_decay) -> ()",
-    default=_formula,
-    fake=_fake,
-)
-
-
-def alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+def alike(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one shape lie in memory alike: dimensions of size 1 may have any stride, and the weights of 1x1
     and of depthwise convolutions are dense in both formats."""
     return any(

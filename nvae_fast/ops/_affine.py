@@ -14,48 +14,34 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import activate, activation_slope
-from nvae_fast.ops._register import operator
-from nvae_fast.ops._squash import empty_map
+from nvae_fast.ops._layout import empty_map
+from nvae_fast.ops._op import define_kernel
 
 
-def _column(t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+def _column(t: Tensor, like: Tensor) -> Tensor:
     return t.to(_checks.accumulate_dtype(like.dtype))[:, None, None]
 
 
-def _u(x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
+def _u(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return x.to(_checks.accumulate_dtype(x.dtype)) * _column(scale, x) + _column(shift, x)
 
 
-def _like(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def _like(x: Tensor, value: Tensor) -> Tensor:
     return empty_map(x, x.shape[1]).copy_(value)
 
 
-def _forward(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str | None
-) -> torch.Tensor:
+def _forward(x: Tensor, scale: Tensor, shift: Tensor, activation: str | None) -> Tensor:
     return _like(x, activate(_u(x, scale, shift), activation))
 
 
-def _forward_fake(
-    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str | None
-) -> torch.Tensor:
-    return empty_map(x, x.shape[1])
-
-
 def _reduce(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    pivot: torch.Tensor | None,
-    activation: str | None,
-    need_g: bool,
-    need_y: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, pivot: Tensor | None, activation: str | None,
+    need_g: bool, need_y: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     u = _u(x, scale, shift)
     g = grad.to(u.dtype) * activation_slope(u, activation)
     d = x.to(u.dtype) if pivot is None else x.to(u.dtype) - _column(pivot, x)
@@ -67,76 +53,30 @@ def _reduce(
     )
 
 
-def _reduce_fake(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    pivot: torch.Tensor | None,
-    activation: str | None,
-    need_g: bool,
-    need_y: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    sums = (x.new_empty(x.shape[1], dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
-    maps = (empty_map(x, x.shape[1]) if need else x.new_empty(0) for need in (need_g, need_y))
-    return (*sums, *maps)  # type: ignore[return-value]
-
-
 def _gradient(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    scale: torch.Tensor,
-    shift: torch.Tensor,
-    alpha: torch.Tensor,
-    beta: torch.Tensor,
-    gamma: torch.Tensor,
+    grad: Tensor, x: Tensor, scale: Tensor, shift: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor,
     activation: str | None,
-) -> torch.Tensor:
+) -> Tensor:  # fmt: skip
     u = _u(x, scale, shift)
     g = grad.to(u.dtype) * activation_slope(u, activation)
     return _like(x, g * _column(alpha, x) + (x.to(u.dtype) * _column(beta, x) + _column(gamma, x)))
 
 
-def _gradient_fake(grad: torch.Tensor, x: torch.Tensor, *_: Any) -> torch.Tensor:
-    return empty_map(x, x.shape[1])
+def _empty_sums_and_maps(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    sums = (x.new_empty(x.shape[1], dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
+    maps = (empty_map(x, x.shape[1]) if need else x.new_empty(0) for need in args[-2:])
+    return *sums, *maps
 
 
-def _gpu(name: str, formula: Any) -> Any:
-    """The Triton launcher of that name; ``formula`` for float64, since the kernels compute in float32."""
-
-    def launch(*args: Any) -> Any:
-        if args[0].dtype == torch.float64:
-            return formula(*args)
-        from nvae_fast.kernels import batch_norm_swish as kernels
-
-        return getattr(kernels, name)(*args)
-
-    return launch
-
-
-forward = operator(
-    "affine_activation",
-    "(Tensor x, Tensor scale, Tensor shift, str? activation) -> Tensor",
-    default=_forward,
-    fake=_forward_fake,
-    gpu=_gpu("affine_activation", _forward),
+forward = define_kernel(
+    "affine_activation", _forward, fake=lambda x, *_: empty_map(x, x.shape[1]), triton="batch_norm_swish"
 )
-reduce = operator(
-    "affine_activation_reduce",
-    "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor? pivot, str? activation, bool need_g, bool need_y)"
-    " -> (Tensor sum_g, Tensor sum_gx, Tensor g, Tensor y)",
-    default=_reduce,
-    fake=_reduce_fake,
-    gpu=_gpu("affine_activation_reduce", _reduce),
+reduce = define_kernel(
+    "affine_activation_reduce", _reduce, fake=_empty_sums_and_maps, triton="batch_norm_swish"
 )
-gradient = operator(
+gradient = define_kernel(
     "affine_activation_grad",
-    "(Tensor grad, Tensor x, Tensor scale, Tensor shift, Tensor alpha, Tensor beta, Tensor gamma, str? activation)"
-    " -> Tensor",
-    default=_gradient,
-    fake=_gradient_fake,
-    gpu=_gpu("affine_activation_grad", _gradient),
+    _gradient,
+    fake=lambda grad, x, *_: empty_map(x, x.shape[1]),
+    triton="batch_norm_swish",
 )
-
-# The same in plain PyTorch, in this order.
-FORMULAS = (_forward, _reduce, _gradient)

@@ -1,5 +1,5 @@
-"""The checks that several rooms share. Each raises an error that names the op, the argument, what was expected and
-what came, before any output exists."""
+"""The checks that operators share. Each raises an error that names the operator, the argument, what was expected and what
+came, before any output exists. Each is one call where nothing is wrong: a model makes thousands a step."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ import operator
 from typing import Any
 
 import torch
-
-from nvae_fast.ops.philox import as_seed
+from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     """``value`` is a dense tensor of one of ``dtypes``."""
-    if not isinstance(value, torch.Tensor):
+    if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in dtypes:
         raise TypeError(
             f"{op}: {name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}"
         )
-    if value.layout != torch.strided:
+    if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
 
 
 def feature_map(op: str, name: str, value: Any) -> None:
     """``value`` is a floating tensor (B, C, H, W)."""
-    tensor(op, name, value)
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+        tensor(op, name, value)
     if value.dim() != 4:
         raise ValueError(f"{op}: {name} must have shape (B, C, H, W), got {tuple(value.shape)}")
 
@@ -40,25 +40,46 @@ def channels(op: str, name: str, value: Any, expected: int) -> None:
         raise ValueError(f"{op}: {name} must have {expected} channels, got {tuple(value.shape)}")
 
 
-def shape(
-    op: str, name: str, value: Any, expected: tuple[int, ...], like: torch.Tensor | None = None
-) -> None:
+def shape(op: str, name: str, value: Any, expected: tuple[int, ...], like: Tensor | None = None) -> None:
     """``value`` is a floating tensor of ``expected`` shape, on the device of ``like``."""
-    tensor(op, name, value)
-    if tuple(value.shape) != tuple(expected):
+    if not isinstance(value, Tensor) or value.dtype not in FLOATING or value.layout is not torch.strided:
+        tensor(op, name, value)
+    if value.shape != expected:
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
-    if like is not None:
+    if like is not None and value.device != like.device:
         device(op, name, value, like)
 
 
-def device(op: str, name: str, value: torch.Tensor, like: torch.Tensor) -> None:
+def vectors(op: str, like: Tensor, **values: Tensor | None) -> None:
+    """Each of ``values`` is None, or a floating tensor (C,), C the channels of ``like``, on its device."""
+    expected = like.shape[1:2]
+    for name, value in values.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.shape != expected or value.device != like.device:
+            shape(op, name, value, tuple(expected), like)
+        if value.dtype not in FLOATING or value.layout is not torch.strided:
+            tensor(op, name, value)
+
+
+def together(op: str, **values: Tensor | None) -> None:
+    """All of ``values`` are None, or none is."""
+    given = [name for name, value in values.items() if value is not None]
+    if given and len(given) < len(values):
+        raise ValueError(f"{op}: {' and '.join(values)} must be given together, got only {', '.join(given)}")
+
+
+def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device} like the first argument, got {value.device}")
 
 
 def packed(op: str, name: str, value: Any) -> None:
     """``value`` is packed raw parameters (B, 2Z, H, W)."""
-    feature_map(op, name, value)
+    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
+        feature_map(op, name, value)
+    if value.layout is not torch.strided:
+        tensor(op, name, value)
     if value.shape[1] % 2:
         raise ValueError(
             f"{op}: {name} must have an even number of channels 2Z (raw mu, then raw log sigma), got {value.shape[1]}"
@@ -81,24 +102,74 @@ def temperature(op: str, value: float, *, zero: bool) -> None:
         )
 
 
-def seed(op: str, value: Any, device: torch.device) -> torch.Tensor:
-    """``value`` as a 0-d int64 tensor on ``device``; None takes a fresh one from its default generator."""
-    try:
-        return as_seed(value, device)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{op}: {str(error).removeprefix('seed: ')}") from None
+def noise_or_seed(op: str, packed: Tensor, noise: Tensor | None, given: int | Tensor | None) -> Tensor | None:
+    """The seed tensor to draw the noise of ``packed`` (B, 2Z, H, W) from, or None where ``noise`` (B, Z, H, W) is given."""
+    if noise is None:
+        return seed(op, given, packed.device)
+    if given is not None:
+        raise ValueError(f"{op}: give either noise or seed, not both")
+    b, channels, h, w = packed.shape
+    shape(op, "noise", noise, (b, channels // 2, h, w), packed)
+    return None
+
+
+def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
+    """``value`` as a 0-d int64 tensor on ``device``: an int is taken mod 2^64, None draws a fresh one from the device's default
+    generator, so that ``torch.manual_seed`` governs it."""
+    if value is None:
+        return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+    if isinstance(value, Tensor):
+        if value.dtype != torch.int64:
+            raise TypeError(f"{op}: a seed tensor must be int64, got {value.dtype}")
+        if value.dim() != 0:
+            raise ValueError(f"{op}: a seed tensor must be 0-d, got shape {tuple(value.shape)}")
+        wanted, found = torch.device(value.device if device is None else device), value.device
+        if wanted.type != found.type or wanted.index not in (None, found.index):
+            raise ValueError(
+                f"{op}: the seed tensor must be on {device}, got {found}; moving it would synchronise"
+            )
+        return value
+    if isinstance(value, (bool, float)):
+        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}")
+    if not isinstance(value, (int, torch.SymInt)):
+        try:
+            value = operator.index(value)  # NumPy integers
+        except TypeError:
+            message = f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}"
+            raise TypeError(message) from None
+    if not -(2**63) <= value < 2**63:
+        value = (value + 2**63) % 2**64 - 2**63  # the int64 with the same bits
+    return torch.full((), value, dtype=torch.int64, device=device)
 
 
 def whole(op: str, name: str, value: Any) -> int:
     """``value`` as an int, of which NumPy's integers are some; a bool or a float is none."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
-    if not isinstance(value, (bool, torch.Tensor)):
+    if not isinstance(value, (bool, Tensor)):
         try:
             return operator.index(value)
         except TypeError:
             pass
     raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+
+
+def choices(op: str, allowed: tuple[int, ...], **values: int) -> tuple[int, ...]:
+    """Each of ``values`` as an int (see :func:`whole`) of those ``allowed``."""
+    for name, value in values.items():
+        if value.__class__ is not int:
+            values[name] = whole(op, name, value)
+        if values[name] not in allowed:
+            one_of(op, name, values[name], allowed)
+    return tuple(values.values())
+
+
+def size(op: str, name: str, value: Any) -> None:
+    """``value`` is an int >= 0."""
+    if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{op}: {name} must be >= 0, got {value}")
 
 
 def flag(op: str, name: str, value: Any) -> None:

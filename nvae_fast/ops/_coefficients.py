@@ -19,11 +19,12 @@ bias counts as 0, a missing weight as 1; a gate without scale and shift stands o
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
-from nvae_fast.ops._register import operator
-
-Tensor = torch.Tensor
+from nvae_fast.ops._op import define_kernel
 
 
 def _coefficients(
@@ -51,15 +52,9 @@ def _merge_planes(mean: Tensor, m2: Tensor, pixels: int) -> tuple[Tensor, Tensor
 
 
 def _gate(
-    mean: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    w1: Tensor,
-    b1: Tensor,
-    w2: Tensor,
-    b2: Tensor,
+    mean: Tensor, scale: Tensor | None, shift: Tensor | None, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     residual_scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     pooled = mean.clone() if scale is None or shift is None else mean * scale + shift
     hidden = torch.relu(torch.addmm(b1, pooled, w1.t()))
     gate = torch.sigmoid(torch.addmm(b2, hidden, w2.t()))
@@ -73,7 +68,7 @@ def _gate_backward(
     sum_x: Tensor, sum_xp: Tensor, plane_mean: Tensor | None, mean: Tensor | None, rstd: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, pooled: Tensor, hidden: Tensor, gate: Tensor, w1: Tensor, w2: Tensor,
     residual_scale: float,
-) -> tuple[Tensor, ...]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     to_y, to_dot = residual_scale * sum_x, residual_scale * sum_xp
     to_gate = to_dot
     if rstd is not None and weight is not None and bias is not None:
@@ -90,46 +85,28 @@ def _gate_backward(
     return *layers, through, sum_y, dot_y, residual_scale * gate
 
 
-def _like(*positions: int):  # type: ignore[no-untyped-def]
+def _like(*positions: int) -> Any:
     """A fake: empty results shaped like the arguments at these positions."""
     return lambda *args: tuple(torch.empty_like(args[i]) for i in positions)
 
 
-coefficients = operator(
-    "batch_norm_coefficients",
-    "(Tensor? mean, Tensor m2, Tensor? weight, Tensor? bias, float count, float eps)"
-    " -> (Tensor var, Tensor rstd, Tensor scale, Tensor shift)",
-    default=_coefficients,
-    fake=_like(1, 1, 1, 1),
-)
-corrections = operator(
-    "batch_norm_corrections",
-    "(Tensor sum_g, Tensor sum_gx, Tensor? mean, Tensor rstd, Tensor scale, float count)"
-    " -> (Tensor grad_weight, Tensor beta, Tensor gamma)",
-    default=_corrections,
-    fake=_like(0, 0, 0),
-)
-merge_planes = operator(
+coefficients = define_kernel("batch_norm_coefficients", _coefficients, fake=_like(1, 1, 1, 1))
+corrections = define_kernel("batch_norm_corrections", _corrections, fake=_like(0, 0, 0))
+merge_planes = define_kernel(
     "merge_planes",
-    "(Tensor mean, Tensor m2, int pixels) -> (Tensor mean, Tensor m2)",
-    default=_merge_planes,
+    _merge_planes,
     fake=lambda mean, m2, pixels: (mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])),
 )
-gate = operator(
+gate = define_kernel(
     "gate_coefficients",
-    "(Tensor mean, Tensor? scale, Tensor? shift, Tensor w1, Tensor b1, Tensor w2, Tensor b2, float residual_scale)"
-    " -> (Tensor pooled, Tensor hidden, Tensor gate, Tensor factor, Tensor offset)",
-    default=_gate,
+    _gate,
     fake=lambda mean, scale, shift, w1, *_: (
         torch.empty_like(mean), mean.new_empty(mean.shape[0], w1.shape[0]), *(torch.empty_like(mean) for _ in range(3)),
     ),
 )  # fmt: skip
-gate_backward = operator(
+gate_backward = define_kernel(
     "gate_gradients",
-    "(Tensor sum_x, Tensor sum_xp, Tensor? plane_mean, Tensor? mean, Tensor? rstd, Tensor? weight, Tensor? bias,"
-    " Tensor pooled, Tensor hidden, Tensor gate, Tensor w1, Tensor w2, float residual_scale)"
-    " -> (Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor through, Tensor sum_y, Tensor dot_y, Tensor factor)",
-    default=_gate_backward,
+    _gate_backward,
     fake=lambda sum_x, sum_xp, plane_mean, mean, rstd, weight, bias, pooled, hidden, gate, w1, w2, scale: (
         torch.empty_like(w1), w1.new_empty(w1.shape[0]), torch.empty_like(w2), w2.new_empty(w2.shape[0]),
         torch.empty_like(sum_x), gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1]), torch.empty_like(sum_x),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 # oneDNN's convolution lays its weights out anew in every call, which few pixels do not pay back, and its weight gradient is
 # weak at small maps; the matrix product is weak where a number of channels is not a multiple of its tile. Measured in
@@ -13,12 +14,12 @@ _SMALL_MAP = 64  # pixels of an image
 _TILE = 16
 
 
-def as_matrix(t: torch.Tensor) -> torch.Tensor:
+def as_matrix(t: Tensor) -> Tensor:
     """(B, C, H, W) in channels_last as the matrix (B H W, C) it is in memory."""
     return t.permute(0, 2, 3, 1).reshape(-1, t.shape[1])
 
 
-def _as_matrices(x: torch.Tensor, channels: int) -> bool:
+def _as_matrices(x: Tensor, channels: int) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype in _FEW_PIXELS
@@ -27,7 +28,7 @@ def _as_matrices(x: torch.Tensor, channels: int) -> bool:
     )
 
 
-def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
     b, _, h, w = x.shape
     if _as_matrices(x, weight.shape[0]) and 0 < b * h * w <= _FEW_PIXELS[x.dtype]:
@@ -40,7 +41,7 @@ def conv1x1(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
     return F.conv2d(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution."""
     c_out, c_in = grad.shape[1], x.shape[1]
     if grad.dtype == x.dtype and _as_matrices(x, c_out) and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
@@ -59,7 +60,7 @@ class PackedMatrix:
 
     _KEPT = 2  # layouts: one for whole batches, one for the last of a set
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
         routines = ("_linear_pointwise", "_reorder_linear_weight")
         self._packs = (
@@ -67,14 +68,14 @@ class PackedMatrix:
             and weight.dtype == torch.float32
             and all(hasattr(torch.ops.mkldnn, name) for name in routines)
         )
-        self._packed: dict[int, torch.Tensor] = {}
+        self._packed: dict[int, Tensor] = {}
 
-    def _usable(self, x: torch.Tensor) -> bool:
+    def _usable(self, x: Tensor) -> bool:
         if not self._packs or x.dtype != torch.float32 or x.numel() == 0:
             return False
         return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
 
-    def __call__(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """bias: where it may change, in place of the one that was given with the matrix."""
         bias = self.bias if bias is None else bias
         if not self._usable(x):

@@ -1,9 +1,9 @@
 """Loads the compiled extension ``nvae_fast._C``, and remembers why when there is none.
 
 Importing ``nvae_fast._C`` registers the C++ kernels with PyTorch's dispatcher; the schemas are defined in
-Python, one per room. A binary made for other schemas is not loaded: its kernels would crash. Without the
-extension every op runs its reference, so nothing here ever raises; unless it was asked for, that is said
-once, in a warning.
+Python. A binary made for other schemas is not loaded: its kernels would crash. Without the extension every
+operator runs its formula, so nothing here ever raises; unless it was asked for, that is said once, in a
+warning.
 
 Environment:
     NVAE_FAST_DISABLE_EXTENSION=1: behave as if the extension had not been built.
@@ -21,8 +21,6 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-
-from nvae_fast.ops import _schemas
 
 CAPABILITIES = ("baseline", "avx2", "avx512")
 NO_CUDA = (
@@ -80,8 +78,9 @@ def _outdated() -> str | None:
     spec = importlib.util.find_spec("nvae_fast._C")
     if spec is None or spec.origin is None:
         return None
-    wanted, found = _schemas.expected(), _schemas.compiled_into(spec.origin)
-    if wanted is None or wanted == found:
+    from nvae_fast.ops import _schemas
+
+    if _schemas.compiled_into(spec.origin) == _schemas.fingerprint():
         return None
     return (
         "the C++ extension was built from other sources than this Python code and might crash, so it is not loaded; "

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _affine
 from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
-from nvae_fast.ops._register import operator
+from nvae_fast.ops._op import define_kernel
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.depthwise_conv2d import kernels as _depthwise_kernels
@@ -20,37 +21,22 @@ from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
 def _depthwise_affine(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    out_scale: torch.Tensor,
-    out_shift: torch.Tensor,
-    stride: int,
-    upsample: int,
-    activation: str | None,
-    out_activation: str | None,
-) -> torch.Tensor:
+    x: Tensor, weight: Tensor, out_scale: Tensor, out_shift: Tensor, stride: int, upsample: int,
+    activation: str | None, out_activation: str | None,
+) -> Tensor:  # fmt: skip
     convolve = _depthwise_kernels(x.device)[0]
     y = convolve(x, weight, None, None, stride, 1, upsample, activation, False, None)[0]
     return _affine.forward(y, out_scale, out_shift, out_activation)
 
 
-def _depthwise_affine_fake(
-    x: torch.Tensor, weight: torch.Tensor, out_scale: torch.Tensor, out_shift: torch.Tensor, *form: Any
-) -> torch.Tensor:
-    stride, upsample, activation, _ = form
-    return torch.ops.nvae_fast.depthwise_conv2d(
-        x, weight, None, None, stride, 1, upsample, activation, False, None
-    )[0]
-
-
 # out_act(out_scale * conv(act(x)) + out_shift): where the statistics of the convolution are given, the batch norm behind it
 # costs no pass of its own. Not differentiable; its arguments are trusted.
-depthwise_affine = operator(
+depthwise_affine = define_kernel(
     "depthwise_conv2d_affine",
-    "(Tensor x, Tensor weight, Tensor out_scale, Tensor out_shift, int stride, int upsample, str? activation,"
-    " str? out_activation) -> Tensor",
-    default=_depthwise_affine,
-    fake=_depthwise_affine_fake,
+    _depthwise_affine,
+    fake=lambda x, weight, scale, shift, stride, upsample, *_: torch.ops.nvae_fast.depthwise_conv2d(
+        x, weight, None, None, stride, 1, upsample, None, False, None
+    )[0],
 )
 
 
@@ -58,15 +44,15 @@ class FoldedCell(NamedTuple):
     """A cell in evaluation: the first two batch norms in the expansion, the last and the residual scale (where no gate comes
     between) in the projection, the third as the affine map before its swish."""
 
-    expand: torch.Tensor  # (E C_in, C_in)
-    expand_bias: torch.Tensor
-    scale: torch.Tensor
-    shift: torch.Tensor
-    project: torch.Tensor  # (C_out, E C_in)
-    project_bias: torch.Tensor
+    expand: Tensor  # (E C_in, C_in)
+    expand_bias: Tensor
+    scale: Tensor
+    shift: Tensor
+    project: Tensor  # (C_out, E C_in)
+    project_bias: Tensor
 
 
-Running = Sequence[tuple[torch.Tensor, torch.Tensor]]
+Running = Sequence[tuple[Tensor, Tensor]]
 
 
 def fold(
@@ -87,8 +73,8 @@ def fold(
 
 
 def _affine_of(
-    weight: torch.Tensor, bias: torch.Tensor, running: tuple[torch.Tensor, torch.Tensor], eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], eps: float
+) -> tuple[Tensor, Tensor]:
     """A batch norm with given statistics as ``scale * x + shift``."""
     scale = weight * torch.rsqrt(running[1].to(weight.dtype) + eps)
     return scale, bias - running[0].to(weight.dtype) * scale
@@ -97,22 +83,16 @@ def _affine_of(
 class ReadyCell(NamedTuple):
     """A :class:`FoldedCell` to compute with: once, or (its matrices packed) again and again. Without gradients."""
 
-    expand: Callable[[torch.Tensor], torch.Tensor]
-    scale: torch.Tensor
-    shift: torch.Tensor
-    project: Callable[[torch.Tensor], torch.Tensor]
+    expand: Callable[[Tensor], Tensor]
+    scale: Tensor
+    shift: Tensor
+    project: Callable[[Tensor], Tensor]
 
-    def branch(self, x: torch.Tensor, depthwise: torch.Tensor, stride: int) -> torch.Tensor:
+    def branch(self, x: Tensor, depthwise: Tensor, stride: int) -> Tensor:
         """What the gate, or the sum with the skip, is given. x: in channels_last."""
+        upsample = 2 if stride == -1 else 1
         h = depthwise_affine(
-            self.expand(x),
-            depthwise,
-            self.scale,
-            self.shift,
-            max(stride, 1),
-            2 if stride == -1 else 1,
-            "swish",
-            "swish",
+            self.expand(x), depthwise, self.scale, self.shift, max(stride, 1), upsample, "swish", "swish"
         )
         return self.project(h)
 
@@ -132,8 +112,8 @@ def ready(f: FoldedCell, *, again: bool) -> ReadyCell:
 
 
 def inverted_residual_cell_evaluation(
-    x: torch.Tensor,
-    skip: torch.Tensor,
+    x: Tensor,
+    skip: Tensor,
     parameters: CellParameters,
     running: Running,
     *,
@@ -141,7 +121,7 @@ def inverted_residual_cell_evaluation(
     eps: float = 1e-5,
     residual_scale: float = 0.1,
     folded: ReadyCell | None = None,
-) -> torch.Tensor:
+) -> Tensor:
     """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
 
     Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
@@ -167,7 +147,7 @@ def inverted_residual_cell_evaluation(
         return skip + s
     return squeeze_excite(
         s,
-        *(q.reduce_weight, q.reduce_bias, q.gate_weight, q.gate_bias),  # type: ignore[arg-type]
+        *q.gate,
         skip=skip,
         residual_scale=residual_scale,
     )

@@ -12,29 +12,31 @@ this process's part, as PyTorch's own synchronised batch norm leaves them: whoev
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, _coefficients
+from nvae_fast.ops import _checks, _coefficients
 from nvae_fast.ops import batch_norm_swish as batch_norm
-from nvae_fast.ops import channel_statistics as statistics
+from nvae_fast.ops._op import DEFINITIONS, refuse_double_backward
 
 
 class MergedNorm(NamedTuple):
     """``y`` like x; ``mean`` and biased ``var`` (C,) of all processes, detached, and of how many values (0-d, at least 1)."""
 
-    y: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
-    count: torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
+    y: Tensor
+    mean: Tensor
+    var: Tensor
+    count: Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
 def merged_batch_norm_swish(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     *,
     eps: float = 1e-5,
     activation: str | None = "swish",
@@ -50,20 +52,18 @@ def merged_batch_norm_swish(
     """
     if _distributed.world_size(group) == 1:
         return None
-    _checks.feature_map("batch_norm_swish", "x", x)
-    # Its own check but for the number of values, of which a process may have none: statistics stand in as given.
-    batch_norm._check(x, weight, bias, weight, weight, eps, activation)
+    if _backend.transforms_active():
+        raise RuntimeError(
+            "batch_norm_swish: statistics over several processes cannot be computed under torch.func transforms or "
+            "forward-mode differentiation; take those of one process, or the running ones"
+        )
+    batch_norm.check_batch_norm(x, weight, bias, eps, activation)  # a process may have no values at all
     return MergedNorm(*_Merged.apply(x, weight, bias, eps, activation, group))
 
 
 def coefficients_of(
-    mean: torch.Tensor | None,
-    m2: torch.Tensor,
-    count: int | torch.Tensor,
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    eps: float,
-) -> tuple[torch.Tensor, ...]:
+    mean: Tensor | None, m2: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:  # fmt: skip
     """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
     if isinstance(count, int):
         return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
@@ -71,14 +71,8 @@ def coefficients_of(
 
 
 def corrections_of(
-    sum_g: torch.Tensor,
-    sum_gx: torch.Tensor,
-    mean: torch.Tensor | None,
-    rstd: torch.Tensor,
-    scale: torch.Tensor,
-    count: int | torch.Tensor,
-    group: Any,
-) -> tuple[torch.Tensor, ...]:
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: int | Tensor, group: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
     """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
     if isinstance(count, int):
         return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
@@ -87,36 +81,21 @@ def corrections_of(
     return rstd * sum_gx, beta, gamma
 
 
-class _Passes(NamedTuple):
-    """The passes over maps: operators where batch norm is fused, their formulas elsewhere."""
-
-    statistics: Any
-    forward: Any
-    reduce: Any
-    gradient: Any
-
-
-def _passes(device: torch.device) -> _Passes:
-    if _backend.fused("batch_norm_swish", device):
-        of = torch.ops.nvae_fast.channel_statistics
-        return _Passes(of, _affine.forward, _affine.reduce, _affine.gradient)
-    return _Passes(statistics._reference, *_affine.FORMULAS)
+def _run(x: Tensor, *names: str) -> list[Callable[..., Any]]:
+    """Operators where batch norm is fused, their formulas elsewhere."""
+    if _backend.fused("batch_norm_swish", x.device):
+        return [getattr(torch.ops.nvae_fast, name) for name in names]
+    return [DEFINITIONS[name].formula for name in names]
 
 
 class _Merged(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        eps: float,
-        activation: str | None,
-        group: Any,
-    ) -> tuple[torch.Tensor, ...]:
-        passes = _passes(x.device)
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, group: Any
+    ) -> tuple[Tensor, ...]:
+        channel_statistics, forward = _run(x, "channel_statistics", "affine_activation")
         wide = _checks.accumulate_dtype(x.dtype)
-        mean, m2 = passes.statistics(x, False)
+        mean, m2 = channel_statistics(x, False)
         count: Any
         mean, m2, count = _distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
         var, rstd, scale, shift = coefficients_of(mean, m2, count, weight.to(wide), bias.to(wide), eps)
@@ -124,21 +103,20 @@ class _Merged(torch.autograd.Function):
         ctx.save_for_backward(x, mean, rstd, scale, shift, count)
         ctx.constants = (activation, group, weight.dtype, bias.dtype)
         ctx.mark_non_differentiable(mean, var, count)
-        return passes.forward(x, scale, shift, activation), mean, var, count
+        return forward(x, scale, shift, activation), mean, var, count
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("batch_norm_swish: double backward over several processes is not supported")
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        refuse_double_backward("batch_norm_swish", "take statistics of one process for create_graph=True")
         if grad is None:
             return (None,) * 6
         x, mean, rstd, scale, shift, count = ctx.saved_tensors
         activation, group, weight_dtype, bias_dtype = ctx.constants
-        passes = _passes(x.device)
-        sum_g, sum_gx, _, _ = passes.reduce(grad, x, scale, shift, mean, activation, False, False)
+        reduce, gradient = _run(x, "affine_activation_reduce", "affine_activation_grad")
+        sum_g, sum_gx, _, _ = reduce(grad, x, scale, shift, mean, activation, False, False)
         to_x = None
         to_weight = rstd * sum_gx
         if ctx.needs_input_grad[0]:
             _, beta, gamma = corrections_of(sum_g, sum_gx, mean, rstd, scale, count, group)
-            to_x = passes.gradient(grad, x, scale, shift, scale, beta, gamma, activation)
+            to_x = gradient(grad, x, scale, shift, scale, beta, gamma, activation)
         return to_x, to_weight.to(weight_dtype), sum_g.to(bias_dtype), None, None, None

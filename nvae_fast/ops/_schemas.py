@@ -4,8 +4,8 @@ A C++ kernel takes its arguments from a stack, by position, as its schema was wh
 reads values of the wrong type and crashes, which no error handling can catch. So setup.py compiles the fingerprint of the
 schemas into the extension, and the loader reads it from the file and compares before the file is loaded.
 
-The fingerprint is taken from the text of the rooms, so that setup.py need not import PyTorch; tests/test_extension.py holds
-that text against what the dispatcher knows. It changes with the version too. Nothing of the package is imported here.
+It is a hash of what :func:`nvae_fast.ops._op.define_op` registered, and of the version. setup.py takes it in a process of its
+own, with this package's operators imported and no extension.
 """
 
 from __future__ import annotations
@@ -14,34 +14,20 @@ import hashlib
 import mmap
 import os
 import re
-from pathlib import Path
 
-_HERE = Path(__file__).resolve().parent
+from nvae_fast._version import __version__
+from nvae_fast.ops import _op
+
 _MARK = b"nvae_fast schemas "  # csrc/module.cpp puts it before the fingerprint
 _LENGTH = 16
-# Adjacent literals, of which the first opens a parenthesis and some part has the arrow: how every schema is written.
-_LITERALS = re.compile(r'"\w*\([^"\n]*"(?:\s*"[^"\n]*")*')
 
 
-def texts(folder: Path = _HERE) -> list[tuple[str, str]]:
-    """(file, schema) of every schema written in the rooms of ``folder``, some with their operator's name in front."""
-    found = []
-    for page in sorted(folder.glob("*.py")):
-        for literals in _LITERALS.findall(page.read_text(encoding="utf-8")):
-            text = "".join(re.findall(r'"([^"]*)"', literals))
-            if ") -> " in text and "Tensor" in text and "..." not in text:
-                found.append((page.name, text))
-    return found
-
-
-def expected(folder: Path = _HERE) -> str | None:
-    """The fingerprint of this source tree; None where the package was installed without its source files."""
-    schemas, page = texts(folder), folder.parent / "_version.py"
-    if not schemas or not page.is_file():
-        return None
-    version = re.findall(r'^__version__ = "(.*)"$', page.read_text(encoding="utf-8"), re.MULTILINE)
-    words = "\n".join([*version, *map(" ".join, schemas)])
-    return hashlib.sha256(words.encode()).hexdigest()[:_LENGTH]
+def fingerprint() -> str:
+    """Of the operators defined so far: of all of them, once ``nvae_fast.ops`` is imported."""
+    schemas = sorted(f"{name}{definition.schema}" for name, definition in _op.DEFINITIONS.items())
+    # Which alias set an argument is in is PyTorch's name for it, and says nothing about the argument.
+    text = re.sub(r"\(\w+!\)", "(!)", "\n".join([__version__, *schemas]))
+    return hashlib.sha256(text.encode()).hexdigest()[:_LENGTH]
 
 
 def compiled_into(binary: str | os.PathLike[str]) -> str | None:

@@ -11,10 +11,11 @@ hold a group's vectors, (n, rows) and (n, columns).
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
-from nvae_fast.ops._register import operator
+from nvae_fast.ops._op import define_kernel
 
-Tensors = list[torch.Tensor]
+Tensors = list[Tensor]
 
 
 def _groups(weights: Tensors, u: Tensors) -> list[Tensors]:
@@ -23,7 +24,7 @@ def _groups(weights: Tensors, u: Tensors) -> list[Tensors]:
     return [weights[start : start + count] for start, count in zip(starts, counts, strict=True)]
 
 
-def _stacked(weights: Tensors, rows: int) -> torch.Tensor:
+def _stacked(weights: Tensors, rows: int) -> Tensor:
     """Weights of one matrix shape as (n, rows, columns)."""
     if any(w.shape != weights[0].shape for w in weights):
         weights = [w.reshape(rows, -1) for w in weights]
@@ -37,9 +38,7 @@ def _normalized(vectors: Tensors, eps: float) -> tuple[Tensors, Tensors]:
     return vectors, lengths
 
 
-def _lengths(
-    weights: Tensors, u: Tensors, iterations: int, eps: float
-) -> tuple[torch.Tensor, Tensors, Tensors]:
+def _lengths(weights: Tensors, u: Tensors, iterations: int, eps: float) -> tuple[Tensor, Tensors, Tensors]:
     matrices = [_stacked(group, x.shape[1]) for group, x in zip(_groups(weights, u), u, strict=True)]
     transposed = [w.mT for w in matrices]
     left = [x.unsqueeze(1).clone() for x in u]
@@ -51,13 +50,13 @@ def _lengths(
 
 def _lengths_fake(
     weights: Tensors, u: Tensors, iterations: int, eps: float
-) -> tuple[torch.Tensor, Tensors, Tensors]:
+) -> tuple[Tensor, Tensors, Tensors]:
     groups = _groups(weights, u)
     v = [x.new_empty(x.shape[0], g[0].numel() // x.shape[1]) for g, x in zip(groups, u, strict=True)]
     return weights[0].new_empty(len(weights)), [torch.empty_like(x) for x in u], v
 
 
-def _gradients(grad: torch.Tensor, weights: Tensors, u: Tensors, v: Tensors) -> Tensors:
+def _gradients(grad: Tensor, weights: Tensors, u: Tensors, v: Tensors) -> Tensors:
     found: Tensors = []
     for group, x, y in zip(_groups(weights, u), u, v, strict=True):
         products = torch.bmm((grad * x).unsqueeze(2), y.unsqueeze(1)).unbind()
@@ -65,15 +64,7 @@ def _gradients(grad: torch.Tensor, weights: Tensors, u: Tensors, v: Tensors) -> 
     return found
 
 
-lengths = operator(
-    "spectral_lengths",
-    "(Tensor[] weights, Tensor[] u, int iterations, float eps) -> (Tensor lengths, Tensor[] u, Tensor[] v)",
-    default=_lengths,
-    fake=_lengths_fake,
-)
-gradients = operator(
-    "spectral_gradients",
-    "(Tensor grad, Tensor[] weights, Tensor[] u, Tensor[] v) -> Tensor[]",
-    default=_gradients,
-    fake=lambda grad, weights, u, v: [torch.empty_like(w) for w in weights],
+lengths = define_kernel("spectral_lengths", _lengths, fake=_lengths_fake)
+gradients = define_kernel(
+    "spectral_gradients", _gradients, fake=lambda grad, weights, u, v: [torch.empty_like(w) for w in weights]
 )

@@ -10,33 +10,33 @@ NVAE (arXiv 2007.03898), section 3.1.1 (BN + swish) and 3.1.2 (swish recomputed 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast.ops import _affine as affine
-from nvae_fast.ops import _checks, channel_statistics  # noqa: F401  the operator that batch statistics come from
+from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
-from nvae_fast.ops._register import operator, room
-from nvae_fast.ops._squash import empty_map
+from nvae_fast.ops._layout import empty_map
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
 
 
 class BatchNormOutput(NamedTuple):
     """``y`` like x; ``mean`` and ``var`` (C,): the statistics used, var biased, detached when they are the batch's."""
 
-    y: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
+    y: Tensor
+    mean: Tensor
+    var: Tensor
 
 
 def batch_norm_swish(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None = None,
-    var: torch.Tensor | None = None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
     *,
     eps: float = 1e-5,
     activation: str | None = "swish",
@@ -60,48 +60,35 @@ def batch_norm_swish(
         TypeError, ValueError: an argument has the wrong type, shape, device or value, or there is only one value per
             channel to take statistics of.
     """
-    return BatchNormOutput(*_room(x, weight, bias, mean, var, eps, activation))
+    op = "batch_norm_swish"
+    check_batch_norm(x, weight, bias, eps, activation)
+    if mean is None and var is None:
+        if x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise ValueError(
+                f"{op}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
+            )
+    else:
+        _checks.together(op, mean=mean, var=var)
+        _checks.vectors(op, x, mean=mean, var=var)
+    return BatchNormOutput(*_op(x, weight, bias, mean, var, eps, activation))
 
 
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> None:
+def check_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None) -> None:
+    """All that is checked whose statistics they are."""
     op = "batch_norm_swish"
     _checks.feature_map(op, "x", x)
-    channels = (x.shape[1],)
-    _checks.shape(op, "weight", weight, channels, x)
-    _checks.shape(op, "bias", bias, channels, x)
-    if (mean is None) != (var is None):
-        raise ValueError(
-            f"{op}: mean and var must be given together, got only {'var' if mean is None else 'mean'}"
-        )
-    if mean is not None and var is not None:
-        _checks.shape(op, "mean", mean, channels, x)
-        _checks.shape(op, "var", var, channels, x)
-    elif x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(
-            f"{op}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
-        )
+    _checks.shape(op, "weight", weight, x.shape[1:2], x)
+    _checks.shape(op, "bias", bias, x.shape[1:2], x)
     if not (isinstance(eps, (int, float)) and eps > 0):
         raise ValueError(f"{op}: eps must be > 0, got {eps!r}")
-    _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    if activation not in ACTIVATIONS:
+        _checks.one_of(op, "activation", activation, ACTIVATIONS)
 
 
 def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
     activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _checks.accumulate_dtype(x.dtype)
     if mean is None or var is None:
         if x.numel() == 0:
@@ -110,9 +97,9 @@ def _reference(
                 weight.new_zeros(weight.shape, dtype=wide),
                 weight.new_ones(weight.shape, dtype=wide),
             )
-        y, batch_mean, inv_std = torch.native_batch_norm(
-            x, weight.to(wide), bias.to(wide), None, None, True, 0.0, eps
-        )
+        # PyTorch's backward pass in channels_last reads a weight with gaps as if it had none.
+        scale, shift = weight.to(wide).contiguous(), bias.to(wide).contiguous()
+        y, batch_mean, inv_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         batch_var = (inv_std.detach().pow(-2) - eps).clamp_min(0)
         return activate(y, activation), batch_mean.detach().to(wide), batch_var.to(wide)
     if mean.requires_grad or var.requires_grad:
@@ -120,42 +107,24 @@ def _reference(
         factor = (weight * torch.rsqrt(var.to(wide) + eps)).to(wide)
         y = ((x.to(wide) - mean[column]) * factor[column] + bias[column]).to(x.dtype)
     else:
-        y = F.batch_norm(x, mean.to(wide), var.to(wide), weight.to(wide), bias.to(wide), False, 0.0, eps)
+        m, v, scale, shift = (t.to(wide).contiguous() for t in (mean, var, weight, bias))
+        y = F.batch_norm(x, m, v, scale, shift, False, 0.0, eps)
     return activate(y, activation), mean.clone(), var.clone()
 
 
 def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    wide = _checks.accumulate_dtype(x.dtype)
+    x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Tensor | None, *_: Any
+) -> tuple[Tensor, ...]:
     if mean is None or var is None:
-        return (
-            empty_map(x, x.shape[1]),
-            x.new_empty(x.shape[1], dtype=wide),
-            x.new_empty(x.shape[1], dtype=wide),
-        )
+        wide = _checks.accumulate_dtype(x.dtype)
+        return empty_map(x, x.shape[1]), *(x.new_empty(x.shape[1], dtype=wide) for _ in range(2))
     return empty_map(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(var)
 
 
 def _backward_formula(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    activation: str | None,
-    given: bool,
-    need_x: bool,
-    need_sums: bool,
-) -> tuple[torch.Tensor, ...]:
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor, eps: float,
+    activation: str | None, given: bool, need_x: bool, need_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients from x and the statistics alone. With ``r = 1 / sqrt(var + eps)``, ``u`` what the activation is applied
     to and ``g = grad act'(u)``, sums over the values of a channel::
 
@@ -180,22 +149,14 @@ def _backward_formula(
         grad_x = affine.gradient(grad, x, scale, shift, scale, beta, gamma, activation)
     results = (sum_gx * inverse, sum_g, -sum_g * scale, -0.5 * sum_gx * scale * inverse.square())
     needed = (need_sums, need_sums, need_sums and given, need_sums and given)
-    return grad_x, *(r.clone() if n else r.new_empty(0) for r, n in zip(results, needed, strict=True))
+    to_weight, to_bias, to_mean, to_var = (
+        r.clone() if n else r.new_empty(0) for r, n in zip(results, needed, strict=True)
+    )
+    return grad_x, to_weight, to_bias, to_mean, to_var
 
 
-def _backward_fake(
-    grad: torch.Tensor,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor,
-    var: torch.Tensor,
-    eps: float,
-    activation: str | None,
-    given: bool,
-    need_x: bool,
-    need_sums: bool,
-) -> tuple[torch.Tensor, ...]:
+def _backward_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    given, need_x, need_sums = args[-3:]
     wide = _checks.accumulate_dtype(x.dtype)
     sizes = (need_sums, need_sums, need_sums and given, need_sums and given)
     return (
@@ -204,83 +165,55 @@ def _backward_fake(
     )
 
 
-_backward_operator = operator(
-    "batch_norm_swish_backward",
-    "(Tensor grad, Tensor x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, str? activation,"
-    " bool given, bool need_x, bool need_sums) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    default=_backward_formula,
-    fake=_backward_fake,
-)
+# Not the formula's VJP, which would take the statistics again: it is given them.
+_gradients = define_kernel("batch_norm_swish_backward", _backward_formula, fake=_backward_fake)
 
 
-def _backward(
-    grads: Sequence[torch.Tensor | None],
-    wanted: Sequence[int],
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
-    activation: str | None,
-    used_mean: torch.Tensor,
-    used_var: torch.Tensor,
-) -> list[torch.Tensor | None]:
+def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
     grad, *of_statistics = grads
-    found: list[torch.Tensor | None] = [None] * 5
+    mean, var = saved
+    names = ("x", "weight", "bias", "mean", "var")
+    found: Gradients = {}
     if grad is not None:
-        need_sums = any(i in wanted for i in (1, 2, 3, 4))
-        found = list(
-            _backward_operator(
-                grad, x, weight, bias, used_mean, used_var, eps, activation, mean is not None, 0 in wanted, need_sums
-            )
+        every = _gradients(
+            grad, a.x, a.weight, a.bias, mean, var, a.eps, a.activation, a.mean is not None, "x" in wanted, wanted != {"x"},
         )  # fmt: skip
-    for i, (given, through) in enumerate(zip((mean, var), of_statistics, strict=True), start=3):
-        # What reaches given statistics as outputs; the batch's own are constants.
-        before = found[i]
-        if given is None:
-            found[i] = None
-        elif through is not None:
-            found[i] = through if before is None or before.numel() == 0 else before + through
-    for i, like in enumerate((weight, bias, mean, var), start=1):
-        value = found[i]
-        if i in wanted and value is not None and like is not None and value.dtype != like.dtype:
-            found[i] = value.to(like.dtype)
+        found = {name: value for name, value in zip(names, every, strict=True) if name in wanted}
+    for name, through in zip(("mean", "var"), of_statistics, strict=True):
+        if name in wanted and through is not None:  # what reaches given statistics as outputs
+            before = found.get(name)
+            found[name] = through if before is None else before + through
+    for name in names[1:]:
+        value = found.get(name)
+        if value is not None:
+            found[name] = value.to(getattr(a, name).dtype)
     return found
 
 
-def _gpu(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    mean: torch.Tensor | None,
-    var: torch.Tensor | None,
-    eps: float,
+def _launch(
+    x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
     activation: str | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Two passes: statistics, then normalisation and activation."""
     if mean is None or var is None:
-        wide = _checks.accumulate_dtype(x.dtype)
         count = x.numel() // max(x.shape[1], 1)
         used_mean, m2 = torch.ops.nvae_fast.channel_statistics(x, False)
         used_var = m2 / count if count else torch.ones_like(m2)
     else:
-        wide, used_mean, used_var = mean.dtype, mean.clone(), var.clone()
-        wide = torch.promote_types(wide, _checks.accumulate_dtype(x.dtype))
+        used_mean, used_var = mean.clone(), var.clone()
+    wide = torch.promote_types(used_mean.dtype, _checks.accumulate_dtype(x.dtype))
     scale = weight.to(wide) * torch.rsqrt(used_var.to(wide) + eps)
     shift = torch.addcmul(bias.to(wide), used_mean.to(wide), scale, value=-1)
     return affine.forward(x, scale, shift, activation), used_mean, used_var
 
 
-_room = room(
+_op = define_op(
     "batch_norm_swish",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor? mean, Tensor? var, float eps, str? activation)"
-    " -> (Tensor, Tensor, Tensor)",
-    check=_check,
-    reference=_reference,
-    differentiable=(0, 1, 2, 3, 4),
+    _reference,
     fake=_fake,
+    differentiable=("x", "weight", "bias", "mean", "var"),
+    triton=_launch,
     backward=_backward,
-    gpu=_gpu,
-    save_outputs=(1, 2),
+    saves={1: None, 2: None},
+    constant_outputs={1: "mean", 2: "mean"},
 )

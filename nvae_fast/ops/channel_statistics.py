@@ -12,24 +12,24 @@ no digits. PyTorch's nearest: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._register import room
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
 
 
 class ChannelStatistics(NamedTuple):
     """``mean``, and ``m2``: the sum of squared deviations from it, (C,) or (B, C); ``count`` values were in each."""
 
-    mean: torch.Tensor
-    m2: torch.Tensor
+    mean: Tensor
+    m2: Tensor
     count: int  # type: ignore[assignment]  # tuple.count gives way
 
 
-def channel_statistics(x: torch.Tensor, per_sample: bool = False) -> ChannelStatistics:
+def channel_statistics(x: Tensor, per_sample: bool = False) -> ChannelStatistics:
     """Statistics of the channels of ``x`` (B, C, H, W); formulas in the module's docstring.
 
     Returns:
@@ -39,20 +39,17 @@ def channel_statistics(x: torch.Tensor, per_sample: bool = False) -> ChannelStat
     Raises:
         TypeError, ValueError: x is not a floating tensor of four dimensions.
     """
-    mean, m2 = _room(x, per_sample)
+    _checks.feature_map("channel_statistics", "x", x)
+    mean, m2 = _op(x, per_sample)
     return ChannelStatistics(mean, m2, _count(x, per_sample))
 
 
-def _count(x: torch.Tensor, per_sample: bool) -> int:
+def _count(x: Tensor, per_sample: bool) -> int:
     pixels = x.shape[2] * x.shape[3]
     return pixels if per_sample else x.shape[0] * pixels
 
 
-def _check(x: torch.Tensor, per_sample: bool) -> None:
-    _checks.feature_map("channel_statistics", "x", x)
-
-
-def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _reference(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     wide = x.to(_checks.accumulate_dtype(x.dtype))
     dims = (2, 3) if per_sample else (0, 2, 3)
     count = _count(x, per_sample)
@@ -63,52 +60,30 @@ def _reference(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.T
     return mean, var * count
 
 
-def _fake(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     size = x.shape[:2] if per_sample else x.shape[1:2]
     wide = _checks.accumulate_dtype(x.dtype)
     return x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
 
 
-def _backward(
-    grads: Sequence[torch.Tensor | None],
-    wanted: Sequence[int],
-    x: torch.Tensor,
-    per_sample: bool,
-    mean: torch.Tensor,
-) -> tuple[torch.Tensor]:
-    """``dx = dmean / n + 2 dm2 (x - mean)``."""
-    grad_mean, grad_m2 = grads
-    count = max(_count(x, per_sample), 1)
-    constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / count
+def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
+    """``dx = dmean / n + 2 dm2 (x - mean)``, in one pass."""
+    (grad_mean, grad_m2), (mean,), x = grads, saved, a.x
+    column = (x.shape[0] if a.per_sample else 1, x.shape[1], 1, 1)
+    constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / max(_count(x, a.per_sample), 1)
     if grad_m2 is None:
-        return (constant.to(x.dtype).reshape(_column(x, per_sample)).expand_as(x),)
+        return {"x": constant.to(x.dtype).reshape(column).expand_as(x)}
     slope = 2 * grad_m2
-    slope, constant = (
-        t.reshape(_column(x, per_sample)) for t in (slope, torch.addcmul(constant, slope, mean, value=-1))
-    )
-    return (torch.addcmul(constant, slope, x.to(mean.dtype)).to(x.dtype),)
+    constant = torch.addcmul(constant, slope, mean, value=-1)
+    return {"x": torch.addcmul(constant.reshape(column), slope.reshape(column), x.to(mean.dtype)).to(x.dtype)}
 
 
-def _column(x: torch.Tensor, per_sample: bool) -> tuple[int, int, int, int]:
-    return (x.shape[0] if per_sample else 1, x.shape[1], 1, 1)
-
-
-def _gpu(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    if x.dtype == torch.float64:  # the kernels compute in float32
-        return _reference(x, per_sample)
-    from nvae_fast.kernels import channel_statistics as kernels
-
-    return kernels.channel_statistics(x, per_sample)
-
-
-_room = room(
+_op = define_op(
     "channel_statistics",
-    "(Tensor x, bool per_sample) -> (Tensor mean, Tensor m2)",
-    check=_check,
-    reference=_reference,
-    differentiable=(0,),
+    _reference,
     fake=_fake,
+    differentiable=("x",),
+    triton="channel_statistics",
     backward=_backward,
-    gpu=_gpu,
-    save_outputs=(0,),
+    saves={0: None},
 )

@@ -18,56 +18,41 @@ from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from nvae_fast import _backend, _devices
 from nvae_fast.ops import _checks
-from nvae_fast.ops._activation import ACTIVATIONS, activate
-from nvae_fast.ops._register import operator, room
-from nvae_fast.ops._squash import memory_format
+from nvae_fast.ops._activation import ACTIVATIONS, activate, activation_slope
+from nvae_fast.ops._layout import empty_map, memory_format
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
 from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 
 @overload
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str | None = None,
-    stats: Literal[False] = False,
-    taps: Sequence[int] | None = None,
-) -> torch.Tensor: ...
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, upsample: int = 1,
+    scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = None,
+    stats: Literal[False] = False, taps: Sequence[int] | None = None,
+) -> Tensor: ...  # fmt: skip
 @overload
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
-    activation: str | None = None,
-    stats: Literal[True],
-    taps: Sequence[int] | None = None,
-) -> tuple[torch.Tensor, ChannelStatistics]: ...
+    x: Tensor, weight: Tensor, *, stride: int = 1, dilation: int = 1, upsample: int = 1,
+    scale: Tensor | None = None, shift: Tensor | None = None, activation: str | None = None,
+    stats: Literal[True], taps: Sequence[int] | None = None,
+) -> tuple[Tensor, ChannelStatistics]: ...  # fmt: skip
 def depthwise_conv2d(
-    x: torch.Tensor,
-    weight: torch.Tensor,
+    x: Tensor,
+    weight: Tensor,
     *,
     stride: int = 1,
     dilation: int = 1,
     upsample: int = 1,
-    scale: torch.Tensor | None = None,
-    shift: torch.Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
     activation: str | None = None,
     stats: bool = False,
     taps: Sequence[int] | None = None,
-) -> torch.Tensor | tuple[torch.Tensor, ChannelStatistics]:
+) -> Tensor | tuple[Tensor, ChannelStatistics]:
     """Depthwise convolution with "same" padding; formula in the module's docstring.
 
     Args:
@@ -89,59 +74,41 @@ def depthwise_conv2d(
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
     op = "depthwise_conv2d"
-    if taps is not None and not isinstance(taps, Iterable):
-        raise TypeError(f"{op}: taps must be None or a sequence of positions, got {taps!r}")
-    live = None if taps is None else list(taps)
-    steps = (
-        _checks.whole(op, "stride", stride),
-        _checks.whole(op, "dilation", dilation),
-        _checks.whole(op, "upsample", upsample),
+    stride, dilation, upsample = _checks.choices(
+        op, (1, 2), stride=stride, dilation=dilation, upsample=upsample
     )
-    y, mean, m2 = _room(x, weight, scale, shift, *steps, activation, stats, live)
-    if not stats:
-        return y
-    return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
-
-
-def _check(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    stats: bool,
-    taps: Sequence[int] | None,
-) -> None:
-    op = "depthwise_conv2d"
+    if stride == upsample == 2:
+        raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
     _checks.feature_map(op, "x", x)
     _checks.feature_map(op, "weight", weight)
     channels, k = x.shape[1], weight.shape[3]
     if k % 2 == 0:
         raise ValueError(f"{op}: weight must have an odd kernel width, got {k}")
     _checks.shape(op, "weight", weight, (channels, 1, k, k), x)
-    if (scale is None) != (shift is None):
+    if scale is not None or shift is not None:
+        _checks.together(op, scale=scale, shift=shift)
+        _checks.vectors(op, x, scale=scale, shift=shift)
+    if activation not in ACTIVATIONS:
+        _checks.one_of(op, "activation", activation, ACTIVATIONS)
+    if not isinstance(stats, bool):
+        _checks.flag(op, "stats", stats)
+    live = None if taps is None else _positions(taps, k)
+    y, mean, m2 = _op(x, weight, scale, shift, stride, dilation, upsample, activation, stats, live)
+    if not stats:
+        return y
+    return y, ChannelStatistics(mean, m2, y.shape[0] * y.shape[2] * y.shape[3])
+
+
+def _positions(taps: Any, k: int) -> list[int]:
+    if not isinstance(taps, Iterable):
+        raise TypeError(f"depthwise_conv2d: taps must be None or a sequence of positions, got {taps!r}")
+    live = list(taps)
+    inside = all(isinstance(tap, int) and 0 <= tap < k * k for tap in live)
+    if not live or not inside or len(set(live)) != len(live):
         raise ValueError(
-            f"{op}: scale and shift must be given together, got only {'shift' if scale is None else 'scale'}"
+            f"depthwise_conv2d: taps must be None or different positions between 0 and {k * k - 1}, at least one, got {live}"
         )
-    if scale is not None and shift is not None:
-        _checks.shape(op, "scale", scale, (channels,), x)
-        _checks.shape(op, "shift", shift, (channels,), x)
-    _checks.one_of(op, "stride", stride, (1, 2))
-    _checks.one_of(op, "dilation", dilation, (1, 2))
-    _checks.one_of(op, "upsample", upsample, (1, 2))
-    if upsample == 2 and stride == 2:
-        raise ValueError(f"{op}: upsample=2 needs stride=1, got stride=2")
-    _checks.one_of(op, "activation", activation, ACTIVATIONS)
-    _checks.flag(op, "stats", stats)
-    if taps is not None:
-        inside = all(isinstance(tap, int) and 0 <= tap < k * k for tap in taps)
-        if not taps or not inside or len(set(taps)) != len(taps):
-            raise ValueError(
-                f"{op}: taps must be None or different positions between 0 and {k * k - 1}, at least one, got {list(taps)}"
-            )
+    return live
 
 
 def _runs(taps: Sequence[int]) -> list[tuple[int, int]]:
@@ -152,8 +119,8 @@ def _runs(taps: Sequence[int]) -> list[tuple[int, int]]:
     return list(zip(starts, stops, strict=True))
 
 
-def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
-    """``weight`` with zeros where no tap is; nothing that stands there gets through."""
+def _masked(weight: Tensor, taps: Sequence[int] | None) -> Tensor:
+    """``weight`` with zeros where no tap is; what it has there, be it NaN, does not get through."""
     if taps is None:
         return weight
     live = torch.zeros(weight.shape[-1] ** 2, dtype=torch.bool, device=weight.device)
@@ -164,17 +131,9 @@ def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
 
 
 def _reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    stats: bool,
-    taps: Sequence[int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int,
+    upsample: int, activation: str | None, stats: bool, taps: Sequence[int] | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     wide = _checks.accumulate_dtype(x.dtype)
     h = x
     if scale is not None and shift is not None:
@@ -208,44 +167,21 @@ def _reference(
 
 
 def _fake(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    stats: bool,
-    taps: Sequence[int] | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    x: Tensor, weight: Any, scale: Any, shift: Any, stride: int, dilation: int, upsample: int,
+    activation: Any, stats: bool, taps: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     b, c, h, w = x.shape
     size = (b, c, (h * upsample + stride - 1) // stride, (w * upsample + stride - 1) // stride)
     y = torch.empty(size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-    mean, m2 = (x.new_empty(c if stats else 0, dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
-    return y, mean, m2
+    return y, *(x.new_empty(c if stats else 0, dtype=_checks.accumulate_dtype(x.dtype)) for _ in range(2))
 
 
 def _backward_formula(
-    grad: torch.Tensor,
-    out: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    pivot: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    taps: Sequence[int] | None,
-    need_x: bool,
-    need_weight: bool,
-    need_affine: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    grad: Tensor, out: Tensor | None, alpha: Tensor | None, beta: Tensor | None, gamma: Tensor | None,
+    pivot: Tensor | None, x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int,
+    dilation: int, upsample: int, activation: str | None, taps: Sequence[int] | None, need_x: bool,
+    need_weight: bool, need_affine: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """The gradients from the input and what reached the output; every fused backward kernel computes this.
 
     ::
@@ -260,7 +196,7 @@ def _backward_formula(
     """
     wide = _checks.accumulate_dtype(x.dtype)
 
-    def column(t: torch.Tensor) -> torch.Tensor:
+    def column(t: Tensor) -> Tensor:
         return t.to(wide)[:, None, None]
 
     dy = grad.to(wide)
@@ -287,20 +223,13 @@ def _backward_formula(
         channels,
         [need_x or need_affine, need_weight, False],
     )
-    results = _backward_fake(
-        grad, out, alpha, beta, gamma, pivot, x, weight, scale, shift, stride, dilation, upsample, activation, taps,
-        need_x, need_weight, need_affine,
-    )  # fmt: skip
+    results = _empty_gradients(x, weight, need_x, need_weight, need_affine)
     if need_weight:
         results[1].copy_(_masked(to_weight, taps))
     if need_x or need_affine:
         if upsample == 2:
             du = du.unflatten(3, (-1, 2)).sum(4).unflatten(2, (-1, 2)).sum(3)
-        if activation == "swish":
-            sigma = torch.sigmoid(u)
-            du = du * (sigma + u * sigma * (1 - sigma))
-        elif activation == "elu":
-            du = du * torch.where(u > 0, torch.ones_like(u), u.exp())
+        du = du * activation_slope(u, activation)
     if need_x:
         results[0].copy_(du if scale is None else column(scale) * du)
     if need_affine:
@@ -309,59 +238,32 @@ def _backward_formula(
     return results
 
 
-def _backward_fake(
-    grad: torch.Tensor,
-    out: torch.Tensor | None,
-    alpha: torch.Tensor | None,
-    beta: torch.Tensor | None,
-    gamma: torch.Tensor | None,
-    pivot: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    scale: torch.Tensor | None,
-    shift: torch.Tensor | None,
-    stride: int,
-    dilation: int,
-    upsample: int,
-    activation: str | None,
-    taps: Sequence[int] | None,
-    need_x: bool,
-    need_weight: bool,
-    need_affine: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _empty_gradients(
+    x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_affine: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _checks.accumulate_dtype(x.dtype)
     channels = x.shape[1] if need_affine else 0
     return (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-        if need_x
-        else x.new_empty(0),
+        empty_map(x, x.shape[1]) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
         x.new_empty(channels, dtype=wide),
         x.new_empty(channels, dtype=wide),
     )
 
 
-_backward_operator = operator(
+# Not the formula's VJP: the gradients of an affine map and of statistics are folded in from outside.
+_gradients = define_kernel(
     "depthwise_conv2d_backward",
-    "(Tensor grad, Tensor? out, Tensor? alpha, Tensor? beta, Tensor? gamma, Tensor? pivot, Tensor x, Tensor weight,"
-    " Tensor? scale, Tensor? shift, int stride, int dilation, int upsample, str? activation, int[]? taps,"
-    " bool need_x, bool need_weight, bool need_affine)"
-    " -> (Tensor grad_x, Tensor grad_weight, Tensor grad_scale, Tensor grad_shift)",
-    default=_backward_formula,
-    fake=_backward_fake,
+    _backward_formula,
+    fake=lambda *args: _empty_gradients(args[6], args[7], *args[-3:]),
 )
 
 
-def _backward(
-    grads: Sequence[torch.Tensor | None],
-    wanted: Sequence[int],
-    *args: Any,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
     """The gradients of the statistics are part of dy: mean's is spread evenly, m2's is 2 (y - mean)."""
     grad, grad_mean, grad_m2 = grads
-    x, weight, scale, shift, stride, dilation, upsample, activation, stats, taps, *saved = args
     y = alpha = beta = gamma = None
-    if stats and (grad_mean is not None or grad_m2 is not None):
+    if grad_mean is not None or grad_m2 is not None:
         y, mean = saved
         grad = torch.zeros_like(y) if grad is None else grad
         beta = torch.zeros_like(mean) if grad_m2 is None else 2 * grad_m2
@@ -369,28 +271,27 @@ def _backward(
         if grad_mean is not None:
             gamma = gamma + grad_mean / max(y.shape[0] * y.shape[2] * y.shape[3], 1)
         alpha = torch.ones_like(mean)
-    to_x, to_weight, to_scale, to_shift = _backward_operator(
-        grad, y, alpha, beta, gamma, None, x, weight, scale, shift, stride, dilation, upsample, activation, taps,
-        0 in wanted, 1 in wanted, 2 in wanted or 3 in wanted,
+    assert grad is not None
+    to_x, to_weight, to_scale, to_shift = _gradients(
+        grad, y, alpha, beta, gamma, None, a.x, a.weight, a.scale, a.shift, a.stride, a.dilation, a.upsample, a.activation,
+        a.taps, "x" in wanted, "weight" in wanted, not wanted.isdisjoint(("scale", "shift")),
     )  # fmt: skip
-    return (
-        to_x,
-        to_weight,
-        None if scale is None else to_scale.to(scale.dtype),
-        None if shift is None else to_shift.to(shift.dtype),
-    )
+    return {
+        "x": to_x,
+        "weight": to_weight,
+        "scale": None if a.scale is None else to_scale.to(a.scale.dtype),
+        "shift": None if a.shift is None else to_shift.to(a.shift.dtype),
+    }
 
 
-_room = room(
+_op = define_op(
     "depthwise_conv2d",
-    "(Tensor x, Tensor weight, Tensor? scale, Tensor? shift, int stride, int dilation, int upsample,"
-    " str? activation, bool stats, int[]? taps) -> (Tensor y, Tensor mean, Tensor m2)",
-    check=_check,
-    reference=_reference,
-    differentiable=(0, 1, 2, 3),
+    _reference,
     fake=_fake,
+    differentiable=("x", "weight", "scale", "shift"),
     backward=_backward,
-    save_outputs=lambda *args: (0, 1) if args[8] else (),  # y and mean, for the gradients of the statistics
+    saves={0: "stats", 1: "stats"},
+    constant_outputs={1: "stats", 2: "stats"},
 )
 
 
@@ -398,4 +299,4 @@ def kernels(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any
     """(forward, backward) without checks, for the cells: the operators, or their formulas on a GPU that has no CUDA code."""
     if device.type == "cuda" and not _devices.runs(("cuda",), device.index):
         return _reference, _backward_formula
-    return torch.ops.nvae_fast.depthwise_conv2d, _backward_operator
+    return torch.ops.nvae_fast.depthwise_conv2d, _gradients

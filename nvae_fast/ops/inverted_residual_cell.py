@@ -24,27 +24,21 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from nvae_fast import _backend, _distributed
-from nvae_fast.ops import (  # noqa: F401  their operators are registered on the way
-    _affine,
-    _checks,
-    _coefficients,
-    batch_norm_swish,
-    channel_statistics,
-    depthwise_conv2d,
-    plane_affine,
-)
+from nvae_fast.ops import _affine, _checks, _coefficients, depthwise_conv2d
 from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
+from nvae_fast.ops._op import compose, refuse_double_backward
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
-_PARTS = ("depthwise_conv2d", "batch_norm_swish", "channel_statistics", "plane_affine")
 
 
 class CellParameters(NamedTuple):
@@ -52,41 +46,37 @@ class CellParameters(NamedTuple):
     (E C_in, 1, K, K), ``project`` (C_out, E C_in, 1, 1); weight and bias of the four batch norms in order; the gate's two
     linear layers, or None for all four."""
 
-    norm_weight: torch.Tensor
-    norm_bias: torch.Tensor
-    expand: torch.Tensor
-    expand_norm_weight: torch.Tensor
-    expand_norm_bias: torch.Tensor
-    depthwise: torch.Tensor
-    depthwise_norm_weight: torch.Tensor
-    depthwise_norm_bias: torch.Tensor
-    project: torch.Tensor
-    project_norm_weight: torch.Tensor
-    project_norm_bias: torch.Tensor
-    reduce_weight: torch.Tensor | None = None
-    reduce_bias: torch.Tensor | None = None
-    gate_weight: torch.Tensor | None = None
-    gate_bias: torch.Tensor | None = None
+    norm_weight: Tensor
+    norm_bias: Tensor
+    expand: Tensor
+    expand_norm_weight: Tensor
+    expand_norm_bias: Tensor
+    depthwise: Tensor
+    depthwise_norm_weight: Tensor
+    depthwise_norm_bias: Tensor
+    project: Tensor
+    project_norm_weight: Tensor
+    project_norm_bias: Tensor
+    reduce_weight: Tensor | None = None
+    reduce_bias: Tensor | None = None
+    gate_weight: Tensor | None = None
+    gate_bias: Tensor | None = None
+
+    @property
+    def gate(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The gate's two layers, where there is one."""
+        return self[-4:]  # type: ignore[return-value]
 
 
 class BatchStatistics(NamedTuple):
     """``mean`` and biased ``var`` (C,) of what a batch norm saw, and of how many values: what running averages want."""
 
-    mean: torch.Tensor
-    var: torch.Tensor
-    count: int | torch.Tensor  # type: ignore[assignment]  # tuple.count gives way
+    mean: Tensor
+    var: Tensor
+    count: int | Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
-# The cell is fused where all its parts are.
-for _device in _backend.DEVICES:
-    _missing = [part for part in _PARTS if _backend.kernel(part, _device) is None]
-    _backend.record(
-        NAME,
-        _device,
-        None if _missing else _backend.kernel(_PARTS[0], _device),
-        f"{', '.join(_missing)} has no fused kernel" if _missing else "",
-        kinds=[_backend.kernel(part, _device) for part in _PARTS],
-    )
+compose(NAME, ("depthwise_conv2d", "batch_norm_swish", "channel_statistics", "plane_affine"))
 
 
 def available(device: torch.device) -> bool:
@@ -95,15 +85,15 @@ def available(device: torch.device) -> bool:
 
 
 def inverted_residual_cell(
-    x: torch.Tensor,
-    skip: torch.Tensor,
+    x: Tensor,
+    skip: Tensor,
     parameters: CellParameters,
     *,
     stride: int = 1,
     eps: float = 1e-5,
     residual_scale: float = 0.1,
     group: Any = None,
-) -> tuple[torch.Tensor, tuple[BatchStatistics, ...]]:
+) -> tuple[Tensor, tuple[BatchStatistics, ...]]:
     """The cell with batch statistics; formulas in the module's docstring.
 
     Args:
@@ -128,16 +118,14 @@ def inverted_residual_cell(
         )
     y, *flat = _Cell.apply(x, None if skip is x else skip, stride, eps, residual_scale, group, *parameters)
     b, _, h, w = x.shape
-    size = _distributed.world_size(group)
-    counts: list[int | torch.Tensor] = [b * h * w * (4 if stride == -1 else 1)] * 2 + [
-        y.shape[0] * y.shape[2] * y.shape[3]
-    ] * 2
-    if size > 1:
+    seen, made = b * h * w * (4 if stride == -1 else 1), y.shape[0] * y.shape[2] * y.shape[3]
+    counts: list[int | Tensor] = [seen, seen, made, made]
+    if _distributed.world_size(group) > 1:
         counts = list(flat.pop().unbind())
     return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
 
 
-def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
+def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
     _checks.feature_map(NAME, "x", x)
     _checks.one_of(NAME, "stride", stride, (1, 2, -1))
     c = x.shape[1]
@@ -145,10 +133,9 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
     _checks.feature_map(NAME, "depthwise", parameters.depthwise)
     _checks.feature_map(NAME, "project", parameters.project)
     hidden, k, c_out = parameters.expand.shape[0], parameters.depthwise.shape[3], parameters.project.shape[0]
-    if parameters.expand.shape[1] != c:
-        raise ValueError(
-            f"{NAME}: x must have {parameters.expand.shape[1]} channels, which is what expand takes, got {c}"
-        )
+    takes = parameters.expand.shape[1]
+    if takes != c:
+        raise ValueError(f"{NAME}: x must have {takes} channels, which is what expand takes, got {c}")
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
     widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}
@@ -160,18 +147,15 @@ def check_cell(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, 
     }
     if parameters.reduce_weight is not None:
         r = parameters.reduce_weight.shape[0]
-        expected |= {
-            "reduce_weight": (r, c_out),
-            "reduce_bias": (r,),
-            "gate_weight": (c_out, r),
-            "gate_bias": (c_out,),
-        }
+        expected |= dict(
+            reduce_weight=(r, c_out), reduce_bias=(r,), gate_weight=(c_out, r), gate_bias=(c_out,)
+        )
     for name, size in expected.items():
         _checks.shape(NAME, name, getattr(parameters, name), size, x)
     check_maps(x, skip, parameters, stride)
 
 
-def check_maps(x: torch.Tensor, skip: torch.Tensor, parameters: CellParameters, stride: int) -> None:
+def check_maps(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
     """What may be wrong about x and skip where the parameters are known to be right."""
     _checks.feature_map(NAME, "x", x)
     b, c, h, w = x.shape
@@ -199,14 +183,14 @@ class _Cell(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
-        skip: torch.Tensor | None,  # None: x itself
+        x: Tensor,
+        skip: Tensor | None,  # None: x itself
         stride: int,
         eps: float,
         residual_scale: float,
         group: Any,
-        *parameters: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, ...]:
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         device = x.device.type
         identity = skip is None
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
@@ -240,17 +224,8 @@ class _Cell(torch.autograd.Function):
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
             d, mean2, m2 = depthwise_conv2d.kernels(a.device)[0](
-                a,
-                q.depthwise,
-                scale1,
-                q.expand_norm_bias,
-                max(stride, 1),
-                1,
-                2 if stride == -1 else 1,
-                "swish",
-                True,
-                None,
-            )
+                a, q.depthwise, scale1, q.expand_norm_bias, max(stride, 1), 1, 2 if stride == -1 else 1, "swish", True, None,
+            )  # fmt: skip
             pixels = d.shape[2] * d.shape[3]
             mean2, m2, n_out = _distributed.merge(mean2, m2, b * pixels, group)
             var2, rstd2, scale2, shift2 = _coefficients_of(
@@ -268,16 +243,9 @@ class _Cell(torch.autograd.Function):
             if q.reduce_weight is None:
                 factor, offset = (residual_scale * scale3)[None], (residual_scale * shift3)[None]
             else:
-                pooled, hidden, gate, factor, offset = _coefficients.gate(
-                    plane_mean,
-                    scale3,
-                    shift3,
-                    q.reduce_weight,
-                    q.reduce_bias,
-                    q.gate_weight,
-                    q.gate_bias,
-                    residual_scale,
-                )
+                w1, b1, w2, b2 = q.gate
+                computed = _coefficients.gate(plane_mean, scale3, shift3, w1, b1, w2, b2, residual_scale)
+                pooled, hidden, gate, factor, offset = computed
             y = _OPS.plane_affine(p, factor, skip, None, offset)
 
         ctx.set_materialize_grads(False)
@@ -286,7 +254,7 @@ class _Cell(torch.autograd.Function):
             plane_mean, pooled, hidden, gate, *given,
         )  # fmt: skip
         ctx.constants = (stride, residual_scale, group, n_in, n_out, x.dtype, skip.dtype, identity)
-        statistics: tuple[torch.Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
+        statistics: tuple[Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
         if not isinstance(n_in, int):
             upsampled = n_in * (4 if stride == -1 else 1)
             statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
@@ -294,11 +262,8 @@ class _Cell(torch.autograd.Function):
         return y, *statistics
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor | None, *unused: Any) -> tuple[Any, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                f"{NAME}: double backward is not supported; use nvae_fast.use_backend('reference') for create_graph=True"
-            )
+    def backward(ctx: Any, grad: Tensor | None, *unused: Any) -> tuple[Any, ...]:
+        refuse_double_backward(NAME)
         if grad is None:
             return (None,) * (6 + len(CellParameters._fields))
         (
@@ -312,16 +277,17 @@ class _Cell(torch.autograd.Function):
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
             sum_grad, sum_grad_p = _OPS.plane_dots(grad, p, mean3)
-            to_gate: tuple[torch.Tensor | None, ...] = (None,) * 4
+            to_gate: Sequence[Tensor | None] = (None,) * 4
             if gate is None:
                 sum3, dot3 = residual_scale * sum_grad.sum(0), residual_scale * sum_grad_p.sum(0)
                 _, beta3, gamma3 = _corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
                 to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
                 factor = (residual_scale * scale3)[None]
             else:
+                w1, _, w2, _ = q.gate
                 *to_gate, through, to_bias3, to_weight3, factor = _coefficients.gate_backward(
                     sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
-                    hidden, gate, q.reduce_weight, q.gate_weight, residual_scale,
+                    hidden, gate, w1, w2, residual_scale,
                 )  # fmt: skip
                 _, beta3, gamma3 = _corrections_of(
                     to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group

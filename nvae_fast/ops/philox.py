@@ -3,8 +3,7 @@ begins with the numbers of any shorter one.
 
 Draw number ``i`` is a pure function of ``(seed, i)``: nothing is stored, nothing is shared between threads, a
 backward pass can draw its noise again. ``i`` is the logical index in NCHW order, whatever the memory format
-of the output. This page is the definition; csrc/philox.h and kernels/philox.py are the same text in C++ and
-Triton.
+of the output. This docstring is the definition; csrc/philox.h and kernels/philox.py are the same in C++ and Triton.
 
 **Words.** Philox4x32-10 (Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011)
 turns a counter of four 32-bit words and a key of two into four 32-bit words. ``block = i // 4`` and
@@ -38,14 +37,14 @@ draws of the parent: ``counter = (i mod 2^32, i div 2^32, 0x53504C54, 0)``, sub-
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension
+from nvae_fast.ops import _checks
+from nvae_fast.ops._op import define_op
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -56,12 +55,12 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 def philox_normal(
     size: Sequence[int],
-    seed: int | torch.Tensor,
+    seed: int | Tensor,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str | None = None,
     memory_format: torch.memory_format = torch.contiguous_format,
-) -> torch.Tensor:
+) -> Tensor:
     """Standard normal draws number 0 to ``prod(size) - 1`` of the stream ``seed``.
 
     Args:
@@ -88,13 +87,10 @@ def philox_normal(
         raise ValueError(
             f"philox_normal: channels_last needs four dimensions (N, C, H, W), got size {tuple(shape)}"
         )
-    seed_tensor = _seed_tensor("philox_normal", seed, device)
-    if _plain():
-        return _normal_reference(shape, seed_tensor, dtype, channels_last)
-    return torch.ops.nvae_fast.philox_normal(shape, seed_tensor, dtype, channels_last)
+    return _normal(shape, _given_seed("philox_normal", seed, device), dtype, channels_last)
 
 
-def philox_words(seed: int | torch.Tensor, n_blocks: int, first_block: int = 0) -> torch.Tensor:
+def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Tensor:
     """The words of blocks ``first_block`` to ``first_block + n_blocks - 1`` of the stream ``seed``.
 
     Returns int64 (n_blocks, 4) holding 32-bit words, 0 to 2^32 - 1, on the device of the seed.
@@ -103,25 +99,17 @@ def philox_words(seed: int | torch.Tensor, n_blocks: int, first_block: int = 0) 
         TypeError: seed is neither int nor int64 tensor, a count is not an int.
         ValueError: seed tensor not 0-d, negative count.
     """
-    for name, value in (("n_blocks", n_blocks), ("first_block", first_block)):
-        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
-            raise TypeError(f"philox_words: {name} must be an int, got {type(value).__name__}")
-        if value < 0:
-            raise ValueError(f"philox_words: {name} must be >= 0, got {value}")
-    seed_tensor = _seed_tensor("philox_words", seed, None)
-    if _plain():
-        return _words_reference(seed_tensor, n_blocks, first_block)
-    return torch.ops.nvae_fast.philox_words(seed_tensor, n_blocks, first_block)
+    _checks.size("philox_words", "n_blocks", n_blocks)
+    _checks.size("philox_words", "first_block", first_block)
+    return _words(_given_seed("philox_words", seed), n_blocks, first_block)
 
 
-def new_seed(device: torch.device | str | None = None) -> torch.Tensor:
-    """A fresh 0-d int64 seed from the default generator of ``device``, so that ``torch.manual_seed`` governs
-    it.
-    """
-    return torch.randint(2**63 - 1, (), dtype=torch.int64, device=device)
+def new_seed(device: torch.device | str | None = None) -> Tensor:
+    """A fresh 0-d int64 seed from the default generator of ``device``, so that ``torch.manual_seed`` governs it."""
+    return _checks.seed("new_seed", None, device)
 
 
-def split_seed(seed: int | torch.Tensor, n: int) -> torch.Tensor:
+def split_seed(seed: int | Tensor, n: int) -> Tensor:
     """``n`` independent sub-seeds of ``seed``, int64 (n,), each >= 0, on the device of the seed.
 
     Neighbouring seeds share no sub-seeds, and no sub-seed is a draw of its parent. Sub-seed ``i`` does not
@@ -130,30 +118,23 @@ def split_seed(seed: int | torch.Tensor, n: int) -> torch.Tensor:
     Raises:
         TypeError, ValueError: as :func:`philox_words`.
     """
-    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool):
-        raise TypeError(f"split_seed: n must be an int, got {type(n).__name__}")
-    if n < 0:
-        raise ValueError(f"split_seed: n must be >= 0, got {n}")
-    seed_tensor = _seed_tensor("split_seed", seed, None)
-    if _plain():
-        return _split_reference(seed_tensor, n)
-    return torch.ops.nvae_fast.split_seed(seed_tensor, n)
+    _checks.size("split_seed", "n", n)
+    return _split(_given_seed("split_seed", seed), n)
 
 
-def as_seed(seed: int | torch.Tensor | None, device: torch.device | str | None = None) -> torch.Tensor:
-    """``seed`` as a 0-d int64 tensor on ``device``: an int is wrapped mod 2^64, None draws a
-    :func:`new_seed`.
+def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:
+    """``seed`` as a 0-d int64 tensor on ``device``: an int is wrapped mod 2^64, None draws a :func:`new_seed`.
 
     Raises:
         TypeError, ValueError: as :func:`philox_normal`.
     """
-    return new_seed(device) if seed is None else _seed_tensor("seed", seed, device)
+    return _checks.seed("seed", seed, device)
 
 
-def _plain() -> bool:
-    """Whether to run the reference itself. Not while compiling: a compiler would trace ten rounds of integer arithmetic an
-    element, for the same numbers."""
-    return _backend.forced_reference() and not torch.compiler.is_compiling()
+def _given_seed(op: str, seed: Any, device: torch.device | str | None = None) -> Tensor:
+    if seed is None:
+        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got NoneType")
+    return _checks.seed(op, seed, device)
 
 
 def _checked_size(size: Any) -> list[int]:
@@ -170,47 +151,17 @@ def _checked_size(size: Any) -> list[int]:
     return shape
 
 
-def _seed_tensor(op: str, seed: Any, device: torch.device | str | None) -> torch.Tensor:
-    if isinstance(seed, torch.Tensor):
-        if seed.dtype != torch.int64:
-            raise TypeError(f"{op}: a seed tensor must be int64, got {seed.dtype}")
-        if seed.dim() != 0:
-            raise ValueError(f"{op}: a seed tensor must be 0-d, got shape {tuple(seed.shape)}")
-        if device is not None and not _same_device(torch.device(device), seed.device):
-            raise ValueError(
-                f"{op}: the seed tensor must be on {device}, got {seed.device}; moving it would synchronise"
-            )
-        return seed
-    if isinstance(seed, (bool, float)):
-        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}")
-    if not isinstance(seed, (int, torch.SymInt)):
-        try:
-            seed = operator.index(seed)  # NumPy integers
-        except TypeError:
-            message = f"{op}: seed must be an int or a 0-d int64 tensor, got {type(seed).__name__}"
-            raise TypeError(message) from None
-    if not -(2**63) <= seed < 2**63:
-        seed = (seed + 2**63) % 2**64 - 2**63  # the int64 with the same bits
-    return torch.full((), seed, dtype=torch.int64, device=device)
-
-
-def _same_device(asked: torch.device, actual: torch.device) -> bool:
-    return asked.type == actual.type and (asked.index is None or asked.index == actual.index)
-
-
 # The reference: int64 tensors hold 32-bit words, so that it runs on any device.
 
 
-def _mul_hi_lo(word: torch.Tensor, multiplier: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _mul_hi_lo(word: Tensor, multiplier: int) -> tuple[Tensor, Tensor]:
     """Both halves of the 64-bit product of 32-bit numbers, 16 bits at a time: nothing overflows int64."""
     low = (word & 0xFFFF) * multiplier
     high = (word >> 16) * multiplier
     return (high + (low >> 16)) >> 16, (low + ((high & 0xFFFF) << 16)) & _MASK
 
 
-def philox4x32(
-    counter: Sequence[torch.Tensor], key: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def philox4x32(counter: Sequence[Tensor], key: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Ten rounds of Philox4x32: four counter words, two key words -> four words. int64 tensors that
     broadcast.
     """
@@ -224,7 +175,7 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def _words_reference(seed: torch.Tensor, n_blocks: int, first_block: int, stream: int = 0) -> torch.Tensor:
+def _words_of_stream(seed: Tensor, n_blocks: int, first_block: int, stream: int) -> Tensor:
     block = torch.arange(n_blocks, dtype=torch.int64, device=seed.device) + first_block
     zero = torch.zeros_like(block)
     words = philox4x32(
@@ -233,12 +184,19 @@ def _words_reference(seed: torch.Tensor, n_blocks: int, first_block: int, stream
     return torch.stack(torch.broadcast_tensors(*words), dim=1)
 
 
-def _split_reference(seed: torch.Tensor, n: int) -> torch.Tensor:
-    words = _words_reference(seed, n, 0, SPLIT)
+def _words_reference(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
+    return _words_of_stream(seed, n_blocks, first_block, 0)
+
+
+def _sub_seeds(words: Tensor) -> Tensor:
     return words[:, 0] | ((words[:, 1] & 0x7FFFFFFF) << 32)
 
 
-def normals_of_words(words: torch.Tensor) -> torch.Tensor:
+def _split_reference(seed: Tensor, n: int) -> Tensor:
+    return _sub_seeds(_words_of_stream(seed, n, 0, SPLIT))
+
+
+def normals_of_words(words: Tensor) -> Tensor:
     """Box-Muller: words (n, 4) -> float32 normals (n, 4)."""
     u = (words[:, 0::2].to(torch.float32) + 0.5) * 2.0**-32
     r = torch.sqrt(-2.0 * torch.log(u))
@@ -252,73 +210,42 @@ def normals_of_words(words: torch.Tensor) -> torch.Tensor:
     return torch.stack((r * turned_cosine, r * turned_sine), dim=2).reshape(-1, 4)
 
 
-def _normal_reference(
-    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool
-) -> torch.Tensor:
+def _normal_reference(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     count = math.prod(size)
     normals = normals_of_words(_words_reference(seed, (count + 3) // 4, 0)).reshape(-1)[:count]
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return normals.reshape(size).to(dtype).clone(memory_format=memory_format)
 
 
-# Registration.
-
-_LIBRARY = torch.library.Library("nvae_fast", "FRAGMENT")
-_LIBRARY.define("philox_normal(SymInt[] size, Tensor seed, ScalarType dtype, bool channels_last) -> Tensor")
-_LIBRARY.define("philox_words(Tensor seed, SymInt n_blocks, SymInt first_block) -> Tensor")
-_LIBRARY.define("split_seed(Tensor seed, SymInt n) -> Tensor")
-_LIBRARY.impl("philox_normal", _normal_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("philox_words", _words_reference, "CompositeExplicitAutograd")
-_LIBRARY.impl("split_seed", _split_reference, "CompositeExplicitAutograd")
-
-
-@torch.library.register_fake("nvae_fast::philox_normal", lib=_LIBRARY)
-def _normal_fake(
-    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool
-) -> torch.Tensor:
+def _empty_normal(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channels_last: bool) -> Tensor:
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     return torch.empty(size, dtype=dtype, device=seed.device, memory_format=memory_format)
 
 
-@torch.library.register_fake("nvae_fast::philox_words", lib=_LIBRARY)
-def _words_fake(seed: torch.Tensor, n_blocks: int, first_block: int) -> torch.Tensor:
-    return seed.new_empty((n_blocks, 4))
-
-
-@torch.library.register_fake("nvae_fast::split_seed", lib=_LIBRARY)
-def _split_fake(seed: torch.Tensor, n: int) -> torch.Tensor:
-    return seed.new_empty((n,))
-
-
-def _normal_cuda(
-    size: Sequence[int], seed: torch.Tensor, dtype: torch.dtype, channels_last: bool
-) -> torch.Tensor:
-    from nvae_fast.kernels import philox as kernels
-
-    return kernels.philox_normal(size, seed, dtype, channels_last)
-
-
-def _words_cuda(seed: torch.Tensor, n_blocks: int, first_block: int) -> torch.Tensor:
+def _launch_words(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
     from nvae_fast.kernels import philox as kernels
 
     return kernels.philox_words_of(seed, n_blocks, first_block, 0)
 
 
-def _split_cuda(seed: torch.Tensor, n: int) -> torch.Tensor:
+def _launch_split(seed: Tensor, n: int) -> Tensor:
     from nvae_fast.kernels import philox as kernels
 
-    words = kernels.philox_words_of(seed, n, 0, SPLIT)
-    return words[:, 0] | ((words[:, 1] & 0x7FFFFFFF) << 32)
+    return _sub_seeds(kernels.philox_words_of(seed, n, 0, SPLIT))
 
 
-if _extension.load():
-    _backend.record("philox", "cpu", "cpp")
-else:
-    _backend.record("philox", "cpu", None, _extension.reason() or "")
-if _backend.triton_reason() is None:
-    _LIBRARY.impl("philox_normal", _devices.by_device(_normal_cuda, _normal_reference), "CUDA")
-    _LIBRARY.impl("philox_words", _devices.by_device(_words_cuda, _words_reference), "CUDA")
-    _LIBRARY.impl("split_seed", _devices.by_device(_split_cuda, _split_reference), "CUDA")
-    _backend.record("philox", "cuda", "triton")
-else:
-    _backend.record("philox", "cuda", None, _backend.triton_reason() or "")
+# A compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
+_OPAQUE: Any = dict(backend="philox", symbolic_sizes=True, opaque=True)
+_normal = define_op(
+    "philox_normal", _normal_reference, fake=_empty_normal, triton="philox", float64=True, **_OPAQUE
+)
+_words = define_op(
+    "philox_words",
+    _words_reference,
+    fake=lambda seed, n_blocks, first_block: seed.new_empty((n_blocks, 4)),
+    triton=_launch_words,
+    **_OPAQUE,
+)
+_split = define_op(
+    "split_seed", _split_reference, fake=lambda seed, n: seed.new_empty((n,)), triton=_launch_split, **_OPAQUE
+)

@@ -11,23 +11,18 @@ to p. PyTorch equivalent: broadcasting over (B, C, 1, 1), one pass an operation.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._register import operator, room
-from nvae_fast.ops._squash import empty_map, memory_format
+from nvae_fast.ops._layout import empty_map, memory_format
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
 
 
 def plane_affine(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None = None,
-    b: torch.Tensor | None = None,
-    c: torch.Tensor | None = None,
-) -> torch.Tensor:
+    x: Tensor, a: Tensor, y: Tensor | None = None, b: Tensor | None = None, c: Tensor | None = None
+) -> Tensor:
     """``a x + b y + c``; formula in the module's docstring.
 
     Args:
@@ -40,12 +35,29 @@ def plane_affine(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
-    return _room(x, a, y, b, c)
+    op = "plane_affine"
+    _checks.feature_map(op, "x", x)
+    if y is not None:
+        _checks.shape(op, "y", y, x.shape, x)
+    elif b is not None:
+        raise ValueError(f"{op}: b must be None without y, got a tensor of shape {tuple(b.shape)}")
+    _check_coefficient(op, "a", a, x)
+    for name, value in (("b", b), ("c", c)):
+        if value is not None:
+            _check_coefficient(op, name, value, x)
+    return _op(x, a, y, b, c)
 
 
-def plane_dots(
-    x: torch.Tensor, y: torch.Tensor, pivot: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _check_coefficient(op: str, name: str, value: Tensor, x: Tensor) -> None:
+    _checks.tensor(op, name, value)
+    if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]) or value.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"{op}: {name} must have shape {tuple(x.shape[:2])} or (1, {x.shape[1]}), got {tuple(value.shape)}"
+        )
+    _checks.device(op, name, value, x)
+
+
+def plane_dots(x: Tensor, y: Tensor, pivot: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """``sum_x`` and ``sum_xy``, (B, C) in float32 (float64 for float64), of maps x and y (B, C, H, W) and pivot (C,) (None:
     zeros); formula in the module's docstring. Not differentiable.
 
@@ -53,48 +65,16 @@ def plane_dots(
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     _checks.feature_map("plane_dots", "x", x)
-    _checks.shape("plane_dots", "y", y, tuple(x.shape), x)
-    if pivot is not None:
-        _checks.shape("plane_dots", "pivot", pivot, (x.shape[1],), x)
+    _checks.shape("plane_dots", "y", y, x.shape, x)
+    _checks.vectors("plane_dots", x, pivot=pivot)
     return _dots(x, y, pivot)
 
 
-def _check(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None,
-    b: torch.Tensor | None,
-    c: torch.Tensor | None,
-) -> None:
-    op = "plane_affine"
-    _checks.feature_map(op, "x", x)
-    if y is not None:
-        _checks.shape(op, "y", y, tuple(x.shape), x)
-    elif b is not None:
-        raise ValueError(f"{op}: b must be None without y, got a tensor of shape {tuple(b.shape)}")
-    coefficients: tuple[tuple[str, Any], ...] = (("a", a), ("b", b), ("c", c))
-    for name, value in coefficients:
-        if value is None and name != "a":
-            continue
-        _checks.tensor(op, name, value)
-        if value.dim() != 2 or value.shape[0] not in (1, x.shape[0]) or value.shape[1] != x.shape[1]:
-            raise ValueError(
-                f"{op}: {name} must have shape {tuple(x.shape[:2])} or (1, {x.shape[1]}), got {tuple(value.shape)}"
-            )
-        _checks.device(op, name, value, x)
-
-
-def _reference(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None,
-    b: torch.Tensor | None,
-    c: torch.Tensor | None,
-) -> torch.Tensor:
+def _reference(x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
     like = x if y is None else y
     wide = _checks.accumulate_dtype(like.dtype)
 
-    def column(t: torch.Tensor) -> torch.Tensor:
+    def column(t: Tensor) -> Tensor:
         return t.to(wide)[:, :, None, None]
 
     out = x.to(wide) * column(a)
@@ -105,95 +85,46 @@ def _reference(
     return out.to(like.dtype, memory_format=memory_format(like))
 
 
-def _fake(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None,
-    b: torch.Tensor | None,
-    c: torch.Tensor | None,
-) -> torch.Tensor:
-    return empty_map(x if y is None else y, x.shape[1])
-
-
-def _dots_formula(
-    x: torch.Tensor, y: torch.Tensor, pivot: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _dots_formula(x: Tensor, y: Tensor, pivot: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = _checks.accumulate_dtype(x.dtype)
     d = y.to(wide) if pivot is None else y.to(wide) - pivot.to(wide)[:, None, None]
     return x.to(wide).sum((2, 3)), (x.to(wide) * d).sum((2, 3))
 
 
-def _dots_fake(
-    x: torch.Tensor, y: torch.Tensor, pivot: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _empty_sums(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
     wide = _checks.accumulate_dtype(x.dtype)
     return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
 
 
-def _gpu_dots(*args: Any) -> tuple[torch.Tensor, ...]:
-    if args[0].dtype == torch.float64:  # the kernels compute in float32
-        return _dots_formula(*args)
-    from nvae_fast.kernels import plane_affine as kernels
-
-    return kernels.plane_dots(*args)
+_dots = define_kernel("plane_dots", _dots_formula, fake=_empty_sums, triton="plane_affine")
 
 
-def _gpu(*args: Any) -> torch.Tensor:
-    x, _, y, _, _ = args
-    if (x if y is None else y).dtype == torch.float64:
-        return _reference(*args)
-    from nvae_fast.kernels import plane_affine as kernels
-
-    return kernels.plane_affine(*args)
-
-
-_dots = operator(
-    "plane_dots",
-    "(Tensor x, Tensor y, Tensor? pivot) -> (Tensor sum_x, Tensor sum_xy)",
-    default=_dots_formula,
-    fake=_dots_fake,
-    gpu=_gpu_dots,
-)
-
-
-def _backward(
-    grads: Sequence[torch.Tensor | None],
-    wanted: Sequence[int],
-    x: torch.Tensor,
-    a: torch.Tensor,
-    y: torch.Tensor | None,
-    b: torch.Tensor | None,
-    c: torch.Tensor | None,
-) -> list[torch.Tensor | None]:
+def _backward(grads: Grads, wanted: frozenset[str], k: Any, saved: Tensors) -> Gradients:
     """``dx = a g, dy = b g, da = sum g x, db = sum g y, dc = sum g``."""
     (g,) = grads
     assert g is not None
-    found: list[torch.Tensor | None] = [None] * 5
-    for i, (t, k) in ((0, (x, a)), (2, (y, b))):
-        if i in wanted and t is not None:
-            found[i] = (g if k is None else torch.ops.nvae_fast.plane_affine(g, k, None, None, None)).to(
-                t.dtype
-            )
+    found: Gradients = {}
+    for name, t, factor in (("x", k.x, k.a), ("y", k.y, k.b)):
+        if name in wanted:
+            found[name] = (g if factor is None else _op.overload(g, factor, None, None, None)).to(t.dtype)
     sum_g = None
-    for i, t in ((1, x), (3, y)):
-        if i in wanted and t is not None:
-            sum_g, found[i] = _dots(g, t, None)
-    if 4 in wanted:
-        found[4] = _dots(g, g, None)[0] if sum_g is None else sum_g
-    for i, k in ((1, a), (3, b), (4, c)):
-        value = found[i]
-        if value is not None and k is not None:
-            found[i] = value.sum_to_size(k.shape).to(k.dtype)
+    for name, t in (("a", k.x), ("b", k.y)):
+        if name in wanted:
+            sum_g, found[name] = _dots(g, t, None)
+    if "c" in wanted:
+        found["c"] = _dots(g, g, None)[0] if sum_g is None else sum_g
+    for name, like in (("a", k.a), ("b", k.b), ("c", k.c)):
+        value = found.get(name)
+        if value is not None:
+            found[name] = value.sum_to_size(like.shape).to(like.dtype)
     return found
 
 
-_room = room(
+_op = define_op(
     "plane_affine",
-    "(Tensor x, Tensor a, Tensor? y, Tensor? b, Tensor? c) -> Tensor",
-    check=_check,
-    reference=_reference,
-    differentiable=(0, 1, 2, 3, 4),
-    fake=_fake,
+    _reference,
+    fake=lambda x, a, y, *_: empty_map(x if y is None else y, x.shape[1]),
+    differentiable=("x", "a", "y", "b", "c"),
+    triton="plane_affine",
     backward=_backward,
-    gpu=_gpu,
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-_MASK = (1 << 64) - 1
+from nvae_fast.data.hashing import splitmix64
 
 # One constant per purpose keeps, say, the noise of step 5 apart from the order of epoch 5.
 NOISE = 1
@@ -18,12 +18,5 @@ def mix_seed(*parts: int) -> int:
     """
     state = 0x6A09E667F3BCC908
     for part in parts:
-        state = _finalise((state ^ _finalise(part & _MASK)) & _MASK)
+        state = splitmix64(state ^ splitmix64(part))
     return state >> 1
-
-
-def _finalise(value: int) -> int:
-    value = (value + 0x9E3779B97F4A7C15) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
-    return value ^ (value >> 31)
