@@ -23,9 +23,9 @@ _MAPS = (
     "nvae_fast.ops.",
     "nvae_fast.distributions",
     "nvae_fast.nn",
-    "nvae_fast._batch_norm",
-    "nvae_fast._convolutions",
-    "nvae_fast._flow",
+    "nvae_fast.nn.batch_norm",
+    "nvae_fast.nn.conv",
+    "nvae_fast.nn.flow",
 )
 
 

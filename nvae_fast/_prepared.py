@@ -34,8 +34,12 @@ from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
-Convolution = Any  # a nn.WeightNormConv2d, whose module imports this one
+Convolution = Any  # a WeightNormed with the attributes of nn.WeightNormConv2d
 Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their own; with gradients
+
+
+class WeightNormed(nn.Module):
+    """The base of the convolutions whose normalised weights are computed together: of ``nn.WeightNormConv2d``."""
 
 
 @dataclass
@@ -150,12 +154,10 @@ def _convolutions(model: nn.Module) -> list[Convolution]:
 
 
 def _walk(model: nn.Module) -> Iterator[Convolution]:
-    from nvae_fast._convolutions import WeightNormConv2d
-
     for child in model.children():
         if getattr(child, "_compiled_call_impl", None) is not None:
             continue
-        if isinstance(child, WeightNormConv2d):
+        if isinstance(child, WeightNormed):
             yield child
         yield from _walk(child)
 

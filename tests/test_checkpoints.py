@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nvae_fast._files import atomic_file
+from nvae_fast.io import atomic_file
 from nvae_fast.training import (
     CheckpointError,
     RunFolderError,

@@ -70,7 +70,7 @@ def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: P
     page.write_text(text.replace("bool per_sample)", "bool per_sample, int more)"))
     assert _schemas.expected(folder) != before
     page.write_text(text)
-    version = package / "nvae_fast" / "_version.py"
+    version = package / "nvae_fast" / "version.py"
     version.write_text(version.read_text().replace('__version__ = "', '__version__ = "9'))
     assert _schemas.expected(folder) != before
     assert _schemas.expected(package) is None  # no sources

@@ -76,7 +76,7 @@ class Net(nn.Module):
 def alone(function: Callable[[], Any]) -> Any:
     """What ``function`` gives when every layer computes its own weight."""
     nothing = pytest.MonkeyPatch()
-    nothing.setattr("nvae_fast._convolutions.prepared_layer", lambda conv: None)
+    nothing.setattr("nvae_fast.nn.conv.prepared_layer", lambda conv: None)
     try:
         return function()
     finally:
@@ -355,7 +355,7 @@ def test_checkpointing_that_keeps_the_scope(computed: list[int], monkeypatch: py
 
     expected = run()
     del computed[:]
-    monkeypatch.setattr("nvae_fast._convolutions.weight_norm", None)
+    monkeypatch.setattr("nvae_fast.nn.conv.weight_norm", None)
     assert_equal(run(context_fn=checkpoint_contexts), expected, 1e-2)
     assert computed == [3]
     monkeypatch.undo()
@@ -456,7 +456,7 @@ def test_one_call_a_pass() -> None:
 
 def test_checkpointed_cells_share_the_weights(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """``checkpoint_cells``: one computation a step, the gradients of a step that keeps everything."""
-    monkeypatch.setattr("nvae_fast._convolutions.weight_norm", None)  # no layer computes its own
+    monkeypatch.setattr("nvae_fast.nn.conv.weight_norm", None)  # no layer computes its own
     torch.manual_seed(1)
     model = nf.NVAE(CONFIG)
     for part in model.modules():

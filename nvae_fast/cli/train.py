@@ -1,32 +1,25 @@
-"""What each command does. Called by `nvae_fast.cli.main` with parsed arguments; returns the exit code."""
+"""`python -m nvae_fast train`: train a model, or continue a run."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-import nvae_fast as nf
-from nvae_fast import _backend, cli_options
-from nvae_fast._distributed import alone
-from nvae_fast._files import atomic_file
-from nvae_fast.data import open_dataset, save_grid
+from nvae_fast.cli import options
+from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, versions
+from nvae_fast.io import atomic_file
+from nvae_fast.models.config import NVAEConfig
+from nvae_fast.models.nvae import NVAE
 from nvae_fast.training import checkpoint, distributed, pictures, run_folder, seeds
 from nvae_fast.training.config import TrainingConfig
-from nvae_fast.training.evaluate import evaluate as evaluate_model
 from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
-from nvae_fast.training.progress import Progress, clock
-from nvae_fast.training.readjust import readjust
+from nvae_fast.training.progress import clock
 
 # What may change when a run is resumed without it ceasing to be the same run.
 _RESUME_FREE = {
@@ -53,20 +46,20 @@ _RESUME_TOLD = {
 }
 
 
-def train(arguments: argparse.Namespace) -> int:
+def run(arguments: argparse.Namespace) -> int:
     """Train a model or continue a run; see `python -m nvae_fast train --help`."""
-    return _together(
+    return run_on_processes(
         arguments, _train, "See the run folder for its newest checkpoint, --resume goes on from it"
     )
 
 
 def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
-    say = _speaker(arguments.quiet or not world.is_main)
+    say = reporter(arguments.quiet or not world.is_main)
     training_names = [field.name for field in dataclasses.fields(TrainingConfig)]
-    training_given = cli_options.given(arguments, training_names)
+    training_given = options.given(arguments, training_names)
     if training_given.get("autocast") == "none":
         training_given["autocast"] = None
-    model_given = cli_options.given(arguments, cli_options.MODEL_HELP)
+    model_given = options.given(arguments, options.MODEL_HELP)
 
     state = None
     if arguments.resume:
@@ -89,12 +82,12 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
         if data is None:
             raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
         folder = Path(arguments.out or f"runs/{chosen.name}")
-    dataset = _open(data, kind, "train", model_config)
+    dataset = open_images(data, kind, "train", model_config)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
     torch.manual_seed(config.seed)
-    model = nf.NVAE(model_config)
+    model = NVAE(model_config)
     trainer = Trainer(
         model, config, dataset, folder, world=world, state=state, quiet=arguments.quiet, data=(data, kind)
     )
@@ -108,7 +101,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
         _write_config(folder, model_config, config, data, dataset)
     say(_run_summary(trainer, data, folder))
     result = trainer.run()
-    _say_skipped(dataset, say)
+    report_skipped(dataset, say)
     skipped = f", {result.skipped} step(s) skipped as not finite" if result.skipped else ""
     if result.signal is not None:
         say(
@@ -120,187 +113,6 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
-
-
-def evaluate(arguments: argparse.Namespace) -> int:
-    """Report the likelihood bounds of images under a model."""
-    _threads(arguments)
-    return _together(arguments, _evaluate)
-
-
-def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
-    say = _speaker(arguments.quiet or not world.is_main)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
-    data, kind = arguments.data, arguments.data_kind
-    if data is None:
-        trained = facts.get("data", {})
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
-            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
-    dataset = _open(data, kind, arguments.split, model.config)
-    total = min(len(dataset), arguments.max_images or len(dataset))
-    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
-    try:
-        result = evaluate_model(
-            model,
-            dataset,
-            samples=arguments.samples,
-            batch_size=arguments.batch_size,
-            seed=arguments.seed,
-            max_images=arguments.max_images,
-            autocast=None if arguments.autocast == "none" else arguments.autocast,
-            on_batch=lambda done, value: progress.update(done, f"bound {value:.3f} nats"),
-            world=world,
-        )
-    finally:
-        progress.close()
-    _say_skipped(dataset, say)
-    if not world.is_main:
-        return 0
-    report = {"checkpoint": facts["path"], "data": data, "split": arguments.split, **result.to_dict()}
-    if arguments.json is not None:
-        text = json.dumps(report, indent=2) + "\n"
-        if arguments.json == "-":
-            sys.stdout.write(text)
-        else:
-            with atomic_file(arguments.json) as handle:
-                handle.write(text.encode())
-            say(f"wrote {arguments.json}")
-    else:
-        print(_evaluation_table(report))
-    return 0
-
-
-def sample(arguments: argparse.Namespace) -> int:
-    """Draw images from a model into a PNG grid."""
-    for name in ("number", "batch_size", "readjust_passes", "columns"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not arguments.temperature > 0:
-        raise ValueError(f"--temperature must be greater than 0, got {arguments.temperature:g}")
-    for file in (arguments.out, arguments.npy):
-        if file is not None:
-            _may_write(file, arguments.overwrite)
-    _threads(arguments)
-    return _together(arguments, _sample)
-
-
-def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
-    say = _speaker(arguments.quiet or not world.is_main)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
-    if getattr(arguments, "readjust", False):
-        with alone():  # the same statistics on every process, and those of a single one
-            readjust(
-                model,
-                Path(facts["path"]),
-                temperature=arguments.temperature,
-                passes=arguments.readjust_passes,
-                keep=world.is_main,
-                report=say,
-            )
-    progress = Progress("sample", arguments.number, unit="image", quiet=arguments.quiet or not world.is_main)
-    try:
-        images = pictures.draw_images(
-            model,
-            arguments.number,
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-            batch_size=arguments.batch_size,
-            pixels=arguments.pixels,
-            on_batch=progress.update,
-            world=world,
-        )
-    finally:
-        progress.close()
-    if not world.is_main:
-        return 0
-    save_grid(images, arguments.out, columns=arguments.columns)
-    say(f"wrote {arguments.out}")
-    if arguments.npy is not None:
-        pixels = (images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        with atomic_file(arguments.npy) as handle:
-            np.save(handle, pixels)
-        say(f"wrote {arguments.npy}")
-    return 0
-
-
-def convert(arguments: argparse.Namespace) -> int:
-    """Rewrite a checkpoint in the other format."""
-    source = checkpoint.resolve(arguments.source)
-    target = Path(arguments.target)
-    _may_write(target, arguments.overwrite)
-    if target.exists() and target.samefile(source):
-        raise ValueError(f"source and target are the same file: {source}")
-    kind = checkpoint.sniff(source)
-    if kind == "damaged":
-        raise checkpoint.CheckpointError(f"checkpoint {source} is truncated or damaged")
-    if kind == "nvae_fast":
-        document = checkpoint.load(source)
-        model = checkpoint.model_from(document, source)
-        progress = document.get("progress", {})
-        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        try:
-            nf.save_official(
-                model, temporary, epoch=progress.get("epoch", 0), global_step=progress.get("step", 0)
-            )
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
-        print(f"wrote {target} in the official format (weights and options; no optimizer state)")
-        return 0
-    model = nf.load_official(source)
-    document = {
-        "nvae_fast": getattr(nf, "__version__", "unknown"),
-        "torch": str(torch.__version__),
-        "model_config": model.config.to_dict(),
-        "model": model.state_dict(),
-        "converted_from": source.name,
-    }
-    checkpoint.save(document, target.parent, name=target.name, keep_previous=False)
-    print(f"wrote {target} (for evaluate and sample)")
-    return 0
-
-
-def info(arguments: argparse.Namespace) -> int:
-    """Print versions, devices and the backend of every operation."""
-    report: dict[str, Any] = {
-        "versions": _versions(),
-        "machine": {
-            "platform": platform.platform(),
-            "cpu_threads": torch.get_num_threads(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
-        },
-        "extension": _extension(),
-        "missing": _backend.missing(),
-        "backends": nf.backends(),
-    }
-    if arguments.json:
-        print(json.dumps(report, indent=2, default=str))
-        return 0
-    for title in ("versions", "machine", "extension", "missing"):
-        print(title if report[title] else f"{title}: nothing")
-        for name, value in report[title].items():
-            print(f"  {name:<16} {_short(value)}")
-    print("backends")
-    for op, devices in report["backends"].items():
-        print(f"  {op}")
-        for device, value in devices.items():
-            print(f"    {device:<6} {_short(value)}")
-    return 0
-
-
-def _together(
-    arguments: argparse.Namespace,
-    work: Callable[[argparse.Namespace, distributed.World], int],
-    advice: str = "Nothing was written: start all of them again",
-) -> int:
-    """Run `work` on this process, or on each of those torchrun started."""
-    world = distributed.start_world(arguments.device)
-    with world.contact(lambda: advice):
-        code = work(arguments, world)
-    world.close()
-    return code
 
 
 def _resumed_config(
@@ -342,7 +154,7 @@ def _shared_out(
 
 
 def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: str | None) -> Any:
-    config = nf.NVAEConfig(**state["model_config"])
+    config = NVAEConfig(**state["model_config"])
     wanted = dict(given)
     if preset_name is not None:
         base = training_preset(preset_name).model_config()
@@ -355,17 +167,6 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
                 f"{value} was asked for"
             )
     return config
-
-
-def _open(data: str, kind: str | None, split: str, model_config: Any) -> Any:
-    return open_dataset(
-        data,
-        split=split,
-        image_size=model_config.resolution,
-        channels=model_config.channels,
-        num_bits=model_config.num_x_bits,
-        kind=kind,
-    )
 
 
 def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
@@ -382,7 +183,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
     if not trainer.world.is_main:
         return
     try:
-        dataset = _open(data, kind, "test", model.config)
+        dataset = open_images(data, kind, "test", model.config)
     except (ValueError, OSError):
         # Plain folders and arrays may have no test part; its training images show as much.
         dataset = trainer.dataset
@@ -404,93 +205,10 @@ def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
 
 def _write_config(folder: Path, model_config: Any, config: TrainingConfig, data: str, dataset: Any) -> None:
     document = {
-        "versions": _versions(),
+        "versions": versions(),
         "data": {"source": data, "images": len(dataset)},
         "model": model_config.to_dict(),
         "training": config.to_dict(),
     }
     with run_folder.writing(folder / "config.json"), atomic_file(folder / "config.json") as handle:
         handle.write((json.dumps(document, indent=2) + "\n").encode())
-
-
-def _evaluation_table(report: dict[str, Any]) -> str:
-    rows = [
-        ("negative ELBO", report["negative_elbo"], report["negative_elbo_bits_per_dim"]),
-        (
-            f"-log p(x), K = {report['samples']}",
-            report["negative_log_likelihood"],
-            report["negative_log_likelihood_bits_per_dim"],
-        ),
-        ("reconstruction", report["reconstruction"], None),
-        ("KL", report["kl"], None),
-    ]
-    lines = [f"{report['images']} images of {report['data']} ({report['split']})"]
-    lines.append(f"{'':<24} {'nats':>12} {'bits/dim':>10}")
-    for name, nats, bits in rows:
-        lines.append(f"{name:<24} {nats:12.4f} {'' if bits is None else f'{bits:10.5f}'}".rstrip())
-    lines.append(
-        f"{'active latent channels':<24} {report['active_channels']:>7} of {report['latent_channels']}"
-    )
-    return "\n".join(lines)
-
-
-def _versions() -> dict[str, str]:
-    versions = {
-        "nvae_fast": getattr(nf, "__version__", "unknown"),
-        "python": platform.python_version(),
-        "torch": str(torch.__version__),
-        "cuda": torch.version.cuda or "not in this PyTorch",
-        "numpy": np.__version__,
-    }
-    from importlib import metadata
-
-    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
-
-
-def _extension() -> dict[str, Any]:
-    from nvae_fast.ops import _extension as extension
-
-    loaded = extension.load()
-    return {"loaded": loaded, "reason": extension.reason(), **extension.info()}
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, (list, tuple)):
-        return ", ".join(str(item) for item in value) or "none"
-    return "none" if value is None else str(value)
-
-
-def _may_write(path: str | Path, overwrite: bool) -> None:
-    file = Path(path)
-    if file.is_dir():
-        raise ValueError(f"{file} is a folder, a file name is needed")
-    if not file.parent.is_dir():
-        raise ValueError(f"the folder of {file} does not exist")
-    if file.exists() and not overwrite:
-        raise ValueError(f"{file} exists already: --overwrite replaces it")
-
-
-def _threads(arguments: argparse.Namespace) -> None:
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
-
-
-def _speaker(quiet: bool) -> Any:
-    def say(text: str) -> None:
-        if not quiet:
-            print(text, file=sys.stderr)
-
-    return say
-
-
-def _say_skipped(dataset: Any, say: Any) -> None:
-    if dataset.skipped:
-        file, reason = dataset.skipped[0]
-        say(f"{len(dataset.skipped)} unreadable image(s) skipped, the first: {file}: {reason}")

@@ -36,7 +36,7 @@ def texts(folder: Path = _HERE) -> list[tuple[str, str]]:
 
 def expected(folder: Path = _HERE) -> str | None:
     """The fingerprint of this source tree; None where the package was installed without its source files."""
-    schemas, page = texts(folder), folder.parent / "_version.py"
+    schemas, page = texts(folder), folder.parent / "version.py"
     if not schemas or not page.is_file():
         return None
     version = re.findall(r'^__version__ = "(.*)"$', page.read_text(encoding="utf-8"), re.MULTILINE)

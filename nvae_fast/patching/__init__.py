@@ -1,1 +1,5 @@
-"""What ``nvae_fast.accelerate`` is made of: forwards that are bound to foreign modules, recognising, verifying."""
+"""This package's kernels in models that were built elsewhere: ``accelerate``, ``acceleration_report``, ``restore``."""
+
+from nvae_fast.patching.apply import AccelerationReport, accelerate, acceleration_report, restore
+
+__all__ = ["AccelerationReport", "accelerate", "acceleration_report", "restore"]
