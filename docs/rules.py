@@ -23,9 +23,6 @@ _MAPS = (
     "nvae_fast.ops.",
     "nvae_fast.distributions",
     "nvae_fast.nn",
-    "nvae_fast.nn.batch_norm",
-    "nvae_fast.nn.conv",
-    "nvae_fast.nn.flow",
 )
 
 
