@@ -32,6 +32,7 @@ def run_on_processes(
 
 
 def open_images(data: str, kind: str | None, split: str, model_config: Any) -> Any:
+    """The dataset of ``data``, its images as the model takes them."""
     return open_dataset(
         data,
         split=split,
@@ -43,6 +44,7 @@ def open_images(data: str, kind: str | None, split: str, model_config: Any) -> A
 
 
 def versions() -> dict[str, str]:
+    """{package: version} of what results depend on."""
     versions = {
         "nvae_fast": __version__,
         "python": platform.python_version(),
@@ -59,6 +61,7 @@ def versions() -> dict[str, str]:
 
 
 def check_writable(path: str | Path, overwrite: bool) -> None:
+    """Raise ValueError unless a file can be written at ``path``; only ``overwrite`` replaces one."""
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{file} is a folder, a file name is needed")
@@ -69,6 +72,7 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
 
 
 def set_threads(arguments: argparse.Namespace) -> None:
+    """Apply --threads."""
     if arguments.threads is not None:
         if arguments.threads < 1:
             raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
@@ -76,6 +80,8 @@ def set_threads(arguments: argparse.Namespace) -> None:
 
 
 def reporter(quiet: bool) -> Any:
+    """A function that prints a line to stderr, or nothing when ``quiet``."""
+
     def say(text: str) -> None:
         if not quiet:
             print(text, file=sys.stderr)
@@ -84,6 +90,7 @@ def reporter(quiet: bool) -> Any:
 
 
 def report_skipped(dataset: Any, say: Any) -> None:
+    """Say how many images of ``dataset`` could not be read."""
     if dataset.skipped:
         file, reason = dataset.skipped[0]
         say(f"{len(dataset.skipped)} unreadable image(s) skipped, the first: {file}: {reason}")
