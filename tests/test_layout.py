@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import nvae_fast as nf
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "nvae_fast"
@@ -136,6 +139,27 @@ def test_underscores_are_inside_ops_alone() -> None:
 
 def test_no_module_is_shadowed() -> None:
     assert shadowed(KNOWN) == []
+
+
+@pytest.mark.parametrize("package", [name for name, path in KNOWN.items() if path.name == "__init__.py"])
+def test_packages_hold_names_and_nothing_else(package: str) -> None:
+    body = ast.parse(KNOWN[package].read_text(encoding="utf-8")).body
+    imported = {
+        alias.asname or alias.name
+        for node in body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    (listed,) = [ast.literal_eval(node.value) for node in body if isinstance(node, ast.Assign)] or [[]]
+    assert isinstance(body[0], ast.Expr), "the first statement must be a docstring"
+    assert {type(node) for node in body[1:]} <= {ast.ImportFrom, ast.Assign}
+    assert sorted(listed) == sorted(imported)
+
+
+def test_public_functions_are_no_modules() -> None:
+    public = {name for name in nf.__all__ if inspect.ismodule(getattr(nf, name))}
+    assert public == {"data", "distributions", "nn", "training"}
+    assert not [name for name in nf.training.__all__ if inspect.ismodule(getattr(nf.training, name))]
 
 
 def graph_of(root: Path, files: dict[str, str]) -> dict[str, set[str]]:
