@@ -4,7 +4,7 @@ Exit codes: 0 done, 2 an error (one line on stderr; `--debug` shows where), 130 
 SIGINT or SIGTERM after saving a checkpoint (`--resume` goes on from there).
 """
 
-from nvae_fast.cli.parser import make_parser
+from nvae_fast.cli.parser import make_parser, parse
 from nvae_fast.cli.program import main
 
-__all__ = ["main", "make_parser"]
+__all__ = ["main", "make_parser", "parse"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from nvae_fast.cli import options
@@ -18,6 +19,22 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(ERROR_CODE, f"{PROGRAM}: error: {message} (see python -m {self.prog} --help)\n")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line. Raises SystemExit where argparse would."""
+    return make_parser().parse_args(_with_dashes(words))
+
+
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
+    result = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        result.append(word)
+    return result
 
 
 def make_parser() -> argparse.ArgumentParser:

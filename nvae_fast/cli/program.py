@@ -8,16 +8,15 @@ import sys
 import traceback
 from collections.abc import Sequence
 
-from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, make_parser
+from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
 
 INTERRUPT_CODE = 130
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code."""
-    words = _with_dashes(list(sys.argv[1:] if argv is None else argv))
     try:
-        arguments = make_parser().parse_args(words)
+        arguments = parse(sys.argv[1:] if argv is None else argv)
     except SystemExit as leave:
         return leave.code if isinstance(leave.code, int) else ERROR_CODE
     try:
@@ -41,17 +40,6 @@ def _process() -> str:
     """Which of the processes speaks, where torchrun started several."""
     size = os.environ.get("WORLD_SIZE", "1")
     return "" if size == "1" else f" process {os.environ.get('RANK', '0')} of {size}:"
-
-
-def _with_dashes(words: list[str]) -> list[str]:
-    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
-    result = []
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        result.append(word)
-    return result
 
 
 def _one_line(error: BaseException) -> str:
