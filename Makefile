@@ -109,3 +109,8 @@ gpu-bench:
 
 clean:
 	rm -rf build dist *.egg-info nvae_fast/_C*.so nvae_fast/_build.json .pytest_cache .mypy_cache .ruff_cache
+
+# Builds and tests for every supported Python and PyTorch (python3.10 to python3.13 on PATH); the table is docs/support.md.
+matrix:
+	$(PYTHON) tests/matrix.py
+.PHONY: matrix

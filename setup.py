@@ -56,7 +56,23 @@ MEMORY_PER_JOB = 1.5e9  # bytes; PyTorch's headers take most of it
 
 
 class Unavailable(Exception):
-    """The machine lacks something the extension needs; the package works without."""
+    """The extension cannot be built here, and why; the package works without."""
+
+
+def first_error(output: str) -> str:
+    """The line of a failed build that says what was wrong: the first error of a compiler or linker, else the last line."""
+    lines = [line.strip().replace(f"{ROOT}{os.sep}", "") for line in output.splitlines() if line.strip()]
+    start = next((i for i, line in enumerate(lines) if line.startswith("FAILED:")), -2)
+    # What follows it is the command, which may name anything, and then the output.
+    said = [line for line in lines[start + 2 :] if not re.match(r"\[\d+/\d+\]|ninja: (build|job|sub)", line)]
+    telling = re.compile(
+        r"\b(error|fatal)\b\s*(\w+\s*)?:|undefined reference|cannot find|not found|No such file|Killed"
+    )
+    found = next(
+        (line for line in said if telling.search(line) and "warning:" not in line),
+        (said or ["it printed nothing"])[-1],
+    )
+    return found if len(found) <= 300 else found[:297] + "..."
 
 
 def enabled(variable: str) -> bool:
@@ -101,7 +117,15 @@ def fingerprint() -> str:
 class Cuda(NamedTuple):
     nvcc: str
     home: Path  # the toolkit's folder, with include/ and lib64/
-    archs: list[str]
+    archs: list[str]  # sm_80: machine code, compute_100: PTX
+
+    def code(self) -> list[str]:
+        """nvcc's flags for all of them."""
+        return [
+            word
+            for arch in self.archs
+            for word in ("-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}")
+        ]
 
 
 def cuda_toolkit(torch_has_cuda: bool) -> Cuda | None:
@@ -130,6 +154,10 @@ def cuda_toolkit(torch_has_cuda: bool) -> Cuda | None:
     archs = [a for a in wanted if not known or re.sub("[af]$", "", a) in known]
     if not archs:
         raise Unavailable(f"{found} compiles for none of {', '.join(wanted)}")
+    # PTX of the newest architecture that is not for one chip only lets later GPUs run it too.
+    portable = [int(a[3:]) for a in archs if a[-1].isdigit()]
+    if portable:
+        archs.append(f"compute_{max(portable)}")
     return Cuda(found, folder, archs)
 
 
@@ -210,11 +238,10 @@ class NinjaBuild(build_ext):
         leave_reason(None, self.build_lib)
         try:
             super().run()
-        except (Unavailable, subprocess.CalledProcessError) as error:
-            failed = isinstance(error, subprocess.CalledProcessError)
-            reason = f"the compiler failed ({error})" if failed else str(error)
+        except Unavailable as error:
+            reason = str(error)
             if required:
-                raise SystemExit(f"nvae_fast: the C++ extension cannot be built: {reason}") from error
+                raise SystemExit(f"nvae_fast: the C++ extension cannot be built: {reason}") from None
             print(f"warning: nvae_fast: installing without the C++ extension: {reason}", file=sys.stderr)
             leave_reason(reason, self.build_lib)
             self.extensions = []
@@ -236,7 +263,29 @@ class NinjaBuild(build_ext):
         if program is None and find_spec("ninja") is None:
             raise Unavailable("ninja was not found")
         ninja = [program] if program else [sys.executable, "-m", "ninja"]
-        subprocess.run([*ninja, "-C", str(folder), "-j", str(jobs())], check=True)
+        self.run_ninja([*ninja, "-C", str(folder), "-j", str(jobs())])
+
+    @staticmethod
+    def run_ninja(command: list[str]) -> None:
+        """Run ninja; a failure names the first error, because pip shows the output of a build to those only who ask."""
+        # Messages in English, for first_error.
+        environment = {**os.environ, "LC_ALL": "C"}
+        output = []
+        with subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            for line in process.stdout:
+                output.append(line)
+                print(line, end="", flush=True)
+        if process.returncode:
+            raise Unavailable(
+                f"the compiler failed: {first_error(''.join(output))} (`pip install -v` shows all of its output)"
+            )
 
     def ninja_file(self, cxx: list[str], torch: Path, cuda: Cuda | None, target: Path) -> NinjaFile:
         out = NinjaFile(cxx)
@@ -268,12 +317,7 @@ class NinjaBuild(build_ext):
             )
             flags = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{CSRC}"]
             flags += ["-ccbin", cxx[0], "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall,-Wextra"]
-            for arch in cuda.archs:
-                flags += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
-            # PTX of the newest architecture that is not for one chip only lets later GPUs run it too.
-            portable = [a.replace("sm", "compute") for a in cuda.archs if a[-1].isdigit()]
-            if portable:
-                flags += ["-gencode", f"arch={portable[-1]},code={portable[-1]}"]
+            flags += cuda.code()
             for source in sorted(CSRC.glob("cuda/*.cu")):
                 out.compile(source, f"cuda.{source.stem}.cu", "nvcc", flags)
             for source in sorted(CSRC.glob("cuda/*.cpp")):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -12,14 +14,20 @@ import torch
 from nvae_fast.kernels.maps import Tile, sum_chunks_kernel
 
 # Launch choices, predicted from counts of bytes and instructions; no GPU has timed them yet.
-# A tile of rows: 8 elements a thread, two 16-byte accesses in float32 and one in bfloat16, and few enough registers for
-# some 16 warps on a multiprocessor, whose loads in flight cover the latency of memory.
-ROW_TILE, ROW_WARPS = 1024, 4
-# Lanes of a tile of channels, one to a thread, 16 elements each: the fewest that keep nearly all lanes busy. With 512
-# threads a program, a thread would have 128 registers, and the backward pass takes 170.
-LANE_CHOICES = (128, 256)
+MULTIPROCESSORS = 132  # of an H200
+# Tiles of rows: elements a program and warps, 8 elements a thread (two 16-byte accesses in float32 and one in bfloat16) or,
+# where that makes too few programs, 4.
+ROW_TILES = ((1024, 4), (512, 4))
+# Tiles of channels have a lane to a thread and 16, 8 or 4 elements to a lane. More lanes than these leave a thread fewer
+# registers than the backward pass takes.
+LANES, MOST_ELEMENTS = (128, 256, 512), 4096
+# In units of one element on a warp, some 170 instructions of residual_normal: what a thread does besides its elements; a sum
+# across threads, for each channel of a lane; a partial sum, which is written and read again; a second launch that adds up.
+THREAD_COST, REDUCE_COST, PARTIAL_COST, STAGE_COST = 1.0, 0.3, 0.7, 14.0
+ACCESS_COST = 0.1  # of an element that is loaded and stored alone; a share of it where several are
+BUSY_WARPS = 4  # on a scheduler; with fewer it waits for their results
 # (tiles of the map, tiles that one program adds up): adding across threads at the end costs about a third of a tile, but
-# a multiprocessor wants several programs, and an H200 has 132 multiprocessors.
+# a multiprocessor wants several programs.
 SUM_TILES = ((32768, 8), (16384, 4), (8192, 2), (0, 1))
 FLOATING = (torch.float32, torch.bfloat16, torch.float16)
 # Said explicitly, because Triton's default differs between versions.
@@ -109,6 +117,7 @@ class Launch:
     tile: Tile
     chunks: int
     programs: int
+    warps: int
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int]:
@@ -131,9 +140,10 @@ class Launch:
         return tuple(stride // self.unit for view in views for stride in (view.batch, view.step))
 
     def run(self, kernel: Any, *args: Any, **constants: Any) -> None:
-        warps = self.tile.lanes // 32 if self.tile.by_channels else ROW_WARPS
         with _on(self.space.device):
-            kernel[(self.programs,)](*args, TILE=tuple(self.tile), num_warps=warps, **constants, **_FUSION)
+            kernel[(self.programs,)](
+                *args, TILE=tuple(self.tile), num_warps=self.warps, **constants, **_FUSION
+            )
 
 
 class Sums:
@@ -204,41 +214,69 @@ def _plan(
     access: int,
     wide: bool,
     sums: bool,
-) -> tuple[Tile, int, int]:
-    """The tile, chunks of pixels and programs for a map that is not empty; ``width`` is of a run of channels, ``access`` of a
-    run of pixels."""
+) -> tuple[Tile, int, int, int]:
+    """The tile, chunks of pixels, programs and warps for a map that is not empty; ``width`` is of the longest run of channels,
+    ``access`` of a run of pixels."""
+    make = _channel_plans if by_channels else _row_plans
+    plans = make(batches, channels, pixels, width, access, wide, sums)
+    return min(plans, key=lambda plan: _cost(*plan, sums))
+
+
+def _cost(tile: Tile, chunks: int, programs: int, warps: int, sums: bool) -> tuple[float, int]:
+    """What the busiest multiprocessor does."""
+    elements = tile.lanes * tile.width * tile.pixels // (32 * warps)
+    work = THREAD_COST + elements * tile.iterations * (1 + ACCESS_COST / min(tile.width, elements))
+    if sums and tile.by_channels:
+        slots = tile.lanes // tile.bundle
+        work += tile.width * ((REDUCE_COST if slots > 1 else 0) + PARTIAL_COST / slots)
+    on_scheduler = -(-programs // MULTIPROCESSORS) * warps / 4
+    return work * max(on_scheduler, BUSY_WARPS) + (STAGE_COST if sums and chunks > 1 else 0), warps
+
+
+def _iterations(tiles: int, all_tiles: int, sums: bool) -> int:
+    """The tiles of ``tiles`` that a program adds up: the fewest programs that run at most an eighth more than there are."""
+    most = next(n for least, n in SUM_TILES if all_tiles >= least) if sums else 1
+    return next(n for n in range(min(most, tiles), 0, -1) if 8 * (-tiles % n) <= tiles)
+
+
+def _row_plans(
+    batches: int, channels: int, pixels: int, width: int, access: int, wide: bool, sums: bool
+) -> Iterator[tuple[Tile, int, int, int]]:
     quads = pixels % 4 == 0
-    if by_channels:
-        runs, steps = channels // width, pixels // 4 if quads else pixels
-        choices = [_share(batches, runs, steps, lanes) for lanes in LANE_CHOICES]
-        best = max(busy for busy, *_ in choices)
-        _, lanes, groups, slots, samples = next(choice for choice in choices if choice[0] >= 0.9 * best)
-        blocks, tiles = -(-batches // samples) * -(-runs // groups), -(-steps // slots)
-        step = 4 if quads else 1
-    else:
-        width = min(max(_power(pixels), access), ROW_TILE)
-        lanes, groups, slots, samples, step = ROW_TILE // width, 1, width, 1, 1
+    for elements, warps in ROW_TILES:
+        run = min(access, elements // (32 * warps))
+        width = min(max(_power(pixels), run), elements)
+        lanes = elements // width
         blocks, tiles = -(-batches * channels // lanes), -(-pixels // width)
-    most = next(n for least, n in SUM_TILES if blocks * tiles >= least) if sums else 1
-    # The fewest programs that run at most an eighth more tiles than there are.
-    iterations = next(n for n in range(min(most, tiles), 0, -1) if 8 * (-tiles % n) <= tiles)
-    tile = Tile(
-        by_channels, quads, wide, lanes, width, step, access, slots * step, iterations, groups, slots, samples,
-        _power(groups), _power(slots), _power(samples),
-    )  # fmt: skip
-    chunks = -(-tiles // iterations)
-    return tile, chunks, blocks * chunks
+        iterations = _iterations(tiles, blocks * tiles, sums)
+        tile = Tile(False, quads, wide, lanes, width, 1, run, width, iterations, 1, 1, 1, lanes)
+        chunks = -(-tiles // iterations)
+        yield tile, chunks, blocks * chunks, warps
 
 
-def _share(batches: int, runs: int, steps: int, lanes: int) -> tuple[float, int, int, int, int]:
-    """How much of ``lanes`` a tile of channels keeps busy at best; lanes, groups, slots and samples of that tile."""
-    found = []
-    fewest = -(-runs // lanes)
-    for slices in range(fewest, max(fewest, runs // 16) + 1):  # of 16 runs at least: neighbours stay together
-        groups = -(-runs // slices)
-        slots = lanes // groups
-        samples = max(1, min(slots // steps, batches))
-        slots = min(slots, steps)
-        tiles = -(-runs // groups) * -(-steps // slots) * -(-batches // samples)
-        found.append((batches * runs * steps / (tiles * lanes), lanes, groups, slots, samples))
-    return max(found, key=lambda choice: choice[0])
+def _channel_plans(
+    batches: int, channels: int, pixels: int, longest: int, access: int, wide: bool, sums: bool
+) -> Iterator[tuple[Tile, int, int, int]]:
+    quads = pixels % 4 == 0
+    step = 4 if quads else 1
+    steps = pixels // step
+    for width, lanes in itertools.product((4, 2, 1), LANES):
+        if width > longest or lanes * width * step > max(MOST_ELEMENTS, LANES[0] * longest * step):
+            continue
+        runs = channels // width
+        fewest = -(-runs // lanes)
+        for slices in range(
+            fewest, max(fewest, runs // 16) + 1
+        ):  # of 16 runs at least: neighbours stay together
+            groups = -(-runs // slices)
+            slots = 1
+            while slots <= _power(steps) and slots * groups <= lanes:
+                tiles, bundle = -(-steps // slots), lanes // slots
+                iterations = _iterations(tiles, batches * tiles * runs * slots // lanes, sums)
+                chunks = -(-tiles // iterations)
+                parts = min(bundle // groups, batches * chunks)
+                tile = Tile(
+                    True, quads, wide, lanes, width, step, access, slots * step, iterations, groups, slices, parts, bundle
+                )  # fmt: skip
+                yield tile, chunks, -(-batches * chunks // parts) * slices, lanes // 32
+                slots *= 2

@@ -1,13 +1,15 @@
-"""How the kernels of the normal distributions walk maps (B, Z, H, W): tiles, noise, sums over pixels. What launches them
-is kernels/map_launch.py.
+"""How the kernels of the normal distributions walk maps (B, Z, H, W): tiles, noise, sums over pixels. The launchers are in
+kernels/map_launch.py.
 
-A program works on a tile of ``LANES x WIDTH`` elements, ``ITERS`` times.
+A program works on a tile of ``LANES x WIDTH`` elements, ``ITERATIONS`` times.
 
 - Rows (NCHW): a lane is a row, one channel of one sample, and WIDTH is a run of its pixels.
 - Channels (channels_last, and maps of one pixel): WIDTH is a run of adjacent channels, one access of up to 16 bytes,
   and a lane is such a run at one slot: four adjacent pixels (which share their Philox blocks) where H*W is a multiple
-  of 4, else one pixel. Lane ``(sample * SLOTS + slot) * GROUPS + group``, so that neighbours touch neighbouring
-  addresses whatever Z is: with Z = 20, 125 lanes of 128 are at work, not 20 of 32.
+  of 4, else one pixel. A part is a chunk of the pixels of one sample. A bundle holds the ``GROUPS`` runs of ``PARTS``
+  parts, padded to a power of two, and a tile is ``SLOTS x BUNDLE`` lanes. SLOTS and BUNDLE are powers of two, so sums
+  over pixels are a reduction along an axis; GROUPS and PARTS are not, so nearly all lanes work whatever Z is: with
+  Z = 20, a bundle of 16 lanes holds the 5 runs of 3 parts.
 
 Kernels take the constants of a tile as one tuple ``TILE``, in the order of :class:`Tile`. Their ``channels`` and the
 strides called ``batch`` and ``step`` count runs of adjacent channels (WIDTH, or 1 for rows): so Triton knows that a run
@@ -23,6 +25,7 @@ import triton
 import triton.language as tl
 
 from nvae_fast.kernels.philox import philox_normals4
+from nvae_fast.kernels.pointwise import log_positive
 
 
 class Tile(NamedTuple):
@@ -37,12 +40,10 @@ class Tile(NamedTuple):
     access: int  # rows only: elements of 16 bytes, 4 or 8
     span: int  # pixels that one iteration covers
     iterations: int
-    groups: int  # channels only, as the next two: runs of channels a program covers
-    slots: int
-    samples: int
-    group_power: int  # the next powers of two
-    slot_power: int
-    sample_power: int
+    groups: int  # channels only, as all that follow: runs of channels in a program
+    slices: int  # programs that share the runs of a part
+    parts: int
+    bundle: int
 
 
 BY_CHANNELS = tl.constexpr(0)
@@ -55,42 +56,47 @@ ACCESS = tl.constexpr(6)
 SPAN = tl.constexpr(7)
 ITERATIONS = tl.constexpr(8)
 GROUPS = tl.constexpr(9)
-SLOTS = tl.constexpr(10)
-SAMPLES = tl.constexpr(11)
-GROUP_POWER = tl.constexpr(12)
-SLOT_POWER = tl.constexpr(13)
-SAMPLE_POWER = tl.constexpr(14)
+SLICES = tl.constexpr(10)
+PARTS = tl.constexpr(11)
+BUNDLE = tl.constexpr(12)
 
 
 @triton.jit
-def program(chunks, TILE: tl.constexpr):
-    """This program's block of lanes and chunk of pixels."""
+def _index(TILE: tl.constexpr):
+    """Of this program."""
     index = tl.program_id(0)
     if TILE[WIDE]:
         index = index.to(tl.int64)
-    return index // chunks, index % chunks
+    return index
 
 
 @triton.jit
-def lanes(block, chunk, batches, channels, TILE: tl.constexpr):
-    """Where the lanes are: sample and (first) channel (LANES, 1), first pixel of the program (scalar), pixel from there on
-    (LANES, 1) or, for rows, (1, WIDTH), and which lanes are part of the map (LANES, 1)."""
+def _bundle(place, batches, channels, chunks, TILE: tl.constexpr):
+    """Sample, chunk of pixels and run of channels at each place in the bundle, and whether there is one."""
+    index = _index(TILE)
+    part = place // TILE[GROUPS]
+    row = (index // TILE[SLICES]) * TILE[PARTS] + part
+    b = row // chunks
+    group = (index % TILE[SLICES]) * TILE[GROUPS] + (place - part * TILE[GROUPS])
+    return b, row - b * chunks, group, (part < TILE[PARTS]) & (b < batches) & (group < channels)
+
+
+@triton.jit
+def lanes(batches, channels, chunks, TILE: tl.constexpr):
+    """Where the lanes are: sample and (first) channel (LANES, 1), first pixel of the chunk (scalar, or (LANES, 1)), pixel
+    from there on (LANES, 1) or, for rows, (1, WIDTH), and which lanes are part of the map (LANES, 1)."""
     lane = tl.arange(0, TILE[LANES])
     if TILE[BY_CHANNELS]:
-        slices = (channels + TILE[GROUPS] - 1) // TILE[GROUPS]
-        slot = lane // TILE[GROUPS]
-        sample = slot // TILE[SLOTS]
-        b = (block // slices) * TILE[SAMPLES] + sample
-        group = (block % slices) * TILE[GROUPS] + (lane - slot * TILE[GROUPS])
-        inside = (sample < TILE[SAMPLES]) & (b < batches) & (group < channels)
-        c = (group * TILE[WIDTH])[:, None]
-        pixel = ((slot - sample * TILE[SLOTS]) * TILE[PIXELS])[:, None]
-        return b[:, None], c, chunk * (TILE[ITERATIONS] * TILE[SPAN]), pixel, inside[:, None]
+        b, chunk, group, inside = _bundle(lane % TILE[BUNDLE], batches, channels, chunks, TILE)
+        first = chunk * (TILE[ITERATIONS] * TILE[SPAN])
+        pixel = (lane // TILE[BUNDLE]) * TILE[PIXELS]
+        return b[:, None], (group * TILE[WIDTH])[:, None], first[:, None], pixel[:, None], inside[:, None]
     else:
-        row = block * TILE[LANES] + lane
+        index = _index(TILE)
+        row = (index // chunks) * TILE[LANES] + lane
         b = row // channels
         pixel = tl.arange(0, TILE[WIDTH])[None, :]
-        first = chunk * (TILE[ITERATIONS] * TILE[SPAN])
+        first = (index % chunks) * (TILE[ITERATIONS] * TILE[SPAN])
         return b[:, None], (row - b * channels)[:, None], first, pixel, (b < batches)[:, None]
 
 
@@ -262,8 +268,8 @@ def multiply(fraction, exponent, x, TILE: tl.constexpr):
 
 @triton.jit
 def log_product(fraction, exponent, TILE: tl.constexpr):
-    """The logarithm of what :func:`multiply` made."""
-    log = tl.log(fraction)
+    """The logarithm of what :func:`multiply` made. Not a number gives some number: the sums it is added to are none already."""
+    log = log_positive(fraction)
     if TILE[ITERATIONS] > 1:
         log = tl.fma((exponent - 127 * TILE[ITERATIONS]).to(tl.float32), 0.6931471805599453, log)
     return log
@@ -271,40 +277,29 @@ def log_product(fraction, exponent, TILE: tl.constexpr):
 
 @triton.jit
 def lane_sums(x, TILE: tl.constexpr):
-    """Rows: (LANES, any) -> (LANES,). Channels: (LANES, WIDTH) -> (samples * groups, WIDTH), both padded to powers of two;
-    the lanes of one channel are GROUPS apart and a gather brings them together. In one order, whatever runs when."""
+    """Rows: (LANES, any) -> (LANES,). Channels: (LANES, WIDTH) -> (BUNDLE, WIDTH). In one order, whatever runs when."""
     if TILE[BY_CHANNELS]:
-        ROWS: tl.constexpr = TILE[SAMPLE_POWER] * TILE[GROUP_POWER]
-        SLOTS_EACH: tl.constexpr = TILE[SLOT_POWER]
-        target = tl.arange(0, ROWS * TILE[SLOT_POWER])
-        slot = target % TILE[SLOT_POWER]
-        group = target // TILE[SLOT_POWER] % TILE[GROUP_POWER]
-        sample = target // (TILE[SLOT_POWER] * TILE[GROUP_POWER])
-        real = (slot < TILE[SLOTS]) & (group < TILE[GROUPS]) & (sample < TILE[SAMPLES])
-        source = tl.where(real, (sample * TILE[SLOTS] + slot) * TILE[GROUPS] + group, 0)
-        found = tl.gather(x, tl.broadcast_to(source[:, None], (target.shape[0], x.shape[1])), 0)
-        found = tl.where(real[:, None], found, 0.0)
-        return tl.sum(tl.reshape(found, (ROWS, SLOTS_EACH, x.shape[1])), 1)
+        SLOTS: tl.constexpr = TILE[LANES] // TILE[BUNDLE]
+        PLACES: tl.constexpr = TILE[BUNDLE]
+        return tl.sum(tl.reshape(x, (SLOTS, PLACES, x.shape[1])), 0)
     else:
         return tl.sum(x, 1)
 
 
 @triton.jit
-def sum_places(block, chunk, batches, channels, rows, TILE: tl.constexpr):
-    """Where :func:`lane_sums` belong in (chunks, B, Z), and which of them exist."""
+def sum_places(batches, channels, pixels, chunks, rows, TILE: tl.constexpr):
+    """Where :func:`lane_sums` belong in (chunks, B, Z), which of them exist, and the pixels that each counts."""
+    MOST: tl.constexpr = TILE[ITERATIONS] * TILE[SPAN]
     if TILE[BY_CHANNELS]:
-        slices = (channels + TILE[GROUPS] - 1) // TILE[GROUPS]
-        index = tl.arange(0, TILE[SAMPLE_POWER] * TILE[GROUP_POWER])
-        sample = index // TILE[GROUP_POWER]
-        group = index % TILE[GROUP_POWER]
-        inside = (sample < TILE[SAMPLES]) & (group < TILE[GROUPS])
-        b = (block // slices) * TILE[SAMPLES] + sample
-        group = (block % slices) * TILE[GROUPS] + group
+        b, chunk, group, there = _bundle(tl.arange(0, TILE[BUNDLE]), batches, channels, chunks, TILE)
         row = (b * channels + group)[:, None] * TILE[WIDTH] + tl.arange(0, TILE[WIDTH])[None, :]
-        return chunk * rows + row, (inside & (b < batches) & (group < channels))[:, None]
+        chunk = chunk[:, None]
+        return chunk * rows + row, there[:, None], tl.minimum(pixels - chunk * MOST, MOST)
     else:
-        row = block * TILE[LANES] + tl.arange(0, TILE[LANES])
-        return chunk * rows + row, row < rows
+        index = _index(TILE)
+        chunk = index % chunks
+        row = (index // chunks) * TILE[LANES] + tl.arange(0, TILE[LANES])
+        return chunk * rows + row, row < rows, tl.minimum(pixels - chunk * MOST, MOST)
 
 
 @triton.jit

@@ -224,11 +224,11 @@ def _log_prob(
 
 @triton.jit
 def log_prob_kernel(
-    params, x, out, count, pixels, half, log_density, batch, channel, pixel, x_batch, x_channel, x_pixel,
+    parameters, x, out, count, pixels, half, log_density, batch, channel, pixel, x_batch, x_channel, x_pixel,
     M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
-    row = params + b * batch + p * pixel
+    row = parameters + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     top, rest = _normaliser(row, channel, mask, M)
     largest, more = _log_prob(row, channel, mask, red, green, blue, half, log_density, top, rest, M, FAR)
@@ -242,12 +242,12 @@ def _store(place, value, mask):
 
 @triton.jit
 def log_prob_backward_kernel(
-    grad, params, x, out, count, pixels, half, log_density, grad_batch, grad_pixel, batch, channel, pixel, x_batch,
+    grad, parameters, x, out, count, pixels, half, log_density, grad_batch, grad_pixel, batch, channel, pixel, x_batch,
     x_channel, x_pixel, out_batch, out_channel, out_pixel,
     M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
-    row = params + b * batch + p * pixel
+    row = parameters + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     upstream = _load(grad + b * grad_batch + p * grad_pixel, mask)
     top, rest = _normaliser(row, channel, mask, M)
@@ -289,7 +289,7 @@ def _store_colours(out, b, p, pixels, red, green, blue, c0, c1, c2, mask):
 
 @triton.jit
 def mean_kernel(
-    params,
+    parameters,
     out,
     count,
     pixels,
@@ -301,7 +301,7 @@ def mean_kernel(
     WIDE: tl.constexpr,
 ):
     _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
-    row = params + b * batch + p * pixel
+    row = parameters + b * batch + p * pixel
     top, rest = _normaliser(row, channel, mask, M)
     red = tl.zeros_like(top)
     green = tl.zeros_like(top)
@@ -340,11 +340,11 @@ def _sub_seed(seed, block):
 
 @triton.jit
 def sample_kernel(
-    params, seed, out, count, pixels, temperature, batch, channel, pixel,
+    parameters, seed, out, count, pixels, temperature, batch, channel, pixel,
     M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
-    row = params + b * batch + p * pixel
+    row = parameters + b * batch + p * pixel
     parent = tl.load(seed)
     zero = tl.program_id(0) * 0
     component_seed = _sub_seed(parent, zero)

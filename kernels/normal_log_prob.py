@@ -26,7 +26,6 @@ from nvae_fast.kernels.maps import (
     multiply,
     of_sums,
     offsets,
-    program,
     store,
     sum_places,
     zero_sums,
@@ -53,16 +52,15 @@ def _terms(
 
 @triton.jit
 def forward_kernel(
-    z, params, out,
+    z, parameters, out,
     batches, channels, pixels, chunks, rows, floor,
     z_batch, z_step, params_batch, params_step,
     CLAMP: tl.constexpr, SHARED_LOGS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``params`` may be None. SHARED_LOGS: four sigmas may be multiplied before a logarithm is taken."""
+    """``parameters`` may be None. SHARED_LOGS: four sigmas may be multiplied before a logarithm is taken."""
     COUNT: tl.constexpr = TILE[PIXELS]
     TIMES: tl.constexpr = TILE[ITERATIONS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     total = zero_sums(TILE)
     sigmas = zero_sums(TILE) + 1.0  # the logarithm of this product is to be added
@@ -75,15 +73,19 @@ def forward_kernel(
         value = load(z, offsets(b, c, at, z_batch, z_step, TILE), z_step, mask, TILE)
         raw_mu = value
         raw_ls = value
-        if params is not None:
-            raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-            raw_ls = load(
-                params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE
+        if parameters is not None:
+            raw_mu = load(
+                parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE
             )
-        term, sigma = _terms(value[0], raw_mu[0], raw_ls[0], floor, params is not None, CLAMP, SHARED_LOGS)
+            raw_ls = load(
+                parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE
+            )
+        term, sigma = _terms(
+            value[0], raw_mu[0], raw_ls[0], floor, parameters is not None, CLAMP, SHARED_LOGS
+        )
         for k in tl.static_range(1, COUNT):
             term_k, sigma_k = _terms(
-                value[k], raw_mu[k], raw_ls[k], floor, params is not None, CLAMP, SHARED_LOGS
+                value[k], raw_mu[k], raw_ls[k], floor, parameters is not None, CLAMP, SHARED_LOGS
             )
             term += term_k
             sigma *= sigma_k
@@ -93,35 +95,35 @@ def forward_kernel(
             sigmas, sigmas_power = multiply(sigmas, sigmas_power, sigma, TILE)
     if SHARED_LOGS:
         total += 2.0 * log_product(sigmas, sigmas_power, TILE)
-    place, there = sum_places(block, chunk, batches, channels, rows, TILE)
-    counted = tl.minimum(pixels - first, TILE[ITERATIONS] * TILE[SPAN])
+    place, there, counted = sum_places(batches, channels, pixels, chunks, rows, TILE)
     tl.store(out + place, -0.5 * lane_sums(total, TILE) - LOG_SQRT_2PI * counted.to(tl.float32), mask=there)
 
 
 @triton.jit
 def backward_kernel(
-    grad, z, params, grad_z, grad_params,
+    grad, z, parameters, grad_z, grad_params,
     batches, channels, pixels, chunks, rows, floor,
     z_batch, z_step, params_batch, params_step, map_batch, map_step, packed_batch, packed_step, sums_batch, sums_step,
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """``params`` may be None, and a gradient that is not wanted."""
+    """``parameters`` may be None, and a gradient that is not wanted."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
     value = load(z, offsets(b, c, at, z_batch, z_step, TILE), z_step, mask, TILE)
-    if params is not None:
-        raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-        raw_ls = load(params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    if parameters is not None:
+        raw_mu = load(parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
+        raw_ls = load(
+            parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE
+        )
     g = of_sums(grad, b, c, sums_batch, sums_step, inside, TILE)
     map_at = offsets(b, c, at, map_batch, map_step, TILE)
     packed_mu = offsets(b, c, at, packed_batch, packed_step, TILE)
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     for k in tl.static_range(COUNT):
-        if params is not None:
+        if parameters is not None:
             mu, sigma, slope_mu, slope_ls = squash_slopes(raw_mu[k], raw_ls[k], floor, CLAMP)
             one_over = inverse(sigma, CLAMP)
             w = (value[k] - mu) * one_over

@@ -18,7 +18,6 @@ from nvae_fast.kernels.maps import (
     log_sigma_channel,
     normals,
     offsets,
-    program,
     store,
 )
 from nvae_fast.kernels.pointwise import squash, squash_slopes
@@ -26,20 +25,19 @@ from nvae_fast.kernels.pointwise import squash, squash_slopes
 
 @triton.jit
 def forward_kernel(
-    params, noise, seed, z,
+    parameters, noise, seed, z,
     batches, channels, pixels, chunks, rows, temperature, floor,
     params_batch, params_step, noise_batch, noise_step, z_batch, z_step,
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``noise`` or ``seed`` is None."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
-    raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-    raw_ls = load(params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_mu = load(parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_ls = load(parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
     if noise is not None:
         eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
     else:
@@ -52,21 +50,20 @@ def forward_kernel(
 
 @triton.jit
 def backward_kernel(
-    grad_z, params, noise, seed, grad_params, grad_noise,
+    grad_z, parameters, noise, seed, grad_params, grad_noise,
     batches, channels, pixels, chunks, rows, temperature, floor,
     z_batch, z_step, params_batch, params_step, noise_batch, noise_step, packed_batch, packed_step, map_batch, map_step,
     CLAMP: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """``noise`` or ``seed`` is None, and a gradient that is not wanted."""
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)
     g = load(grad_z, offsets(b, c, at, z_batch, z_step, TILE), z_step, mask, TILE)
-    raw_mu = load(params, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
-    raw_ls = load(params, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_mu = load(parameters, offsets(b, c, at, params_batch, params_step, TILE), params_step, mask, TILE)
+    raw_ls = load(parameters, offsets(b, c_ls, at, params_batch, params_step, TILE), params_step, mask, TILE)
     if noise is not None:
         eps = load(noise, offsets(b, c, at, noise_batch, noise_step, TILE), noise_step, mask, TILE)
     else:

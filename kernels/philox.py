@@ -15,6 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels.pointwise import log_positive
+
 _BLOCKS = 256  # Philox blocks a program: 8 elements a thread, two 16-byte float32 stores
 # Said explicitly, because Triton's default differs between versions.
 _FUSION = {"enable_fp_fusion": True}
@@ -26,14 +28,13 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
     m0: tl.constexpr = 0xD2511F53
     m1: tl.constexpr = 0xCD9E8D57
     for _ in tl.static_range(10):
-        hi0 = tl.umulhi(m0, c0)
-        hi1 = tl.umulhi(m1, c2)
-        lo0 = tl.mul(m0, c0, sanitize_overflow=False)
-        lo1 = tl.mul(m1, c2, sanitize_overflow=False)
-        c0 = hi1 ^ c1 ^ k0
-        c2 = hi0 ^ c3 ^ k1
-        c1 = lo1
-        c3 = lo0
+        # Both halves of a product in one instruction.
+        p0 = tl.mul(c0.to(tl.uint64), m0, sanitize_overflow=False)
+        p1 = tl.mul(c2.to(tl.uint64), m1, sanitize_overflow=False)
+        c0 = (p1 >> 32).to(tl.uint32) ^ c1 ^ k0
+        c2 = (p0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c1 = p1.to(tl.uint32)
+        c3 = p0.to(tl.uint32)
         k0 = tl.add(k0, 0x9E3779B9, sanitize_overflow=False)
         k1 = tl.add(k1, 0xBB67AE85, sanitize_overflow=False)
     return c0, c1, c2, c3
@@ -49,26 +50,44 @@ def philox_words(seed, block, stream: tl.constexpr = 0):
 
 
 @triton.jit
+def _radius(w):
+    """``sqrt(-2 log u)`` of a uint32 word, ``u = (w + 0.5) 2^-32``."""
+    u = tl.fma(
+        w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10
+    )  # rounds once, as the sum does
+    # The square root, from an approximate reciprocal one and a step of Newton's method: no branch, and nothing but the
+    # rounding is lost. At 0 it gives 1e-15.
+    x = tl.maximum(-2.0 * log_positive(u), 1e-30)
+    inverse = tl.rsqrt(x)
+    root = x * inverse
+    return tl.fma(tl.fma(root * -1.0, root, x), 0.5 * inverse, root)
+
+
+@triton.jit
 def box_muller(w0, w1):
     """Two uint32 words -> two float32 normals."""
-    u = (w0.to(tl.float32) + 0.5) * 2.3283064365386963e-10  # 2^-32
-    r = tl.sqrt_rn(-2.0 * tl.log(u))
+    r = _radius(w0)
     # cos and sin of 2 pi w1 / 2^32: quarter turns in integers, then polynomials in t = angle / (pi/2).
-    turned = tl.add(w1, 0x20000000, sanitize_overflow=False)
-    t = ((turned & 0x3FFFFFFF).to(tl.int32) - 0x20000000).to(tl.float32) * 9.313225746154785e-10  # 2^-30
+    t = (w1 << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10  # 2^-32
     q = t * t
     s = tl.fma(q, -0.0046024806797504425, 0.07968035340309143)
     s = tl.fma(tl.fma(s, q, -0.6459634900093079), q, -4.878174308942107e-08)
     s = tl.fma(t, 1.5707963705062866, s * t)
     c = tl.fma(q, 0.0008944862638600171, -0.020855596289038658)
     c = tl.fma(tl.fma(tl.fma(c, q, 0.25366854667663574), q, -1.2337005138397217), q, 1.0)
-    quarter = (turned >> 30).to(tl.int32)
-    odd = (quarter & 1) != 0
-    cosine = tl.where(odd, s, c)
-    sine = tl.where(odd, c, s)
-    cosine = tl.where((quarter == 1) | (quarter == 2), -cosine, cosine)
-    sine = tl.where(quarter >= 2, -sine, sine)
-    return r * cosine, r * sine
+    # Bits 30 and 31 of the word, rounded to quarter turns: whether to swap, and the sign of the sine.
+    turned = tl.add(w1, 0x20000000, sanitize_overflow=False)
+    odd = (turned & 0x40000000) != 0
+    cosine = r * tl.where(odd, s, c)
+    sine = r * tl.where(odd, c, s)
+    flip = tl.add(turned, 0x40000000, sanitize_overflow=False)
+    return _flipped(cosine, flip), _flipped(sine, turned)
+
+
+@triton.jit
+def _flipped(x, word):
+    """``x`` with its sign changed where bit 31 of ``word`` is set."""
+    return (x.to(tl.uint32, bitcast=True) ^ (word & 0x80000000)).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -8,16 +8,40 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 LOG_SQRT_2PI = tl.constexpr(0.9189385332046727)  # log(2 pi) / 2
 
 
 @triton.jit
 def reciprocal(x):
-    """``1 / x`` for x of [2^-60, 2^60] in four instructions and to an ulp; Triton's division takes nine, to look after
-    denormals. The square of the hardware's reciprocal square root, and one step of Newton's method."""
-    r = tl.rsqrt(x)
-    y = r * r
-    return tl.fma(y, tl.fma(-x, y, 1.0), y)
+    """``1 / x`` for x of [2^-60, 2^60], to an ulp: one instruction, where Triton's division takes nine to look after
+    denormals. The interpreter has no instructions and divides."""
+    if INTERPRETED:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def log_positive(x):
+    """``log x`` of a positive normal number, which it does not check: half the instructions of Triton's. As csrc/vec_math.h."""
+    # x = 2^e m with m in [sqrt(1/2), sqrt(2)); e is in units of 2^-23.
+    bits = x.to(tl.int32, bitcast=True)
+    exponent = tl.sub(bits, 0x3F3504F3, sanitize_overflow=False) & -0x800000
+    f = tl.sub(bits, exponent, sanitize_overflow=False).to(tl.float32, bitcast=True) - 1.0
+    e = exponent.to(tl.float32)
+    p = tl.fma(f, -0.07636940479278564, 0.12762485444545746)
+    p = tl.fma(p, f, -0.13159550726413727)
+    p = tl.fma(p, f, 0.14201539754867554)
+    p = tl.fma(p, f, -0.1662341058254242)
+    p = tl.fma(p, f, 0.2000124305486679)
+    p = tl.fma(p, f, -0.2500081956386566)
+    p = tl.fma(p, f, 0.3333333134651184)
+    square = f * f
+    tail = tl.fma(square, -0.5, tl.fma(p, square * f, e * 1.7030319754245127e-13))
+    return tl.fma(e, 8.262941264547408e-08, f + tail)
 
 
 @triton.jit
@@ -35,11 +59,12 @@ def _bend(raw, C: tl.constexpr):
     c2: tl.constexpr = C * C
     x = _clamp(raw, 7.5 * C)
     s = x * x
-    d = tl.fma(s, 7.825490477841868e-09 / (c2 * c2 * c2 * c2), 0.00020340882474556565 / (c2 * c2 * c2))
-    d = tl.fma(tl.fma(d, s, 0.02051684446632862 / (c2 * c2)), s, 0.33333325386047363 / c2)
+    # -D: a change of sign would be an instruction of its own in some versions of Triton.
+    d = tl.fma(s, -7.825490477841868e-09 / (c2 * c2 * c2 * c2), -0.00020340882474556565 / (c2 * c2 * c2))
+    d = tl.fma(tl.fma(d, s, -0.02051684446632862 / (c2 * c2)), s, -0.33333325386047363 / c2)
     q = tl.fma(s, 0.00021145088248886168 / (c2 * c2 * c2), 0.023326003924012184 / (c2 * c2))
     q = tl.fma(tl.fma(q, s, 0.46154987812042236 / c2), s, 1.0)  # between 1 and 139
-    return _clamp(tl.fma(-d * (x * s), reciprocal(q), x), C)
+    return _clamp(tl.fma(d * (x * s), reciprocal(q), x), C)
 
 
 @triton.jit

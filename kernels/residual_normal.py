@@ -29,7 +29,6 @@ from nvae_fast.kernels.maps import (
     normals,
     of_sums,
     offsets,
-    program,
     store,
     sum_places,
     zero_sums,
@@ -80,8 +79,7 @@ def forward_kernel(
     HAS_PRIOR: tl.constexpr = prior is not None
     COUNT: tl.constexpr = TILE[PIXELS]
     TIMES: tl.constexpr = TILE[ITERATIONS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     sum_kl = zero_sums(TILE)
     sum_log_q = zero_sums(TILE)
@@ -143,8 +141,7 @@ def forward_kernel(
         sum_kl -= log_ratio
         sum_log_q += log_sigma_q
         sum_log_p += log_sigma_q - log_ratio
-    place, there = sum_places(block, chunk, batches, channels, rows, TILE)
-    counted = tl.minimum(pixels - first, TILE[ITERATIONS] * TILE[SPAN])
+    place, there, counted = sum_places(batches, channels, pixels, chunks, rows, TILE)
     constant = LOG_SQRT_2PI * counted.to(tl.float32)
     tl.store(out_kl + place, 0.5 * lane_sums(sum_kl, TILE), mask=there)
     tl.store(out_log_q + place, -0.5 * lane_sums(sum_log_q, TILE) - constant, mask=there)
@@ -165,8 +162,7 @@ def backward_kernel(
     THROUGH_Z: tl.constexpr = grad_z is not None or grad_log_p is not None
     THROUGH_PRIOR: tl.constexpr = grad_kl is not None or grad_log_p is not None
     COUNT: tl.constexpr = TILE[PIXELS]
-    block, chunk = program(chunks, TILE)
-    b, c, first, pixel, inside = lanes(block, chunk, batches, channels, TILE)
+    b, c, first, pixel, inside = lanes(batches, channels, chunks, TILE)
     c_ls = log_sigma_channel(c, channels, TILE)
     at = first + pixel
     mask = inside & (at < pixels)

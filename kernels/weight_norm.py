@@ -15,11 +15,13 @@ import torch
 import triton
 import triton.language as tl
 
+from nvae_fast.ops import _capture
+
 # A tile, 8 elements a thread. Predicted: rows of 20 to 2304 elements, nearly all bytes in those of some hundred.
 ROWS, COLUMNS, WARPS = 4, 256, 4
 TABLES = 64  # tables of addresses that are kept
-WRITTEN = 32  # numbers that a launch of write_kernel brings
-_OFFSET = 2**62  # makes any number, and any address, one that Triton passes as 64 bits
+WRITTEN = 480  # numbers that a launch of write_kernel brings; the arguments of a kernel fill 4 KB at most
+_OFFSET = 2**62
 _OPTIONS = {"enable_fp_fusion": True, "num_warps": WARPS}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -118,45 +120,11 @@ def backward_kernel(
             tl.store(to_weight + at, ((scale * g - back * v) * m).to(TYPE), mask=inside)
 
 
-@triton.jit(do_not_specialize=[f"v{i}" for i in range(32)])
-def write_kernel(
-    table, OFFSET: tl.constexpr,
-    v0, v1, v2, v3, v4, v5, v6, v7, v8, v9, v10, v11, v12, v13, v14, v15,
-    v16, v17, v18, v19, v20, v21, v22, v23, v24, v25, v26, v27, v28, v29, v30, v31,
-):  # fmt: skip
-    """32 numbers, each larger by OFFSET than what is stored."""
-    tl.store(table, v0 - OFFSET)
-    tl.store(table + 1, v1 - OFFSET)
-    tl.store(table + 2, v2 - OFFSET)
-    tl.store(table + 3, v3 - OFFSET)
-    tl.store(table + 4, v4 - OFFSET)
-    tl.store(table + 5, v5 - OFFSET)
-    tl.store(table + 6, v6 - OFFSET)
-    tl.store(table + 7, v7 - OFFSET)
-    tl.store(table + 8, v8 - OFFSET)
-    tl.store(table + 9, v9 - OFFSET)
-    tl.store(table + 10, v10 - OFFSET)
-    tl.store(table + 11, v11 - OFFSET)
-    tl.store(table + 12, v12 - OFFSET)
-    tl.store(table + 13, v13 - OFFSET)
-    tl.store(table + 14, v14 - OFFSET)
-    tl.store(table + 15, v15 - OFFSET)
-    tl.store(table + 16, v16 - OFFSET)
-    tl.store(table + 17, v17 - OFFSET)
-    tl.store(table + 18, v18 - OFFSET)
-    tl.store(table + 19, v19 - OFFSET)
-    tl.store(table + 20, v20 - OFFSET)
-    tl.store(table + 21, v21 - OFFSET)
-    tl.store(table + 22, v22 - OFFSET)
-    tl.store(table + 23, v23 - OFFSET)
-    tl.store(table + 24, v24 - OFFSET)
-    tl.store(table + 25, v25 - OFFSET)
-    tl.store(table + 26, v26 - OFFSET)
-    tl.store(table + 27, v27 - OFFSET)
-    tl.store(table + 28, v28 - OFFSET)
-    tl.store(table + 29, v29 - OFFSET)
-    tl.store(table + 30, v30 - OFFSET)
-    tl.store(table + 31, v31 - OFFSET)
+@triton.jit
+def write_kernel(table, values, OFFSET: tl.constexpr):
+    """Stores (value - OFFSET - 1) / 2 of each value, see ``_encoded``."""
+    for i in tl.static_range(len(values)):
+        tl.store(table + i, (values[i] - OFFSET) >> 1)
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
@@ -164,38 +132,68 @@ def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+_addresses: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
+# By device and shapes of the layers. Never dropped, because a graph that anybody captured may read them.
+_plans: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+_loaded: set[torch.device] = set()  # where a graph under capture may launch write_kernel
 
 
-_tables: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
-
-
-def _table(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """``numbers`` on the device. Weights, and mostly results too, stand where they stood in the last step: then nothing is
-    copied. A graph under capture, which can neither copy from the host nor rely on what others may drop, writes its own."""
-    if _capturing(device):
-        return written(numbers, device)
+def _address_table(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """``numbers`` on the device. Weights, and mostly results too, have the addresses of the last step: then nothing is
+    copied."""
+    if _capture.capturing(device):
+        return _captured(numbers, device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream, numbers)
-    found = _tables.get(key)
+    found = _addresses.get(key)
     if found is None:
-        found = _tables[key] = torch.tensor(numbers, dtype=torch.int64).to(device)
-        if len(_tables) > TABLES:
-            _tables.popitem(last=False)
+        found = _addresses[key] = _copied(numbers, device)
+        if len(_addresses) > TABLES:
+            _addresses.popitem(last=False)
     else:
-        _tables.move_to_end(key)
+        _addresses.move_to_end(key)
     return found
+
+
+def _plan_tables(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables of :func:`_plan` on the device."""
+    key = (device, shapes)
+    found = _plans.get(key)
+    if found is None:
+        sizes, blocks, _ = _plan(shapes)
+        if _capture.capturing(device):
+            return _captured(sizes, device), _captured(blocks, device)
+        found = _plans[key] = _copied(sizes, device), _copied(blocks, device)
+    return found
+
+
+def _copied(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    if device.type == "cuda" and device not in _loaded:
+        _loaded.add(device)
+        written((0,), device)
+    return torch.tensor(numbers, dtype=torch.int64).to(device)
+
+
+def _captured(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
+    """``numbers`` for a graph under capture: a constant that its owner fills, or without an owner written in every replay."""
+    constants = _capture.constants(device)
+    return written(numbers, device) if constants is None else constants.table(numbers)
+
+
+def _encoded(number: int) -> int:
+    """What Triton always passes as 64 bits and never specialises on, neither on 1 nor on multiples of 16: one kernel writes
+    any numbers, and none is first loaded during a capture."""
+    return 2 * number + 1 + _OFFSET
 
 
 def written(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     """``numbers`` brought to the device as arguments of kernels."""
     padded = -(-len(numbers) // WRITTEN) * WRITTEN
     table = torch.empty(padded, dtype=torch.int64, device=device)
-    values = [n + _OFFSET for n in numbers] + [_OFFSET] * (padded - len(numbers))
+    values = [_encoded(n) for n in (*numbers, *[0] * (padded - len(numbers)))]
     with _on(device):
         for i in range(0, padded, WRITTEN):
-            write_kernel[(1,)](table[i:], _OFFSET, *values[i : i + WRITTEN], num_warps=1)
+            write_kernel[(1,)](table[i:], tuple(values[i : i + WRITTEN]), _OFFSET, num_warps=1)
     return table
 
 
@@ -264,12 +262,13 @@ def _launch(kernel: object, layers: Sequence[_Layer], addresses: Sequence[tuple[
     """One launch for each combination of dtypes, of which there is mostly one."""
     for kind in dict.fromkeys(layer.kind for layer in layers):
         chosen = [i for i, layer in enumerate(layers) if layer.kind == kind]
-        sizes, blocks, programs = _plan(tuple(layers[i].shape for i in chosen))
+        shapes = tuple(layers[i].shape for i in chosen)
+        _, _, programs = _plan(shapes)
         if not programs:
             continue
         device = layers[0].weight.device
         pointers = tuple(0 if t is None else t.data_ptr() for i in chosen for t in addresses[i])
-        tables = [_table(numbers, device) for numbers in (pointers, sizes, blocks)]
+        tables = _address_table(pointers, device), *_plan_tables(shapes, device)
         with _on(device):
             kernel[(programs,)](  # type: ignore[index]
                 *tables, float(eps), TYPE=_TYPES[kind[0]], OUT=_TYPES[kind[1]],

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+
+from nvae_fast import _devices
 
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")
@@ -21,6 +23,8 @@ _choice: str = "auto"
 # (op, device type) -> name of the fused kernel. Filled when an op is registered, so that asking is a dictionary
 # look-up that torch.compile can trace and guard on.
 _fused: dict[tuple[str, str], str] = {}
+# Op -> the kinds of kernels a call of it on a GPU launches. Not every GPU runs every kind.
+_kinds: dict[str, tuple[str, ...]] = {}
 # (op, device type) -> why there is no fused kernel.
 _absent: dict[tuple[str, str], str] = {}
 
@@ -41,9 +45,11 @@ def forced_reference() -> bool:
     return _choice == "reference"
 
 
-def fused(op: str, device_type: str) -> bool:
-    """True when a call of ``op`` on ``device_type`` goes to a fused kernel."""
-    return _choice == "auto" and (op, device_type) in _fused
+def fused(op: str, device: torch.device) -> bool:
+    """True when a call of ``op`` on ``device`` goes to a fused kernel."""
+    if _choice != "auto" or (op, device.type) not in _fused:
+        return False
+    return device.type != "cuda" or _devices.runs(_kinds.get(op, ()), device.index)
 
 
 def kernel(op: str, device_type: str) -> str | None:
@@ -69,9 +75,16 @@ def use_backend(choice: str) -> Iterator[None]:
         _choice = previous
 
 
-def record(op: str, device_type: str, kernel: str | None, reason: str = "") -> None:
-    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none."""
+def record(
+    op: str, device_type: str, kernel: str | None, reason: str = "", kinds: Sequence[str | None] = ()
+) -> None:
+    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none.
+
+    ``kinds``: the kinds of kernels that the op launches, where there are others than ``kernel``.
+    """
     key = (op, device_type)
+    if device_type == "cuda":
+        _kinds[op] = tuple(dict.fromkeys(kind for kind in (kernel, *kinds) if kind is not None))
     if kernel is None:
         _fused.pop(key, None)
         _absent[key] = reason
@@ -106,16 +119,28 @@ def missing() -> dict[str, str]:
             f"{triton_reason()}. Lost without it: the Triton kernels. Every operation on a GPU but depthwise_conv2d runs "
             "in plain PyTorch instead: the same results, slower and with more memory. Nothing on the CPU"
         )
+    for index in _devices.visible():
+        if reasons := _devices.refusals(index):
+            lost[f"cuda:{index}"] = f"{_devices.name(index)}: {'; '.join(reasons.values())}. {_devices.LOST}"
     return lost
+
+
+def _refusal(op: str, index: int) -> str | None:
+    """Why GPU number ``index`` does not run the kernels of ``op``, None where it does."""
+    reasons = _devices.refusals(index)
+    found = [reasons[kind] for kind in _kinds.get(op, ()) if kind in reasons]
+    return f"{_devices.name(index)}: {'; '.join(found)}" if found else None
 
 
 def backends() -> dict[str, dict[str, str]]:
     """What runs each op on each device: ``{op: {device: kernel}}``.
 
     A value is the kernel's name (``"cpp"``, ``"triton"``, ``"cuda"``), or ``"reference (reason)"`` where plain
-    PyTorch runs and why.
+    PyTorch runs and why. Devices are ``"cpu"`` and ``"cuda"``; among unlike GPUs those that do not run the kernel that
+    ``"cuda"`` names have entries of their own, such as ``"cuda:1"``. Where there is a GPU, asking initialises CUDA.
     """
     ops = sorted({op for op, _ in (*_fused, *_absent)})
+    gpus = list(_devices.visible())
     table: dict[str, dict[str, str]] = {}
     for op in ops:
         row = {}
@@ -125,5 +150,11 @@ def backends() -> dict[str, dict[str, str]]:
             else:
                 kernel = _fused.get((op, device))
                 row[device] = kernel or f"reference ({_absent.get((op, device), 'no fused kernel yet')})"
+        if _choice == "auto" and (op, "cuda") in _fused:
+            refused = {i: reason for i in gpus if (reason := _refusal(op, i))}
+            if refused and len(refused) == len(gpus):
+                row["cuda"] = f"reference ({'; '.join(dict.fromkeys(refused.values()))})"
+            else:
+                row |= {f"cuda:{i}": f"reference ({reason})" for i, reason in refused.items()}
         table[op] = row
     return table

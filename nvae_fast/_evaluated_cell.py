@@ -18,6 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from nvae_fast.ops import _capture
 from nvae_fast.ops._folded_cell import ReadyCell, Running, fold, ready
 from nvae_fast.ops.inverted_residual_cell import CellParameters, available, check_cell, check_maps
 from nvae_fast.ops.squeeze_excite import gated_sum
@@ -114,7 +115,7 @@ def _stream(device: torch.device) -> int | None:
     with (then None)."""
     if device.type != "cuda":
         return 0
-    if torch.cuda.is_current_stream_capturing():
+    if _capture.recorded(device):
         return None
     return torch.cuda.current_stream(device).cuda_stream
 
@@ -125,7 +126,7 @@ def find(cell: nn.Module, gate: nn.Module | None, x: torch.Tensor) -> EvaluatedC
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
     kept = _kept.get(cell)
-    if kept is None or not available(x.device.type):
+    if kept is None or not available(x.device):
         return None
     stream = _stream(x.device)
     return kept if stream is not None and kept.fits(gate, stream) else None

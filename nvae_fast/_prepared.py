@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from nvae_fast import _backend, _evaluated_cell
+from nvae_fast.ops import _capture
 from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
@@ -194,7 +195,7 @@ def _scope(model: nn.Module) -> _Prepared:
         return _Prepared(model, lasting=False)
     stream = 0
     if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():  # a graph must compute what it replays with
+        if _capture.recorded(device):  # a graph must compute what it replays with
             return _Prepared(model, lasting=False)
         stream = torch.cuda.current_stream(device).cuda_stream
     found = _lasting.get(model)
@@ -218,13 +219,12 @@ def prepared_layer(conv: Convolution) -> _Layer | None:
     if not scopes or (conv.awaits_data and conv.training):
         return None
     weight = conv.weight
-    device = weight.device.type
-    if not _backend.fused(OP, device):
+    if not _backend.fused(OP, weight.device):
         return None
     grad = torch.is_grad_enabled()
     if grad and not _state.hooks_allowed and torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
-    mode = _mode(device, weight.dtype, grad)
+    mode = _mode(weight.device.type, weight.dtype, grad)
     for scope in reversed(scopes):
         found = scope.get(conv, mode)
         if found is not None:

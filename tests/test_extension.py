@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae_fast import _backend
+from nvae_fast import _backend, _devices
 from nvae_fast.ops import _extension, _schemas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -175,11 +175,13 @@ def test_without_triton() -> None:
     assert "Nothing on the CPU" in line
 
 
-def test_a_complete_installation_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cuda", [None, "13.0"], ids=["CPU PyTorch", "CUDA PyTorch"])
+def test_a_complete_installation_misses_nothing(cuda: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "cuda", cuda)
     monkeypatch.setattr(_extension, "load", lambda: True)
-    monkeypatch.setattr(_extension, "info", lambda: {"cuda": True})
+    monkeypatch.setattr(_extension, "cuda_archs", lambda: ["sm_80"])
     monkeypatch.setattr(_backend, "triton_reason", lambda: None)
+    monkeypatch.setattr(_devices, "visible", list)
     assert _backend.missing() == {}
-    monkeypatch.setattr(_extension, "info", lambda: {"cuda": False})
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert list(_backend.missing()) == ["csrc/cuda"]
+    monkeypatch.setattr(_extension, "cuda_archs", list)
+    assert list(_backend.missing()) == (["csrc/cuda"] if cuda else [])

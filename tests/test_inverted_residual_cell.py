@@ -14,7 +14,9 @@ from nvae_fast.nn import BatchNormSwish, InvertedResidualCell
 from nvae_fast.ops import inverted_residual_cell as fused
 
 STRIDES = [(1, 6), (2, 8), (-1, 4)]
-pytestmark = pytest.mark.skipif(not fused.available("cpu"), reason="no fused kernels on this machine")
+pytestmark = pytest.mark.skipif(
+    not fused.available(torch.device("cpu")), reason="no fused kernels on this machine"
+)
 
 
 @pytest.fixture(params=["gram", "pass"])

@@ -126,7 +126,7 @@ def test_use_backend_works_and_restores() -> None:
     before = cpu()
     with nf.use_backend("reference"):
         assert cpu().startswith("reference (asked for")
-        assert not _backend.fused("residual_normal", "cpu")
+        assert not _backend.fused("residual_normal", torch.device("cpu"))
         with nf.use_backend("auto"):
             assert cpu() == before
         assert _backend.forced_reference()

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -239,7 +240,7 @@ def test_empty() -> None:
 
 # Ahead of time.
 
-POINTERS = ("params", "x", "out", "grad")
+POINTERS = ("parameters", "x", "out", "grad")
 COMPILED = [
     (kernel, layout, dtype)
     for kernel in ("log_prob_kernel", "log_prob_backward_kernel", "sample_kernel", "mean_kernel")
@@ -282,4 +283,5 @@ def test_kernels_compile_without_spills(index: int, tmp_path: Path, monkeypatch:
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run_cases(sys.argv[1])

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -61,6 +62,8 @@ BOTH = ("rows", "channels")
 HALF = (torch.bfloat16, torch.float16)
 TWO_TILES = (("SUM_TILES", ((0, 2),)),)
 WIDE = (("_INT32_LIMIT", 0),)
+# As if the map were large: 16 elements a thread, and several chunks of pixels where SUM_TILES says so.
+LARGE = (("MULTIPROCESSORS", 1),)
 
 
 def cases(group: str) -> list[Case]:
@@ -82,9 +85,12 @@ def cases(group: str) -> list[Case]:
             replace(rn, size=(2, 6, 4, 6), prior=False, dtype=torch.float16, noise=True),
             replace(rn, size=(1, 2, 64, 64), layout="rows"),
             *(replace(rn, size=(1, 4, 32, 36), layout=layout, choices=TWO_TILES) for layout in BOTH),
+            *(replace(rn, size=(5, 20, 8, 8), layout=layout, choices=LARGE) for layout in BOTH),
+            replace(rn, size=(2, 20, 16, 12), dtype=torch.bfloat16, choices=LARGE + TWO_TILES),
+            replace(rn, size=(3, 66, 4, 4), prior=False, choices=LARGE),
             *(replace(rn, layout=layout, choices=WIDE) for layout in BOTH),
             # More samples than one axis of a grid other than the first may have, in a few large programs.
-            replace(rn, size=(65_537, 1, 1, 1), noise=True, choices=(("LANE_CHOICES", (2**15,)),)),
+            replace(rn, size=(65_537, 1, 1, 1), noise=True, choices=(("LANES", (2**15,)),)),
             # Clamps: none, so far out that exponentials are large, and out of the range of folded coefficients. Where the
             # KL is all but zero its digits cancel.
             *(replace(rn, clamp=None, floor=0.0, layout=layout) for layout in BOTH),
@@ -126,6 +132,7 @@ def cases(group: str) -> list[Case]:
     found += [replace(ns, temperature=0.0), replace(ns, size=(2, 4, 4, 6), temperature=2.0, layout="rows")]
     found += [replace(lp, prior=False, layout=layout) for layout in BOTH]
     found += [replace(lp, size=(1, 4, 32, 36), layout=layout, choices=TWO_TILES) for layout in BOTH]
+    found += [replace(lp, size=(5, 20, 8, 8), choices=LARGE), replace(ns, size=(5, 20, 8, 8), choices=LARGE)]
     found += [replace(lp, size=(1, 2, 64, 64), layout="rows"), replace(lp, change="expanded gradient")]
     return found
 
@@ -271,7 +278,7 @@ def run_cases(group: str, path: str) -> None:
             setattr(map_launch, name, value)
         map_launch._plan.cache_clear()
         once = compute(case, functions[case.op], functions[f"{case.op}_backward"])
-        if case.choices == TWO_TILES:
+        if case.choices in (TWO_TILES, LARGE):
             again = compute(case, functions[case.op], functions[f"{case.op}_backward"])
             assert all(torch.equal(value, again[key]) for key, value in once.items()), "two runs differ"
         for name, value in before.items():
@@ -379,31 +386,41 @@ def check_extremes(found: dict[str, torch.Tensor], setting: str) -> None:
 def test_launch_choices() -> None:
     """One axis, few programs, wide offsets where they are due; tiles cover the map whatever its size."""
     pytest.importorskip("triton")
-    from nvae_fast.kernels.map_launch import Map, _plan
+    from nvae_fast.kernels.map_launch import MULTIPROCESSORS, Map, _plan
 
     for batches, channels, pixels in itertools.product(
         (1, 7, 200, 65_537), (1, 20, 33, 130), (1, 13, 64, 2304, 2**20)
     ):
         for by_channels, sums in itertools.product((True, False), repeat=2):
             width = 4 if by_channels and channels % 4 == 0 else 2 if by_channels and channels % 2 == 0 else 1
-            tile, chunks, programs = _plan(batches, channels, pixels, by_channels, width, 4, False, sums)
+            tile, chunks, programs, warps = _plan(
+                batches, channels, pixels, by_channels, width, 4, False, sums
+            )
             assert programs < 2**31 or batches * channels * pixels > 2**40
             assert chunks * tile.iterations * tile.span >= pixels
-            elements = programs * tile.iterations * tile.lanes * tile.width * tile.pixels
             if by_channels:
-                assert tile.lanes >= tile.groups * tile.slots * tile.samples
-                blocks = -(-batches // tile.samples) * -(-(channels // width) // tile.groups)
-                assert tile.samples == 1 or (chunks == 1 and tile.slots * tile.pixels == pixels)
+                assert tile.bundle >= tile.groups * tile.parts
+                assert tile.span == tile.lanes // tile.bundle * tile.pixels
+                assert tile.groups * tile.slices * tile.width >= channels
+                assert programs == -(-batches * chunks // tile.parts) * tile.slices
             else:
-                blocks = -(-batches * channels // tile.lanes)
-            assert programs == blocks * chunks
+                assert programs == -(-batches * channels // tile.lanes) * chunks
             count = batches * channels * pixels
             if count > 2**20 and pixels in (64, 2304, 2**20) and channels == 20:
-                assert elements <= 1.5 * count, (batches, channels, pixels, tile)
-    # The sizes of the model keep eight lanes in ten at work.
-    for pixels in (16, 64, 256, 1024, 4096, 16384):
-        tile, _, programs = _plan(64, 20, pixels, True, 4, 4, False, False)
-        assert 64 * 20 * pixels >= 0.8 * programs * tile.lanes * tile.width * tile.pixels, (pixels, tile)
+                work = programs * tile.iterations * tile.lanes * tile.width * tile.pixels
+                assert work <= 1.5 * count, (batches, channels, pixels, tile)
+            # Four elements a thread where there would be too few programs, up to 16 where there are enough.
+            elements = tile.lanes * tile.width * tile.pixels // (32 * warps)
+            if count < 4 * 128 * MULTIPROCESSORS and not sums:
+                assert elements <= 4, (batches, channels, pixels, tile)
+            if count > 2**24 and channels == 20 and pixels in (64, 2**20):
+                assert elements == (16 if by_channels else 8), (batches, channels, pixels, tile)
+    # The sizes of the model keep nine lanes in ten at work; where sums would need a second launch, six.
+    for pixels, batches in itertools.product((16, 64, 256, 1024, 4096, 16384), (32, 64, 200)):
+        for sums, busy in ((False, 0.9), (True, 0.6)):
+            tile, _, programs, _ = _plan(batches, 20, pixels, True, 4, 4, False, sums)
+            lanes = programs * tile.iterations * tile.lanes * tile.width * tile.pixels
+            assert batches * 20 * pixels >= busy * lanes, (pixels, tile)
     small = torch.empty(1, 4, 2, 2)
     assert not Map("op", small, packed=True).launch(sums=False).tile.wide
     large = torch.empty(1).expand(5, 2**16, 2**13, 1)
@@ -439,4 +456,5 @@ def test_empty() -> None:
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run_cases(sys.argv[1], sys.argv[2])

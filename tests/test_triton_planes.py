@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import aot
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -226,4 +227,5 @@ def test_compiles_without_spills(index: int) -> None:
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run_cases(sys.argv[1])

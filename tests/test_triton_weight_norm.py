@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import interpreter
 import numpy as np
 import pytest
 import torch
@@ -197,12 +198,12 @@ def test_tables_are_reused_and_bounded() -> None:
     from nvae_fast.kernels import weight_norm as kernels
 
     cpu = torch.device("cpu")
-    first = kernels._table((1, 2**50), cpu)
+    first = kernels._address_table((1, 2**50), cpu)
     assert first.tolist() == [1, 2**50]
-    assert kernels._table((1, 2**50), cpu) is first
+    assert kernels._address_table((1, 2**50), cpu) is first
     for i in range(2 * kernels.TABLES):
-        kernels._table((i,), cpu)
-    assert len(kernels._tables) == kernels.TABLES
+        kernels._address_table((i,), cpu)
+    assert len(kernels._addresses) == kernels.TABLES
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -223,7 +224,8 @@ def test_kernels_compile_without_spills(
         "NEED_LOG_NORM": True, "ROWS": kernels.ROWS, "COLUMNS": kernels.COLUMNS, "OFFSET": kernels._OFFSET,
     }  # fmt: skip
     constants = {name: value for name, value in known.items() if name in function.arg_names}
-    types = dict.fromkeys(("addresses", "sizes", "blocks", "table"), "*i64") | {"eps": "fp32"}
+    types: dict[str, Any] = dict.fromkeys(("addresses", "sizes", "blocks", "table"), "*i64") | {"eps": "fp32"}
+    types["values"] = ("i64",) * kernels.WRITTEN
     signature = {name: types.get(name, "i64") for name in function.arg_names if name not in constants}
     usage, ptx = aot.triton_usage(function, signature, constants, capability)
     assert usage.spill_bytes == 0, usage
@@ -233,4 +235,5 @@ def test_kernels_compile_without_spills(
 
 
 if __name__ == "__main__":
+    interpreter.prepare()
     run(sys.argv[1])

@@ -180,7 +180,7 @@ class InvertedResidual(nn.Module):
         if kept is not None:
             return kept(x, skip)
         norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
-        if not fused_cell.available(x.device.type) or not self._is_plain(norms, se):
+        if not fused_cell.available(x.device) or not self._is_plain(norms, se):
             s = self(x)
             return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
         parameters = fused_cell.CellParameters(

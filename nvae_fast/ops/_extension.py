@@ -29,7 +29,10 @@ NO_CUDA = (
     "the C++ extension was built without its CUDA sources (nvcc was not found, the PyTorch it was built for has no CUDA, or "
     "NVAE_FAST_NO_CUDA)"
 )
-REBUILD = "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand"
+REBUILD = (
+    "`python setup.py build_ext --inplace` in the sources, or reinstall with a C++ compiler at hand "
+    "(pip install --force-reinstall --no-deps --no-cache-dir)"
+)
 # What is lost without it.
 LOST = (
     "Lost without it: the C++ kernels. Every operation on the CPU, and depthwise_conv2d on the GPU, runs in plain PyTorch "
@@ -104,7 +107,12 @@ def reason() -> str | None:
 
 def has_cuda() -> bool:
     """Whether the extension is loaded and holds the CUDA sources; unlike :func:`info` it never initialises CUDA."""
-    return load() and _module is not None and bool(_module.info()["cuda"])
+    return bool(cuda_archs())
+
+
+def cuda_archs() -> list[str]:
+    """What the CUDA sources were compiled for: ``sm_80`` is machine code, ``compute_100`` PTX. Empty without them."""
+    return list(_module.info()["cuda_archs"]) if load() and _module is not None else []
 
 
 def info() -> dict[str, Any]:
@@ -112,9 +120,9 @@ def info() -> dict[str, Any]:
 
     Returns a dict with ``loaded``, ``reason`` (None when loaded) and, when loaded: ``path``,
     ``cpu_capability`` (in use), ``cpu_capabilities`` (compiled in), ``cuda`` (bool: CUDA sources compiled
-    in), ``cuda_archs`` (list), ``torch_target`` (the oldest PyTorch the binary is made for) and, with CUDA
-    sources and a visible GPU, ``cuda_device`` (whether the binary holds code for the current GPU; asking
-    initialises CUDA).
+    in), ``cuda_archs`` (list: ``sm_80`` is machine code, ``compute_100`` PTX), ``torch_target`` (the oldest PyTorch
+    the binary is made for) and, with CUDA sources and a visible GPU, ``cuda_device`` (whether the binary holds code
+    for the current GPU; asking initialises CUDA).
     """
     if not load() or _module is None:
         return {"loaded": False, "reason": _reason}

@@ -14,6 +14,7 @@ from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
 from nvae_fast.ops._register import operator
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.depthwise_conv2d import kernels as _depthwise_kernels
 from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, check_maps
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
@@ -28,9 +29,8 @@ def _depthwise_affine(
     activation: str | None,
     out_activation: str | None,
 ) -> torch.Tensor:
-    y = torch.ops.nvae_fast.depthwise_conv2d(
-        x, weight, None, None, stride, 1, upsample, activation, False, None
-    )[0]
+    convolve = _depthwise_kernels(x.device)[0]
+    y = convolve(x, weight, None, None, stride, 1, upsample, activation, False, None)[0]
     return _affine.forward(y, out_scale, out_shift, out_activation)
 
 

@@ -96,8 +96,8 @@ class _Passes(NamedTuple):
     gradient: Any
 
 
-def _passes(device_type: str) -> _Passes:
-    if _backend.fused("batch_norm_swish", device_type):
+def _passes(device: torch.device) -> _Passes:
+    if _backend.fused("batch_norm_swish", device):
         of = torch.ops.nvae_fast.channel_statistics
         return _Passes(of, _affine.forward, _affine.reduce, _affine.gradient)
     return _Passes(statistics._reference, *_affine.FORMULAS)
@@ -114,7 +114,7 @@ class _Merged(torch.autograd.Function):
         activation: str | None,
         group: Any,
     ) -> tuple[torch.Tensor, ...]:
-        passes = _passes(x.device.type)
+        passes = _passes(x.device)
         wide = _checks.accumulate_dtype(x.dtype)
         mean, m2 = passes.statistics(x, False)
         count: Any
@@ -134,7 +134,7 @@ class _Merged(torch.autograd.Function):
             return (None,) * 6
         x, mean, rstd, scale, shift, count = ctx.saved_tensors
         activation, group, weight_dtype, bias_dtype = ctx.constants
-        passes = _passes(x.device.type)
+        passes = _passes(x.device)
         sum_g, sum_gx, _, _ = passes.reduce(grad, x, scale, shift, mean, activation, False, False)
         to_x = None
         to_weight = rstd * sum_gx

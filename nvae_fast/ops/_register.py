@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend
+from nvae_fast import _backend, _devices
 from nvae_fast.ops import _extension
 
 NAMESPACE = "nvae_fast"
@@ -62,7 +62,7 @@ class Room:
 
     def __call__(self, *args: Any) -> Any:
         self.check(*args)
-        if not _backend.fused(self.name, args[0].device.type):
+        if not _backend.fused(self.name, args[0].device):
             return self.reference(*args)
         if torch.compiler.is_compiling():
             return self.operator(*args)
@@ -89,7 +89,7 @@ def operator(
     LIBRARY.impl(name, default, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     if gpu is not None and _backend.triton_reason() is None:
-        LIBRARY.impl(name, gpu, "CUDA")
+        LIBRARY.impl(name, _devices.by_device(gpu, default), "CUDA")
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -190,19 +190,20 @@ def room(
 
     if cpu is not None and _extension.load():
         LIBRARY.impl(name, cpu, "CPU")
-    record_kernels(name, gpu)
+    record_kernels(name, gpu, default_kernel)
     return Room(name, check, reference, setup_context, run_backward)
 
 
-def record_kernels(name: str, gpu: Callable[..., Any] | None) -> None:
-    """Register ``gpu`` (the launcher of a Triton kernel) and note which kernels ``nvae_fast::<name>`` has on each device."""
+def record_kernels(name: str, gpu: Callable[..., Any] | None, formula: Callable[..., Any]) -> None:
+    """Register ``gpu`` (the launcher of a Triton kernel; ``formula`` runs on GPUs that Triton does not support) and note which
+    kernels ``nvae_fast::<name>`` has on each device."""
     qualified = f"{NAMESPACE}::{name}"
     for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
         device = key.lower()
         if _extension.load() and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, key):
             _backend.record(name, device, kernel)
         elif gpu is not None and key == "CUDA" and _backend.triton_reason() is None:
-            LIBRARY.impl(name, gpu, "CUDA")
+            LIBRARY.impl(name, _devices.by_device(gpu, formula), "CUDA")
             _backend.record(name, device, "triton")
         elif gpu is not None and key == "CUDA":
             _backend.record(name, device, None, _backend.triton_reason() or "")

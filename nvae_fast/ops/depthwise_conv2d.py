@@ -12,14 +12,14 @@ Used by NVAE's inverted residual cells (arXiv 2007.03898, section 3.1.1: depthwi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 
-from nvae_fast import _backend
+from nvae_fast import _backend, _devices
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import operator, room
@@ -144,12 +144,22 @@ def _check(
             )
 
 
+def _runs(taps: Sequence[int]) -> list[tuple[int, int]]:
+    """The runs of consecutive positions in ``taps``, each as (first, one past the last)."""
+    ordered = sorted(taps)
+    starts = [tap for tap in ordered if tap - 1 not in ordered]
+    stops = [tap + 1 for tap in ordered if tap + 1 not in ordered]
+    return list(zip(starts, stops, strict=True))
+
+
 def _masked(weight: torch.Tensor, taps: Sequence[int] | None) -> torch.Tensor:
     """``weight`` with zeros where no tap is; nothing that stands there gets through."""
     if taps is None:
         return weight
     live = torch.zeros(weight.shape[-1] ** 2, dtype=torch.bool, device=weight.device)
-    live[list(taps)] = True
+    # One fill a run of neighbours: a list of positions would be copied from the host, which a CUDA graph cannot hold.
+    for start, stop in _runs(taps):
+        live[start:stop] = True
     return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
 
 
@@ -382,3 +392,10 @@ _room = room(
     backward=_backward,
     save_outputs=lambda *args: (0, 1) if args[8] else (),  # y and mean, for the gradients of the statistics
 )
+
+
+def kernels(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(forward, backward) without checks, for the cells: the operators, or their formulas on a GPU that has no CUDA code."""
+    if device.type == "cuda" and not _devices.runs(("cuda",), device.index):
+        return _reference, _backward_formula
+    return torch.ops.nvae_fast.depthwise_conv2d, _backward_operator

@@ -85,12 +85,13 @@ for _device in _backend.DEVICES:
         _device,
         None if _missing else _backend.kernel(_PARTS[0], _device),
         f"{', '.join(_missing)} has no fused kernel" if _missing else "",
+        kinds=[_backend.kernel(part, _device) for part in _PARTS],
     )
 
 
-def available(device_type: str) -> bool:
+def available(device: torch.device) -> bool:
     """Whether the cell runs fused on this device."""
-    return _backend.fused(NAME, device_type)
+    return _backend.fused(NAME, device)
 
 
 def inverted_residual_cell(
@@ -238,7 +239,7 @@ class _Cell(torch.autograd.Function):
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
-            d, mean2, m2 = _OPS.depthwise_conv2d(
+            d, mean2, m2 = depthwise_conv2d.kernels(a.device)[0](
                 a,
                 q.depthwise,
                 scale1,
@@ -335,7 +336,7 @@ class _Cell(torch.autograd.Function):
             to_project = weight_gradient(to_p, h3)
             del h3, to_p
             to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
-            to_a, to_depthwise, dot1, to_bias1 = _OPS.depthwise_conv2d_backward(
+            to_a, to_depthwise, dot1, to_bias1 = depthwise_conv2d.kernels(a.device)[1](
                 g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
                 max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
             )  # fmt: skip

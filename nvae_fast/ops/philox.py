@@ -44,7 +44,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend
+from nvae_fast import _backend, _devices
 from nvae_fast.ops import _extension
 
 _MASK = 0xFFFFFFFF
@@ -316,9 +316,9 @@ if _extension.load():
 else:
     _backend.record("philox", "cpu", None, _extension.reason() or "")
 if _backend.triton_reason() is None:
-    _LIBRARY.impl("philox_normal", _normal_cuda, "CUDA")
-    _LIBRARY.impl("philox_words", _words_cuda, "CUDA")
-    _LIBRARY.impl("split_seed", _split_cuda, "CUDA")
+    _LIBRARY.impl("philox_normal", _devices.by_device(_normal_cuda, _normal_reference), "CUDA")
+    _LIBRARY.impl("philox_words", _devices.by_device(_words_cuda, _words_reference), "CUDA")
+    _LIBRARY.impl("split_seed", _devices.by_device(_split_cuda, _split_reference), "CUDA")
     _backend.record("philox", "cuda", "triton")
 else:
     _backend.record("philox", "cuda", None, _backend.triton_reason() or "")

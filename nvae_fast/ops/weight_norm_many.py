@@ -270,7 +270,7 @@ class _Lists(Room):
         _check(*args)
         if not weights:
             return []
-        if not _backend.fused(self.name, weights[0].device.type):
+        if not _backend.fused(self.name, weights[0].device):
             return _reference(*args)
         if torch.compiler.is_compiling():
             return self.operator(*args)
@@ -288,5 +288,5 @@ torch.library.register_fake(f"{NAMESPACE}::weight_norm_many", _fake, lib=LIBRARY
 torch.library.register_autograd(
     f"{NAMESPACE}::weight_norm_many", _operator_backward, setup_context=_setup_context, lib=LIBRARY
 )
-record_kernels("weight_norm_many", _gpu)
+record_kernels("weight_norm_many", _gpu, _reference)
 _room = _Lists()

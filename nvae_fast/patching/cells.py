@@ -134,7 +134,7 @@ def _groups(modules: list[Any], plan: Plan) -> list[Any]:
 
 def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> bool:
     """Whether the kernels take these tensors and would give back what the parts give."""
-    if not is_map(x) or not (strict or fused_cell.available(x.device.type)):
+    if not is_map(x) or not (strict or fused_cell.available(x.device)):
         return False
     affine = [modules[norm.place].weight for norm in plan.norms]
     weights = [modules[place].weight for place in (*plan.convolutions, *plan.gate)]

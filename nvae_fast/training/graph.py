@@ -13,6 +13,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from nvae_fast.ops import _capture
+
 # Runs before a capture: libraries choose their algorithms and Triton compiles in the first, the optimizer's state is
 # made by then, and the allocator has seen a whole run.
 WARM_UP = 3
@@ -39,7 +41,7 @@ class CudaRecorder:
     def warm_up(self, body: Callable[[], Any]) -> Any:
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), _capture.recording(self.stream):
             result = body()
         current.wait_stream(self.stream)
         for tensor in _tensors(result):
@@ -48,9 +50,15 @@ class CudaRecorder:
 
     def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
+        constants = _capture.Constants(torch.cuda.current_stream(self.stream.device))
+        with _capture.recording(self.stream, constants), torch.cuda.graph(graph, stream=self.stream):
             result = body()
-        return graph.replay, result
+        constants.fill()
+
+        def replay(constants: _capture.Constants = constants) -> None:  # which the graph reads and this keeps
+            graph.replay()
+
+        return replay, result
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -1,0 +1,77 @@
+"""Training steps and samplers of one configuration on the stand-in GPU, eager and captured; what was seen, as JSON.
+
+``python steps.py CASES.json`` prints a line of JSON a case. A case: kind ("step" or "sampler"), model, training, options.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import traceback
+from collections import Counter
+from typing import Any
+
+from start import device, driver, nf, stand_in, torch
+
+from nvae_fast.training import Step, TrainingConfig
+from nvae_fast.training.graph import WARM_UP
+from nvae_fast.training.sampler import Sampler
+from nvae_fast.training.step import StepResult
+
+SMALL = {
+    "num_channels_enc": 4, "num_channels_dec": 4, "num_groups_per_scale": 2, "num_preprocess_cells": 1,
+    "num_postprocess_cells": 1, "num_latent_per_group": 2,
+}  # fmt: skip
+# Nothing that a Triton kernel should have written is a number, so no step would count.
+Step._decide = lambda self, values: StepResult(*[0.0] * 6, skipped=False)
+
+
+def model_of(case: dict[str, Any]) -> nf.NVAE:
+    torch.manual_seed(0)
+    model = nf.NVAE(nf.NVAEConfig(**{**SMALL, **case.get("model", {})}))
+    return model.to("cuda").to(memory_format=torch.channels_last)
+
+
+def step(case: dict[str, Any]) -> None:
+    model = model_of(case).train()
+    step = Step(model, TrainingConfig(**case.get("training", {})))
+    batch = case.get("batch", 4)
+    config = model.config
+    for number in range(WARM_UP + 3):
+        size = (batch, config.channels, config.resolution, config.resolution)
+        x = torch.rand(size, device="cuda").contiguous(memory_format=torch.channels_last)
+        step(x, seed=number, coefficient=1.0, weight=0.01, learning_rate=1e-3)
+    assert step.mode == "one CUDA graph", step.mode
+
+
+def sampler(case: dict[str, Any]) -> None:
+    model = model_of(case).eval()
+    sampler = Sampler(model, temperature=0.7, **case.get("options", {}))
+    for number in range(WARM_UP + 3):
+        sampler(case.get("batch", 3), seed=number)
+
+
+def measure(case: dict[str, Any]) -> dict[str, Any]:
+    stand_in.Graph.made.clear()
+    driver.reset()
+    started, failure = time.time(), None
+    try:
+        {"step": step, "sampler": sampler}[case["kind"]](case)
+    except Exception as error:
+        failure = f"{type(error).__name__}: {error} | {driver.library.standin_refusal().decode()}"
+        traceback.print_exc()
+    graphs = stand_in.Graph.made
+    counts = driver.report()
+    return {
+        "name": case["name"], "failure": failure, "seconds": round(time.time() - started, 1), "graphs": len(graphs),
+        "replays": sum(graph.replays for graph in graphs), "events": [e for g in graphs for e in g.capture.events],
+        "operators": sum(graph.capture.operators for graph in graphs),
+        **{k: v for k, v in counts.items() if k != "kernels"},
+        "in_capture": dict(sum((Counter({k["name"]: k["launches_in_capture"]}) for k in counts["kernels"]), Counter())),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    for case in json.loads(sys.argv[1]):
+        print("RESULT " + json.dumps(measure(case)), flush=True)
