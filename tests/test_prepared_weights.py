@@ -18,9 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nvae_fast as nf
-from nvae_fast import _backend, _prepared
-from nvae_fast._prepared import checkpoint_contexts, forget_weights, prepare_weights
-from nvae_fast.nn import WeightNormConv2d
+from nvae_fast import _backend
+from nvae_fast.nn import WeightNormConv2d, shared_weights
+from nvae_fast.nn.shared_weights import checkpoint_contexts, forget_weights, prepare_weights
 from nvae_fast.ops import weight_norm_many
 from nvae_fast.training import Step, TrainingConfig
 
@@ -42,15 +42,15 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Numbers of layers of every computation of a model's weights."""
     calls: list[int] = []
-    many = _prepared.weight_norm_many
+    many = shared_weights.weight_norm_many
 
     def counting(weights: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(weights))
         return many(weights, *args, **options)
 
-    monkeypatch.setattr(_prepared, "weight_norm_many", counting)
+    monkeypatch.setattr(shared_weights, "weight_norm_many", counting)
     yield calls
-    assert not _prepared._state.scopes, "a scope was left open"
+    assert not shared_weights._state.scopes, "a scope was left open"
 
 
 class Net(nn.Module):
@@ -439,7 +439,7 @@ def test_compile(computed: list[int]) -> None:
 def test_an_error_closes_the_scope() -> None:
     with pytest.raises(ZeroDivisionError), prepare_weights(Net()):
         raise ZeroDivisionError
-    assert not _prepared._state.scopes
+    assert not shared_weights._state.scopes
 
 
 def test_one_call_a_pass() -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 from nvae_fast import distributed
-from nvae_fast._prepared import forget_weights, prepare_weights
 from nvae_fast.models import official_keys
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
@@ -30,6 +29,7 @@ from nvae_fast.nn import (
     ResidualCell,
     WeightNormConv2d,
 )
+from nvae_fast.nn.shared_weights import forget_weights, prepare_weights
 from nvae_fast.ops import _checks
 from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob

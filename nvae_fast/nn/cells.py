@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast import _evaluated_cell as evaluated_cell
 from nvae_fast import distributed
-from nvae_fast._evaluated_cell import has_hooks
+from nvae_fast.nn import evaluated_cell
 from nvae_fast.nn.batch_norm import BatchNormSwish, update_together
 from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
+from nvae_fast.nn.evaluated_cell import has_hooks
 from nvae_fast.nn.squeeze_excite import SqueezeExcite
 from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import distributed
-from nvae_fast._prepared import WeightNormed, prepared_layer
+from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
 from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 

@@ -14,8 +14,8 @@ import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from nvae_fast import distributed
-from nvae_fast._evaluated_cell import has_hooks
 from nvae_fast.nn.cells import RESIDUAL_SCALE
+from nvae_fast.nn.evaluated_cell import has_hooks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite

@@ -12,7 +12,7 @@ import traceback
 from collections import Counter
 from typing import Any
 
-from start import device, driver, nf, stand_in, torch
+from start import driver, nf, stand_in, torch
 
 from nvae_fast.training import Step, TrainingConfig
 from nvae_fast.training.graph import WARM_UP

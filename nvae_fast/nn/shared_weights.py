@@ -29,7 +29,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast import _backend, _evaluated_cell
+from nvae_fast import _backend
+from nvae_fast.nn import evaluated_cell
 from nvae_fast.ops import _capture
 from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
@@ -208,7 +209,7 @@ def forget_weights(model: nn.Module) -> None:
     """Drop what evaluation keeps for ``model``, folded cells too: its weights were changed behind PyTorch's back."""
     _lasting.pop(model, None)
     _lists.pop(model, None)
-    _evaluated_cell.forget(model)
+    evaluated_cell.forget(model)
 
 
 def prepared_layer(conv: Convolution) -> _Layer | None:
