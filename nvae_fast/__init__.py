@@ -4,10 +4,10 @@ Importing this package neither initialises CUDA nor imports triton.
 """
 
 from nvae_fast import data, distributions, nn, training
-from nvae_fast._backend import backends, use_backend
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE, NVAEOutput
 from nvae_fast.models.official import load_official, save_official
+from nvae_fast.ops._backend import backends, use_backend
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.mixture_logistic import (

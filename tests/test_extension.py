@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension, _schemas
+from nvae_fast.ops import _backend, _devices, _extension, _schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 # An editable install of this repository would lend its extension to a copy of the package.

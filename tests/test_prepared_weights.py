@@ -18,10 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nvae_fast as nf
-from nvae_fast import _backend
 from nvae_fast.nn import WeightNormConv2d, shared_weights
 from nvae_fast.nn.shared_weights import checkpoint_contexts, forget_weights, prepare_weights
-from nvae_fast.ops import weight_norm_many
+from nvae_fast.ops import _backend, weight_norm_many
 from nvae_fast.training import Step, TrainingConfig
 
 CONFIG = nf.NVAEConfig(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend
 from nvae_fast.cli.common import versions
+from nvae_fast.ops import _backend
 from nvae_fast.ops import _extension as extension
 
 

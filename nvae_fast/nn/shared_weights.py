@@ -29,9 +29,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast import _backend
 from nvae_fast.nn import evaluated_cell
-from nvae_fast.ops import _capture
+from nvae_fast.ops import _backend, _capture
 from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvae_fast import _backend, distributed
-from nvae_fast.ops import _affine, _checks, _coefficients
+from nvae_fast import distributed
+from nvae_fast.ops import _affine, _backend, _checks, _coefficients
 from nvae_fast.ops import batch_norm_swish as batch_norm
 from nvae_fast.ops import channel_statistics as statistics
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension
+from nvae_fast.ops import _backend, _devices, _extension
 
 NAMESPACE = "nvae_fast"
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")

@@ -19,8 +19,7 @@ from typing import Any, Literal, overload
 import torch
 import torch.nn.functional as F
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks, _devices
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._register import operator, room
 from nvae_fast.ops._squash import memory_format

@@ -28,9 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from nvae_fast import _backend, distributed
+from nvae_fast import distributed
 from nvae_fast.ops import (  # noqa: F401  their operators are registered on the way
     _affine,
+    _backend,
     _checks,
     _coefficients,
     batch_norm_swish,

@@ -44,8 +44,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension
+from nvae_fast.ops import _backend, _devices, _extension
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

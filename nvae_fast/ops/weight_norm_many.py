@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast import _backend
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops._register import LIBRARY, NAMESPACE, Room, operator, record_kernels
 from nvae_fast.ops.weight_norm import _backward_formula as _one_backward
 from nvae_fast.ops.weight_norm import _check as _check_one

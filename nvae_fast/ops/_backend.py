@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import torch
 
-from nvae_fast import _devices
+from nvae_fast.ops import _devices
 
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")
