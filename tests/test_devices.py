@@ -18,8 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nvae_fast as nf
-from nvae_fast import _backend, _devices, cli
-from nvae_fast.ops import _extension, depthwise_conv2d, inverted_residual_cell, philox
+from nvae_fast import cli
+from nvae_fast.ops import _backend, _devices, _extension, depthwise_conv2d, inverted_residual_cell, philox
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["sm_80", "sm_90a", "sm_100", "compute_100"]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import assert_close
 
 import nvae_fast as nf
-from nvae_fast._prepared import forget_weights
+from nvae_fast.nn.shared_weights import forget_weights
 from nvae_fast.ops._folded_cell import depthwise_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -18,10 +18,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nvae_fast as nf
-from nvae_fast import _backend, _prepared
-from nvae_fast._prepared import checkpoint_contexts, forget_weights, prepare_weights
-from nvae_fast.nn import WeightNormConv2d
-from nvae_fast.ops import weight_norm_many
+from nvae_fast.nn import WeightNormConv2d, shared_weights
+from nvae_fast.nn.shared_weights import checkpoint_contexts, forget_weights, prepare_weights
+from nvae_fast.ops import _backend, weight_norm_many
 from nvae_fast.training import Step, TrainingConfig
 
 CONFIG = nf.NVAEConfig(
@@ -42,15 +41,15 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> None:
 def computed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """Numbers of layers of every computation of a model's weights."""
     calls: list[int] = []
-    many = _prepared.weight_norm_many
+    many = shared_weights.weight_norm_many
 
     def counting(weights: Any, *args: Any, **options: Any) -> Any:
         calls.append(len(weights))
         return many(weights, *args, **options)
 
-    monkeypatch.setattr(_prepared, "weight_norm_many", counting)
+    monkeypatch.setattr(shared_weights, "weight_norm_many", counting)
     yield calls
-    assert not _prepared._state.scopes, "a scope was left open"
+    assert not shared_weights._state.scopes, "a scope was left open"
 
 
 class Net(nn.Module):
@@ -76,7 +75,7 @@ class Net(nn.Module):
 def alone(function: Callable[[], Any]) -> Any:
     """What ``function`` gives when every layer computes its own weight."""
     nothing = pytest.MonkeyPatch()
-    nothing.setattr("nvae_fast._convolutions.prepared_layer", lambda conv: None)
+    nothing.setattr("nvae_fast.nn.conv.prepared_layer", lambda conv: None)
     try:
         return function()
     finally:
@@ -355,7 +354,7 @@ def test_checkpointing_that_keeps_the_scope(computed: list[int], monkeypatch: py
 
     expected = run()
     del computed[:]
-    monkeypatch.setattr("nvae_fast._convolutions.weight_norm", None)
+    monkeypatch.setattr("nvae_fast.nn.conv.weight_norm", None)
     assert_equal(run(context_fn=checkpoint_contexts), expected, 1e-2)
     assert computed == [3]
     monkeypatch.undo()
@@ -439,7 +438,7 @@ def test_compile(computed: list[int]) -> None:
 def test_an_error_closes_the_scope() -> None:
     with pytest.raises(ZeroDivisionError), prepare_weights(Net()):
         raise ZeroDivisionError
-    assert not _prepared._state.scopes
+    assert not shared_weights._state.scopes
 
 
 def test_one_call_a_pass() -> None:
@@ -456,7 +455,7 @@ def test_one_call_a_pass() -> None:
 
 def test_checkpointed_cells_share_the_weights(computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """``checkpoint_cells``: one computation a step, the gradients of a step that keeps everything."""
-    monkeypatch.setattr("nvae_fast._convolutions.weight_norm", None)  # no layer computes its own
+    monkeypatch.setattr("nvae_fast.nn.conv.weight_norm", None)  # no layer computes its own
     torch.manual_seed(1)
     model = nf.NVAE(CONFIG)
     for part in model.modules():

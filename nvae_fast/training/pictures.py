@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from nvae_fast._distributed import alone
+from nvae_fast.distributed import alone
 from nvae_fast.training.distributed import World
 from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.seeds import mix_seed

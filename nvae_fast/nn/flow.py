@@ -7,7 +7,7 @@ import math
 import torch
 from torch import nn
 
-from nvae_fast._convolutions import WeightNormConv2d
+from nvae_fast.nn.conv import WeightNormConv2d
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.elu import elu
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast import _distributed
-from nvae_fast._prepared import prepared_layer
+from nvae_fast import distributed
+from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
 from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
@@ -20,7 +20,7 @@ def check_kernel(name: str, kernel_size: Any) -> None:
         raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {kernel_size!r}")
 
 
-class WeightNormConv2d(nn.Module):
+class WeightNormConv2d(WeightNormed):
     """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
 
     (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride)), in the dtype of the input. NVAE (arXiv 2007.03898),
@@ -89,12 +89,12 @@ class WeightNormConv2d(nn.Module):
         has_spread = y.numel() // max(y.shape[1], 1) > 1
         if has_spread:
             std, mean = torch.std_mean(y, (0, 2, 3))
-        elif _distributed.world_size(self.process_group) == 1:
+        elif distributed.world_size(self.process_group) == 1:
             return  # the next batch initialises
         else:  # every process takes part, and the average is over those that have a spread
             std = mean = y.new_zeros(y.shape[1])
         share = mean.new_full((1,), float(has_spread))
-        mean, std, share = _distributed.average((mean, std, share), self.process_group)
+        mean, std, share = distributed.average((mean, std, share), self.process_group)
         mean, spread = mean / share, 5.0 * std / share + 1e-5
         if self.bias is not None:
             self.bias.copy_(-mean / spread)

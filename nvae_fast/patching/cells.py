@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
-from nvae_fast import _distributed
-from nvae_fast._accelerate.bound import FORWARDS, bound_forward
-from nvae_fast._accelerate.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
-from nvae_fast._accelerate.plan import Plan, facts_of, forward_of, inside, waits_for_data
-from nvae_fast._batch_norm import update_running
-from nvae_fast._evaluated_cell import has_hooks
-from nvae_fast.nn import RESIDUAL_SCALE
+from nvae_fast import distributed
+from nvae_fast.nn.batch_norm import update_running
+from nvae_fast.nn.cells import RESIDUAL_SCALE
+from nvae_fast.nn.evaluated_cell import has_hooks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.patching.bound import FORWARDS, bound_forward
+from nvae_fast.patching.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
+from nvae_fast.patching.plan import Plan, facts_of, forward_of, inside, waits_for_data
 
 RESIDUAL_CELL = "residual cell"
 WHOLE_CELL = "whole inverted residual cell"
@@ -118,13 +118,13 @@ def _unlike_others(norm: Any) -> bool:
 
 def _groups(modules: list[Any], plan: Plan) -> list[Any]:
     """The different groups of processes over which batch norms take statistics; ALONE where that is this one."""
-    if _distributed.world_size() == 1:
+    if distributed.world_size() == 1:
         return [None]
     found: list[Any] = []
     for place, merged, _ in plan.norms:
-        group = getattr(modules[place], "process_group", None) if merged else _distributed.ALONE
-        if _distributed.world_size(group) == 1:
-            group = _distributed.ALONE
+        group = getattr(modules[place], "process_group", None) if merged else distributed.ALONE
+        if distributed.world_size(group) == 1:
+            group = distributed.ALONE
         elif group is None:
             group = torch.distributed.group.WORLD
         if not any(group is other for other in found):
@@ -159,7 +159,7 @@ def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> b
     if skip.dtype != dtype and torch.promote_types(skip.dtype, dtype) != skip.dtype:
         return False
     # With statistics over several processes each of them must come to the same answer, also one that has no data.
-    alone = _distributed.world_size(_groups(modules, plan)[0]) == 1
+    alone = distributed.world_size(_groups(modules, plan)[0]) == 1
     return not alone or (b * h * w > 1 and b * h_out * w_out > 1)
 
 

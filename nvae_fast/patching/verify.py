@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast import _distributed
-from nvae_fast._accelerate.bound import BoundForward, original
-from nvae_fast._accelerate.clone import clone, perturb
-from nvae_fast._accelerate.forwards import pair
+from nvae_fast import distributed
+from nvae_fast.patching.bound import BoundForward, original
+from nvae_fast.patching.clone import clone, perturb
+from nvae_fast.patching.forwards import pair
 
 # Relative: parts that agree are below 1e-6 in float32, whole cells (four batch norms in a row) below 1e-12 in float64.
 TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
@@ -82,7 +82,7 @@ def _compare(
 ) -> tuple[str | None, bool]:
     """The disagreement, and whether the part's own forward ran at all."""
     # Statistics over processes: a comparison must not communicate.
-    alone = _distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
+    alone = distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
     for mode, training in (("evaluation", False), *((("training", True),) if alone else ())):
         theirs, ours = clone(base, x.dtype).train(training), clone(base, x.dtype).train(training)
         try:

@@ -1,7 +1,4 @@
-"""Modules of NVAE: they own parameters and call the ops. Everything here works in both memory formats.
-
-The cells follow NVAE (arXiv 2007.03898), section 3.1 and appendix A; ``stride`` is 1, 2 (downsample) or -1 (upsample by 2).
-"""
+"""The cells of :mod:`nvae_fast.nn`, and what they are made of."""
 
 from __future__ import annotations
 
@@ -12,37 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast import _distributed
-from nvae_fast import _evaluated_cell as evaluated_cell
-from nvae_fast._batch_norm import BatchNormSwish, set_process_group, update_running
-from nvae_fast._convolutions import PlainConv2d, WeightNormConv2d, check_kernel
-from nvae_fast._evaluated_cell import has_hooks
-from nvae_fast._flow import AutoregressiveTransform, FlowCell, causal_mask
+from nvae_fast import distributed
+from nvae_fast.nn import evaluated_cell
+from nvae_fast.nn.batch_norm import BatchNormSwish, update_running
+from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
+from nvae_fast.nn.evaluated_cell import has_hooks
+from nvae_fast.nn.squeeze_excite import SqueezeExcite
 from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.elu import elu
-from nvae_fast.ops.squeeze_excite import squeeze_excite
-
-__all__ = [
-    "AutoregressiveTransform",
-    "BatchNormSwish",
-    "ConvBlock",
-    "DecoderCombiner",
-    "EncoderCombiner",
-    "FlowCell",
-    "InvertedResidual",
-    "InvertedResidualCell",
-    "PlainConv2d",
-    "ResidualCell",
-    "SkipDown",
-    "SkipUp",
-    "SqueezeExcite",
-    "WeightNormConv2d",
-    "causal_mask",
-    "set_process_group",
-]
 
 RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
@@ -60,31 +37,6 @@ def _check_map(name: str, x: torch.Tensor, channels: int, weight: torch.Tensor) 
         raise TypeError(
             f"{name}: x must have the parameters' dtype {weight.dtype} (or use torch.autocast), got {x.dtype}"
         )
-
-
-class SqueezeExcite(nn.Module):
-    """Channel gate: ``y = g x`` with ``g = sigmoid(expand(relu(reduce(mean_hw(x)))))``, max(C // 16, 4) hidden units.
-
-    Called with x (B, C, H, W) and optionally skip (B, C, H, W) and residual_scale: ``y = skip + residual_scale * g x``.
-    NVAE (arXiv 2007.03898), section 3.1.1; Hu et al., arXiv 1709.01507. The operation: :func:`nvae_fast.squeeze_excite`.
-
-    Args:
-        channels: C.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        hidden = max(channels // 16, 4)
-        self.reduce = nn.Linear(channels, hidden)
-        self.expand = nn.Linear(hidden, channels)
-
-    def forward(
-        self, x: torch.Tensor, skip: torch.Tensor | None = None, residual_scale: float = 1.0
-    ) -> torch.Tensor:
-        return squeeze_excite(
-            x, self.reduce.weight, self.reduce.bias, self.expand.weight, self.expand.bias,
-            skip=skip, residual_scale=residual_scale,
-        )  # fmt: skip
 
 
 class ConvBlock(nn.Module):
@@ -192,7 +144,7 @@ class InvertedResidual(nn.Module):
         stride, norm = self.depthwise.stride[0], self.depthwise_norm
         if stride == 1 or b * -(-h // stride) * -(-w // stride) != 1 or not norm.training:
             return
-        if _distributed.world_size(norm.process_group) == 1:
+        if distributed.world_size(norm.process_group) == 1:
             raise ValueError(
                 f"InvertedResidual: expected more than one value per channel behind stride {stride} to take statistics of, "
                 f"got x {tuple(x.shape)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -40,3 +41,21 @@ def sync_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def keep_as(current: Path, previous: Path) -> None:
+    """Give the current file a second name, so that at no moment the folder is without a whole checkpoint."""
+    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
+    with contextlib.suppress(FileNotFoundError):
+        link.unlink()
+    try:
+        os.link(current, link)
+    except OSError:
+        # No hard links here (some network and FAT file systems): copy instead.
+        shutil.copyfile(current, link)
+    try:
+        os.replace(link, previous)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            link.unlink()
+        raise

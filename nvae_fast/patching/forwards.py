@@ -13,16 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from nvae_fast import _distributed
-from nvae_fast._accelerate.bound import FORWARDS, original
-from nvae_fast._accelerate.taps import live_taps
-from nvae_fast._batch_norm import update_running
-from nvae_fast._evaluated_cell import has_hooks
+from nvae_fast import distributed
+from nvae_fast.nn.batch_norm import update_running
+from nvae_fast.nn.evaluated_cell import has_hooks
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
+from nvae_fast.patching.bound import FORWARDS, original
+from nvae_fast.patching.taps import live_taps
 
 # The kinds of parts, as the report names them.
 BATCH_NORM = "batch norm + swish"
@@ -103,7 +103,7 @@ def is_swish(module: Any) -> bool:
 def _batch_norm_swish(
     module: Any, x: torch.Tensor, *, activation: str | None, merged: bool, counts: bool
 ) -> torch.Tensor:
-    several = merged and _distributed.world_size(getattr(module, "process_group", None)) > 1
+    several = merged and distributed.world_size(getattr(module, "process_group", None)) > 1
     inside = tuple(module.children())
     usable = is_map(x) and (x.numel() or several) and normalising(module) is None and not watched(*inside)
     if not usable:

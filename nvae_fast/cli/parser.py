@@ -1,23 +1,15 @@
-"""The command line: `python -m nvae_fast {train,evaluate,sample,convert,info}`.
-
-Exit codes: 0 done, 2 an error (one line on stderr; `--debug` shows where), 130 or 143 training was stopped by
-SIGINT or SIGTERM after saving a checkpoint (`--resume` goes on from there).
-"""
+"""The parser of all commands and options."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import sys
-import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nvae_fast import cli_options
+from nvae_fast.cli import options
 
 PROGRAM = "nvae_fast"
 ERROR_CODE = 2
-INTERRUPT_CODE = 130
 
 _FROM_PRESET = "; a preset may set another"
 
@@ -29,35 +21,20 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ERROR_CODE, f"{PROGRAM}: error: {message} (see python -m {self.prog} --help)\n")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code."""
-    words = _with_dashes(list(sys.argv[1:] if argv is None else argv))
-    try:
-        arguments = make_parser().parse_args(words)
-    except SystemExit as leave:
-        return leave.code if isinstance(leave.code, int) else ERROR_CODE
-    from nvae_fast import commands
-
-    try:
-        return getattr(commands, arguments.command)(arguments)
-    except KeyboardInterrupt:
-        print(f"\n{PROGRAM}: aborted; checkpoints written before are intact", file=sys.stderr)
-        return INTERRUPT_CODE
-    except BrokenPipeError:
-        # The reader of our output left (`| head`): no error of ours, and nothing more can be said.
-        sys.stderr.close()
-        return 0
-    except Exception as error:
-        if arguments.debug:
-            traceback.print_exc()
-        print(f"{PROGRAM}:{_process()} error: {_one_line(error)}", file=sys.stderr)
-        return ERROR_CODE
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line. Raises SystemExit where argparse would."""
+    return make_parser().parse_args(_with_dashes(words))
 
 
-def _process() -> str:
-    """Which of the processes speaks, where torchrun started several."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return "" if size == "1" else f" process {os.environ.get('RANK', '0')} of {size}:"
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
+    result = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        result.append(word)
+    return result
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -96,7 +73,7 @@ def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     if threads:
         group.add_argument(
             "--threads",
-            type=cli_options.whole_number,
+            type=options.whole_number,
             default=None,
             metavar="N",
             help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
@@ -144,11 +121,11 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         help="when --out holds a run, rename that folder and start anew (default: no)",
     )
     _machine(parser, threads=False)
-    texts, units = cli_options.training_texts()
+    texts, units = options.training_texts()
     training = parser.add_argument_group("training")
-    cli_options.add_dataclass_options(training, TrainingConfig, texts, units=units, note=_FROM_PRESET)
+    options.add_dataclass_options(training, TrainingConfig, texts, units=units, note=_FROM_PRESET)
     model = parser.add_argument_group("model")
-    cli_options.add_dataclass_options(model, NVAEConfig, cli_options.MODEL_HELP, note=_FROM_PRESET)
+    options.add_dataclass_options(model, NVAEConfig, options.MODEL_HELP, note=_FROM_PRESET)
 
 
 def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
@@ -240,27 +217,8 @@ def _number(
     parser.add_argument(
         *([short] if short else []),
         option,
-        type=cli_options.whole_number,
+        type=options.whole_number,
         default=default,
         metavar="N",
         help=f"{text}{f' [{unit}]' if unit else ''} (default: {shown})",
     )
-
-
-def _with_dashes(words: list[str]) -> list[str]:
-    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
-    result = []
-    for word in words:
-        if word.startswith("--") and len(word) > 2:
-            name, equals, value = word.partition("=")
-            word = name.replace("_", "-") + equals + value
-        result.append(word)
-    return result
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
-    prefix = "" if isinstance(error, known) and lines else f"{type(error).__name__}: "
-    return prefix + "; ".join(lines) if lines else type(error).__name__

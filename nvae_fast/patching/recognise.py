@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from nvae_fast._accelerate import cells, forwards
-from nvae_fast._accelerate.bound import BoundForward, bound_forward
-from nvae_fast._accelerate.clone import clone
-from nvae_fast._accelerate.plan import read
-from nvae_fast._accelerate.verify import disagreement, undisturbed
+from nvae_fast.patching import cells, forwards
+from nvae_fast.patching.bound import BoundForward, bound_forward
+from nvae_fast.patching.clone import clone
+from nvae_fast.patching.plan import read
+from nvae_fast.patching.verify import disagreement, undisturbed
 
 Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
 

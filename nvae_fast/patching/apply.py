@@ -1,4 +1,4 @@
-"""This package's kernels in models that were built elsewhere: ``accelerate``, ``acceleration_report``, ``restore``."""
+"""Going over a model part by part: ``accelerate``, ``acceleration_report``, ``restore``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import TypeVar
 
 from torch import nn
 
-from nvae_fast._accelerate import cells
-from nvae_fast._accelerate.bound import BoundForward, bound_forward, remove
-from nvae_fast._accelerate.recognise import examine
+from nvae_fast.patching import cells
+from nvae_fast.patching.bound import BoundForward, bound_forward, remove
+from nvae_fast.patching.recognise import examine
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast._accelerate.bound import OURS, bound_forward
+from nvae_fast.patching.bound import OURS, bound_forward
 
 Place = tuple[torch.dtype, torch.device | None]
 

@@ -1,56 +1,24 @@
-"""Distributions for models built elsewhere: the classes of NVAE-type models, on this package's kernels.
-
-:class:`Normal`, :class:`DiscMixLogistic` and :class:`Bernoulli` take the raw tensors a network emits and the arguments such
-code uses already. Constructing one checks its arguments and computes nothing; a value is computed when it is first asked for.
-
-What code asks for element by element (``mu``, ``sigma``, ``kl``, ``log_p``) is plain PyTorch. What it then sums over pixels
-has a method that is one kernel: :meth:`Normal.kl_per_channel`, :meth:`Normal.log_p_per_channel`, and
-:meth:`Normal.sample_with_kl`, which samples as well. Raw mu and raw log sigma are usually the two halves of one convolution's
-output: the kernels then read that tensor where it is. Arithmetic and every result but samples are float32 for half-precision
-parameters.
-
-:func:`draw_gaussian`, :func:`gaussian_analytical_kl` and :func:`draw_gaussian_with_kl` are the plain Gaussian pair of very deep
-VAEs (arXiv 2011.10650): no clamp, no floor. The formulas of the others: NVAE (arXiv 2007.03898), sections 3.2 and 4.
-"""
+"""The squashed normal of :mod:`nvae_fast.distributions`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
-from nvae_fast._gaussian_pair import (
+from nvae_fast.distributions.gaussian_pair import (
     Seed,
     absolute_normal,
     check_pair,
-    draw_gaussian,
-    draw_gaussian_with_kl,
-    gaussian_analytical_kl,
     same_dtype,
 )
-from nvae_fast._halves import pack
-from nvae_fast._lazy import Lazy
+from nvae_fast.distributions.lazy import Lazy
 from nvae_fast.ops import _checks
+from nvae_fast.ops._halves import pack
 from nvae_fast.ops._squash import LOG_SQRT_2PI, draw_like, soft_clamp
-from nvae_fast.ops.mixture_logistic import (
-    mixture_logistic_log_prob,
-    mixture_logistic_mean,
-    mixture_logistic_sample,
-    uniform,
-)
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.residual_normal import ResidualNormal
-
-__all__ = [
-    "Bernoulli",
-    "DiscMixLogistic",
-    "Normal",
-    "draw_gaussian",
-    "draw_gaussian_with_kl",
-    "gaussian_analytical_kl",
-]
 
 CLAMP, SIGMA_FLOOR = 5.0, 0.01
 
@@ -269,131 +237,3 @@ class Normal(Lazy):
                 f"Normal.{method}: {name} must have shape {tuple(self.shape)}, got {tuple(other.shape)}"
             )
         _checks.device(f"Normal.{method}", name, other._any, self._any)
-
-
-class DiscMixLogistic:
-    """Mixture of discretised logistics over RGB pixels; formulas on the page of
-    :func:`nvae_fast.mixture_logistic_log_prob`.
-
-    Args:
-        param: (B, 10 * num_mix, H, W).
-        num_mix: components. num_bits: bits per colour, 1 to 16.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or value.
-    """
-
-    def __init__(self, param: torch.Tensor, num_mix: int = 10, num_bits: int = 8) -> None:
-        for name, value, most in (("num_mix", num_mix, None), ("num_bits", num_bits, 16)):
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"DiscMixLogistic: {name} must be an int, got {type(value).__name__}")
-            if value < 1 or (most is not None and value > most):
-                bounds = ">= 1" if most is None else f"between 1 and {most}"
-                raise ValueError(f"DiscMixLogistic: {name} must be {bounds}, got {value}")
-        _checks.feature_map("DiscMixLogistic", "param", param)
-        if param.shape[1] != 10 * num_mix:
-            raise ValueError(
-                f"DiscMixLogistic: param must have 10 * num_mix = {10 * num_mix} channels, got shape {tuple(param.shape)}"
-            )
-        self.param, self.num_mix, self.num_bits = param, num_mix, num_bits
-
-    def log_prob(self, samples: torch.Tensor) -> torch.Tensor:
-        """Log-probability (B, H, W) in nats of pixels in [-1, 1]; one kernel, differentiable in ``param``.
-
-        Args:
-            samples: (B, 3, H, W) on the grid ``2 k / (2^num_bits - 1) - 1``. Where they ask for a gradient they get it, at the
-                price of a copy of ``param``; :func:`nvae_fast.mixture_logistic_log_prob` takes pixels in [0, 1], as data.
-
-        Raises:
-            TypeError, ValueError: ``samples`` is not a floating (B, 3, H, W) tensor on ``param``'s device.
-        """
-        op = "DiscMixLogistic.log_prob"
-        b, _, h, w = self.param.shape
-        _checks.shape(op, "samples", samples, (b, 3, h, w), self.param)
-        samples = samples.to(_checks.accumulate_dtype(self.param.dtype))
-        differentiable = samples.requires_grad and torch.is_grad_enabled()
-        param = self._followed_by_means(samples) if differentiable else self.param
-        x = samples.detach() * 0.5 + 0.5
-        return mixture_logistic_log_prob(param, x, num_mixtures=self.num_mix, num_bits=self.num_bits)
-
-    def _followed_by_means(self, samples: torch.Tensor) -> torch.Tensor:
-        """``param``, its means moved against ``samples`` by nothing: only differences of pixels and means matter, so that the
-        gradients of the means, which the kernel has, are the pixels' as well."""
-        b, _, h, w = samples.shape
-        wide, m = self.param.to(samples.dtype), self.num_mix
-        means, log_scales, coefficients = wide[:, m:].reshape(b, 3, 3, m, h, w).unbind(2)
-        red, green, blue = (samples - samples.detach())[:, :, None].unbind(1)
-        c0, c1, c2 = torch.tanh(coefficients.detach()).unbind(1)
-        moved = torch.stack((-red.expand_as(c0), c0 * red - green, c1 * red + c2 * green - blue), dim=1)
-        colours = torch.stack((means + moved, log_scales, coefficients), dim=2)
-        return torch.cat((wide[:, :m], colours.reshape(b, 9 * m, h, w)), dim=1)
-
-    def sample(self, temp: float = 1.0, seed: Seed = None) -> torch.Tensor:
-        """An image (B, 3, H, W) in [0, 1]; one kernel, not differentiable.
-
-        Args:
-            temp: temperature, > 0: divides the logits of the components, multiplies the logistic noise.
-            seed: as in :meth:`Normal.sample`.
-
-        Raises:
-            TypeError, ValueError: ``temp`` or ``seed`` is something else.
-        """
-        return mixture_logistic_sample(self.param, num_mixtures=self.num_mix, temperature=temp, seed=seed)
-
-    def mean(self) -> torch.Tensor:
-        """The mean image (B, 3, H, W) in [0, 1]; differentiable in ``param``."""
-        return mixture_logistic_mean(self.param, num_mixtures=self.num_mix)
-
-
-class Bernoulli(Lazy):
-    """Independent binary pixels with probability ``sigmoid(logits / temp)`` of being 1; plain PyTorch.
-
-    Args:
-        logits: (B, C, H, W).
-        temp: temperature, > 0.
-
-    Raises:
-        TypeError, ValueError: an argument has the wrong type, shape or value.
-    """
-
-    def __init__(self, logits: torch.Tensor, temp: float = 1.0) -> None:
-        _checks.feature_map("Bernoulli", "logits", logits)
-        _checks.temperature("Bernoulli", temp, zero=False)
-        self._keep(logits=logits)
-        self.temp = temp
-
-    @property
-    def logits(self) -> torch.Tensor:
-        """Logits over the temperature (B, C, H, W), float32 or float64."""
-        self._check_unchanged()  # always: what is kept may be the raw tensor
-        return self._get("logits", self._logits)
-
-    def _logits(self) -> torch.Tensor:
-        raw = self._raw["logits"]
-        wide = raw.to(_checks.accumulate_dtype(raw.dtype))
-        return wide if self.temp == 1 else wide / self.temp
-
-    def log_prob(self, samples: torch.Tensor) -> torch.Tensor:
-        """Log-probability of every pixel of ``samples`` (B, C, H, W) in [0, 1]: (B, C, H, W) in nats.
-
-        Raises:
-            TypeError, ValueError: ``samples`` is not such a floating tensor on the logits' device.
-        """
-        raw = self._raw["logits"]
-        _checks.shape("Bernoulli.log_prob", "samples", samples, tuple(raw.shape), raw)
-        logits = self.logits
-        return -F.binary_cross_entropy_with_logits(logits, samples.to(logits.dtype), reduction="none")
-
-    def sample(self, seed: Seed = None) -> torch.Tensor:
-        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`.
-
-        Raises:
-            TypeError, ValueError: ``seed`` is something else.
-        """
-        logits = self.logits
-        seed_tensor = _checks.seed("Bernoulli.sample", seed, logits.device)
-        return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < self.mean()).to(logits.dtype)
-
-    def mean(self) -> torch.Tensor:
-        """The probabilities of a 1, (B, C, H, W)."""
-        return torch.sigmoid(self.logits)

@@ -29,14 +29,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast import _backend, _evaluated_cell
-from nvae_fast.ops import _capture
+from nvae_fast.nn import evaluated_cell
+from nvae_fast.ops import _backend, _capture
 from nvae_fast.ops._conv1x1 import PackedMatrix
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
-Convolution = Any  # a nn.WeightNormConv2d, whose module imports this one
+Convolution = Any  # a WeightNormed with the attributes of nn.WeightNormConv2d
 Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their own; with gradients
+
+
+class WeightNormed(nn.Module):
+    """The base of the convolutions whose normalised weights are computed together: of ``nn.WeightNormConv2d``."""
 
 
 @dataclass
@@ -151,12 +155,10 @@ def _convolutions(model: nn.Module) -> list[Convolution]:
 
 
 def _walk(model: nn.Module) -> Iterator[Convolution]:
-    from nvae_fast._convolutions import WeightNormConv2d
-
     for child in model.children():
         if getattr(child, "_compiled_call_impl", None) is not None:
             continue
-        if isinstance(child, WeightNormConv2d):
+        if isinstance(child, WeightNormed):
             yield child
         yield from _walk(child)
 
@@ -206,7 +208,7 @@ def forget_weights(model: nn.Module) -> None:
     """Drop what evaluation keeps for ``model``, folded cells too: its weights were changed behind PyTorch's back."""
     _lasting.pop(model, None)
     _lists.pop(model, None)
-    _evaluated_cell.forget(model)
+    evaluated_cell.forget(model)
 
 
 def prepared_layer(conv: Convolution) -> _Layer | None:

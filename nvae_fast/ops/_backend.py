@@ -15,7 +15,7 @@ from contextlib import contextmanager
 import torch
 from torch.autograd import forward_ad
 
-from nvae_fast import _devices
+from nvae_fast.ops import _devices
 
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")

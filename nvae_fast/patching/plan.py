@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from nvae_fast._accelerate.bound import bound_forward
-from nvae_fast._accelerate.forwards import (
+from nvae_fast.patching.bound import bound_forward
+from nvae_fast.patching.forwards import (
     BATCH_NORM,
     SQUEEZE_EXCITE,
     is_swish,
