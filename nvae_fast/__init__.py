@@ -5,6 +5,7 @@ Importing this package neither initialises CUDA nor imports triton.
 
 from nvae_fast import data, distributions, nn, training
 from nvae_fast._backend import backends, use_backend
+from nvae_fast._frozen import freeze
 from nvae_fast._version import __version__
 from nvae_fast.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from nvae_fast.models.config import NVAEConfig
@@ -39,6 +40,7 @@ __all__ = [
     "data",
     "depthwise_conv2d",
     "distributions",
+    "freeze",
     "load_official",
     "mixture_logistic_log_prob",
     "mixture_logistic_mean",

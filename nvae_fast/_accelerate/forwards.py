@@ -16,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import _distributed
 from nvae_fast._accelerate.bound import FORWARDS, original
 from nvae_fast._accelerate.taps import live_taps
-from nvae_fast._evaluated_cell import has_hooks
+from nvae_fast._hooks import has_hooks
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d

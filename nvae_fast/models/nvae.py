@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from nvae_fast import _distributed
-from nvae_fast._prepared import forget_weights, prepare_weights
+from nvae_fast._frozen import is_frozen, refuse
+from nvae_fast._prepared import prepare_weights
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
@@ -139,9 +140,14 @@ class NVAE(nn.Module):
         self.checkpoint_cells = False
 
     def train(self, mode: bool = True) -> NVAE:
-        """As torch.nn.Module.train, ``mode`` False for evaluation; the normalised weights that evaluation keeps are dropped."""
-        forget_weights(self)
+        """As torch.nn.Module.train; RuntimeError for ``mode`` True when the model is frozen."""
+        if mode:
+            self._refuse_if_frozen("NVAE.train")
         return super().train(mode)
+
+    def _refuse_if_frozen(self, what: str) -> None:
+        if is_frozen(self):
+            refuse(what)
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -374,6 +380,7 @@ class NVAE(nn.Module):
 
         Every call advances the power iteration of the spectral estimate.
         """
+        self._refuse_if_frozen("NVAE.regularization")
         with torch.autocast(self.top_feature.device.type, enabled=False), prepare_weights(self):
             weights = {name: conv.normalized_weight() for name, conv in convolutions(self).items()}
             return self.spectral(weights), batch_norm_regularizer(self)
@@ -397,6 +404,7 @@ class NVAE(nn.Module):
             TypeError, ValueError: ``passes`` or ``batch`` is no int or below 1, or ``temperature`` no finite number >= 0.
         """
         op = "readjust_batch_norm"
+        self._refuse_if_frozen(f"NVAE.{op}")
         passes, batch = _checks.whole(op, "passes", passes), _checks.whole(op, "batch", batch)
         _checks.temperature(op, temperature, zero=True)
         if passes < 1 or batch < 1:
@@ -420,18 +428,21 @@ class NVAE(nn.Module):
             ValueError: keys are missing or surplus, or shapes differ; they are named.
             TypeError: it is not a mapping of names to tensors.
         """
+        self._refuse_if_frozen("NVAE.load_official_state_dict")
         from nvae_fast import official
 
         official.load_state_dict(self, state_dict)
 
     def official_state_dict(self) -> dict[str, torch.Tensor]:
         """The state under official keys; see :mod:`nvae_fast.official`."""
+        self._refuse_if_frozen("NVAE.official_state_dict")
         from nvae_fast import official
 
         return official.state_dict(self)
 
     def official_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """(official key, parameter) of every parameter; see :mod:`nvae_fast.official`."""
+        self._refuse_if_frozen("NVAE.official_named_parameters")
         from nvae_fast import official
 
         return official.named_parameters(self)
