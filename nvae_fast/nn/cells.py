@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import distributed
-from nvae_fast.nn import evaluated_cell
 from nvae_fast.nn.batch_norm import BatchNormSwish, update_running
 from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
-from nvae_fast.nn.evaluated_cell import has_hooks
+from nvae_fast.nn.hooks import has_hooks
 from nvae_fast.nn.squeeze_excite import SqueezeExcite
 from nvae_fast.ops import _checks
 from nvae_fast.ops import _folded_cell as folded_cell
@@ -150,62 +149,71 @@ class InvertedResidual(nn.Module):
                 f"got x {tuple(x.shape)}"
             )
 
-    def train(self, mode: bool = True) -> InvertedResidual:
-        """As torch.nn.Module.train, ``mode`` False for evaluation; the folded batch norms that evaluation keeps are dropped."""
-        evaluated_cell.forget(self)
-        return super().train(mode)
+    @property
+    def norms(self) -> tuple[BatchNormSwish, BatchNormSwish, BatchNormSwish, BatchNormSwish]:
+        """The four batch norms in order."""
+        return self.norm, self.expand_norm, self.depthwise_norm, self.project_norm
 
-    def _is_plain(self, norms: Sequence[BatchNormSwish], se: SqueezeExcite | None) -> bool:
+    def is_fusable(self, se: SqueezeExcite | None) -> bool:
         """Whether the cell is what the fused function computes: depthwise, all batch norms alike and in one mode, every part
-        of the type it was made with, and nobody's hook waiting inside."""
-        alike = {(n.training, n.eps, n.process_group) for n in norms}
-        activations = [n.activation for n in norms] == [None, "swish", "swish", None]
-        convolutions = (self.expand, self.depthwise, self.project)
+        of the type it was made with, and no hooks inside."""
+        norms = self.norms
         types = [BatchNormSwish] * 4 + [PlainConv2d] * 3 + [SqueezeExcite, nn.Linear, nn.Linear]
         parts: tuple[nn.Module, ...] = (
             *norms,
-            *convolutions,
+            *(self.expand, self.depthwise, self.project),
             *(() if se is None else (se, se.reduce, se.expand)),
         )
         if any(type(part) is not kind or has_hooks(part) for part, kind in zip(parts, types, strict=False)):
             return False
+        alike = {(n.training, n.eps, n.process_group) for n in norms}
+        activations = [n.activation for n in norms] == [None, "swish", "swish", None]
         return self.depthwise.groups == self.depthwise.in_channels and len(alike) == 1 and activations
 
-    def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
-        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode.
-
-        ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
-        """
-        kept = evaluated_cell.find(self, se, x)
-        if kept is not None:
-            return kept(x, skip)
-        norms = (self.norm, self.expand_norm, self.depthwise_norm, self.project_norm)
-        if not fused_cell.available(x.device) or not self._is_plain(norms, se):
-            s = self(x)
-            return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
-        parameters = fused_cell.CellParameters(
+    def cell_parameters(self, se: SqueezeExcite | None) -> fused_cell.CellParameters:
+        """The parameters as the fused function takes them, with those of the gate ``se``."""
+        return fused_cell.CellParameters(
             self.norm.weight, self.norm.bias,
             self.expand.weight, self.expand_norm.weight, self.expand_norm.bias,
             self.depthwise.weight, self.depthwise_norm.weight, self.depthwise_norm.bias,
             self.project.weight, self.project_norm.weight, self.project_norm.bias,
             *(() if se is None else (se.reduce.weight, se.reduce.bias, se.expand.weight, se.expand.bias)),
         )  # fmt: skip
+
+    def running_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(mean, var) of the four batch norms in order."""
+        return [(norm.running_mean, norm.running_var) for norm in self.norms]
+
+    def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
+        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode.
+
+        ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
+        """
+        if not fused_cell.available(x.device) or not self.is_fusable(se):
+            s = self(x)
+            return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
+        parameters, eps = self.cell_parameters(se), self.norm.eps
         stride = -1 if self.upsample else self.depthwise.stride[0]
         if not self.norm.training:
-            running = [(n.running_mean, n.running_var) for n in norms]
-            kept = evaluated_cell.keep(
-                self, se, norms, parameters, running, x=x, skip=skip, stride=stride, residual_scale=RESIDUAL_SCALE
-            )  # fmt: skip
-            if kept is not None:
-                return kept(x, skip)
             return folded_cell.inverted_residual_cell_evaluation(
-                x, skip, parameters, running, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE
+                x,
+                skip,
+                parameters,
+                self.running_statistics(),
+                stride=stride,
+                eps=eps,
+                residual_scale=RESIDUAL_SCALE,
             )
         y, statistics = fused_cell.inverted_residual_cell(
-            x, skip, parameters, stride=stride, eps=self.norm.eps, residual_scale=RESIDUAL_SCALE,
+            x,
+            skip,
+            parameters,
+            stride=stride,
+            eps=eps,
+            residual_scale=RESIDUAL_SCALE,
             group=self.norm.process_group,
-        )  # fmt: skip
-        update_running(norms, statistics)
+        )
+        update_running(self.norms, statistics)
         return y
 
 

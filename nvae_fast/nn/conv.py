@@ -73,9 +73,10 @@ class WeightNormConv2d(WeightNormed):
     def normalized_weight(self) -> torch.Tensor:
         """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
         layer = prepared_layer(self)
-        return self._own_weight() if layer is None else layer.normalized
+        return self.own_weight() if layer is None else layer.normalized
 
-    def _own_weight(self) -> torch.Tensor:
+    def own_weight(self) -> torch.Tensor:
+        """The normalised weight, computed by this call."""
         return weight_norm(self.weight, self.log_weight_norm, self.mask)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -108,14 +109,7 @@ class WeightNormConv2d(WeightNormed):
         _checks.channels("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)
         if self.awaits_data and self.training:
             self._initialize_from(x)
-        layer = prepared_layer(self)
-        if layer is None:
-            weight = self._own_weight()
-        elif layer.matrix is not None and x.is_contiguous(memory_format=torch.channels_last):
-            return layer.matrix(x, self.bias)
-        else:
-            weight = layer.normalized
-        return self._convolve(x, weight, self.bias)
+        return self._convolve(x, self.normalized_weight(), self.bias)
 
     def extra_repr(self) -> str:
         c_out, c_in, k, _ = self.weight.shape

@@ -10,10 +10,8 @@ Outside every scope, and wherever sharing could give anything but the same numbe
 - it runs under hooks on saved tensors, as activation checkpointing installs them: what is saved must be the same when the
   region runs again after the scope. Checkpointing with ``context_fn=checkpoint_contexts`` keeps the shared weights.
 
-In evaluation mode without gradients the weights outlive the scope and are used until one changes, which shows by identity,
-address or version counter. Writes that PyTorch does not count (through ``.data``, by replaying a CUDA graph) do not show:
-``model.train()`` or :func:`forget_weights` says so. All of it is kept outside the modules: copies, pickles and state dicts
-know nothing of it.
+Nothing outlives the scope: every forward pass computes from the parameters as they are. For inference :func:`nvae_fast.freeze`
+computes the weights once. All of it is kept outside the modules: copies, pickles and state dicts know nothing of it.
 """
 
 from __future__ import annotations
@@ -29,9 +27,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from nvae_fast.nn import evaluated_cell
-from nvae_fast.ops import _backend, _capture
-from nvae_fast.ops._conv1x1 import PackedMatrix
+from nvae_fast.ops import _backend
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
@@ -51,17 +47,13 @@ class _Layer:
     sources: tuple[torch.Tensor | None, ...]
     versions: tuple[int, ...]
     places: tuple[Any, ...]
-    aliases: tuple[
-        torch.Tensor, ...
-    ]  # where it lasts: no other tensor can come to stand in the sources' places
-    matrix: PackedMatrix | None = None  # where it lasts and is a matrix: in the library's own layout
 
     def fits(self, conv: Convolution) -> bool:
         sources = _sources(conv)
         return (
             all(a is b for a, b in zip(self.sources, sources, strict=True))
             and self.versions == _versions(sources)
-            and self.places == _places(sources, bool(self.aliases))
+            and self.places == _places(sources)
         )
 
 
@@ -73,24 +65,22 @@ def _versions(sources: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
     return tuple(0 if t.is_inference() else t._version for t in sources if t is not None)
 
 
-def _places(sources: tuple[torch.Tensor | None, ...], lasting: bool) -> tuple[Any, ...]:
-    if not lasting:
-        return tuple((t.dtype, t.device) for t in sources if t is not None)
-    return tuple((t.data_ptr(), t.dtype, t.device, t.stride()) for t in sources if t is not None)
+def _places(sources: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple((t.dtype, t.device) for t in sources if t is not None)
 
 
 class _Prepared:
-    """The weights of one scope, by mode; ``lasting``: of evaluation, to be kept until one changes."""
+    """The weights of one scope, by mode. A scope that was opened without gradients offers none with gradients."""
 
-    def __init__(self, model: nn.Module, *, lasting: bool) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        self.with_gradients = torch.is_grad_enabled()
         self.convolutions = _convolutions(model)
         self.model = weakref.ref(model)
-        self.lasting = lasting
         self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
 
     def get(self, conv: Convolution, mode: Mode) -> _Layer | None:
         dtype, grad = mode
-        if grad and self.lasting:
+        if grad and not self.with_gradients:
             return None
         layers = self.layers.get(mode)
         if layers is None and not grad:
@@ -99,7 +89,7 @@ class _Prepared:
             layers = self.compute(mode)
         layer = layers.get(conv)
         if layer is not None and not layer.fits(conv):
-            layer = self.compute(mode).get(conv) if self.lasting else None
+            layer = None
         elif layer is None and (model := self.model()) is not None:
             _lists.pop(model, None)  # a convolution that came later? The next scope looks again
         return layer
@@ -110,28 +100,15 @@ class _Prepared:
         for conv in convs:
             groups.setdefault(conv.weight.device, []).append(conv)
         layers: dict[Convolution, _Layer] = {}
-        # What lasts may be used outside inference mode.
-        with torch.inference_mode(False) if self.lasting else nullcontext(), torch.set_grad_enabled(mode[1]):
+        with torch.set_grad_enabled(mode[1]):
             for group in groups.values():
                 weights, log_norms, masks = zip(*map(_sources, group), strict=True)
                 normalized = weight_norm_many(weights, log_norms, masks, dtype=mode[0])
                 for conv, value in zip(group, normalized, strict=True):
-                    layers[conv] = self._layer(conv, value)
+                    sources = _sources(conv)
+                    layers[conv] = _Layer(value, sources, _versions(sources), _places(sources))
         self.layers[mode] = layers
         return layers
-
-    def _layer(self, conv: Convolution, normalized: torch.Tensor) -> _Layer:
-        sources = _sources(conv)
-        aliases = tuple(t.detach() for t in sources if t is not None) if self.lasting else ()
-        is_matrix = conv.groups == conv.stride == 1 and normalized.shape[2:] == (1, 1)
-        return _Layer(
-            normalized,
-            sources,
-            _versions(sources),
-            _places(sources, self.lasting),
-            aliases,
-            PackedMatrix(normalized.flatten(1), None) if self.lasting and is_matrix else None,
-        )
 
 
 class _State(threading.local):
@@ -141,8 +118,6 @@ class _State(threading.local):
 
 
 _state = _State()
-# What lasts, by model; the second number is the stream on which it was computed.
-_lasting: WeakKeyDictionary[nn.Module, tuple[_Prepared, int]] = WeakKeyDictionary()
 _lists: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
@@ -175,40 +150,14 @@ def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _open(model: nn.Module) -> Iterator[None]:
     scopes, convs, grad = _state.scopes, _convolutions(model), torch.is_grad_enabled()
-    if not convs or any(convs[0] in s.convolutions and not (grad and s.lasting) for s in scopes):
+    if not convs or any(convs[0] in s.convolutions and (s.with_gradients or not grad) for s in scopes):
         yield
         return
-    scopes.append(_scope(model))
+    scopes.append(_Prepared(model))
     try:
         yield
     finally:
         scopes.pop()
-
-
-def _scope(model: nn.Module) -> _Prepared:
-    if model.training or torch.is_grad_enabled():
-        return _Prepared(model, lasting=False)
-    sources = [t for conv in _convolutions(model) for t in _sources(conv) if t is not None]
-    plain = all(type(t) in (nn.Parameter, torch.Tensor) and not t.is_inference() for t in sources)
-    device = sources[0].device
-    if not plain or any(t.device != device for t in sources):
-        return _Prepared(model, lasting=False)
-    stream = 0
-    if device.type == "cuda":
-        if _capture.recorded(device):  # a graph must compute what it replays with
-            return _Prepared(model, lasting=False)
-        stream = torch.cuda.current_stream(device).cuda_stream
-    found = _lasting.get(model)
-    if found is None or found[1] != stream or found[0].convolutions is not _convolutions(model):
-        found = _lasting[model] = (_Prepared(model, lasting=True), stream)
-    return found[0]
-
-
-def forget_weights(model: nn.Module) -> None:
-    """Drop what evaluation keeps for ``model``, folded cells too: its weights were changed behind PyTorch's back."""
-    _lasting.pop(model, None)
-    _lists.pop(model, None)
-    evaluated_cell.forget(model)
 
 
 def prepared_layer(conv: Convolution) -> _Layer | None:

@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import update_running
 from nvae_fast.nn.cells import RESIDUAL_SCALE
-from nvae_fast.nn.evaluated_cell import has_hooks
+from nvae_fast.nn.hooks import has_hooks
 from nvae_fast.ops import _folded_cell as folded_cell
 from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
@@ -175,15 +175,9 @@ def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tenso
     )  # fmt: skip
     if not n0.training:
         running = [(norm.running_mean, norm.running_var) for norm in norms]
-        # Folded at every call: what others write to `parameter.data` moves no version counter.
-        folded = None
-        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            with _no_autocast(x):
-                f = folded_cell.fold(parameters, running, eps=n0.eps, residual_scale=RESIDUAL_SCALE)
-                folded = folded_cell.ready(f, again=False)
         return folded_cell.inverted_residual_cell_evaluation(
-            x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE, folded=folded
-        )  # fmt: skip
+            x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE
+        )
     y, seen = fused_cell.inverted_residual_cell(
         x, skip, parameters, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE,
         group=_groups(modules, plan)[0],

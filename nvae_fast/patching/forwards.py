@@ -15,7 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import update_running
-from nvae_fast.nn.evaluated_cell import has_hooks
+from nvae_fast.nn.hooks import has_hooks
 from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d

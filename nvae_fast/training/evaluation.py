@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nvae_fast.models.frozen import freeze
 from nvae_fast.training import seeds
 from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import full_precision
-from nvae_fast.training.pictures import evaluation
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -151,7 +151,8 @@ def evaluate(
     samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
     first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
     batch. world: several processes share the images out, each returns the whole result. Raises ValueError for bad
-    arguments, on every process when they differ. The model comes back in the mode it was in.
+    arguments, on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`);
+    the model itself is not changed.
     """
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
@@ -160,7 +161,8 @@ def evaluate(
     total = len(dataset) if max_images is None else min(max_images, len(dataset))
     if total == 0:
         raise ValueError(f"evaluate: {dataset.name} has no images")
-    device = next(model.parameters()).device
+    frozen: Any = freeze(model)
+    device: torch.device = frozen.top_feature.device
     world = world or World()
     world.agree({"--data (number of images)": len(dataset)})
     data_seed = seeds.mix_seed(seed, seeds.DATA)
@@ -170,18 +172,17 @@ def evaluate(
     groups, latent = model.config.num_groups, model.config.num_latent_per_group
     table = torch.zeros(len(starts), 2 + groups + groups * latent, dtype=torch.float64, device=device)
     mine = 0
-    with evaluation(model):
-        for row in range(world.rank, len(starts), world.size):
-            indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
-            x = dataset.batch(indices, data_seed).to(device)
-            own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
-            values, sums = importance_bound(model, x, samples, seed=own, autocast=autocast)
-            head = torch.stack([values.sum(), sums["reconstruction"]])
-            table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
-            mine += len(indices)
-            if on_batch is not None:
-                done = min(starts[row] + world.size * batch_size, total)
-                on_batch(done, -float(table[:, 0].sum()) / mine)
+    for row in range(world.rank, len(starts), world.size):
+        indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
+        x = dataset.batch(indices, data_seed).to(device)
+        own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
+        values, sums = importance_bound(frozen, x, samples, seed=own, autocast=autocast)
+        head = torch.stack([values.sum(), sums["reconstruction"]])
+        table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
+        mine += len(indices)
+        if on_batch is not None:
+            done = min(starts[row] + world.size * batch_size, total)
+            on_batch(done, -float(table[:, 0].sum()) / mine)
     means = world.sum(table).sum(0).cpu() / total
     bound, recon = means[:2].tolist()
     kl_per_group = means[2 : 2 + groups].tolist()
