@@ -169,7 +169,8 @@ class Device(TorchDispatchMode):
             plain_kwargs.pop("non_blocking", None)
         if name == "aten.is_pinned.default":
             return False
-        result = func(*plain_args, **plain_kwargs)
+        real = to_host or name.startswith(WAITING) or not ours
+        result = func(*plain_args, **plain_kwargs) if real else _idle(func, plain_args, plain_kwargs)
         if self.capture is not None:
             self.capture.operators += 1
         if to_host:
@@ -199,6 +200,33 @@ class Device(TorchDispatchMode):
             self.note(f"{name} copies {'from' if isinstance(into, DeviceTensor) or not ours else 'to'} the host")
         elif any(t.dim() for t in host):
             raise RuntimeError(f"{name}: tensors of the host and of the device at {where()}")
+
+
+def _idle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` returns, with nothing computed: fresh memory holds anything, since no Triton kernel has written any."""
+    results = [r.alias_info for r in func._schema.returns]
+    written = [
+        kwargs[a.name] if a.name in kwargs else args[i]
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    if any(alias is not None and not alias.is_write for alias in results) or "set_" in str(func):
+        return func(*args, **kwargs)  # a view, or one that changes what a tensor is
+    if written and all(results):
+        return written[0] if len(results) == 1 else tuple(written) if results else None
+
+    def meta(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    plain = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
+    plain_args, plain = pytree.tree_map_only(torch.Tensor, meta, (args, plain))
+    try:
+        found = func(*plain_args, **plain)
+    except NotImplementedError:  # no meta kernel
+        return func(*args, **kwargs)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), found
+    )
 
 
 _device: Device | None = None

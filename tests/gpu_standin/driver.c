@@ -32,7 +32,7 @@ typedef struct {
 static Device device = {90, 232448, 233472, 132};
 
 typedef struct {
-    char* name;
+    char *name, *label;
     void* module;
     int registers, local, shared_static, max_threads, shared_dynamic;
     long launches, launches_in_capture;
@@ -55,6 +55,8 @@ void standin_device(int capability, int shared_optin, int shared_per_multiproces
 void standin_capture(int on) { capturing = on; }
 void standin_owns(CUresult (*callback)(CUdeviceptr)) { owns = callback; }
 const char* standin_refusal(void) { return refusal; }
+// Names the function loaded last, whose own name others may have.
+void standin_label(const char* label) { functions[function_count - 1]->label = strdup(label); }
 
 void standin_reset(void) {
     loads = loads_in_capture = launches = launches_in_capture = refused = 0;
@@ -71,7 +73,7 @@ long standin_report(char* out, long size) {
     for (int i = 0; i < function_count; ++i) {
         Function* f = functions[i];
         PUT("%s{\"name\": \"%s\", \"registers\": %d, \"spills\": %d, \"launches\": %ld, \"launches_in_capture\": %ld}",
-            i ? ", " : "", f->name, f->registers, f->local, f->launches, f->launches_in_capture);
+            i ? ", " : "", f->label, f->registers, f->local, f->launches, f->launches_in_capture);
     }
     PUT("]}");
     return used + 1;
@@ -182,7 +184,7 @@ CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
     if (registers < 0 || function_count == (int)(sizeof functions / sizeof *functions))
         return refuse(INVALID_IMAGE, "kernel %s: its module lacks the number of registers", name, 0, 0);
     Function* f = calloc(1, sizeof *f);
-    f->name = strdup(name);
+    f->name = f->label = strdup(name);
     f->module = m;
     f->registers = (int)registers;
     f->local = local > 0 ? (int)local : 0;
