@@ -45,4 +45,4 @@ if os.environ.get("NVAE_FAST_STANDIN_FUSED"):
 warnings.filterwarnings("ignore")
 torch.set_num_threads(1)
 device = stand_in.install(driver, kernels)
-driver.owns(lambda address: device.allocation(address) is not None)
+driver.owns(device.use)
