@@ -60,7 +60,15 @@ class Driver:
 
                 def launcher(source: Any, metadata: Any) -> Any:  # made just before its binary is loaded
                     names.append(f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}")
-                    return make(source, metadata)
+                    launch, name = make(source, metadata), names[-1]
+
+                    def checked(*args: Any) -> None:
+                        for value in args:
+                            if hasattr(value, "data_ptr") and value.data_ptr() % value.element_size():
+                                raise RuntimeError(f"{name}: misaligned address of {value.dtype}")
+                        launch(*args)
+
+                    return checked
 
                 def labelled(*args: Any) -> Any:
                     loaded = load_binary(*args)

@@ -1,9 +1,9 @@
 """Every Triton kernel of every operator, forward and backward, bound, compiled and launched on the stand-in GPU.
 
-``python operators.py [all]`` prints one line of JSON: what failed, what was compiled, how often each kernel was launched.
-Shapes are those of the six presets (feature maps and latent variables of every resolution, the batch of one GPU) and odd
-ones. Without ``all`` a covering part of the combinations: every shape in channels_last under bf16 as presets train on a GPU,
-and every combination of memory format and dtype at the odd shapes and at one preset.
+``python operators.py PART [all]`` prints one line of JSON: what failed, what was compiled, how often each kernel was launched.
+A part is a preset's name (its feature maps and latent variables at every resolution, the batch of one GPU) or "odd" (odd
+shapes, and operators that know no shapes). With ``all`` in both memory formats and three dtypes; without, in bf16 and
+channels_last, and a few odd shapes otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from start import device, driver, kernels, nf, torch
+from start import called, device, driver, jit_functions, kernels, nf, torch
 
 from nvae_fast.models.presets import MODEL_PRESETS
 from nvae_fast.ops import _affine
@@ -28,7 +28,10 @@ ODD: tuple[Shape, ...] = ((3, 5, 7, 11), (3, 8, 5, 7), (1, 1, 1, 1), (2, 3, 1, 1
 FORMATS = (torch.channels_last, torch.contiguous_format)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXPANSION = 6  # of the decoder's cells
-WHOLE = "mnist"  # the preset of which a short run, too, takes every combination
+USUAL = (torch.bfloat16, torch.channels_last)  # as presets are trained on a GPU
+# Of the other combinations a short run takes these, at these shapes.
+OTHERS = ((torch.float32, torch.contiguous_format), (torch.float16, torch.channels_last))
+SHORT: tuple[Shape, ...] = ((3, 5, 7, 11), (2, 3, 1, 1))
 
 
 def resolutions(name: str) -> list[tuple[int, int, bool]]:
@@ -143,6 +146,7 @@ def image_operators(make: Maker, shape: Shape) -> Iterator[Callable[[], None]]:
 
 def other_operators() -> Iterator[Callable[[], None]]:
     yield lambda: nf.philox_normal((7, 3), seed=seed())
+    yield lambda: nf.philox_normal((2, 3, 4, 4), seed=seed(), memory_format=torch.channels_last)
     yield lambda: philox_words(seed(), 5)
     yield lambda: split_seed(seed(), 4)
 
@@ -172,34 +176,37 @@ def weight_operators(name: str, make: Maker) -> Iterator[Callable[[], None]]:
     yield lambda: single(sizes[0])
 
 
-def calls(everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
-    """(what, call) of the run."""
+def calls(part: str, everything: bool) -> Iterator[tuple[str, Callable[[], None]]]:
+    """(what, call): those of a preset, or of odd shapes and all the rest."""
 
     def of(what: str, found: Iterator[Callable[[], None]]) -> Iterator[tuple[str, Callable[[], None]]]:
         for number, call in enumerate(found):
             yield f"{what} {number}", call
 
-    def combination(name: str, make: Maker, maps: tuple[set[Shape], set[Shape], set[Shape]]) -> Any:
-        many = (latent_operators, feature_operators, image_operators)
-        for operators, some in zip(many, maps, strict=True):
-            for shape in sorted(some):
-                yield from of(f"{name} {operators.__name__} {shape} {make.dtype} {make.form}", operators(make, shape))
-
     for form in FORMATS:
         for dtype in DTYPES:
             make = Maker(dtype, form)
-            usual = dtype == torch.bfloat16 and form == torch.channels_last
-            for name in MODEL_PRESETS:
-                if everything or usual or name == WHOLE:
-                    yield from combination(name, make, shapes(name))
-                    yield from of(f"{name} weights {dtype} {form}", weight_operators(name, make))
-            yield from combination("odd", make, (set(ODD), set(ODD), set(ODD)))
-    yield from of("others", other_operators())
+            usual = (dtype, form) == USUAL
+            latents, features, images = (set(ODD),) * 3 if part == "odd" else shapes(part)
+            if not (usual or everything):
+                latents, features, images = (
+                    found & set(SHORT) if part == "odd" and (dtype, form) in OTHERS else set()
+                    for found in (latents, features, images)
+                )
+            pairs = (latent_operators, latents), (feature_operators, features), (image_operators, images)
+            for operators, some in pairs:
+                for shape in sorted(some):
+                    yield from of(f"{operators.__name__} {shape} {dtype} {form}", operators(make, shape))
+            if usual or everything or (part == "odd" and form == torch.contiguous_format):
+                name = "mnist" if part == "odd" else part
+                yield from of(f"weights of {name} {dtype} {form}", weight_operators(name, make))
+    if part == "odd":
+        yield from of("others", other_operators())
 
 
-def main(everything: bool) -> dict[str, Any]:
+def main(part: str, everything: bool) -> dict[str, Any]:
     started, failures, done = time.time(), [], 0
-    for what, call in calls(everything):
+    for what, call in calls(part, everything):
         done += 1
         try:
             call()
@@ -207,35 +214,17 @@ def main(everything: bool) -> dict[str, Any]:
             reason = driver.library.standin_refusal().decode()
             failures.append(f"{what}: {type(error).__name__}: {str(error)[:300]} | {reason}")
     counts = driver.report()
-    launches: dict[str, int] = {}
+    launches = {name: 0 for name, _ in jit_functions() if name.endswith("_kernel")}
+    spills = dict(launches)
     for kernel in counts.pop("kernels"):
-        launches[kernel["name"]] = launches.get(kernel["name"], 0) + kernel["launches"]
+        launches[kernel["name"]] += kernel["launches"]
+        spills[kernel["name"]] = max(spills[kernel["name"]], kernel["spills"])
     return {
-        "calls": done, "seconds": round(time.time() - started, 1), "failures": failures, **counts,
-        "kernels": launches, "waits": sorted(set(device.events)), "operators": sorted(kernels),
+        "part": part, "calls": done, "seconds": round(time.time() - started, 1), "failures": failures, **counts,
+        "kernels": launches, "spills": spills, "waits": sorted(set(device.events)),
+        "launchers": sorted(kernels.keys() - called),
     }  # fmt: skip
 
 
 if __name__ == "__main__":
-    if "count" in sys.argv:  # how many would be compiled, without doing it
-        from triton.runtime import jit
-
-        keys = set()
-
-        class Nothing:
-            function = packed_metadata = None
-            launch_metadata = run = staticmethod(lambda *_: None)
-
-        def count(self: Any, key: Any, *_: Any) -> Nothing:
-            keys.add((self.__module__, self.__name__, str(key)))
-            return Nothing()
-
-        jit.JITFunction._do_compile = count
-        found = main("all" in sys.argv)
-        from collections import Counter
-
-        print(len(keys), Counter(k[:2] for k in keys), found["calls"], found["seconds"], len(found["failures"]))
-        for line in found["failures"][:10]:
-            print(line)
-    else:
-        print("RESULT " + json.dumps(main("all" in sys.argv)))
+    print("RESULT " + json.dumps(main(sys.argv[1], "all" in sys.argv)))
