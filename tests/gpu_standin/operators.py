@@ -84,9 +84,7 @@ def latent_operators(make: Maker, shape: Shape) -> Iterator[Callable[[], None]]:
 
     def residual(prior: bool, noise: bool, clamp: float | None) -> None:
         given = {"noise": make.map(shape)} if noise else {"seed": seed()}
-        out = nf.residual_normal(
-            make.map(packed), make.map(packed) if prior else None, clamp=clamp, **given
-        )
+        out = nf.residual_normal(make.map(packed), make.map(packed) if prior else None, clamp=clamp, **given)
         back(*out)
 
     yield lambda: residual(True, False, 5.0)
@@ -120,7 +118,9 @@ def feature_operators(make: Maker, shape: Shape) -> Iterator[Callable[[], None]]
     one, all_ = (1, c), (b, c)
     yield lambda: back(plane_affine(make.map(shape), make.row(*all_), make.map(shape), make.row(*one)))
     yield lambda: back(plane_affine(make.map(shape), make.row(*one), c=make.row(*all_)))
-    yield lambda: plane_dots(make.map(shape, grad=False), make.map(shape, grad=False), make.row(c, grad=False))
+    yield lambda: plane_dots(
+        make.map(shape, grad=False), make.map(shape, grad=False), make.row(c, grad=False)
+    )
 
     def affine(activation: str | None) -> None:
         x, grad = make.map(shape, grad=False), make.map(shape, grad=False)
@@ -138,7 +138,9 @@ def image_operators(make: Maker, shape: Shape) -> Iterator[Callable[[], None]]:
     b, _, h, w = shape
     params, image = (b, 100, h, w), (b, 3, h, w)
     yield lambda: back(nf.mixture_logistic_log_prob(make.map(params), make.map(image, grad=False)))
-    yield lambda: back(nf.mixture_logistic_log_prob(make.map(params), make.map(image, grad=False), num_bits=5))
+    yield lambda: back(
+        nf.mixture_logistic_log_prob(make.map(params), make.map(image, grad=False), num_bits=5)
+    )
     yield lambda: nf.mixture_logistic_sample(make.map(params, grad=False), temperature=0.7, seed=seed())
     yield lambda: nf.mixture_logistic_mean(make.map(params, grad=False))
     yield lambda: nf.philox_normal(shape, seed=seed(), dtype=make.dtype, memory_format=make.form)
@@ -154,7 +156,9 @@ def other_operators() -> Iterator[Callable[[], None]]:
 def weight_operators(name: str, make: Maker) -> Iterator[Callable[[], None]]:
     """All convolutions of a preset with one group a scale, which has every shape; and some with masks."""
     with torch.device("meta"):
-        model = nf.NVAE(nf.NVAEConfig(**{**MODEL_PRESETS[name], "num_groups_per_scale": 1, "ada_groups": False}))
+        model = nf.NVAE(
+            nf.NVAEConfig(**{**MODEL_PRESETS[name], "num_groups_per_scale": 1, "ada_groups": False})
+        )
     convs = [m for m in model.modules() if hasattr(m, "log_weight_norm")]
     sizes = [tuple(conv.weight.shape) for conv in convs]
 
@@ -163,7 +167,9 @@ def weight_operators(name: str, make: Maker) -> Iterator[Callable[[], None]]:
 
     def many(dtype: torch.dtype | None) -> None:
         weights = [make.map(size) for size in sizes]  # type: ignore[arg-type]
-        norms = [torch.empty(size[0], 1, 1, 1, dtype=make.dtype, device="cuda").requires_grad_() for size in sizes]
+        norms = [
+            torch.empty(size[0], 1, 1, 1, dtype=make.dtype, device="cuda").requires_grad_() for size in sizes
+        ]
         back(*nf.weight_norm_many(weights, norms, masks(), dtype=dtype))
 
     def single(size: tuple[int, ...]) -> None:

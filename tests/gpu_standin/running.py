@@ -40,7 +40,7 @@ needs_stand_in = pytest.mark.skipif(bool(missing()), reason=f"no stand-in GPU: {
 
 
 def results(script: str, *arguments: str, fused: bool = False, timeout: int = 1800) -> list[dict[str, Any]]:
-    """The results that ``script``, started in a process of its own, prints; ``fused``: with the operators of the CUDA sources."""
+    """What ``script`` prints, started in a process of its own; ``fused``: with the operators of the CUDA sources."""
     environment = {
         **os.environ,
         "NVAE_FAST_STANDIN": str(FOLDER / f"torch-{torch.__version__}"),

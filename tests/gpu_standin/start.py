@@ -47,7 +47,7 @@ def _called(name: str, function: Any, *args: Any, **more: Any) -> Any:
 
 torch.library.Library.impl = _noting  # type: ignore[method-assign]
 sys.path.insert(0, str(ROOT))
-import nvae_fast as nf  # noqa: E402
+import nvae_fast as nf  # noqa: E402, F401
 from nvae_fast import _backend, _prepared  # noqa: E402
 
 if os.environ.get("NVAE_FAST_STANDIN_FUSED"):

@@ -81,7 +81,11 @@ def user(case: dict[str, Any]) -> None:
             loss.backward()
             return loss
         with torch.no_grad():
-            return model.sample(x.shape[0], 0.7, seed=seed) if case["what"] == "sample" else model(x, seed=seed).logits
+            return (
+                model.sample(x.shape[0], 0.7, seed=seed)
+                if case["what"] == "sample"
+                else model(x, seed=seed).logits
+            )
 
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):
