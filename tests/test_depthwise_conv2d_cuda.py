@@ -16,8 +16,8 @@ from harness import assert_close
 from nvae_fast.ops._activation import activate
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
-ROOM = (1, 1, 1)
-STEPS = {"plain": ROOM, "stride": (2, 1, 1), "up": (1, 1, 2)}
+PLAIN = (1, 1, 1)
+STEPS = {"plain": PLAIN, "stride": (2, 1, 1), "up": (1, 1, 2)}
 DILATED = {"dilated": (1, 2, 1), "both": (2, 2, 1), "up dilated": (1, 2, 2)}
 VECTORS = ("scale", "shift", "alpha", "beta", "gamma", "pivot")
 GRADIENTS = ("x", "weight", "scale", "shift")
@@ -136,9 +136,9 @@ def test_taps(taps: list[int], step: str, channels_last: bool) -> None:
 @pytest.mark.parametrize("activation", [None, "swish", "elu"])
 @pytest.mark.parametrize("given", [(), ("scale", "shift"), ("out", "alpha", "beta", "gamma")], ids=str)
 def test_optional_arguments(given: tuple, activation: str | None) -> None:
-    t = inputs(3, (2, 5, 6, 9), torch.float32, ROOM)
+    t = inputs(3, (2, 5, 6, 9), torch.float32, PLAIN)
     t = {n: v for n, v in t.items() if n in ("x", "weight", "grad", *given)}
-    found, expected = kernels(t, ROOM, activation), truth(t, ROOM, activation)
+    found, expected = kernels(t, PLAIN, activation), truth(t, PLAIN, activation)
     compare(found, {n: v for n, v in expected.items() if v is not None}, torch.float32)
 
 
