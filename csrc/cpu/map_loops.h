@@ -19,7 +19,7 @@ NVAE_INLINE void store(V v, T* p, int n) {
 }
 constexpr int64_t kAhead = 2048;  // bytes
 template <class T>
-NVAE_INLINE void ahead(const T* p) {
+NVAE_INLINE void prefetch(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0);
 }
 template <class T>
@@ -50,7 +50,7 @@ struct Raw {
 };
 
 // One stretch of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is
-// element `at + i * map_step` + j of a dense map, and stands at `eps + i * V::size` (rows: eps + i) in the
+// element `at + i * map_step` + j of a dense map, and is at `eps + i * V::size` (rows: eps + i) in the
 // noise.
 template <class S>
 struct Stretch {
