@@ -60,7 +60,7 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& keep_alive) {
   m.channels_last = last;
   m.height = t.size(2);
   m.width = t.size(3);
-  keep_alive.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or be in keep_alive already
+  keep_alive.push_back(Tensor(t));  // t may be a conversion that nobody else keeps
   return m;
 }
 DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
