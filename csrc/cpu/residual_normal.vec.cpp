@@ -210,7 +210,7 @@ static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors,
           const V inverse_p = V(S(1)) / at.sigma_p;
           const V z = fma(at.sigma_q, eps, at.mu_q);
           T* out = z_at + v * z_step;
-          ahead_to_write(out);
+          prefetch_for_write(out);
           store(z, out, n);
           typename Sums<V>::Terms t;
           t.sigma_q = at.sigma_q;
@@ -292,8 +292,8 @@ struct Gradients {
   // The gradients of a packed tensor, at element `at` of it.
   template <class V>
   NVAE_INLINE void leave(T* to, V mu, V ls, int64_t at, int n) const {
-    ahead_to_write(to + at);
-    ahead_to_write(to + at + log_sigma);
+    prefetch_for_write(to + at);
+    prefetch_for_write(to + at + log_sigma);
     store(mu, to + at, n);
     store(ls, to + at + log_sigma, n);
   }
