@@ -176,9 +176,9 @@ def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None
     t = inputs(kernel, (3, 40, 17, 18), torch.bfloat16, STEPS[step])
     runs = []
     for seed in (0, 1, 2):
-        cuda_shim.library().shim_order(seed)
+        cuda_shim.library().shim_seed(seed)
         runs.append(kernels(t, STEPS[step], "swish"))
-    cuda_shim.library().shim_order(0)
+    cuda_shim.library().shim_seed(0)
     for name in runs[0]:
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
 

@@ -198,13 +198,15 @@ __device__ __forceinline__ void copy_async(uint4* shared, const void* global) {
 #ifdef __CUDA_ARCH__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-  *shared = *static_cast<const uint4*>(global);
+#elif defined(NVAE_CUDA_SHIM)
+  shim_copy_async(shared, global);
 #endif
 }
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(NVAE_CUDA_SHIM)
+  shim_wait_copies();
 #endif
 }
 
