@@ -7,9 +7,11 @@ import os
 import re
 import shutil
 import subprocess
-from functools import cache
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -17,6 +19,21 @@ import torch
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # enum class Dtype
+DEVICES = {
+    "H200": 227 * 1024,
+    "A100": 163 * 1024,
+    "L40": 99 * 1024,
+}  # shared memory of a block, as devices.cpp
+STEPS = {  # stride, dilation, upsample
+    "plain": (1, 1, 1),
+    "stride": (2, 1, 1),
+    "up": (1, 1, 2),
+    "dilated": (1, 2, 1),
+    "both": (2, 2, 1),
+    "up dilated": (1, 2, 2),
+}
+WIDTHS = (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 20, 24, 28, 32, 33, 48, 64, 128, 256)
+SIZES = [(b, c, w, w) for w in WIDTHS for b in (1, 2, 3, 4, 32) for c in (30, 32)]
 ACTIVATIONS = (None, "swish", "elu")
 FIRST, LAST = list(range(13)), list(range(12, 25))  # the taps of the causal 5x5 kernels
 
@@ -53,7 +70,7 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
-def build(source: Path, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
+def build(source: Path, csrc: Path = ROOT / "csrc", *flags: str) -> ctypes.CDLL:
     """The kernels that `source` includes, with the stand-in, as a library."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None:
@@ -62,21 +79,39 @@ def build(source: Path, csrc: Path = ROOT / "csrc") -> ctypes.CDLL:
         pytest.skip("the fibers are written for x86-64")
     folder = Path(mkdtemp())
     command = [compiler, "-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command += [f"-I{HERE}", f"-I{csrc}"]
+    command += [f"-I{HERE}", f"-I{csrc}", *flags]
     run([*command, *SANITIZE, "-c", str(source), "-o", str(folder / "kernels.o")])
     stand_in = [str(HERE / f"{name}.cpp") for name in ("scheduler", "checker", "devices")]
     path = folder / "shim.so"
     run([*command, "-O2", "-shared", *stand_in, str(folder / "kernels.o"), "-ldl", "-o", str(path)])
     found = ctypes.CDLL(str(path))
-    found.shim_reports.restype = found.shim_launches.restype = found.shim_error_text.restype = ctypes.c_char_p
+    for name in ("shim_reports", "shim_launches", "shim_error_text"):
+        getattr(found, name).restype = ctypes.c_char_p
+    for name in ("shim_forward_workspace", "shim_backward_workspace"):
+        if hasattr(found, name):
+            getattr(found, name).restype = ctypes.c_int64
     return found
 
 
-@cache
+LIBRARIES: list[ctypes.CDLL] = []
+
+
 def library() -> ctypes.CDLL:
-    found = build(HERE / "depthwise_conv2d.cpp")
-    found.shim_forward_workspace.restype = found.shim_backward_workspace.restype = ctypes.c_int64
-    return found
+    """The kernels of depthwise_conv2d."""
+    if not LIBRARIES:
+        LIBRARIES.append(build(HERE / "depthwise_conv2d.cpp"))
+    return LIBRARIES[-1]
+
+
+@contextmanager
+def using(other: ctypes.CDLL) -> Iterator[None]:
+    """Kernels of another build in forward() and backward()."""
+    library()
+    LIBRARIES.append(other)
+    try:
+        yield
+    finally:
+        LIBRARIES.pop()
 
 
 def reports(of: ctypes.CDLL) -> str:
@@ -93,7 +128,8 @@ def reports(of: ctypes.CDLL) -> str:
 
 
 class Memory:
-    """The buffers of a launch. Kernels must not touch a byte that belongs to none of them."""
+    """The buffers of a launch; those of four dimensions `offset` elements from an aligned address. Kernels must not
+    touch a byte that belongs to none of them."""
 
     def __init__(self, of: ctypes.CDLL, offset: int = 0) -> None:
         self.library, self.offset = of, offset
@@ -103,14 +139,14 @@ class Memory:
     def fresh(
         self, name: str, shape: tuple[int, ...], dtype: torch.dtype, result: bool = True
     ) -> torch.Tensor:
-        """NaN everywhere, the margin too; `offset` elements from an aligned address."""
+        """NaN everywhere, the margin too."""
         size, margin = torch.Size(shape).numel() * dtype.itemsize, 1024
         buffer = torch.full((size + 2 * margin + 64,), 0xFF, dtype=torch.uint8)
         self.buffers.append(buffer)
-        begin = margin + -buffer.data_ptr() % 64 + self.offset * dtype.itemsize
-        self.library.shim_buffer(
-            name.encode(), ctypes.c_void_p(buffer.data_ptr() + begin), ctypes.c_size_t(size), int(result)
-        )
+        begin = margin + -buffer.data_ptr() % 64
+        begin += self.offset * dtype.itemsize if len(shape) == 4 else 0
+        address = ctypes.c_void_p(buffer.data_ptr() + begin)
+        self.library.shim_buffer(name.encode(), address, ctypes.c_size_t(size), int(result))
         return buffer[begin : begin + size].view(dtype).view(shape)
 
     def fresh_map(
@@ -125,8 +161,11 @@ class Memory:
         """Where a copy of a contiguous (or channels_last) tensor is that kernels may only read."""
         if value is None:
             return None
-        copy = self.fresh(name, (value.numel(),), value.dtype, result=False)
-        copy.copy_(value.as_strided((value.numel(),), (1,)))
+        dense = value.as_strided((value.numel(),), (1,))
+        copy = self.fresh(
+            name, (1, 1, 1, len(dense)) if value.dim() == 4 else (len(dense),), value.dtype, False
+        )
+        copy.copy_(dense)
         return copy.data_ptr()
 
 
@@ -257,3 +296,44 @@ def backward(
     p.workspace = pointer(memory.fresh("workspace", (size,), torch.uint8))
     launched(library(), library().shim_backward(ctypes.byref(p)))
     return grad_x, grad_weight, grad_scale, grad_shift
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared: int  # bytes of dynamic shared memory
+
+
+def plan(
+    size: tuple[int, int, int, int],
+    kernel: int,
+    dtype: torch.dtype,
+    step: tuple[int, int, int] = (1, 1, 1),
+    device: int = 0,
+    offset: int = 0,
+) -> list[Launch]:
+    """The launches of a forward and a backward call with all arguments, of maps that nobody allocates: nothing
+    runs, but a launch that the device would refuse fails."""
+    calls, of = [], library()
+    for problem in (Forward(), Backward()):
+        p = ctypes.pointer(problem)
+        problem.batch, problem.channels, problem.height, problem.width = size
+        problem.kernel, problem.device, problem.channels_last = kernel, device, 1
+        problem.stride, problem.dilation, problem.upsample = step
+        problem.dtype = problem.weight_dtype = DTYPES.index(dtype)
+        names = [
+            name for c in type(problem).__mro__[:2] for name, kind in c._fields_ if kind is ctypes.c_void_p
+        ]
+        for name in names:
+            setattr(problem, name, 4096 + offset * dtype.itemsize)
+        calls.append((of.shim_forward if isinstance(problem, Forward) else of.shim_backward, p))
+    of.shim_launches()
+    of.shim_dry(1)
+    try:
+        for call, p in calls:
+            launched(of, call(p))
+    finally:
+        of.shim_dry(0)
+    lines = of.shim_launches().decode().splitlines()
+    return [Launch(name, *map(int, rest)) for name, *rest in (line.split("\t") for line in lines)]

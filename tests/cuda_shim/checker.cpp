@@ -57,12 +57,14 @@ struct Copy {
 std::vector<Copy> copies[kMostThreads];
 unsigned groups[kMostThreads];  // committed by each thread
 bool waits_ignored;
+int mutation;
 
 std::string kernel_name;
+bool in_block;
 size_t dynamic_bytes;
 std::ostringstream launches, reports;
 std::set<std::pair<std::string, const void*>> reported;
-size_t report_count;
+constexpr size_t kMostReports = 30;
 
 std::string text(const void* kernel) {
   Dl_info info;
@@ -75,6 +77,11 @@ std::string text(const void* kernel) {
   for (const char* of : {"void ", "nvae::cuda::", "nvae::"})
     for (size_t at; (at = name.find(of)) != std::string::npos;) name.erase(at, std::strlen(of));
   return name;
+}
+
+// Whether nothing like it has been reported yet; only then is a report put into words.
+bool is_news(const char* kind, const void* code) {
+  return reported.size() < kMostReports && reported.insert({kind, code}).second;
 }
 
 std::string thread_text(unsigned thread) {
@@ -151,12 +158,13 @@ struct Access {
   }
 };
 
-[[noreturn]] void refuse(const Access& a, const std::string& why = "") {
-  report("out of bounds", a.text() + why, a.code);
+[[noreturn]] void refuse(const Access& a, const char* why = "") {
+  if (is_news("out of bounds", a.code)) report("out of bounds", a.text() + why, a.code);
   abandon_launch(cudaErrorIllegalAddress);
 }
 [[noreturn]] void misaligned(const Access& a, size_t alignment) {
-  report("misaligned", a.text() + ", which is no multiple of " + std::to_string(alignment), a.code);
+  if (is_news("misaligned", a.code))
+    report("misaligned", a.text() + ", which is no multiple of " + std::to_string(alignment), a.code);
   abandon_launch(cudaErrorMisalignedAddress);
 }
 
@@ -174,19 +182,23 @@ bool ordered(uint32_t when, unsigned of_block, unsigned thread, uint32_t forgott
 // read.
 void check(std::vector<Cell>& cells, uintptr_t begin, const Access& a, uint32_t forgotten,
            uint32_t initialised) {
+  const auto complain = [&](const char* kind, const auto& why) {
+    if (is_news(kind, a.code)) report(kind, a.text() + why(), a.code);
+  };
   const auto race = [&](const char* kind, const char* did, unsigned thread) {
-    report(kind, a.text() + ", " + did + " by " + thread_text(thread) + " with no barrier between", a.code);
+    complain(kind,
+             [&] { return ", " + (did + (" by " + thread_text(thread))) + " with no barrier between"; });
   };
   const size_t last = (a.at + a.bytes - 1) / kGranule;
   for (size_t i = a.at / kGranule; i <= last; ++i) {
     Cell& c = cells[i - begin / kGranule];
     if (c.in_flight && c.written >= forgotten && a.what != Do::land_copy)
-      report("cp.async before its wait",
-             a.text() + ", where a copy of " + thread_text(c.writer) + " has not arrived", a.code);
+      complain("cp.async before its wait",
+               [&] { return ", where a copy of " + thread_text(c.writer) + " has not arrived"; });
     const bool after_write = c.written != 0 && !ordered(c.written, c.write_block, c.writer, forgotten);
     const bool after_read = c.read != 0 && !ordered(c.read, c.read_block, c.reader, forgotten);
     if (a.what == Do::read) {
-      if (c.written < initialised) report("uninitialised", a.text() + ", never written", a.code);
+      if (c.written < initialised) complain("uninitialised", [] { return ", never written"; });
       if (after_write) race("RAW race", "written", c.writer);
       if (!after_read) {
         c.reader = static_cast<uint16_t>(own_index);
@@ -248,19 +260,24 @@ void access(const void* at, size_t bytes, Do what, const void* code) {
 }  // namespace
 
 void report(const char* kind, const std::string& detail, const void* code) {
-  ++report_count;
-  if (!reported.insert({kind + kernel_name, code}).second || reported.size() > 30) return;
-  reports << kind << ": " << kernel_name << ", block (" << blockIdx.x << ", " << blockIdx.y << ", "
-          << blockIdx.z << ") thread " << own_index << ' ' << detail;
+  reports << kind << ": " << kernel_name;
+  if (in_block)
+    reports << ", block (" << blockIdx.x << ", " << blockIdx.y << ", " << blockIdx.z << ") thread "
+            << own_index;
+  reports << ' ' << detail;
   Dl_info info;
   if (code && dladdr(code, &info))  // of the call, for addr2line
     reports << " @" << reinterpret_cast<uintptr_t>(code) - 1 - reinterpret_cast<uintptr_t>(info.dli_fbase);
   reports << '\n';
 }
 
+void names_kernel(const void* kernel) {
+  kernel_name = text(kernel);
+  in_block = false;
+}
 void launch_begins(const void* kernel, dim3 grid, dim3 threads, size_t shared) {
   prepare();
-  kernel_name = text(kernel);
+  names_kernel(kernel);
   dynamic_bytes = shared;
   for (auto& of_thread : copies) of_thread.clear();
   host_stack = reinterpret_cast<uintptr_t>(__builtin_frame_address(0));
@@ -269,6 +286,7 @@ void launch_begins(const void* kernel, dim3 grid, dim3 threads, size_t shared) {
            << threads.x * threads.y * threads.z << '\t' << shared << '\n';
 }
 void block_begins() {
+  in_block = true;
   block = blockIdx.x + gridDim.x * (blockIdx.y + gridDim.y * blockIdx.z);
   block_start = since_block = ++now;
   std::memset(shared_block + kRedZone, 0xff, dynamic_bytes);  // NaN
@@ -305,6 +323,7 @@ void shim_copy_async(void* shared, const void* global, int bytes, int used) {
   if (used) access(global, used, Do::read, code);
   copies[own_index].push_back({shared, global, bytes, used, groups[own_index]});
 }
+bool shim_mutated(int n) { return n == mutation; }
 void shim_commit_copies() { ++groups[own_index]; }
 void shim_wait_copies(int left) {
   if (waits_ignored) return;
@@ -336,19 +355,19 @@ void shim_forget_buffers() {
   buffers.clear();
 }
 void shim_dry(int on) { dry = on != 0; }
+void shim_mutate(int n) { mutation = n; }
 void shim_ignore_waits(int on) { waits_ignored = on != 0; }
 
-// What was found since the last call, a line each; and the launches since then: kernel, blocks, threads of a
-// block, bytes of dynamic shared memory.
+// What was found since the last call, a line each; CUDA's last error is forgotten with it.
 const char* shim_reports() {
   static std::string found;
   found = reports.str();
-  if (report_count > reported.size()) found += std::to_string(report_count) + " reports in all\n";
   reports.str("");
+  last_error = cudaSuccess;
   reported.clear();
-  report_count = 0;
   return found.c_str();
 }
+// The launches since the last call: kernel, blocks, threads of a block, bytes of dynamic shared memory.
 const char* shim_launches() {
   static std::string found;
   found = launches.str();

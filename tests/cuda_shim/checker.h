@@ -20,6 +20,7 @@ cudaError_t allows_launch(const void* kernel, dim3 grid, dim3 block, size_t shar
 extern cudaError_t last_error;
 
 // checker.cpp. Times: what happened before `since` is visible to all, see Cell.
+void names_kernel(const void* kernel);  // in reports
 void launch_begins(const void* kernel, dim3 grid, dim3 block, size_t shared);
 void block_begins();
 void block_meets();              // at a barrier

@@ -97,6 +97,9 @@ void shim_copy_async(void* shared, const void* global, int bytes = 16, int used 
 void shim_commit_copies();
 void shim_wait_copies(int groups = -1);
 
+// Whether the kernels, a copy that a test changed on purpose, are to take their n-th change.
+bool shim_mutated(int n);
+
 // The machine has a GPU for each limit of shared memory of a block: 0 an H200 (227 KB), 1 an A100 (163 KB), 2
 // an L40 (99 KB, like RTX 30, 40 and 50, A10 and L4).
 enum cudaError_t {

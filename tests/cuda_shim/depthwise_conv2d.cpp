@@ -1,7 +1,30 @@
 // The GPU kernels of depthwise_conv2d on the CPU, for ctypes.
+#include "cuda/depthwise_conv2d_f32.cu"
+#ifndef SHIM_FLOAT_ONLY  // which is faster to compile
 #include "cuda/depthwise_conv2d_bf16.cu"
 #include "cuda/depthwise_conv2d_f16.cu"
-#include "cuda/depthwise_conv2d_f32.cu"
+#else
+namespace nvae {
+namespace cuda {
+template <>
+cudaError_t launch_forward<Dtype::bf16>(const DepthwiseForward&, void*) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_forward<Dtype::f16>(const DepthwiseForward&, void*) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_backward<Dtype::bf16>(const DepthwiseBackward&, void*) {
+  return cudaErrorInvalidValue;
+}
+template <>
+cudaError_t launch_backward<Dtype::f16>(const DepthwiseBackward&, void*) {
+  return cudaErrorInvalidValue;
+}
+}  // namespace cuda
+}  // namespace nvae
+#endif
 // After the specialisations that it calls.
 #include "cuda/depthwise_conv2d.cu"
 

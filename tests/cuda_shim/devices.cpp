@@ -27,6 +27,13 @@ std::map<std::pair<int, const void*>, size_t> allowed;
 
 cudaError_t fail(cudaError_t error) { return last_error = error; }
 
+cudaError_t too_much_shared(const void* kernel, size_t asked, size_t most) {
+  names_kernel(kernel);
+  report("too much shared memory",
+         "asks for " + std::to_string(asked) + " of " + std::to_string(most) + " bytes");
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace
 
 cudaError_t allows_launch(const void* kernel, dim3 grid, dim3 block, size_t shared) {
@@ -35,7 +42,8 @@ cudaError_t allows_launch(const void* kernel, dim3 grid, dim3 block, size_t shar
       grid.y == 0 || grid.y > 65535 || grid.z == 0 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   const auto found = allowed.find({current, kernel});
-  return shared > (found == allowed.end() ? kUnasked : found->second) ? cudaErrorInvalidValue : cudaSuccess;
+  const size_t most = found == allowed.end() ? kUnasked : found->second;
+  return shared > most ? too_much_shared(kernel, shared, most) : cudaSuccess;
 }
 
 }  // namespace shim
@@ -99,7 +107,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;  // a hint
-  if (value < 0 || value > kDevices[current].shared_of_block) return fail(cudaErrorInvalidValue);
+  const int most = kDevices[current].shared_of_block;
+  if (value < 0) return fail(cudaErrorInvalidValue);
+  if (value > most) return fail(too_much_shared(kernel, value, most));
   allowed[{current, kernel}] = static_cast<size_t>(value);
   return cudaSuccess;
 }

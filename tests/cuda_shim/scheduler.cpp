@@ -146,30 +146,26 @@ void run_warp(unsigned begin, unsigned end) {
   } while (!abandoned && release(begin, end));
 }
 
-// Whether all threads that are left have met at one barrier, or all have ended (then `ended` is set).
+std::string where(const Thread& thread) {
+  const char* slash = std::strrchr(thread.file, '/');
+  return (slash ? slash + 1 : thread.file) + (":" + std::to_string(thread.line));
+}
+
+// Whether all threads have met at one barrier, or all have ended (then `ended` is set).
 bool meet(unsigned count, bool& ended) {
-  const Thread* at = nullptr;
+  const Thread* first = nullptr;
   unsigned done = 0;
-  for (unsigned i = 0; i < count; ++i) {
-    Thread& thread = threads[i];
-    own_index = i;
-    if (thread.state == State::at_collective) {
-      report("divergence", "waits for lanes of its warp that ended or wait elsewhere");
-      return false;
-    }
+  for (own_index = 0; own_index < count; ++own_index) {
+    const Thread& thread = threads[own_index];
+    const char* kind = "divergence";
+    if (thread.state == State::at_collective)
+      return report(kind, "waits for lanes of its warp that ended or wait elsewhere"), false;
     done += thread.state == State::done;
-    if (thread.state != State::at_barrier) continue;
-    if (at && (at->line != thread.line || std::strcmp(at->file, thread.file) != 0)) {
-      report("divergence", "waits at " + std::string(thread.file) + ":" + std::to_string(thread.line) +
-                               ", others at " + at->file + ":" + std::to_string(at->line));
-      return false;
-    }
-    at = &thread;
-  }
-  if (done != 0 && done != count) {
-    report("divergence",
-           "or another ended while others wait at " + std::string(at->file) + ":" + std::to_string(at->line));
-    return false;
+    if (thread.state == State::at_barrier && !first) first = &thread;
+    if (!first) continue;
+    if (done != 0) return report(kind, "or others ended while some wait at " + where(*first)), false;
+    if (first->line != thread.line || std::strcmp(first->file, thread.file) != 0)
+      return report(kind, "waits at " + where(thread) + ", others at " + where(*first)), false;
   }
   ended = done == count;
   return true;
