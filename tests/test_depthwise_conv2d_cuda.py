@@ -4,6 +4,7 @@ compiled by nvcc with registers counted. With a GPU the operators themselves are
 from __future__ import annotations
 
 import ctypes
+import itertools
 from typing import Any
 
 import aot
@@ -219,6 +220,43 @@ def test_which_kernels_are_fast() -> None:
     ):
         p.channels_last, p.dtype, p.kernel = channels_last, cuda_shim.DTYPES.index(dtype), kernel
         assert bool(cuda_shim.library().shim_is_fast(ctypes.byref(p))) == fast
+
+
+@pytest.mark.parametrize("kernel", [3, 5, 7, 11])
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("step", STEPS | DILATED)
+def test_shared_memory_fits_every_gpu(kernel: int, dtype: torch.dtype, step: str) -> None:
+    """At most the 99 KB per block of sm_86, sm_89 and sm_120, whatever the map and with `out` present."""
+    library, byte = cuda_shim.library(), ctypes.c_char(0)
+    forward, backward = cuda_shim.Forward(), cuda_shim.Backward()
+    backward.out = ctypes.addressof(byte) // 16 * 16  # only compared with null, and aligned
+    for p in (forward, backward):
+        p.stride, p.dilation, p.upsample = (STEPS | DILATED)[step]
+        p.kernel, p.channels_last, p.dtype = kernel, 1, cuda_shim.DTYPES.index(dtype)
+        for width in (1, 2, 3, 4, 5, 7, 8, 9, 12, 13, 16, 17, 20, 24, 28, 32, 33, 48, 64, 100, 256):
+            for batch, channels in itertools.product((1, 2, 3, 4, 8, 32, 200), (30, 32, 64, 192)):
+                p.batch, p.channels, p.height, p.width = batch, channels, width, width
+                call = "forward" if p is forward else "backward"
+                needed = getattr(library, f"shim_{call}_shared_memory")(ctypes.byref(p))
+                assert 0 < needed <= 99 * 1024, f"{call}: {needed} bytes for {batch, channels, width, width}"
+
+
+def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
+    x, weight = torch.zeros(4, 32, 8, 8), torch.zeros(32, 1, 11, 11)
+    p, y = cuda_shim.Forward(), torch.empty_like(x, memory_format=torch.channels_last)
+    hold = cuda_shim.describe(p, x, weight, None, None, 1, 1, 1, None, None, True)
+    p.y, p.device, library = y.data_ptr(), 1, cuda_shim.library()  # a limit is asked for once per device
+    needed = library.shim_forward_shared_memory(ctypes.byref(p))
+    library.shim_set_shared_limit(50_000)
+    try:
+        error = library.shim_forward(ctypes.byref(p))
+        text = ctypes.create_string_buffer(200)
+        library.shim_forward_error(error, ctypes.byref(p), text, ctypes.c_size_t(200))
+    finally:
+        library.shim_set_shared_limit(227 * 1024)
+    del hold
+    assert error != 0
+    assert text.value.decode() == f"a block needs {needed} bytes of shared memory, this GPU has 50000"
 
 
 def on_the_gpu(

@@ -90,6 +90,16 @@ cudaError_t general(const DepthwiseBackward& p, void* stream) {
   return cudaGetLastError();
 }
 
+template <class Problem>
+std::string describe(int error, const Problem& p) {
+  const int64_t needed = depthwise_shared_memory(p);
+  int64_t limit = 0;
+  if (shared_memory_limit(p.device, limit) == cudaSuccess && needed > limit)
+    return "a block needs " + std::to_string(needed) + " bytes of shared memory, this GPU has " +
+           std::to_string(limit);
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
 }  // namespace
 
 bool depthwise_is_fast(const DepthwiseConv2d& p) {
@@ -140,7 +150,23 @@ int depthwise_backward(const DepthwiseBackward& p, void* stream) {
   return p.dtype == Dtype::f64 ? finish<double>(p, stream) : finish<float>(p, stream);
 }
 
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+int64_t depthwise_shared_memory(const DepthwiseForward& p) {
+  if (!depthwise_is_fast(p)) return 0;
+  return forward_kind(p, [&](auto kind) {
+    using Shape = typename decltype(kind)::Shape;
+    return static_cast<int64_t>(Shape::shared(forward_walk<Shape>(p), map_bytes(p)));
+  });
+}
+int64_t depthwise_shared_memory(const DepthwiseBackward& p) {
+  if (!depthwise_is_fast(p)) return 0;
+  return backward_kind(p, [&](auto kind) {
+    using Shape = typename decltype(kind)::Shape;
+    return static_cast<int64_t>(Shape::shared(backward_walk<Shape>(p), map_bytes(p), p.out ? 2 : 1));
+  });
+}
+
+std::string depthwise_error(int error, const DepthwiseForward& p) { return describe(error, p); }
+std::string depthwise_error(int error, const DepthwiseBackward& p) { return describe(error, p); }
 
 }  // namespace cuda
 }  // namespace nvae

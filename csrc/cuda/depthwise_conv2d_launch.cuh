@@ -9,10 +9,15 @@ namespace cuda {
 // Grids aim at this many blocks: eight for each of the 132 multiprocessors of an H200, more than are resident
 // at a time. One number for every GPU, so that sums have the same order on all.
 constexpr int64_t kBlocks = 1056;
+// The shared memory of a block that every GPU from sm_80 on has (99 KB: sm_86, sm_89 and sm_120; sm_80 has
+// 163, sm_90 and sm_100 have 227). A launch takes fewer images or columns per block rather than more than
+// this, on every GPU, so that the order of sums does not depend on the GPU either.
+constexpr size_t kSharedMemory = 99 * 1024;
 constexpr int64_t kSegmentRows = 8;  // strips are not cut shorter: each repeats the rows of a kernel
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+inline int map_bytes(const DepthwiseConv2d& p) { return p.dtype == Dtype::f32 ? 4 : 2; }
 inline bool is_folded(const DepthwiseConv2d& p) { return p.upsample == 2 && p.dilation == 1; }
 // The stride within a view: with dilation 2, stride 2 only meets the even rows and columns.
 inline int inner_stride(const DepthwiseConv2d& p) { return p.stride == 2 && p.dilation == 1 ? 2 : 1; }
@@ -80,21 +85,27 @@ Walk forward_walk(const DepthwiseForward& p) {
     w.fold = p.dilation == 1;
   }
   w.vector = w.vector && aligned(p.x);
-  cut(w, p.batch, ceil_divide(p.out_height(), w.y.step), ceil_divide(p.out_width(), w.y.step), Shape::kWarps);
   set_strides(w.x, p, p.height, p.width);
   set_strides(w.y, p, p.out_height(), p.out_width());
-  w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), p.dtype == Dtype::f32 ? 4 : 2);
-  return w;
+  const int bytes = map_bytes(p);
+  for (int warps = Shape::kWarps;; --warps) {
+    cut(w, p.batch, ceil_divide(p.out_height(), w.y.step), ceil_divide(p.out_width(), w.y.step), warps);
+    w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), bytes);
+    if (warps == 1 || Shape::shared(w, bytes) <= kSharedMemory) return w;
+  }
 }
 template <class Shape>
 Walk backward_walk(const DepthwiseBackward& p) {
   Walk w = common_walk(p);
   w.vector = w.vector && aligned(p.grad) && aligned(p.out);
-  cut(w, p.batch, ceil_divide(p.height, w.x.step), ceil_divide(p.width, w.x.step), Shape::kWarps);
   set_strides(w.x, p, p.height, p.width);
   set_strides(w.y, p, p.out_height(), p.out_width());
-  w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), p.dtype == Dtype::f32 ? 4 : 2);
-  return w;
+  const int bytes = map_bytes(p);
+  for (int warps = Shape::kWarps;; --warps) {
+    cut(w, p.batch, ceil_divide(p.height, w.x.step), ceil_divide(p.width, w.x.step), warps);
+    w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), bytes);
+    if (warps == 1 || Shape::shared(w, bytes, p.out ? 2 : 1) <= kSharedMemory) return w;
+  }
 }
 
 // Shapes of kernels, K taps each way and a stride in rings of so many rows: what fits into 128 registers, or
@@ -166,7 +177,7 @@ cudaError_t start_forward(const DepthwiseForward& p, void* stream) {
     ForwardLaunch a = {p, forward_walk<Shape>(p)};
     auto* kernel = depthwise_forward_kernel<D, Kind::K, Kind::S, Kind::M, Kind::G, Kind::PATTERN>;
     const size_t shared = Shape::shared(a.w, kBytes<D>);
-    const cudaError_t error = allow_shared(kernel, shared);
+    const cudaError_t error = allow_shared(kernel, shared, p.device);
     if (error != cudaSuccess) return error;
     const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;
     NVAE_LAUNCH(kernel, grid, Shape::threads(a.w), shared, stream, a);
@@ -182,7 +193,7 @@ cudaError_t start_backward(const DepthwiseBackward& p, void* stream) {
     BackwardLaunch a = {p, backward_walk<Shape>(p)};
     auto* kernel = depthwise_backward_kernel<D, Kind::K, Kind::XS, Kind::DS, Kind::U, Kind::PATTERN>;
     const size_t shared = Shape::shared(a.w, kBytes<D>, p.out ? 2 : 1);
-    const cudaError_t error = allow_shared(kernel, shared);
+    const cudaError_t error = allow_shared(kernel, shared, p.device);
     if (error != cudaSuccess) return error;
     const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;
     NVAE_LAUNCH(kernel, grid, Shape::threads(a.w), shared, stream, a);

@@ -61,7 +61,9 @@ def library() -> ctypes.CDLL:
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
     found = ctypes.CDLL(str(path))
-    found.shim_forward_workspace.restype = found.shim_backward_workspace.restype = ctypes.c_int64
+    for result in ("workspace", "shared_memory"):
+        for direction in ("forward", "backward"):
+            getattr(found, f"shim_{direction}_{result}").restype = ctypes.c_int64
     return found
 
 

@@ -50,10 +50,17 @@ inline float __fdividef(float a, float b) { return a / b; }
 
 using cudaError_t = int;
 using cudaStream_t = void*;
+constexpr int cudaErrorInvalidConfiguration = 9, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97;
 constexpr int cudaSuccess = 0, cudaFuncAttributeMaxDynamicSharedMemorySize = 8;
 constexpr int kShimMostShared = 227 * 1024;  // of a block of sm_90
+extern int shim_shared_limit;                // of the device that is imitated
+inline int cudaDeviceGetAttribute(int* value, int attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return 1;
+  *value = shim_shared_limit;
+  return cudaSuccess;
+}
 inline int cudaFuncSetAttribute(const void*, int, int bytes) {
-  return bytes > kShimMostShared ? 1 : cudaSuccess;
+  return bytes > shim_shared_limit ? 1 : cudaSuccess;
 }
 inline int cudaSetDevice(int) { return cudaSuccess; }
 int cudaGetLastError();

@@ -5,6 +5,7 @@
 
 #include "cuda_runtime.h"
 
+int shim_shared_limit = kShimMostShared;
 dim3 threadIdx, blockIdx, blockDim, gridDim;
 namespace nvae {
 namespace cuda {
@@ -93,7 +94,7 @@ int cudaGetLastError() {
 
 void shim_launch(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& kernel) {
   if (threads == 0 || threads > 1024 || grid.x == 0 || grid.y == 0 || grid.y > 65535 ||
-      shared > kShimMostShared) {
+      shared > static_cast<size_t>(shim_shared_limit)) {
     error = 9;  // as a GPU would say: an invalid configuration
     return;
   }
