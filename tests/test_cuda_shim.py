@@ -31,7 +31,6 @@ WRONG = {
     "kBeforeInput": "out of bounds: reads 4 bytes at byte -4 of 256 of in",
     "kPastResult": "out of bounds: writes 4 bytes at byte 512 of 512 of out",
     "kWriteInput": "out of bounds: writes 4 bytes at byte",
-    "kUninitialised": "uninitialised: reads 4 bytes at byte",
     "kUninitialisedResult": "uninitialised: reads 4 bytes at byte",
     "kCopyNotWaitedFor": "cp.async before its wait",
     "kCopyOfTooYoungGroup": "cp.async before its wait",
@@ -69,9 +68,10 @@ def test_toys(name: str, seed: int) -> None:
         + 1e3 * (i % 32 // 8 * 8 + 3)
         + 1e5 * (i % 32 + 1).clamp(max=31),
         "kCopyGroups": i.float(),
+        "kUninitialised": torch.full((128,), torch.nan),
     }
     if name in right:
-        assert torch.equal(toy(name), right[name])
+        torch.testing.assert_close(toy(name), right[name], rtol=0, atol=0, equal_nan=True)
         return
     with pytest.raises(cuda_shim.Failure) as failure:
         toy(name)
@@ -148,7 +148,7 @@ def test_nothing_is_found_in_the_kernels_as_they_are() -> None:
 def test_a_missing_barrier_is_found(name: str, line: int) -> None:
     cuda_shim.library().shim_remove_barrier(name.encode(), line)
     try:
-        assert re.search(r"RAW race|WAR race|WAW race|uninitialised", found())
+        assert re.search("RAW race|WAR race|WAW race", found())
     finally:
         cuda_shim.library().shim_remove_barrier(b"", 0)
 

@@ -255,6 +255,21 @@ def test_which_kernels_are_fast() -> None:
         assert bool(cuda_shim.library().shim_is_fast(ctypes.byref(p))) == fast
 
 
+def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
+    p, library = cuda_shim.Forward(), cuda_shim.library()
+    memory = cuda_shim.Memory(library)
+    x, weight = torch.zeros(4, 32, 8, 8), torch.zeros(32, 1, 11, 11)
+    cuda_shim.describe(p, memory, x, weight, None, None, 2, 1, 1, None, None, True, cuda_shim.T4)
+    p.y = memory.fresh_map("y", (4, 32, 4, 4), x.dtype, True).data_ptr()
+    needed = library.shim_forward_shared_memory(ctypes.byref(p))
+    error = library.shim_forward(ctypes.byref(p))
+    text = ctypes.create_string_buffer(200)
+    library.shim_forward_error(error, ctypes.byref(p), text, ctypes.c_size_t(200))
+    assert error != 0
+    assert text.value.decode() == f"a block needs {needed} bytes of shared memory, this GPU has {64 * 1024}"
+    assert not cuda_shim.reports(library)
+
+
 def on_the_gpu(
     t: dict[str, Any], step: tuple[int, int, int], activation: str | None, taps: Any, channels_last: bool
 ) -> dict:

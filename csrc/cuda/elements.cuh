@@ -14,10 +14,12 @@ namespace cuda {
 template <Dtype D>
 struct Word {
   using Type = unsigned short;
+  using Four = uint2;  // four elements
 };
 template <>
 struct Word<Dtype::f32> {
   using Type = unsigned int;
+  using Four = uint4;
 };
 template <Dtype D>
 constexpr int kBytes = static_cast<int>(sizeof(typename Word<D>::Type));
@@ -55,13 +57,12 @@ __device__ __forceinline__ void narrow_two(float a, float b, typename Word<D>::T
   to[1] = narrow<D>(b);
 }
 
-// Four elements of 16 bytes: the first four, or of 2-byte elements with part = 1 the others.
 template <Dtype D>
-__device__ __forceinline__ float4 widen_four(const uint4* from, int part) {
+__device__ __forceinline__ float4 widen_four(typename Word<D>::Four w) {
   if constexpr (D == Dtype::f32) {
-    return *reinterpret_cast<const float4*>(from);
+    return make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
+                       __uint_as_float(w.w));
   } else {
-    const uint2 w = reinterpret_cast<const uint2*>(from)[part];
     if constexpr (D == Dtype::bf16)  // in place, which takes no conversion
       return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u),
                          __uint_as_float(w.y << 16), __uint_as_float(w.y & 0xffff0000u));
@@ -192,14 +193,18 @@ __device__ __forceinline__ void activate_all(float* u, float* slope, int activat
   }
 }
 
-// 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of
-// the calling thread, which alone may then read them without a barrier.
-__device__ __forceinline__ void copy_async(uint4* shared, const void* global) {
+// Copies 8 or 16 bytes from global to shared memory without registers. wait_copies() waits for the copies of
+// the calling thread; other threads may read them after a barrier that follows it.
+template <class Four>
+__device__ __forceinline__ void copy_async(Four* shared, const void* global) {
 #ifdef __CUDA_ARCH__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  if constexpr (sizeof(Four) == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
 #elif defined(NVAE_CUDA_SHIM)
-  shim_copy_async(shared, global);
+  shim_copy_async(shared, global, sizeof(Four));
 #endif
 }
 __device__ __forceinline__ void wait_copies() {

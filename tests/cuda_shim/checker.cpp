@@ -240,7 +240,7 @@ void access(const Access& a) {
     const bool dynamic = offset + kRedZone < kMostShared + 2 * kRedZone;
     if (!dynamic && is_index(a.at)) return;
     if (dynamic && (offset >= dynamic_bytes || a.bytes > dynamic_bytes - offset)) refuse(a);
-    check(own_cells, own_begin, a, block_start, block_start);
+    check(own_cells, own_begin, a, block_start, 0);  // unwritten, it holds NaN: that may be read, not used
   } else if (Buffer* b = buffer_of(a.at)) {
     if (a.bytes > b->begin + b->bytes - a.at) refuse(a);
     if (b->result)
@@ -393,6 +393,17 @@ SHIM_ACCESS(8)
 SHIM_ACCESS(16)
 void __tsan_read_range(void* at, size_t bytes) { access(at, bytes, Do::read, SHIM_CODE); }
 void __tsan_write_range(void* at, size_t bytes) { access(at, bytes, Do::write, SHIM_CODE); }
+// Atomics of host code; kernels have none.
+#define SHIM_ATOMIC(BITS)                                                                    \
+  uint##BITS##_t __tsan_atomic##BITS##_load(const volatile uint##BITS##_t* from, int) {      \
+    return __atomic_load_n(from, __ATOMIC_SEQ_CST);                                          \
+  }                                                                                          \
+  void __tsan_atomic##BITS##_store(volatile uint##BITS##_t* to, uint##BITS##_t value, int) { \
+    __atomic_store_n(to, value, __ATOMIC_SEQ_CST);                                           \
+  }
+SHIM_ATOMIC(8)
+SHIM_ATOMIC(32)
+SHIM_ATOMIC(64)
 
 // From -fsanitize=alignment: a pointer is used that is no multiple of its type's alignment.
 struct SanitizerType {

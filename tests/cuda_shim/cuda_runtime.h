@@ -100,8 +100,24 @@ void shim_wait_copies(int groups = -1);
 // Whether the kernels, a copy that a test changed on purpose, are to take their n-th change.
 bool shim_mutated(int n);
 
+// How often threads enter each marked region of the kernels, and how many copies of it a GPU's compiler
+// makes.
+struct ShimRegion {
+  const char* file;
+  int line, copies;
+  long long count;
+  bool known;
+  ShimRegion* next;
+};
+void shim_enter(ShimRegion& region);
+#define NVAE_REGION(copies)                                                            \
+  do {                                                                                 \
+    static ShimRegion shim_region = {__FILE__, __LINE__, (copies), 0, false, nullptr}; \
+    shim_enter(shim_region);                                                           \
+  } while (0)
+
 // The machine has a GPU for each limit of shared memory of a block: 0 an H200 (227 KB), 1 an A100 (163 KB), 2
-// an L40 (99 KB, like RTX 30, 40 and 50, A10 and L4).
+// an L40 (99 KB, like RTX 30, 40 and 50, A10 and L4), 3 a T4 (64 KB).
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,

@@ -19,6 +19,7 @@ constexpr Device kDevices[] = {
     {9, 0, 132, 227 * 1024, 228 * 1024, 2048, 32},  // H200
     {8, 0, 108, 163 * 1024, 164 * 1024, 2048, 32},  // A100
     {8, 9, 142, 99 * 1024, 100 * 1024, 1536, 24},   // L40
+    {7, 5, 40, 64 * 1024, 64 * 1024, 1024, 16},     // T4
 };
 constexpr int kCount = sizeof kDevices / sizeof *kDevices, kReserved = 1024;
 constexpr int kUnasked = 48 * 1024;  // what a kernel may have without cudaFuncSetAttribute

@@ -241,7 +241,23 @@ void shim_launch(const void* kernel, dim3 grid, dim3 block, size_t shared, void 
       }
 }
 
+static ShimRegion* regions;
+void shim_enter(ShimRegion& region) {
+  ++region.count;
+  if (region.known) return;
+  region.known = true;
+  region.next = regions;
+  regions = &region;
+}
+
 extern "C" {
+// visit(file, line, copies, count) for every region that was entered since the last call.
+void shim_regions(void (*visit)(const char*, int, int, long long)) {
+  for (ShimRegion* region = regions; region; region = region->next) {
+    if (region->count) visit(region->file, region->line, region->copies, region->count);
+    region->count = 0;
+  }
+}
 // Another order of warps and lanes: results must not depend on it.
 void shim_seed(unsigned value) { seed = value; }
 // Leaves out the barrier on this line of the file whose path contains `name`; line 0: none.
