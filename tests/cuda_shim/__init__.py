@@ -1,4 +1,24 @@
-"""The GPU kernels of depthwise_conv2d, compiled for the CPU against the stand-in headers of this folder."""
+"""The GPU kernels of depthwise_conv2d on the CPU: a stand-in for CUDA whose checker watches every access.
+
+Threads are fibers that run from barrier to barrier, warps and lanes in random order (``shim_seed``). The kernels are
+compiled with -fsanitize=thread,alignment, but the functions that such code calls at each access are the stand-in's own.
+A report names the kernel, block, thread, byte offset and line. Reported are:
+
+- races: two threads access the same bytes, one of them writes, and no barrier, ``__syncwarp`` or shuffle orders the two;
+  in shared memory and in results, there between the blocks of a launch, too;
+- accesses out of bounds of the launch's dynamic shared memory and of the buffers given to it, reads and writes; writes
+  to inputs;
+- vector accesses and cp.async at addresses that are no multiple of their type's alignment;
+- cp.async: the data arrives when the thread that asked for it waits; until then nobody, itself included, may touch it;
+- results read before they were written. Shared memory that nobody wrote holds NaN: it may be read, but not used;
+- threads of a block at different barriers, or gone while others wait; lanes missing in a collective of their warp;
+- launches that the device refuses: ``Problem.device`` chooses one of four GPUs by their shared memory for a block.
+
+It cannot see: what only real timing or the memory model shows (a race in a spin-wait, a missing ``__threadfence``),
+atomics, textures and caches; PTX, as code under ``__CUDA_ARCH__`` is not compiled; an access past one array that stays
+in its buffer, or hits another buffer (they are at least 2 KB apart); approximate instructions, registers, spills and
+bank conflicts. Static shared memory is checked for races, but not for its bounds.
+"""
 
 from __future__ import annotations
 
