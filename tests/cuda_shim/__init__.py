@@ -128,7 +128,6 @@ def library() -> ctypes.CDLL:
 @contextmanager
 def using(other: ctypes.CDLL) -> Iterator[None]:
     """Kernels of another build in forward() and backward()."""
-    library()
     LIBRARIES.append(other)
     try:
         yield
