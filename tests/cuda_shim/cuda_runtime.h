@@ -70,6 +70,20 @@ inline int cudaMemsetAsync(void* data, int value, size_t bytes, void*) {
   return cudaSuccess;
 }
 
+// How often threads enter each marked region of the kernels, and how many copies of it a GPU's compiler makes.
+struct ShimRegion {
+  const char* file;
+  int line, copies;
+  long long count = 0;
+  ShimRegion* next;
+  ShimRegion(const char* file, int line, int copies);
+};
+#define NVAE_REGION(copies)                                      \
+  do {                                                           \
+    static ShimRegion shim_region(__FILE__, __LINE__, (copies)); \
+    ++shim_region.count;                                         \
+  } while (0)
+
 void shim_launch(dim3 grid, unsigned threads, size_t shared, const std::function<void()>& kernel);
 #define NVAE_LAUNCH(kernel, grid, block, shared, stream, ...) \
   (static_cast<void>(stream), shim_launch((grid), (block), (shared), [&] { kernel(__VA_ARGS__); }))
