@@ -105,6 +105,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   using Shape = BackwardShape<K, XS, DS, U>;
   using Bits = typename Word<D>::Type;
   using Four = typename Word<D>::Four;
+  NVAE_REGION(1);
   constexpr int P = kColumns, G = Shape::kGroups, T = Shape::kTaps, R = U * DS;
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
@@ -201,6 +202,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+    NVAE_REGION(1);
     const Job job(w, index);
     const int a0 = job.segment * w.segment_rows;
     const int rows = px.height - a0 < w.segment_rows ? px.height - a0 : w.segment_rows;
@@ -233,6 +235,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     const auto row_here = [&](int row) { return row >= a0 && row < a0 + rows && columns_here > 0; };
     // Lanes without a column or channel leave what is there, which is not used either.
     const auto fetch = [&](int chunk) {
+      NVAE_REGION(1);
       Bits* to = x_rows + (chunk & 1) * (U * kRow);
       const char* from = static_cast<const char*>(a.p.x) + corner;
       if (w.vector) {
@@ -240,12 +243,14 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
         if (stage.slot() >= columns_here || stage.quad() >= here) return;
 #pragma unroll
         for (int i = 0; i < U; ++i) {
+          NVAE_REGION(U);
           const int row = entering(chunk, i);
           if (row_here(row))
             copy_async(reinterpret_cast<Four*>(to + i * kRow) + lane,
                        from + static_cast<int64_t>(row) * w.x.row);
         }
       } else if (exists) {
+        NVAE_REGION(1);
 #pragma unroll 1
         for (int i = 0; i < U; ++i) {
           const int row = entering(chunk, i);
@@ -261,6 +266,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     fetch(0);
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      NVAE_REGION(1);
       const int chunk_top = top + chunk * Shape::kRows;
       __syncthreads();
       stage.template convert<StageOf::kShare>(chunk_top, on_load);
@@ -274,6 +280,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
       const Bits* x_of = x_rows + (chunk & 1) * (U * kRow) + lane;
 #pragma unroll
       for (int t = 0; t < Shape::kSteps; ++t) {
+        NVAE_REGION(Shape::kSteps);
 #pragma unroll
         for (int j = 0; j < XS; ++j) {
           const int i = XS * t + j, slot = (U - XS + i) % U;
@@ -281,6 +288,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 #pragma unroll
           for (int p = 0; p < P; ++p) value[p] = dh[slot][p] = 0.f;
           if (row_here(entering(chunk, i))) {
+            NVAE_REGION(U);
             float x[P], slope[P];
 #pragma unroll
             for (int p = 0; p < P; ++p) {
@@ -293,8 +301,10 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
               for (int p = 0; p < P; ++p) kept[slot * kRow + p * kLanes] = make_float2(x[p], slope[p]);
             if (columns_here < P)
 #pragma unroll
-              for (int p = 1; p < P; ++p)
+              for (int p = 1; p < P; ++p) {
+                NVAE_REGION(0);
                 if (p >= columns_here) value[p] = 0.f;
+              }
           }
 #pragma unroll
           for (int p = 0; p < P; ++p) h[slot][p] = value[p];
@@ -302,6 +312,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 #pragma unroll
         for (int d = 0; d < DS; ++d) {
           if (stage.row_inside(chunk_top + DS * t + d)) {
+            NVAE_REGION(Shape::kSteps * DS);
             float dy[Shape::kInputs];
 #pragma unroll
             for (int q = 0; q < Shape::kInputs; ++q) dy[q] = from[q * kLanes];
@@ -347,6 +358,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                 boundary[((group - 1) * 2 + (chunk & 1)) * (U * kRow) + p * kLanes] = dh[slot][p];
           }
           if (group == 0 && row_here(row)) {
+            NVAE_REGION(U);
             float gradient[P];
 #pragma unroll
             for (int p = 0; p < P; ++p) {
@@ -373,6 +385,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     }
   }
   if (!need_weight && !need_affine) return;
+  NVAE_REGION(1);
 
   // The block's sums, warp after warp in a fixed order, to the workspace: [block][tap, shift,
   // scale][channel].
@@ -396,8 +409,13 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                    static_cast<int64_t>(at.job_block * w.views + at.view) * Shape::kSums * channels + channel;
   for (int i = warp + (need_weight ? 0 : T * T); i < Shape::kSums;
        i += static_cast<int>(blockDim.x) / kLanes) {
+    NVAE_REGION(1);
     float sum = 0.f;
-    for (int n = 0; n < walkers; ++n) sum += tile[(n * Shape::kSums + i) * kLanes + lane];
+#pragma unroll 1
+    for (int n = 0; n < walkers; ++n) {
+      NVAE_REGION(1);
+      sum += tile[(n * Shape::kSums + i) * kLanes + lane];
+    }
     partial[i * channels] = sum;
   }
 }

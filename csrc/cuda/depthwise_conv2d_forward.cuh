@@ -82,6 +82,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   using Bits = typename Word<D>::Type;
   using Four = typename Word<D>::Four;
   constexpr int P = kColumns;
+  NVAE_REGION(1);
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
   const Position at(w);
@@ -111,6 +112,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   int pad_rows = K / 2, pad_columns = K / 2, pitch = taps;
   const float* weights = tile;
   if (w.fold) {
+    NVAE_REGION(1);
     // Tap u of the folded filter is the sum of the rows of the kernel that reach its source row: two at most.
     const int fp = at.view >> 1, fq = at.view & 1;
     pad_rows = folded_pad(fp, kernel), pad_columns = folded_pad(fq, kernel);
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+    NVAE_REGION(1);
     const Job job(w, index);
     const int i0 = job.segment * w.segment_rows;
     const int rows = py.height - i0 < w.segment_rows ? py.height - i0 : w.segment_rows;
@@ -193,23 +196,30 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     const int top = S * i0 - pad_rows;
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      NVAE_REGION(1);
       const int chunk_top = top + chunk * Shape::kRows;
       __syncthreads();  // the tile has been read
-      if (activation == kSwish)
+      if (activation == kSwish) {
+        NVAE_REGION(1);
         stage.template convert<StageOf::kShare>(chunk_top, OnLoad<kSwish>{scale, shift});
-      else if (activation == kElu)
+      } else if (activation == kElu) {
+        NVAE_REGION(1);
         stage.template convert<1>(chunk_top, OnLoad<kElu>{scale, shift});
-      else
+      } else {
+        NVAE_REGION(1);
         stage.template convert<1>(chunk_top, OnLoad<kIdentity>{scale, shift});
+      }
       if (chunk + 1 < chunks) stage.copy(chunk_top + Shape::kRows);
       __syncthreads();
       const float* from =
           tile + (image * Shape::kRows * w.columns + column_group * Shape::kStep) * kLanes + lane;
 #pragma unroll
       for (int t = 0; t < M; ++t) {
+        NVAE_REGION(M);
 #pragma unroll
         for (int phase = 0; phase < S; ++phase) {
           if (stage.row_inside(chunk_top + t * S + phase)) {
+            NVAE_REGION(M * S);
             float in[Shape::kInputs];
 #pragma unroll
             for (int q = 0; q < Shape::kInputs; ++q) in[q] = from[q * kLanes];
@@ -244,12 +254,14 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
             for (int p = 0; p < P; ++p) row[(group * 2 + (chunk & 1)) * kHanded + p * kLanes] = acc[slot][p];
         }
         if (group == G - 1 && o >= 0 && o < rows && stores) {
+          NVAE_REGION(M);
           char* to = out + static_cast<int64_t>(o) * w.y.row;
           Bits bits[P];
 #pragma unroll
           for (int p = 0; p < P; p += 2) narrow_two<D>(acc[slot][p], acc[slot][p + 1], bits + p);
           store_columns<P>(to, w.y.column, columns_here, bits);
           if (stats) {
+            NVAE_REGION(M);
             // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
             if (count == 0) pivot = widen<D>(bits[0]);
             count += columns_here;
@@ -268,6 +280,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     }
   }
   if (!stats) return;
+  NVAE_REGION(1);
 
   // Chan's merge of the block's warps, in their order.
   __syncthreads();
@@ -282,9 +295,11 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   }
   __syncthreads();
   if (warp == 0 && exists) {
+    NVAE_REGION(1);
     float n = 0.f, mean = 0.f, m2 = 0.f;
 #pragma unroll 1
     for (int i = 0; i < walkers; ++i) {
+      NVAE_REGION(1);
       const float* other = of_warp + i * 3 * kLanes + lane;
       if (other[0] == 0.f) continue;
       const float all = n + other[0], part = other[0] * reciprocal(all), d = other[kLanes] - mean;

@@ -89,22 +89,36 @@ struct Job {
   }
 };
 
+constexpr int kAtOnce = 7;  // weights per thread in flight: with K = 5 all
+
 // The weights of a block's channels, contiguous; with `mask` dead taps are set to 0.
 __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask, int64_t first, int here,
                                              int taps, float* to) {
   const int64_t begin = first * taps;
-  const int count = here * taps;
+  const int count = here * taps, step = static_cast<int>(blockDim.x);
+  NVAE_REGION(1);
   if (p.weight_dtype == Dtype::f32) {
     const float* from = static_cast<const float*>(p.weight) + begin;
-    for (int i = threadIdx.x; i < count; i += blockDim.x) to[i] = from[i];
-  } else {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
+    for (int i = threadIdx.x; i < count; i += kAtOnce * step) {
+      NVAE_REGION(1);
+      float value[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) value[n] = i + n * step < count ? from[i + n * step] : 0.f;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+        if (i + n * step < count) to[i + n * step] = value[n];
+    }
+  } else {
+    NVAE_REGION(1);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += step)
       to[i] = load_any<float>(p.weight, p.weight_dtype, begin + i);
   }
   if (mask && p.masked) {
+    NVAE_REGION(1);
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += blockDim.x)
+    for (int i = threadIdx.x; i < count; i += step)
       if (!p.tap_is_live(i % taps)) to[i] = 0.f;
   }
   __syncthreads();
@@ -178,8 +192,11 @@ struct Stage {
 
   // Once, before the first job.
   __device__ __forceinline__ void clear_halo() const {
+    NVAE_REGION(1);
     if (w.tiles > 1) return;
+#pragma unroll 1
     for (int i = threadIdx.x; i < w.images * kHalo * kQuads; i += blockDim.x) {
+      NVAE_REGION(1);
       const int pixel = i / kQuads, r = pixel / HALO, h = pixel - r * HALO;
       const int j = h < pad ? h : h + STEP * w.column_groups;
       *reinterpret_cast<float4*>(tile + (r * w.columns + j) * kLanes + quad()) =
@@ -188,6 +205,7 @@ struct Stage {
   }
 
   __device__ __forceinline__ void begin(int64_t first_image, int64_t batch, int column) {
+    NVAE_REGION(1);
     first_column = column;
     images_at = first_image * from.image;
     const int mine = column + column_group * STEP + (vector ? slot() % STEP : 0);
@@ -205,6 +223,7 @@ struct Stage {
   __device__ __forceinline__ void each_pass(int top, Visit visit) const {
 #pragma unroll UNROLL
     for (int i = 0; i < kShare; ++i) {
+      NVAE_REGION(UNROLL);
       const int pass = GROUPS == 1 ? i : i * GROUPS + group;
       const int r = STEP < kPixels ? pass * (kPixels / STEP) + slot() / STEP : pass / kSides;
       if ((GROUPS == 1 && ROWS * STEP % kPixels == 0) || r < ROWS)
@@ -214,9 +233,11 @@ struct Stage {
   // visit(number, row, inside, bytes from a source, element of the tile, channel), PER to a pixel.
   template <int PER, class Visit>
   __device__ __forceinline__ void each_halo(int top, Visit visit) const {
+    NVAE_REGION(1);
     if (w.tiles == 1) return;
 #pragma unroll 1
     for (int i = threadIdx.x; i < kHalo * PER; i += blockDim.x) {
+      NVAE_REGION(1);
       const int pixel = i / PER, r = pixel / HALO, h = pixel - r * HALO, channel = i % PER * (kLanes / PER);
       const int j = h < pad ? h : h + STEP * w.column_groups, column = first_column - pad + j;
       if (!row_inside(top + r)) continue;
@@ -225,19 +246,22 @@ struct Stage {
             (r * w.columns + j) * kLanes + channel, channel);
     }
   }
-  __device__ __forceinline__ Four* raw_of(int n) const {
-    return raw + n * (kShare * static_cast<int>(blockDim.x) + (w.tiles > 1 ? kHalo * kQuads : 0));
+  // Between two sources.
+  __device__ __forceinline__ int raw_stride() const {
+    return kShare * static_cast<int>(blockDim.x) + (w.tiles > 1 ? kHalo * kQuads : 0);
   }
   __device__ __forceinline__ Four* raw_own(int n, int i) const {
-    return raw_of(n) + (warp() * kShare + i) * kLanes + lane();
+    return raw + (n * raw_stride() + (warp() * kShare + i) * kLanes + lane());
   }
   __device__ __forceinline__ Four* raw_halo(int n, int i) const {
-    return raw_of(n) + kShare * static_cast<int>(blockDim.x) + i;
+    return raw + (n * raw_stride() + kShare * static_cast<int>(blockDim.x) + i);
   }
 
   __device__ __forceinline__ void copy(int top) const {
+    NVAE_REGION(1);
     if (!vector) return;
     each_pass<kShare>(top, [&](int i, int r, int side) {
+      NVAE_REGION(kShare);
       if (!brings(side)) return;
 #pragma unroll
       for (int n = 0; n < SOURCES; ++n)
@@ -245,6 +269,7 @@ struct Stage {
           copy_async(raw_own(n, i), at(n, own_at, top + r) + (side ? kPixels * from.column : 0));
     });
     each_halo<kQuads>(top, [&](int i, int row, bool in, int64_t offset, int, int) {
+      NVAE_REGION(1);
       if (!in) return;
 #pragma unroll
       for (int n = 0; n < SOURCES; ++n)
@@ -255,32 +280,40 @@ struct Stage {
   // Map: of(channel) gives the function of four channels from there on, one(channel, ...) that of one.
   template <int UNROLL, class Map>
   __device__ __forceinline__ void convert(int top, const Map& map) const {
+    NVAE_REGION(1);
     float* own = tile + (image * ROWS * w.columns + pad + column_group * STEP) * kLanes;
     wait_copies();
     if (!vector) {
+      NVAE_REGION(1);
       convert_single(top, map, own + lane());
       return;
     }
-    const auto put = [&](bool in, auto& function, auto address, float* to) {
-      float4 v[SOURCES];
-#pragma unroll
-      for (int n = 0; n < SOURCES; ++n) {
-        v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
-        if (in && (n == 0 || source[n])) v[n] = widen_four<D>(*address(n));
-      }
-      if (in) v[0] = function(v[0], v[SOURCES - 1]);
-      *reinterpret_cast<float4*>(to) = v[0];
-    };
     const auto function = map.of(quad());
     own += slot() % STEP * kLanes + quad();
     each_pass<UNROLL>(top, [&](int i, int r, int side) {
-      put(
-          brings(side), function, [&](int n) { return raw_own(n, i); },
-          own + (r * w.columns + side * kPixels) * kLanes);
+      NVAE_REGION(UNROLL);
+      put_four(brings(side), function, raw_own(0, i), own + (r * w.columns + side * kPixels) * kLanes);
     });
     each_halo<kQuads>(top, [&](int i, int, bool in, int64_t, int to, int) {
-      put(in, function, [&](int n) { return raw_halo(n, i); }, tile + to);
+      NVAE_REGION(1);
+      put_four(in, function, raw_halo(0, i), tile + to);
     });
+  }
+
+ private:
+  template <class Function>
+  __device__ __forceinline__ void put_four(bool in, const Function& function, const Four* copied,
+                                           float* to) const {
+    float4 v[SOURCES];
+#pragma unroll
+    for (int n = 0; n < SOURCES; ++n) v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (in) {
+#pragma unroll
+      for (int n = 0; n < SOURCES; ++n)
+        if (n == 0 || source[n]) v[n] = widen_four<D>(copied[n * raw_stride()]);
+      v[0] = function(v[0], v[SOURCES - 1]);
+    }
+    *reinterpret_cast<float4*>(to) = v[0];
   }
   template <class Map>
   __device__ __forceinline__ void convert_single(int top, const Map& map, float* own) const {
