@@ -6,8 +6,6 @@ import ctypes
 import re
 import shutil
 from functools import cache
-from pathlib import Path
-from tempfile import mkdtemp
 from typing import NamedTuple
 
 import cuda_shim
@@ -210,7 +208,7 @@ MUTATIONS = {
 @cache
 def mutants() -> ctypes.CDLL:
     """A build in which each mutation can be switched on."""
-    folder = Path(mkdtemp()) / "csrc"
+    folder = cuda_shim.temporary_folder() / "csrc"
     shutil.copytree(cuda_shim.ROOT / "csrc", folder)
     for number, (name, m) in enumerate(MUTATIONS.items(), 1):
         count = 0

@@ -22,6 +22,7 @@ bank conflicts. Static shared memory is checked for races, but not for its bound
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import re
@@ -91,6 +92,13 @@ def run(command: list[str]) -> str:
     return done.stdout
 
 
+def temporary_folder() -> Path:
+    """One that lasts as long as the process: addr2line reads the library in it."""
+    folder = mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
+
+
 def build(source: Path, csrc: Path = ROOT / "csrc", *flags: str) -> ctypes.CDLL:
     """The kernels that `source` includes, with the stand-in, as a library."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
@@ -98,7 +106,7 @@ def build(source: Path, csrc: Path = ROOT / "csrc", *flags: str) -> ctypes.CDLL:
         pytest.skip("no C++ compiler")
     if os.uname().machine != "x86_64":
         pytest.skip("the fibers are written for x86-64")
-    folder = Path(mkdtemp())
+    folder = temporary_folder()
     command = [compiler, "-std=c++17", "-fPIC", "-fno-gnu-unique", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
     command += [f"-I{HERE}", f"-I{csrc}", *flags]
     run([*command, *SANITIZE, "-c", str(source), "-o", str(folder / "kernels.o")])
