@@ -216,13 +216,15 @@ __device__ __forceinline__ void copy_async(Four* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
   else
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
-#else
-  *shared = *static_cast<const Four*>(global);
+#elif defined(NVAE_CUDA_SHIM)
+  shim_copy_async(shared, global, sizeof(Four));
 #endif
 }
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(NVAE_CUDA_SHIM)
+  shim_wait_copies();
 #endif
 }
 
