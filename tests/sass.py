@@ -24,6 +24,7 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]
 @dataclass(frozen=True)
 class Instruction:
     opcode: str
+    block: int  # basic block
     frames: tuple[Frame, ...]  # where it comes from: innermost inlined function first, the kernel last
 
 
@@ -57,16 +58,20 @@ def instructions(source: Path, arch: str) -> dict[str, list[Instruction]]:
     kernels: dict[str, list[Instruction]] = {}
     frames: tuple[Frame, ...] = ()
     fresh: list[Frame] = []
+    block = 0
     for line in text.splitlines():
         if section := re.match(r"\.text\.(\S+):", line):
             current = kernels.setdefault(section[1], [])
+        elif line.startswith(".L_"):
+            block += 1
         elif frame := FRAME.search(line):
             fresh.append((Path(frame[1]).name, int(frame[2])))
         elif found := INSTRUCTION.match(line):
             if fresh:
                 frames, fresh = tuple(fresh), []
             if found[1] != "NOP":  # the padding after the end
-                current.append(Instruction(found[1], frames))
+                current.append(Instruction(found[1], block, frames))
+            block += found[1] in ("BRA", "EXIT")
     return kernels
 
 
@@ -94,26 +99,40 @@ def regions(path: Path) -> list[int]:
 
 
 def slots(kernel: list[Instruction], visits: dict[Frame, Visits], folder: Path) -> Counter[Frame]:
-    """Issue slots of a run, in threads, by region."""
+    """Issue slots of a run, in threads, by region.
 
-    def marks(frame: Frame) -> Frame | None:
+    A basic block runs as often as the region that most of its instructions come from: optimisers move some to where
+    another region is, and give instructions of two branches that they merge the line of one of them.
+    """
+    nowhere = ("", 0)  # of branches that were not taken
+
+    def mark(frame: Frame) -> Frame | None:
         path = folder / frame[0]
-        mark = regions(path)[frame[1]] if path.exists() else 0
-        return (frame[0], mark) if mark else None
+        line = regions(path)[frame[1]] if path.is_file() else 0
+        return (frame[0], line) if line else None
 
-    members: dict[tuple[Frame, tuple[Frame, ...]], int] = defaultdict(int)
-    for instruction in kernel:
-        found = [(n, mark) for n, f in enumerate(instruction.frames) if (mark := marks(f))]
+    def owner(frames: tuple[Frame, ...]) -> tuple[Frame, tuple[Frame, ...]]:
+        """The region of an instruction, and from where the function that holds it was called."""
+        found = [(n, m) for n, frame in enumerate(frames) if (m := mark(frame))]
         if not found:  # the kernel's first and last line
-            name, line = instruction.frames[-1]
-            first = next(mark for mark in regions(folder / name)[line:] + regions(folder / name) if mark)
-            found = [(0, (name, first))]
-        if any(visits.get(mark, Visits()).count == 0 for _, mark in found):
-            continue  # a branch that was not taken
-        n, owner = next((n, mark) for n, mark in found if visits[mark].copies)
-        members[owner, instruction.frames[n + 1 :]] += 1
-    sites = Counter(owner for owner, _ in members)
+            name, line = frames[-1]
+            marks = regions(folder / name)
+            found = [(len(frames), (name, next(m for m in marks[line:] + marks if m)))]
+        if any(visits.get(m, Visits()).count == 0 for _, m in found):
+            return nowhere, ()
+        n, region = next((n, m) for n, m in found if visits[m].copies)
+        return region, frames[n + 1 :]
+
+    blocks: dict[int, Counter[Frame]] = defaultdict(Counter)
+    sites: dict[Frame, set[tuple[Frame, ...]]] = defaultdict(set)
+    for instruction in kernel:
+        region, site = owner(instruction.frames)
+        blocks[instruction.block][region] += 1
+        sites[region].add(site)
     total: Counter[Frame] = Counter()
-    for (owner, _), count in members.items():
-        total[owner] += count * visits[owner].count / (visits[owner].copies * sites[owner])
+    for votes in blocks.values():
+        region = votes.most_common(1)[0][0]
+        if region != nowhere:
+            runs = visits[region].count / (visits[region].copies * len(sites[region]))
+            total[region] += votes.total() * runs
     return total

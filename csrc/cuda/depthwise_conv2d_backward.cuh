@@ -51,6 +51,26 @@ struct OnLoadGradient {
   }
 };
 
+// What a thread knows of scale and shift, and its sums of their gradients.
+struct Affine {
+  float scale, pivot, shift_sum, scale_sum;
+  // From dh, x and the slope of the activation: the gradients of x.
+  template <bool FULL, int P>
+  __device__ __forceinline__ void add(const float* dh, const float2* kept, int columns, float* gradient) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      gradient[p] = 0.f;
+      if (FULL || p < columns) {
+        const float2 was = kept[p * kLanes];
+        const float du = dh[p] * was.y;
+        shift_sum += du;
+        scale_sum = fmaf(du, was.x - pivot, scale_sum);
+        gradient[p] = scale * du;
+      }
+    }
+  }
+};
+
 __host__ __device__ constexpr int floor_half(int n) { return (n + 4096) / 2 - 2048; }
 
 template <int K, int XS, int DS, int U>
@@ -74,7 +94,7 @@ struct BackwardShape {
   static constexpr int kBlocks = kGroups > 1 ? 1 : kHeld <= 108 ? 2 + kSpare : 2;
   static_assert(U % XS == 0 && (DS == 1 || kRing % U == 0), "rings must turn in whole steps");
   template <Dtype D>
-  using StageOf = Stage<D, kRows, kStep, kHalo, kGroups, 2>;
+  using StageOf = Stage<D, kWarps, kRows, kStep, kHalo, kGroups, 2>;
   static constexpr int kSums = kTaps * kTaps + 2;  // the weights', shift's and scale's
 
   // The column tap that joins column p of a thread to dy's q, or none.
@@ -89,8 +109,8 @@ struct BackwardShape {
     const size_t walkers = w.column_groups * w.images;
     const size_t rings = walkers * kColumns * (2 * U + (kGroups - 1) * 2 * U) * kLanes * sizeof(float);
     const size_t x = static_cast<size_t>(2 * U * kColumns) * threads(w) * map_bytes(p);
-    const size_t walking =
-        AnyStage::tile_bytes(w) + rings + x + AnyStage::raw_bytes(w, threads(w), p.out ? 2 : 1, map_bytes(p));
+    const size_t walking = AnyStage::kTile * sizeof(float) + rings + x +
+                           AnyStage::raw_bytes(w, threads(w), p.out ? 2 : 1, map_bytes(p));
     const size_t weights = kLanes * K * K * sizeof(float);
     const size_t sums = walkers * kSums * kLanes * sizeof(float);
     const size_t most = walking > weights ? walking : weights;
@@ -110,13 +130,16 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
   const Position at(w);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes, warp = uniform(threadIdx.x / kLanes);
   const int group = G == 1 ? 0 : warp % G, walker = G == 1 ? warp : warp / G;
-  const int image = w.images == 1 ? 0 : walker / w.column_groups;
+  // Several images share a block only where they have one or two column groups.
+  static_assert(Shape::kWarps <= 4, "else a division");
+  const int image = w.images == 1 ? 0 : walker >> (w.column_groups - 1);
   const int column_group = walker - image * w.column_groups;
   const int64_t channels = a.p.channels, first = static_cast<int64_t>(at.channel_group) * kLanes;
   const int64_t channel = first + lane;
-  const bool exists = channel < channels;
+  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
+  const bool exists = lane < here;
   const Plane px(w.x, at.view);
   const Plane py(w.y, at.view);
 
@@ -137,7 +160,6 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   const int activation = static_cast<int>(a.p.activation);
 
   constexpr int taps = K * K;
-  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   load_weights(a.p, PATTERN == 0, first, here, taps, tile);
   // Row s of tap rows, in the order in which a step meets them: s = ring row * DS + row of dy.
   float weight[R][T], weight_sum[R][T];
@@ -169,7 +191,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   constexpr int kRow = P * kLanes;  // elements of a row that are a warp's
   const int walkers = w.column_groups * w.images;
   // Of group 0, each thread its own: (x, slope) by [walker][ring row][column][lane].
-  float2* kept_all = reinterpret_cast<float2*>(tile + StageOf::tile_bytes(w) / sizeof(float));
+  float2* kept_all = reinterpret_cast<float2*>(tile + StageOf::kTile);
   float2* kept = kept_all + walker * (U * kRow) + lane;
   // [walker][boundary][parity of chunk][ring row][column][lane]
   float* handed_all = reinterpret_cast<float*>(kept_all + walkers * (U * kRow));
@@ -188,6 +210,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                    here,
                    w.vector && !pooled,
                    Shape::kPad,
+                   warp,
                    column_group,
                    group,
                    image,
@@ -196,9 +219,9 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   stage.clear_halo();
   const OnLoadGradient on_load{alpha, beta, gamma, pooled ? w.y.row / 2 : 0, w.y.column / 2};
 
-  const bool need_weight = a.p.grad_weight != nullptr, need_x = a.p.grad_x != nullptr;
-  const bool need_affine = a.p.grad_scale != nullptr, need_data = need_x || need_affine;
-  float shift_sum = 0.f, scale_sum = 0.f;
+  const int need_weight = uniform(a.p.grad_weight != nullptr), need_x = uniform(a.p.grad_x != nullptr);
+  const int need_affine = uniform(a.p.grad_scale != nullptr), need_data = need_x | need_affine;
+  Affine affine = {scale, pivot, 0.f, 0.f};
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
@@ -221,9 +244,11 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     // Of the thread's columns, those that exist.
     const int columns_left = stage.inside_batch ? px.width - b_mine : 0;
     const int columns_here = columns_left < P ? columns_left : P;
+    const bool full = here == kLanes && columns_left >= P;
     const int64_t corner = px.base + (job.image + image) * w.x.image +
                            static_cast<int64_t>(b_mine) * w.x.column + first * sizeof(Bits);
 
+    char* grad_x = static_cast<char*>(a.p.grad_x) + corner + lane * sizeof(Bits);
     float h[U][P], dh[U][P];
 #pragma unroll
     for (int k = 0; k < U; ++k)
@@ -232,7 +257,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 
     // Row i of those that enter this group's ring in a chunk.
     const auto entering = [&](int chunk, int i) { return chunk * U + group * U + U - XS + i + low; };
-    const auto row_here = [&](int row) { return row >= a0 && row < a0 + rows && columns_here > 0; };
+    const unsigned rows_here = columns_here > 0 ? rows : 0;
+    const auto row_here = [&](int row) { return static_cast<unsigned>(row - a0) < rows_here; };
     // Lanes without a column or channel leave what is there, which is not used either.
     const auto fetch = [&](int chunk) {
       NVAE_REGION(1);
@@ -264,6 +290,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
       }
     };
     fetch(0);
+    stage.rewind(top);
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       NVAE_REGION(1);
@@ -275,8 +302,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
         stage.copy(chunk_top + Shape::kRows);
       }
       __syncthreads();
-      const float* from =
-          tile + (image * Shape::kRows * w.columns + column_group * Shape::kStep) * kLanes + lane;
+      const float* from = tile + (image * w.columns + column_group * Shape::kStep) * kLanes + lane;
       const Bits* x_of = x_rows + (chunk & 1) * (U * kRow) + lane;
 #pragma unroll
       for (int t = 0; t < Shape::kSteps; ++t) {
@@ -284,30 +310,27 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
 #pragma unroll
         for (int j = 0; j < XS; ++j) {
           const int i = XS * t + j, slot = (U - XS + i) % U;
-          float value[P];
 #pragma unroll
-          for (int p = 0; p < P; ++p) value[p] = dh[slot][p] = 0.f;
+          for (int p = 0; p < P; ++p) h[slot][p] = dh[slot][p] = 0.f;
           if (row_here(entering(chunk, i))) {
             NVAE_REGION(U);
             float x[P], slope[P];
 #pragma unroll
             for (int p = 0; p < P; ++p) {
               x[p] = widen<D>(x_of[i * kRow + p * kLanes]);
-              value[p] = fmaf(scale, x[p], shift);
+              h[slot][p] = fmaf(scale, x[p], shift);
             }
-            activate_all<P>(value, slope, activation);
+            activate_all<P>(h[slot], slope, activation);
             if (group == 0)
 #pragma unroll
               for (int p = 0; p < P; ++p) kept[slot * kRow + p * kLanes] = make_float2(x[p], slope[p]);
-            if (columns_here < P)
+            if (!full) {
+              NVAE_REGION(U);
 #pragma unroll
-              for (int p = 1; p < P; ++p) {
-                NVAE_REGION(0);
-                if (p >= columns_here) value[p] = 0.f;
-              }
+              for (int p = 1; p < P; ++p)
+                if (p >= columns_here) h[slot][p] = 0.f;
+            }
           }
-#pragma unroll
-          for (int p = 0; p < P; ++p) h[slot][p] = value[p];
         }
 #pragma unroll
         for (int d = 0; d < DS; ++d) {
@@ -315,7 +338,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
             NVAE_REGION(Shape::kSteps * DS);
             float dy[Shape::kInputs];
 #pragma unroll
-            for (int q = 0; q < Shape::kInputs; ++q) dy[q] = from[q * kLanes];
+            for (int q = 0; q < Shape::kInputs; ++q)
+              dy[q] = from[((DS * t + d) * StageOf::kPitch + q) * kLanes];
             // visit(ring row, its slot, row of taps, input, column, tap) for every product.
             const auto products = [&](auto visit) {
 #pragma unroll
@@ -338,7 +362,6 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
                 weight_sum[s][v] = fmaf(h[slot][p], dy[q], weight_sum[s][v]);
               });
           }
-          from += w.columns * kLanes;
         }
         if (!need_data) continue;
         // The oldest rows leave: on to the next group, which meets them one chunk later, or done.
@@ -360,24 +383,16 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
           if (group == 0 && row_here(row)) {
             NVAE_REGION(U);
             float gradient[P];
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              gradient[p] = 0.f;
-              if (p < columns_here) {
-                const float2 was = kept[slot * kRow + p * kLanes];
-                const float du = dh[slot][p] * was.y;
-                shift_sum += du;
-                scale_sum = fmaf(du, was.x - pivot, scale_sum);
-                gradient[p] = scale * du;
-              }
-            }
-            if (need_x && exists) {
-              Bits bits[P];
-#pragma unroll
-              for (int p = 0; p < P; p += 2) narrow_two<D>(gradient[p], gradient[p + 1], bits + p);
-              store_columns<P>(static_cast<char*>(a.p.grad_x) + corner + static_cast<int64_t>(row) * w.x.row +
-                                   lane * sizeof(Bits),
-                               w.x.column, columns_here, bits);
+            Bits bits[P];
+            char* to = grad_x + static_cast<int64_t>(row) * w.x.row;
+            if (full) {
+              NVAE_REGION(U);
+              affine.template add<true, P>(dh[slot], kept + slot * kRow, columns_here, gradient);
+              if (need_x) store_columns<D, true, P>(to, w.x.column, columns_here, gradient, bits);
+            } else {
+              NVAE_REGION(U);
+              affine.template add<false, P>(dh[slot], kept + slot * kRow, columns_here, gradient);
+              if (need_x && exists) store_columns<D, false, P>(to, w.x.column, columns_here, gradient, bits);
             }
           }
         }
@@ -400,8 +415,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     for (int v = 0; v < T; ++v) sums[(row * T + v) * kLanes] = weight_sum[s][v];
   }
   if (group == 0) {
-    sums[T * T * kLanes] = shift_sum;
-    sums[(T * T + 1) * kLanes] = scale_sum;
+    sums[T * T * kLanes] = affine.shift_sum;
+    sums[(T * T + 1) * kLanes] = affine.scale_sum;
   }
   __syncthreads();
   if (!exists) return;

@@ -50,6 +50,32 @@ struct OnLoad {
   }
 };
 
+// Sums of a thread's outputs. They are shifted by its first value, so that little is lost where |mean| >>
+// std.
+struct Moments {
+  float pivot, sum, squares;
+  int count;
+  template <Dtype D, bool FULL, int P>
+  __device__ __forceinline__ void add(const typename Word<D>::Type* bits, int columns) {
+    if (count == 0) pivot = widen<D>(bits[0]);
+    count += FULL ? P : columns;
+#pragma unroll
+    for (int p = 0; p < P; ++p)
+      if (FULL || p < columns) {
+        const float d = widen<D>(bits[p]) - pivot;
+        sum += d;
+        squares = fmaf(d, d, squares);
+      }
+  }
+  // Count, mean and the sum of squares around it.
+  __device__ __forceinline__ void write(float* to) const {
+    const float n = static_cast<float>(count), inverse = count ? reciprocal(n) : 0.f;
+    to[0] = n;
+    to[kLanes] = pivot + sum * inverse;
+    to[2 * kLanes] = squares != squares ? squares : fmaxf(squares - sum * sum * inverse, 0.f);
+  }
+};
+
 template <int K, int S, int M, int G>
 struct ForwardShape {
   static constexpr int kRows = M * S;  // input rows of a chunk
@@ -58,7 +84,7 @@ struct ForwardShape {
   static constexpr int kThreads = kWarps * G * kLanes;
   static constexpr int kStep = S * kColumns, kHalo = K - S;
   template <Dtype D>
-  using StageOf = Stage<D, kRows, kStep, kHalo, G, 1>;
+  using StageOf = Stage<D, kWarps, kRows, kStep, kHalo, G, 1>;
 
   static int columns(int column_groups) { return kStep * column_groups + kHalo; }
   static int threads(const Walk& w) { return w.column_groups * w.images * G * kLanes; }
@@ -66,7 +92,7 @@ struct ForwardShape {
     using AnyStage = StageOf<Dtype::f32>;
     const size_t handed = (G - 1) * 2 * M * kColumns * w.column_groups * w.images * kLanes * sizeof(float);
     const size_t walking =
-        AnyStage::tile_bytes(w) + AnyStage::raw_bytes(w, threads(w), 1, map_bytes(p)) + handed;
+        AnyStage::kTile * sizeof(float) + AnyStage::raw_bytes(w, threads(w), 1, map_bytes(p)) + handed;
     const size_t taps = w.kernel * w.kernel + (w.fold ? (K * K | 1) : 0);
     const size_t weights = taps * kLanes * sizeof(float);
     return 2 * kLanes * sizeof(float) + (walking > weights ? walking : weights);
@@ -86,13 +112,16 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
   const Position at(w);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes, warp = uniform(threadIdx.x / kLanes);
   const int group = G == 1 ? 0 : warp % G, walker = G == 1 ? warp : warp / G;
-  const int image = w.images == 1 ? 0 : walker / w.column_groups;
+  // Several images share a block only where they have one or two column groups.
+  static_assert(Shape::kWarps <= 4, "else a division");
+  const int image = w.images == 1 ? 0 : walker >> (w.column_groups - 1);
   const int column_group = walker - image * w.column_groups;
   const int64_t channels = a.p.channels, first = static_cast<int64_t>(at.channel_group) * kLanes;
   const int64_t channel = first + lane;
-  const bool exists = channel < channels;
+  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
+  const bool exists = lane < here;
   const Plane px(w.x, at.view);
   const Plane py(w.y, at.view);
 
@@ -107,7 +136,6 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 
   // Weights: contiguous into shared memory, from there into registers (K^2 is odd: no bank conflicts).
   const int kernel = w.fold ? w.kernel : K, taps = kernel * kernel;
-  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
   load_weights(a.p, PATTERN == 0, first, here, taps, tile);
   int pad_rows = K / 2, pad_columns = K / 2, pitch = taps;
   const float* weights = tile;
@@ -143,7 +171,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   __syncthreads();  // the tile may now be overwritten
 
   using StageOf = typename Shape::template StageOf<D>;
-  Four* raw = reinterpret_cast<Four*>(tile + StageOf::tile_bytes(w) / sizeof(float));
+  Four* raw = reinterpret_cast<Four*>(tile + StageOf::kTile);
   StageOf stage = {w,
                    w.x,
                    {static_cast<const char*>(a.p.x) + px.base + first * sizeof(Bits)},
@@ -152,6 +180,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
                    here,
                    w.vector != 0,
                    pad_columns,
+                   warp,
                    column_group,
                    group,
                    image,
@@ -166,9 +195,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   const int walkers = w.column_groups * w.images;
   const int activation = static_cast<int>(a.p.activation);
 
-  float pivot = 0.f, sum = 0.f, squares = 0.f;
-  int count = 0;
-  const bool stats = a.p.mean != nullptr;
+  Moments moments = {};
+  const int stats = uniform(a.p.mean != nullptr);
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
@@ -180,11 +208,12 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     if (rows <= 0 || j0 >= py.width) continue;
     stage.begin(job.image, a.p.batch, S * j0);
     // Of the thread's columns, those that exist.
-    const int columns_left = py.width - j_mine, columns_here = columns_left < P ? columns_left : P;
-    const bool stores = exists && stage.inside_batch && columns_here > 0;
+    const int columns_left = stage.inside_batch ? py.width - j_mine : 0;
+    const int columns_here = !exists || columns_left < 0 ? 0 : columns_left < P ? columns_left : P;
+    const bool full = here == kLanes && columns_left >= P;
     char* out = static_cast<char*>(a.p.y) + py.base + (job.image + image) * w.y.image +
                 static_cast<int64_t>(i0) * w.y.row + static_cast<int64_t>(j_mine) * w.y.column +
-                channel * sizeof(Bits);
+                channel * sizeof(Bits);  // of the row that is complete next
 
     float acc[M][P];
 #pragma unroll
@@ -194,6 +223,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 
     const int chunks = (rows + G * M - 1 + M - 1) / M;
     const int top = S * i0 - pad_rows;
+    stage.rewind(top);
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
       NVAE_REGION(1);
@@ -211,8 +241,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
       }
       if (chunk + 1 < chunks) stage.copy(chunk_top + Shape::kRows);
       __syncthreads();
-      const float* from =
-          tile + (image * Shape::kRows * w.columns + column_group * Shape::kStep) * kLanes + lane;
+      const float* from = tile + (image * w.columns + column_group * Shape::kStep) * kLanes + lane;
 #pragma unroll
       for (int t = 0; t < M; ++t) {
         NVAE_REGION(M);
@@ -222,7 +251,8 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
             NVAE_REGION(M * S);
             float in[Shape::kInputs];
 #pragma unroll
-            for (int q = 0; q < Shape::kInputs; ++q) in[q] = from[q * kLanes];
+            for (int q = 0; q < Shape::kInputs; ++q)
+              in[q] = from[((t * S + phase) * StageOf::kPitch + q) * kLanes];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
               const int u = S * (group * M + m) + phase;
@@ -238,7 +268,6 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
               }
             }
           }
-          from += w.columns * kLanes;
         }
         // The oldest row of this group's ring is complete.
         const int slot = (t + 1) % M;
@@ -253,26 +282,25 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 #pragma unroll
             for (int p = 0; p < P; ++p) row[(group * 2 + (chunk & 1)) * kHanded + p * kLanes] = acc[slot][p];
         }
-        if (group == G - 1 && o >= 0 && o < rows && stores) {
+        if (group == G - 1 && static_cast<unsigned>(o) < static_cast<unsigned>(rows)) {
           NVAE_REGION(M);
-          char* to = out + static_cast<int64_t>(o) * w.y.row;
           Bits bits[P];
-#pragma unroll
-          for (int p = 0; p < P; p += 2) narrow_two<D>(acc[slot][p], acc[slot][p + 1], bits + p);
-          store_columns<P>(to, w.y.column, columns_here, bits);
-          if (stats) {
+          if (full) {
             NVAE_REGION(M);
-            // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
-            if (count == 0) pivot = widen<D>(bits[0]);
-            count += columns_here;
-#pragma unroll
-            for (int p = 0; p < P; ++p)
-              if (p < columns_here) {
-                const float d = widen<D>(bits[p]) - pivot;
-                sum += d;
-                squares = fmaf(d, d, squares);
-              }
+            store_columns<D, true, P>(out, w.y.column, columns_here, acc[slot], bits);
+            if (stats) {
+              NVAE_REGION(M);
+              moments.template add<D, true, P>(bits, columns_here);
+            }
+          } else {
+            NVAE_REGION(M);
+            store_columns<D, false, P>(out, w.y.column, columns_here, acc[slot], bits);
+            if (stats) {
+              NVAE_REGION(M);
+              moments.template add<D, false, P>(bits, columns_here);
+            }
           }
+          out += w.y.row;
         }
 #pragma unroll
         for (int p = 0; p < P; ++p) acc[slot][p] = 0.f;
@@ -286,12 +314,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   __syncthreads();
   float* of_warp = tile;  // [walker][count, mean, m2][lane]
   if (group == G - 1) {
-    const float n = static_cast<float>(count), inverse = count ? reciprocal(n) : 0.f;
-    float* mine = of_warp + walker * 3 * kLanes + lane;
-    mine[0] = n;
-    mine[kLanes] = pivot + sum * inverse;
-    mine[2 * kLanes] = fmaxf(squares - sum * sum * inverse, 0.f);
-    if (squares != squares) mine[2 * kLanes] = squares;
+    moments.write(of_warp + walker * 3 * kLanes + lane);
   }
   __syncthreads();
   if (warp == 0 && exists) {

@@ -47,8 +47,17 @@ struct Walk {
   int kernel;   // width of the weights
   int fold;     // forward only: upsampling as four filters of (kernel + 1) / 2 taps
   int vector;   // quads of channels are aligned
-  int columns;  // of an image in the tile of shared memory
+  int columns;  // of an image in the tile of shared memory, its halo included
 };
+
+// A value that is the same for all lanes of a warp. Read from one of them, so that the compiler knows.
+__device__ __forceinline__ int uniform(int value) {
+#ifdef __CUDA_ARCH__
+  return __shfl_sync(0xffffffffu, value, 0);
+#else
+  return value;
+#endif
+}
 
 // One map of a block's view.
 struct Plane {
@@ -124,24 +133,37 @@ __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask
   __syncthreads();
 }
 
-// Elements of adjacent columns, those that exist.
-template <int P, class Bits>
-__device__ __forceinline__ void store_columns(char* to, int column_bytes, int columns, const Bits* bits) {
+// The same value, of which the compiler knows nothing: so it does not merge a rare path with the common one.
+__device__ __forceinline__ int opaque(int value) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Rounds and stores adjacent columns, those that exist.
+template <Dtype D, bool FULL, int P>
+__device__ __forceinline__ void store_columns(char* to, int column_bytes, int columns, const float* value,
+                                              typename Word<D>::Type* bits) {
+#pragma unroll
+  for (int p = 0; p < P; p += 2) narrow_two<D>(value[p], value[p + 1], bits + p);
+  if (!FULL) column_bytes = opaque(column_bytes);
 #pragma unroll
   for (int p = 0; p < P; ++p)
-    if (p < columns)
-      *reinterpret_cast<Bits*>(to + static_cast<uint64_t>(static_cast<unsigned>(column_bytes)) * p) = bits[p];
+    if (FULL || p < columns)
+      *reinterpret_cast<typename Word<D>::Type*>(
+          to + static_cast<uint64_t>(static_cast<unsigned>(column_bytes)) * p) = bits[p];
 }
 
 // The ROWS rows of a chunk of every image of a block on their way into shared memory: copied raw and
-// asynchronously, then converted by the thread that copied them to floats [image][row][column][lane].
+// asynchronously, then converted by the thread that copied them to floats [row][image][column][lane].
 //
 // A column group brings the STEP columns that are its own, four channels of four pixels per warp at a time,
 // so that only the row changes from one to the next. The HALO columns around them belong to other tiles and
 // are shared out among all warps; where there is one tile they are outside the image and set to zero once.
 // Pixels outside the image and channels that do not exist are zeros. Rows outside the image are left out and
 // never read. Where quads of channels are not aligned the conversion reads global memory itself.
-template <Dtype D, int ROWS, int STEP, int HALO, int GROUPS, int SOURCES>
+template <Dtype D, int WARPS, int ROWS, int STEP, int HALO, int GROUPS, int SOURCES>
 struct Stage {
   using Bits = typename Word<D>::Type;
   using Four = typename Word<D>::Four;
@@ -150,11 +172,10 @@ struct Stage {
   static constexpr int kShare = (kPasses + GROUPS - 1) / GROUPS;         // of a warp
   static constexpr int kSides = STEP > kPixels ? STEP / kPixels : 1;     // passes of a row
   static constexpr int kHalo = ROWS * HALO;                              // pixels
+  static constexpr int kPitch = WARPS * (STEP + HALO);  // columns of a row of all images, at most
+  static constexpr int kTile = ROWS * kPitch * kLanes;  // floats
   static_assert((STEP == 2 || STEP == 4 || STEP == 8) && HALO > 0, "what the kernels use");
 
-  __host__ __device__ static size_t tile_bytes(const Walk& w) {
-    return static_cast<size_t>(w.images) * ROWS * w.columns * kLanes * sizeof(float);
-  }
   __host__ __device__ static size_t raw_bytes(const Walk& w, int threads, int sources, int bytes) {
     if (!w.vector) return 0;
     return static_cast<size_t>(kQuad * bytes * sources) *
@@ -167,19 +188,19 @@ struct Stage {
   int height, width, channels;  // channels: those of this block that exist
   bool vector;
   int pad;  // columns of the halo that are on the left
-  int column_group, group, image;
+  int warp, column_group, group, image;
   float* tile;
   Four* raw;
 
   // Of the job at hand.
-  int64_t images_at = 0;                       // bytes from a source to the first image
-  int64_t own_at = 0;                          // to the pixel in row 0 that this lane brings first
-  int first_column = 0;                        // of the block's own
-  bool inside_batch = false;                   // whether the warp's image exists
+  const char* next = nullptr;  // in source 0, what the lane brings in the first row of the next chunk
+  int64_t images_at = 0;       // bytes from a source to the first image
+  int64_t own_at = 0;          // to the pixel in row 0 that this lane brings first
+  int first_column = 0;        // of the block's own
+  bool inside_batch = false;   // whether the warp's image exists
   bool inside = false, inside_second = false;  // whether the lane has something to bring, per side
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
-  __device__ __forceinline__ static int warp() { return threadIdx.x / kLanes; }
   __device__ __forceinline__ static int quad() { return threadIdx.x % kQuads * kQuad; }
   __device__ __forceinline__ static int slot() { return threadIdx.x / kQuads % kPixels; }
   __device__ __forceinline__ bool brings(int side) const { return side == 0 ? inside : inside_second; }
@@ -197,9 +218,9 @@ struct Stage {
 #pragma unroll 1
     for (int i = threadIdx.x; i < w.images * kHalo * kQuads; i += blockDim.x) {
       NVAE_REGION(1);
-      const int pixel = i / kQuads, r = pixel / HALO, h = pixel - r * HALO;
-      const int j = h < pad ? h : h + STEP * w.column_groups;
-      *reinterpret_cast<float4*>(tile + (r * w.columns + j) * kLanes + quad()) =
+      const int pixel = i / kQuads, r = pixel / HALO, h = pixel - r * HALO, b = r / ROWS;
+      const int j = b * w.columns + (h < pad ? h : h + STEP * w.column_groups);
+      *reinterpret_cast<float4*>(tile + ((r - b * ROWS) * kPitch + j) * kLanes + quad()) =
           make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
@@ -243,7 +264,7 @@ struct Stage {
       if (!row_inside(top + r)) continue;
       visit(i, top + r, column >= 0 && column < width && channel < channels,
             images_at + static_cast<int64_t>(column) * from.column + channel * kBits,
-            (r * w.columns + j) * kLanes + channel, channel);
+            (r * kPitch + j) * kLanes + channel, channel);
     }
   }
   // Between two sources.
@@ -251,23 +272,26 @@ struct Stage {
     return kShare * static_cast<int>(blockDim.x) + (w.tiles > 1 ? kHalo * kQuads : 0);
   }
   __device__ __forceinline__ Four* raw_own(int n, int i) const {
-    return raw + (n * raw_stride() + (warp() * kShare + i) * kLanes + lane());
+    return raw + (n * raw_stride() + (warp * kShare + i) * kLanes + lane());
   }
   __device__ __forceinline__ Four* raw_halo(int n, int i) const {
     return raw + (n * raw_stride() + kShare * static_cast<int>(blockDim.x) + i);
   }
 
-  __device__ __forceinline__ void copy(int top) const {
+  // Chunks are copied one after the other, the first of a job from row `top` on.
+  __device__ __forceinline__ void rewind(int top) { next = at(0, own_at, top); }
+  __device__ __forceinline__ void copy(int top) {
     NVAE_REGION(1);
     if (!vector) return;
     each_pass<kShare>(top, [&](int i, int r, int side) {
       NVAE_REGION(kShare);
       if (!brings(side)) return;
-#pragma unroll
-      for (int n = 0; n < SOURCES; ++n)
-        if (n == 0 || source[n])
-          copy_async(raw_own(n, i), at(n, own_at, top + r) + (side ? kPixels * from.column : 0));
+      const char* here = next + static_cast<int64_t>(r) * from.row + (side ? kPixels * from.column : 0);
+      copy_async(raw_own(0, i), here);
+      if (SOURCES > 1 && source[SOURCES - 1])
+        copy_async(raw_own(1, i), here + (source[SOURCES - 1] - source[0]));
     });
+    next += static_cast<int64_t>(ROWS) * from.row;
     each_halo<kQuads>(top, [&](int i, int row, bool in, int64_t offset, int, int) {
       NVAE_REGION(1);
       if (!in) return;
@@ -281,7 +305,7 @@ struct Stage {
   template <int UNROLL, class Map>
   __device__ __forceinline__ void convert(int top, const Map& map) const {
     NVAE_REGION(1);
-    float* own = tile + (image * ROWS * w.columns + pad + column_group * STEP) * kLanes;
+    float* own = tile + (image * w.columns + pad + column_group * STEP) * kLanes;
     wait_copies();
     if (!vector) {
       NVAE_REGION(1);
@@ -292,7 +316,7 @@ struct Stage {
     own += slot() % STEP * kLanes + quad();
     each_pass<UNROLL>(top, [&](int i, int r, int side) {
       NVAE_REGION(UNROLL);
-      put_four(brings(side), function, raw_own(0, i), own + (r * w.columns + side * kPixels) * kLanes);
+      put_four(brings(side), function, raw_own(0, i), own + (r * kPitch + side * kPixels) * kLanes);
     });
     each_halo<kQuads>(top, [&](int i, int, bool in, int64_t, int to, int) {
       NVAE_REGION(1);
@@ -332,7 +356,7 @@ struct Stage {
       const int r = i / STEP, c = i % STEP, column = first_column + column_group * STEP + c;
       if (row_inside(top + r))
         put(inside && column < width, own_at + c * from.column, top + r, lane(),
-            own + (r * w.columns + c) * kLanes);
+            own + (r * kPitch + c) * kLanes);
     }
     each_halo<kLanes>(top, [&](int, int row, bool in, int64_t offset, int to, int channel) {
       put(in, offset, row, channel, tile + to);
