@@ -123,11 +123,12 @@ def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
             raise TypeError(f"{op}: a seed tensor must be int64, got {value.dtype}")
         if value.dim() != 0:
             raise ValueError(f"{op}: a seed tensor must be 0-d, got shape {tuple(value.shape)}")
-        wanted, found = torch.device(value.device if device is None else device), value.device
-        if wanted.type != found.type or wanted.index not in (None, found.index):
-            raise ValueError(
-                f"{op}: the seed tensor must be on {device}, got {found}; moving it would synchronise"
-            )
+        if device is not None and device != value.device:
+            wanted = torch.device(device)
+            if wanted.type != value.device.type or wanted.index not in (None, value.device.index):
+                raise ValueError(
+                    f"{op}: the seed tensor must be on {device}, got {value.device}; moving it would synchronise"
+                )
         return value
     if isinstance(value, (bool, float)):
         raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}")

@@ -164,7 +164,7 @@ def define_op(
     formula: Callable[P, R],
     *,
     fake: Callable[..., Any],
-    differentiable: Sequence[str] = (),
+    differentiable: Sequence[str] | None = None,
     outputs: Sequence[str] = (),
     triton: str | Callable[..., Any] | None = None,
     backward: Backward | None = None,
@@ -183,7 +183,7 @@ def define_op(
         name: of the operator and of its kernels.
         formula: the operator in plain PyTorch. A result must be a tensor of its own, no view of an argument.
         fake: uninitialised results of the right shapes, dtypes and layouts.
-        differentiable: names of the arguments that receive gradients.
+        differentiable: names of the arguments that receive gradients; None where no argument could require one.
         outputs: names of the results; the arguments of a derived backward operator are called after them.
         triton: as for :func:`define_kernel`.
         backward: gradients by name where a composition of operators computes them; by default the formula's
@@ -206,6 +206,8 @@ def define_op(
     arguments = _arguments(schema)
     names = [argument for _, argument in arguments]
     tensors = [i for i, (kind, _) in enumerate(arguments) if kind in ("Tensor", "Tensor?")]
+    if differentiable is None:
+        return Operator(overload, tensors[0], backend, None, opaque)
     where = [names.index(argument) for argument in differentiable]
     kernel = None
     if fused_backward:
@@ -229,7 +231,7 @@ class Operator(Generic[P, R]):
     """An operator with gradients. Call it with the formula's arguments, by position."""
 
     def __init__(
-        self, overload: Any, first_tensor: int, backend: str | None, differentiable: Callable[..., Any],
+        self, overload: Any, first_tensor: int, backend: str | None, differentiable: Callable[..., Any] | None,
         opaque: bool = False,
     ) -> None:  # fmt: skip
         self.name: str = overload._opname
@@ -248,6 +250,8 @@ class Operator(Generic[P, R]):
             return self.formula(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overload(*args, **kwargs)
+        if self._differentiable is None:
+            return self._kernel(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._differentiable(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
