@@ -144,6 +144,25 @@ def test_a_weight_with_gaps_has_the_gradients_of_a_dense_one(route: str) -> None
     torch.testing.assert_close(gradient(weight, bias), gradient(weight.contiguous(), bias.contiguous()))
 
 
+def test_given_statistics_are_differentiated_in_forward_mode(route: str) -> None:
+    """PyTorch's own batch norm takes them for constants."""
+    x, (weight, var, bias, _) = normal(B, C, H, W), PARAMETERS
+    mean = normal(C)
+
+    def formula(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        column = [t[:, None, None] for t in (mean, var, weight, bias)]
+        return (x - column[0]) / (column[1] + 1e-5).sqrt() * column[2] + column[3]
+
+    def ours(mean: torch.Tensor, var: torch.Tensor) -> torch.Tensor:
+        return nf.batch_norm_swish(x, weight, bias, mean, var, activation=None).y
+
+    tangents = normal(C), normal(C)
+    for found, expected in zip(
+        jvp(ours, (mean, var), tangents), jvp(formula, (mean, var), tangents), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
+
+
 def test_statistics_over_processes_refuse_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
     from nvae_fast import _distributed
 

@@ -76,10 +76,7 @@ def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
 
 def packed(op: str, name: str, value: Any) -> None:
     """``value`` is packed raw parameters (B, 2Z, H, W)."""
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
-        feature_map(op, name, value)
-    if value.layout is not torch.strided:
-        tensor(op, name, value)
+    feature_map(op, name, value)
     if value.shape[1] % 2:
         raise ValueError(
             f"{op}: {name} must have an even number of channels 2Z (raw mu, then raw log sigma), got {value.shape[1]}"

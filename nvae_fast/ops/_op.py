@@ -60,7 +60,6 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 class Definition:
     """What ``torch.ops.nvae_fast.<name>`` was made of."""
 
-    name: str
     schema: str
     formula: Callable[..., Any]
     fake: Callable[..., Any]
@@ -134,7 +133,7 @@ def _register(
     launch = None if triton is None else _launcher(name, triton, formula, float64)
     if launch is not None and _backend.triton_reason() is None:
         LIBRARY.impl(name, _devices.by_device(launch, formula), "CUDA")
-    DEFINITIONS[name] = Definition(name, schema, formula, fake, launch)
+    DEFINITIONS[name] = Definition(schema, formula, fake, launch)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -173,7 +172,6 @@ def define_op(
     saves: Mapping[int, str | None] | None = None,
     constant_outputs: Mapping[int, str | None] | None = None,
     backend: str | None = None,
-    symbolic_sizes: bool = False,
     float64: bool = False,
     opaque: bool = False,
 ) -> Operator[P, R]:
@@ -197,11 +195,10 @@ def define_op(
         constant_outputs: positions of the results that carry no gradient, each with the argument that gives it one where it
             is true or given, or None.
         backend: the row of :func:`nvae_fast.backends` that says what runs it; by default its own.
-        symbolic_sizes: ints are sizes, which a compiler may leave open.
         float64: the Triton kernels know float64.
-        opaque: a compiler is given the operator, never its formula.
+        opaque: a compiler is given the operator, never its formula, and may leave ints open (they are sizes).
     """
-    schema = schema_of(formula, symbolic_sizes=symbolic_sizes)
+    schema = schema_of(formula, symbolic_sizes=opaque)
     overload = _register(name, schema, formula, fake, triton, float64)
     arguments = _arguments(schema)
     names = [argument for _, argument in arguments]
@@ -298,7 +295,7 @@ def load_kernels() -> None:
 
 @dataclass
 class _Autograd:
-    """What autograd is told about an operator: which tensors to save, and how gradients come of them."""
+    """An operator's side of autograd: which tensors are saved, and how gradients come of them."""
 
     name: str
     formula: Callable[..., Any]

@@ -134,11 +134,11 @@ def _reference(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int,
     upsample: int, activation: str | None, stats: bool, taps: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     h = x
     if scale is not None and shift is not None:
         # In the dtype sums are computed in: a half-precision x would otherwise be rounded twice on its way in.
-        affine = h.to(wide) * scale.to(wide)[:, None, None] + shift.to(wide)[:, None, None]
+        affine = h.to(acc_dtype) * scale.to(acc_dtype)[:, None, None] + shift.to(acc_dtype)[:, None, None]
         h = activate(affine, activation).to(x.dtype)
     else:
         h = activate(h, activation)
@@ -157,12 +157,12 @@ def _reference(
             groups=weight.shape[0],
         )
     if not stats:
-        empty = y.new_empty(0, dtype=wide)
+        empty = y.new_empty(0, dtype=acc_dtype)
         return y, empty, empty.clone()
     if y.numel() == 0:  # nothing has mean 0 and spread 0, so that merging by counts never meets a NaN
-        zero = y.to(wide).sum((0, 2, 3))
+        zero = y.to(acc_dtype).sum((0, 2, 3))
         return y, zero, zero.clone()
-    var, mean = torch.var_mean(y.to(wide), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y.to(acc_dtype), (0, 2, 3), correction=0)
     return y, mean, var * (y.numel() // max(y.shape[1], 1))
 
 
@@ -194,15 +194,15 @@ def _backward_formula(
     folded in from outside needs. alpha, beta and gamma fold in batch norm's backward pass over the output, and the
     gradients of the statistics. Gradients that are not wanted come back empty.
     """
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
 
     def column(t: Tensor) -> Tensor:
-        return t.to(wide)[:, None, None]
+        return t.to(acc_dtype)[:, None, None]
 
-    dy = grad.to(wide)
+    dy = grad.to(acc_dtype)
     if alpha is not None and beta is not None and gamma is not None and out is not None:
-        dy = column(alpha) * dy + column(beta) * out.to(wide) + column(gamma)
-    centred = x.to(wide)
+        dy = column(alpha) * dy + column(beta) * out.to(acc_dtype) + column(gamma)
+    centred = x.to(acc_dtype)
     u = centred if scale is None or shift is None else column(scale) * centred + column(shift)
     if pivot is not None:
         centred = centred - column(pivot)
@@ -213,7 +213,7 @@ def _backward_formula(
     du, to_weight, _ = torch.ops.aten.convolution_backward(
         dy,
         h,
-        _masked(weight, taps).to(wide),
+        _masked(weight, taps).to(acc_dtype),
         None,
         [stride] * 2,
         [k // 2 * dilation] * 2,
@@ -241,13 +241,13 @@ def _backward_formula(
 def _empty_gradients(
     x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_affine: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     channels = x.shape[1] if need_affine else 0
     return (
         empty_map(x, x.shape[1]) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
-        x.new_empty(channels, dtype=wide),
-        x.new_empty(channels, dtype=wide),
+        x.new_empty(channels, dtype=acc_dtype),
+        x.new_empty(channels, dtype=acc_dtype),
     )
 
 

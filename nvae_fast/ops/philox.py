@@ -235,7 +235,7 @@ def _launch_split(seed: Tensor, n: int) -> Tensor:
 
 
 # A compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
-_OPAQUE: Any = dict(backend="philox", symbolic_sizes=True, opaque=True)
+_OPAQUE: Any = dict(backend="philox", opaque=True)
 _normal = define_op(
     "philox_normal", _normal_reference, fake=_empty_normal, triton="philox", float64=True, **_OPAQUE
 )

@@ -56,10 +56,10 @@ def check_eps(op: str, eps: float) -> None:
 
 def normalised(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     """The formula, not rounded to the dtype of ``weight`` yet."""
-    wide = _checks.accumulate_dtype(weight.dtype)
-    masked = weight.to(wide) if mask is None else weight.to(wide) * mask.to(wide)
+    acc_dtype = _checks.accumulate_dtype(weight.dtype)
+    masked = weight.to(acc_dtype) if mask is None else weight.to(acc_dtype) * mask.to(acc_dtype)
     norm = torch.linalg.vector_norm(masked, dim=(1, 2, 3), keepdim=True)  # its gradient at 0 is 0, not NaN
-    return torch.exp(log_weight_norm.to(wide)) * (masked / (norm + eps))
+    return torch.exp(log_weight_norm.to(acc_dtype)) * (masked / (norm + eps))
 
 
 def _reference(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:

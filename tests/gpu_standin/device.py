@@ -30,7 +30,13 @@ WAITING = (
     "aten._unique2", "aten.unique_consecutive", "aten.unique_dim", "aten.bincount", "aten.repeat_interleave.Tensor",
     "aten.allclose",
 )  # fmt: skip
-INDEXING = ("aten.index.", "aten.index_put", "aten._index_put_impl_", "aten._unsafe_index", "aten._unsafe_index_put")
+INDEXING = (
+    "aten.index.",
+    "aten.index_put",
+    "aten._index_put_impl_",
+    "aten._unsafe_index",
+    "aten._unsafe_index_put",
+)
 
 
 class DeviceTensor(torch.Tensor):
@@ -73,7 +79,9 @@ class Capture:
     # Storages from before the capture that it used: they must live as long as the graph.
     outside: dict[int, tuple[Any, str]] = field(default_factory=dict)
     inside: set[int] = field(default_factory=set)
-    kept: list[torch.Tensor] = field(default_factory=list)  # the graph's pool: nothing in it is used by others
+    kept: list[torch.Tensor] = field(
+        default_factory=list
+    )  # the graph's pool: nothing in it is used by others
 
 
 def where() -> str:
@@ -105,7 +113,10 @@ class Device(TorchDispatchMode):
         known = self._storages.get(base)
         if base and (known is None or known[1] != size or known[0].expired()):
             # What was in this place before is gone.
-            first, last = bisect.bisect_left(self._bases, base), bisect.bisect_left(self._bases, base + max(size, 1))
+            first, last = (
+                bisect.bisect_left(self._bases, base),
+                bisect.bisect_left(self._bases, base + max(size, 1)),
+            )
             for gone in self._bases[first:last]:
                 del self._storages[gone]
             self._bases[first:last] = [base]
@@ -196,7 +207,9 @@ class Device(TorchDispatchMode):
                 self.note(f"{name} copies its indices from the host")
         elif name.startswith(("aten.copy_", "aten._foreach_copy_", "aten._to_copy", "aten.set_")) and host:
             into = args[0] if not name.startswith("aten._foreach") else args[0][0]
-            self.note(f"{name} copies {'from' if isinstance(into, DeviceTensor) or not ours else 'to'} the host")
+            self.note(
+                f"{name} copies {'from' if isinstance(into, DeviceTensor) or not ours else 'to'} the host"
+            )
         elif any(t.dim() for t in host):
             raise RuntimeError(f"{name}: tensors of the host and of the device at {where()}")
 

@@ -23,7 +23,10 @@ def build(folder: Path) -> Path:
     library, source = folder / "libcuda.so.1", HERE / "driver.c"
     if not library.exists() or library.stat().st_mtime < source.stat().st_mtime:
         part = folder / f"libcuda.{os.getpid()}"
-        subprocess.run(["gcc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(part)], check=True)
+        subprocess.run(
+            ["gcc", "-O1", "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", str(part)],
+            check=True,
+        )
         part.replace(library)
     return folder
 
