@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ from benchmarks.model import Bench, Contender, TrainingRun, Workload
 from benchmarks.providers import OURS
 from benchmarks.report import COLOURS, headline, write_text
 from benchmarks.timing import Clock, WallClock, interleave
+from nvae_fast.io import atomic_file
 from nvae_fast.training.graph import WARM_UP
 
 PROVIDERS = ("reference", OURS)
@@ -182,9 +182,8 @@ def plot(document: dict[str, Any], path: Path) -> None:
         panel.legend(fontsize=7)
     figure.suptitle(headline(document), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
 
 
 def main(argv: list[str] | None = None) -> int:

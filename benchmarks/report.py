@@ -16,11 +16,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from nvae_fast.io import atomic_file
 
 SCHEMA = 1
 HEAD = ("machine", "versions", "commit", "modified", "date", "settings", "ceilings")
@@ -142,18 +142,8 @@ def check_target(path: Path, cases: Iterable[str], *, overwrite: bool) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        mode = path.stat().st_mode & 0o777 if path.exists() else 0o644
-        os.chmod(temporary, mode)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with atomic_file(path) as file:
+        file.write(text.encode())
 
 
 # --------------------------------------------------------------------------------------------------- console
@@ -285,9 +275,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.tick_params(labelsize=7)
     figure.suptitle(headline(results), fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.partial{path.suffix}")
-    figure.savefig(temporary, dpi=110)
-    os.replace(temporary, path)
+    with atomic_file(path) as file:
+        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
 
 
 # ---------------------------------------------------------------------------------------------------- README

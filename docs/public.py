@@ -128,7 +128,8 @@ def field_helps(value: Any) -> dict[str, str]:
 def room(value: Any) -> ModuleType | None:
     """The module of an op, whose docstring has the formulas; None for what is no op."""
     module = getattr(value, "__module__", "") or ""
-    return sys.modules[module] if module.startswith("nvae_fast.ops.") else None
+    is_op = module.startswith("nvae_fast.ops.") and not module.startswith("nvae_fast.ops._")
+    return sys.modules[module] if is_op else None
 
 
 def source(name: Name) -> str:

@@ -35,7 +35,7 @@ def forward_kernel(
     tl.store(y + at, activate(u, ACTIVATION).to(y.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def reduce_kernel(
     grad, x, scale, shift, pivot, g, y, workspace, batches, channels, pixels, c_tiles, parts,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr,

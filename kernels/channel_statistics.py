@@ -10,12 +10,13 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from triton import next_power_of_2
 
-from nvae_fast.kernels.map_launch import _on, _power
+from nvae_fast.kernels.launch import launch
 from nvae_fast.kernels.planes import dense, is_last, leave, offsets, plan, program
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def parts_kernel(
     x, workspace, batches, channels, pixels, c_tiles, parts,
     LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
@@ -39,7 +40,7 @@ def parts_kernel(
     tl.store(workspace + place, pivot, mask=c < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks", "pixels", "count", "kind"])
 def merge_kernel(
     workspace, out_mean, out_m2, rows, chunks, pixels, count, kind,
     SPAN: tl.constexpr, REPEAT: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr, STEPS: tl.constexpr,
@@ -76,21 +77,20 @@ def merge_kernel(
 def channel_statistics(x: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """mean and m2 of the operator's arguments."""
     last = is_last(x)
-    launch = plan("channel_statistics", x, by_channels=last, sums=True)
-    shape = (launch.batches, launch.channels) if per_sample else (launch.channels,)
-    if launch.empty:
+    space = plan("channel_statistics", x, by_channels=last, sums=True)
+    shape = (space.batches, space.channels) if per_sample else (space.channels,)
+    if space.empty:
         return x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
     mean, m2 = (torch.empty(shape, dtype=torch.float32, device=x.device) for _ in range(2))
-    workspace = launch.workspace(3)
-    launch.run(parts_kernel, dense(x, last), workspace, launch.batches, LAST=last)
-    repeat = 1 if per_sample else launch.batches
-    rows, chunks = mean.numel(), launch.parts * repeat
-    block = min(_power(chunks), 32)
-    with _on(x.device):
-        merge_kernel[(-(-rows // 32),)](
-            workspace, mean, m2, rows, chunks, launch.pixels,
-            launch.pixels * repeat, chunks * rows,
-            SPAN=launch.constants["BP"] * launch.constants["TIMES"], REPEAT=repeat,
-            ROWS=32, CHUNKS=block, STEPS=-(-chunks // block),
-        )  # fmt: skip
+    workspace = space.workspace(3)
+    space.run(parts_kernel, dense(x, last), workspace, space.batches, LAST=last)
+    repeat = 1 if per_sample else space.batches
+    rows, chunks = mean.numel(), space.parts * repeat
+    block = min(next_power_of_2(chunks), 32)
+    launch(
+        merge_kernel, -(-rows // 32), x.device,
+        workspace, mean, m2, rows, chunks, space.pixels, space.pixels * repeat, chunks * rows,
+        SPAN=space.constants["BP"] * space.constants["TIMES"], REPEAT=repeat,
+        ROWS=32, CHUNKS=block, STEPS=-(-chunks // block),
+    )  # fmt: skip
     return mean, m2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,7 +9,9 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from triton import next_power_of_2
 
+from nvae_fast.kernels.launch import check_dtype, launch
 from nvae_fast.kernels.maps import Tile, sum_chunks_kernel
 
 # Launch choices, predicted from counts of bytes and instructions; no GPU has timed them yet.
@@ -21,17 +22,14 @@ ROW_TILES = ((1024, 4), (512, 4))
 # Tiles of channels have a lane to a thread and 16, 8 or 4 elements to a lane. More lanes than these leave a thread fewer
 # registers than the backward pass takes.
 LANES, MOST_ELEMENTS = (128, 256, 512), 4096
-# In units of one element on a warp, some 170 instructions of residual_normal: what a thread does besides its elements; a sum
+# In units of one element on a warp, some 140 instructions of residual_normal: what a thread does besides its elements; a sum
 # across threads, for each channel of a lane; a partial sum, which is written and read again; a second launch that adds up.
-THREAD_COST, REDUCE_COST, PARTIAL_COST, STAGE_COST = 1.0, 0.3, 0.7, 14.0
+THREAD_COST, REDUCE_COST, PARTIAL_COST, STAGE_COST = 1.0, 0.3, 1.0, 14.0
 ACCESS_COST = 0.1  # of an element that is loaded and stored alone; a share of it where several are
-BUSY_WARPS = 4  # on a scheduler; with fewer it waits for their results
+BUSY_WARPS = 3  # on a scheduler; with fewer it waits for their results
 # (tiles of the map, tiles that one program adds up): adding across threads at the end costs about a third of a tile, but
 # a multiprocessor wants several programs.
 SUM_TILES = ((32768, 8), (16384, 4), (8192, 2), (0, 1))
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# Said explicitly, because Triton's default differs between versions.
-_FUSION = {"enable_fp_fusion": True}
 _INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves room for the masked elements of the last tile
 
 
@@ -51,10 +49,7 @@ class Map:
     or, packed, (B, 2Z, H, W). Raises TypeError for float64, which is the reference's."""
 
     def __init__(self, op: str, like: torch.Tensor, *, packed: bool) -> None:
-        if like.dtype not in FLOATING:
-            raise TypeError(
-                f"{op}: the GPU kernel computes in float32; expected one of {FLOATING}, got {like.dtype}"
-            )
+        check_dtype(op, like.dtype)
         b, channels, h, w = like.shape
         self.batches, self.channels, self.pixels = b, channels // 2 if packed else channels, h * w
         self.size, self.device, self.dtype = (h, w), like.device, like.dtype
@@ -140,10 +135,8 @@ class Launch:
         return tuple(stride // self.unit for view in views for stride in (view.batch, view.step))
 
     def run(self, kernel: Any, *args: Any, **constants: Any) -> None:
-        with _on(self.space.device):
-            kernel[(self.programs,)](
-                *args, TILE=tuple(self.tile), num_warps=self.warps, **constants, **_FUSION
-            )
+        device = self.space.device
+        launch(kernel, self.programs, device, *args, warps=self.warps, TILE=tuple(self.tile), **constants)
 
 
 class Sums:
@@ -152,15 +145,15 @@ class Sums:
 
     def __init__(self, launch: Launch, kinds: int) -> None:
         space = launch.space
-        self.rows, self.device, self.chunks = space.batches * space.channels, space.device, launch.chunks
+        self.rows, self.chunks = space.batches * space.channels, launch.chunks
         shape = (space.batches, space.channels)
         self.outputs = tuple(
-            torch.empty(shape, dtype=torch.float32, device=self.device) for _ in range(kinds)
+            torch.empty(shape, dtype=torch.float32, device=space.device) for _ in range(kinds)
         )
         self.workspace: torch.Tensor | None = None
         if self.chunks > 1:
             self.workspace = torch.empty(
-                (kinds, self.chunks, *shape), dtype=torch.float32, device=self.device
+                (kinds, self.chunks, *shape), dtype=torch.float32, device=space.device
             )
 
     @property
@@ -169,20 +162,7 @@ class Sums:
 
     def finish(self) -> tuple[torch.Tensor, ...]:
         if self.workspace is not None:
-            kinds, rows, chunks = len(self.outputs), 32, min(_power(self.chunks), 32)
-            three = (*self.outputs, *self.outputs, *self.outputs)[:3]
-            with _on(self.device):
-                sum_chunks_kernel[(-(-self.rows // rows),)](
-                    self.workspace,
-                    *three,
-                    self.rows,
-                    self.chunks,
-                    KINDS=kinds,
-                    ROWS=rows,
-                    CHUNKS=chunks,
-                    STEPS=-(-self.chunks // chunks),
-                    **_FUSION,
-                )
+            sum_chunks(self.workspace, self.outputs, self.rows, self.chunks)
         return self.outputs
 
 
@@ -194,14 +174,14 @@ def no_sums(space: Map, kinds: int) -> tuple[torch.Tensor, ...]:
     )
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current device.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _power(n: int) -> int:
-    """The next power of two."""
-    return 1 << (n - 1).bit_length()
+def sum_chunks(workspace: torch.Tensor, outputs: tuple[torch.Tensor, ...], rows: int, chunks: int) -> None:
+    """The second stage of sums: a workspace (kinds, chunks, rows) added up into up to three outputs (rows)."""
+    block = min(next_power_of_2(chunks), 32)
+    launch(
+        sum_chunks_kernel, -(-rows // 32), workspace.device,
+        workspace, *(*outputs, *outputs, *outputs)[:3], rows, chunks,
+        KINDS=len(outputs), ROWS=32, CHUNKS=block, STEPS=-(-chunks // block),
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -245,7 +225,7 @@ def _row_plans(
     quads = pixels % 4 == 0
     for elements, warps in ROW_TILES:
         run = min(access, elements // (32 * warps))
-        width = min(max(_power(pixels), run), elements)
+        width = min(max(next_power_of_2(pixels), run), elements)
         lanes = elements // width
         blocks, tiles = -(-batches * channels // lanes), -(-pixels // width)
         iterations = _iterations(tiles, blocks * tiles, sums)
@@ -270,7 +250,7 @@ def _channel_plans(
         ):  # of 16 runs at least: neighbours stay together
             groups = -(-runs // slices)
             slots = 1
-            while slots <= _power(steps) and slots * groups <= lanes:
+            while slots <= next_power_of_2(steps) and slots * groups <= lanes:
                 tiles, bundle = -(-steps // slots), lanes // slots
                 iterations = _iterations(tiles, batches * tiles * runs * slots // lanes, sums)
                 chunks = -(-tiles // iterations)

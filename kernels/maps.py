@@ -302,7 +302,7 @@ def sum_places(batches, channels, pixels, chunks, rows, TILE: tl.constexpr):
         return chunk * rows + row, row < rows, tl.minimum(pixels - chunk * MOST, MOST)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "chunks"])
 def sum_chunks_kernel(
     partial,
     out_0,

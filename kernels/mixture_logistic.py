@@ -8,7 +8,6 @@ from the same inputs, in two rounds: first the log-probability, then the gradien
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
@@ -16,14 +15,12 @@ import torch
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels.launch import check_dtype, launch
 from nvae_fast.kernels.philox import philox_words
 from nvae_fast.kernels.pointwise import exponential, reciprocal
 from nvae_fast.ops._squash import empty_map
 
-BLOCK, WARPS = 128, 4  # a pixel a thread
-FLOATING = (torch.float32, torch.bfloat16, torch.float16)
-# Said explicitly, because Triton's default differs between versions.
-_FUSION = {"enable_fp_fusion": True}
+BLOCK = 128  # a pixel a thread of 4 warps
 _INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves room for the masked elements of the last program
 NEAR = tl.constexpr(12.0)
 SPLIT = tl.constexpr(0x53504C54)  # the third counter word of split_seed
@@ -222,7 +219,7 @@ def _log_prob(
     return tl.where(largest == float("-inf"), 0.0, largest), tl.log(total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def log_prob_kernel(
     parameters, x, out, count, pixels, half, log_density, batch, channel, pixel, x_batch, x_channel, x_pixel,
     M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -240,7 +237,7 @@ def _store(place, value, mask):
     tl.store(place, value.to(place.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def log_prob_backward_kernel(
     grad, parameters, x, out, count, pixels, half, log_density, grad_batch, grad_pixel, batch, channel, pixel, x_batch,
     x_channel, x_pixel, out_batch, out_channel, out_pixel,
@@ -287,7 +284,7 @@ def _store_colours(out, b, p, pixels, red, green, blue, c0, c1, c2, mask):
     _store(at + 2 * pixels, tl.fma(blue, 0.5, 0.5), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def mean_kernel(
     parameters,
     out,
@@ -338,7 +335,7 @@ def _sub_seed(seed, block):
     return w0.to(tl.int64) | ((w1 & 0x7FFFFFFF).to(tl.int64) << 32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "count"])
 def sample_kernel(
     parameters, seed, out, count, pixels, temperature, batch, channel, pixel,
     M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
@@ -396,10 +393,7 @@ def _reach(t: torch.Tensor) -> int:
 
 
 def _count(op: str, params: torch.Tensor) -> int:
-    if params.dtype not in FLOATING:
-        raise TypeError(
-            f"{op}: the GPU kernel computes in float32; expected one of {FLOATING}, got {params.dtype}"
-        )
+    check_dtype(op, params.dtype)
     return params.shape[0] * params.shape[2] * params.shape[3]
 
 
@@ -407,10 +401,7 @@ def _run(kernel: Any, count: int, tensors: tuple[torch.Tensor, ...], *args: Any,
     """One program for each BLOCK pixels; ``tensors``: what the kernel touches."""
     wide = max(_reach(t) for t in tensors) > _INT32_LIMIT
     device = tensors[0].device
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[(triton.cdiv(count, BLOCK),)](
-            *args, BLOCK=BLOCK, WIDE=wide, num_warps=WARPS, **constants, **_FUSION
-        )
+    launch(kernel, triton.cdiv(count, BLOCK), device, *args, BLOCK=BLOCK, WIDE=wide, **constants)
 
 
 def _levels(num_bits: int) -> tuple[float, float, bool]:

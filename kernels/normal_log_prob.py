@@ -50,7 +50,7 @@ def _terms(
     return term, sigma
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "rows"])
 def forward_kernel(
     z, parameters, out,
     batches, channels, pixels, chunks, rows, floor,
@@ -99,7 +99,7 @@ def forward_kernel(
     tl.store(out + place, -0.5 * lane_sums(total, TILE) - LOG_SQRT_2PI * counted.to(tl.float32), mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "rows"])
 def backward_kernel(
     grad, z, parameters, grad_z, grad_params,
     batches, channels, pixels, chunks, rows, floor,

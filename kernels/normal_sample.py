@@ -23,7 +23,7 @@ from nvae_fast.kernels.maps import (
 from nvae_fast.kernels.pointwise import squash, squash_slopes
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "batches", "rows"])
 def forward_kernel(
     parameters, noise, seed, z,
     batches, channels, pixels, chunks, rows, temperature, floor,
@@ -48,7 +48,7 @@ def forward_kernel(
         store(z, z_at, z_step, k, tl.fma(temperature * sigma, eps[k], mu), mask, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "batches", "rows"])
 def backward_kernel(
     grad_z, parameters, noise, seed, grad_params, grad_noise,
     batches, channels, pixels, chunks, rows, temperature, floor,

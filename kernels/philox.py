@@ -7,7 +7,6 @@ of each block). ``philox_normal`` and ``philox_words_of`` launch kernels that on
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -15,11 +14,10 @@ import torch
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels.launch import launch
 from nvae_fast.kernels.pointwise import log_positive
 
 _BLOCKS = 256  # Philox blocks a program: 8 elements a thread, two 16-byte float32 stores
-# Said explicitly, because Triton's default differs between versions.
-_FUSION = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -52,9 +50,8 @@ def philox_words(seed, block, stream: tl.constexpr = 0):
 @triton.jit
 def _radius(w):
     """``sqrt(-2 log u)`` of a uint32 word, ``u = (w + 0.5) 2^-32``."""
-    u = tl.fma(
-        w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10
-    )  # rounds once, as the sum does
+    # (w + 0.5) 2^-32, with the rounding that the sum has.
+    u = tl.fma(w.to(tl.float32), 2.3283064365386963e-10, 1.1641532182693481e-10)
     # The square root, from an approximate reciprocal one and a step of Newton's method: no branch, and nothing but the
     # rounding is lost. At 0 it gives 1e-15.
     x = tl.maximum(-2.0 * log_positive(u), 1e-30)
@@ -105,7 +102,7 @@ def interleave4(z0, z1, z2, z3, SIZE: tl.constexpr):
     return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), (4 * SIZE,))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def normal_kernel(out, seed, count, BLOCKS: tl.constexpr):
     """Elements 0 .. count - 1, contiguous."""
     first = tl.program_id(0).to(tl.int64) * BLOCKS
@@ -115,7 +112,7 @@ def normal_kernel(out, seed, count, BLOCKS: tl.constexpr):
     tl.store(out + element, z.to(out.dtype.element_ty), mask=element < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def normal_channels_last_kernel(out, seed, lanes, channels, quads, BLOCKS: tl.constexpr, WIDE: tl.constexpr):
     """(n, c, 4 quads pixels) stored channels_last. Lane (n * quads + quad) * channels + c makes one block:
     four pixels of one channel, so that neighbouring lanes store to neighbouring addresses.
@@ -137,7 +134,7 @@ def normal_channels_last_kernel(out, seed, lanes, channels, quads, BLOCKS: tl.co
     tl.store(place + 3 * channels, z3.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed"])
 def normal_channels_last_odd_kernel(
     out, seed, count, channels, pixels, BLOCKS: tl.constexpr, WIDE: tl.constexpr
 ):
@@ -156,7 +153,7 @@ def normal_channels_last_odd_kernel(
     tl.store(out + place, z.to(out.dtype.element_ty), mask=place < count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "count", "first_block"])
 def words_kernel(out, seed, count, first_block, STREAM: tl.constexpr, BLOCKS: tl.constexpr):
     """Words of ``count`` blocks from ``first_block`` on, (count, 4), widened to int64."""
     i = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
@@ -166,11 +163,6 @@ def words_kernel(out, seed, count, first_block, STREAM: tl.constexpr, BLOCKS: tl
     tl.store(out + 4 * i + 1, w1.to(tl.int64), mask=inside)
     tl.store(out + 4 * i + 2, w2.to(tl.int64), mask=inside)
     tl.store(out + 4 * i + 3, w3.to(tl.int64), mask=inside)
-
-
-def _on(tensor: torch.Tensor) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current device.
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 def philox_normal(
@@ -184,17 +176,18 @@ def philox_normal(
         return out
     channels, pixels = (size[1], math.prod(size[2:])) if channels_last else (1, count)
     wide = count > 2**31 - 4 * blocks
-    with _on(seed):
-        if channels == 1 or pixels == 1:
-            normal_kernel[(triton.cdiv(count, 4 * blocks),)](out, seed, count, BLOCKS=blocks, **_FUSION)
-        elif pixels % 4 == 0:
-            normal_channels_last_kernel[(triton.cdiv(count // 4, blocks),)](
-                out, seed, count // 4, channels, pixels // 4, BLOCKS=blocks, WIDE=wide, **_FUSION
-            )
-        else:
-            normal_channels_last_odd_kernel[(triton.cdiv(count, blocks),)](
-                out, seed, count, channels, pixels, BLOCKS=blocks, WIDE=wide, **_FUSION
-            )
+    if channels == 1 or pixels == 1:
+        launch(normal_kernel, triton.cdiv(count, 4 * blocks), seed.device, out, seed, count, BLOCKS=blocks)
+    elif pixels % 4 == 0:
+        launch(
+            normal_channels_last_kernel, triton.cdiv(count // 4, blocks), seed.device,
+            out, seed, count // 4, channels, pixels // 4, BLOCKS=blocks, WIDE=wide,
+        )  # fmt: skip
+    else:
+        launch(
+            normal_channels_last_odd_kernel, triton.cdiv(count, blocks), seed.device,
+            out, seed, count, channels, pixels, BLOCKS=blocks, WIDE=wide,
+        )  # fmt: skip
     return out
 
 
@@ -204,8 +197,8 @@ def philox_words_of(
     """Words (count, 4) as int64 on the device of ``seed``."""
     out = torch.empty((count, 4), dtype=torch.int64, device=seed.device)
     if count:
-        with _on(seed):
-            words_kernel[(triton.cdiv(count, blocks),)](
-                out, seed, count, first_block, STREAM=stream, BLOCKS=blocks, **_FUSION
-            )
+        launch(
+            words_kernel, triton.cdiv(count, blocks), seed.device,
+            out, seed, count, first_block, STREAM=stream, BLOCKS=blocks,
+        )  # fmt: skip
     return out

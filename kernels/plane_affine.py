@@ -44,7 +44,7 @@ def affine_kernel(
     tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches"])
 def dots_kernel(
     x, y, pivot, workspace, batches, channels, pixels, c_tiles, parts,
     X_LAST: tl.constexpr, LAST: tl.constexpr,

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from triton import next_power_of_2
 
-from nvae_fast.kernels.map_launch import FLOATING, _on, _power
-from nvae_fast.kernels.maps import sum_chunks_kernel
+from nvae_fast.kernels.launch import check_dtype, launch
+from nvae_fast.kernels.map_launch import sum_chunks
 
 # Launch choices, predicted from counts of bytes; no GPU has timed them yet. 8 elements a thread.
-ELEMENTS, WARPS = 1024, 4
+ELEMENTS = 1024
 MIXED_CHANNELS = 32  # of a tile where memory formats meet: runs of 32 either way
 LONGEST = 16  # tiles that one program adds up
 PROGRAMS = 1024  # fewer programs than this are not made fewer by adding up
@@ -45,8 +46,7 @@ class Planes(NamedTuple):
 
     def run(self, kernel: Any, *args: Any, **constants: Any) -> None:
         programs = self.parts * self.c_tiles * self.batches
-        with _on(self.device):
-            kernel[(programs,)](*args, *self.sizes, **self.constants, **constants, num_warps=WARPS)
+        launch(kernel, programs, self.device, *args, *self.sizes, **self.constants, **constants)
 
     def workspace(self, kinds: int) -> torch.Tensor:
         """(kinds, parts, B, C), uninitialised."""
@@ -82,20 +82,17 @@ def empty_like(t: torch.Tensor, last: bool) -> torch.Tensor:
 
 def plan(op: str, x: torch.Tensor, *, by_channels: bool, mixed: bool = False, sums: bool = False) -> Planes:
     """How to launch a kernel over maps of the shape of x, most of whose accesses run along channels or pixels."""
-    if x.dtype not in FLOATING:
-        raise TypeError(
-            f"{op}: the GPU kernel computes in float32; expected one of {FLOATING}, got {x.dtype}"
-        )
+    check_dtype(op, x.dtype)
     b, c, h, w = x.shape
     pixels = h * w
     if mixed:
-        bc = min(_power(c), MIXED_CHANNELS)
+        bc = min(next_power_of_2(c), MIXED_CHANNELS)
     elif by_channels:
-        bc = min(_power(c), 128)
+        bc = min(next_power_of_2(c), 128)
     else:
-        bc = max(1, ELEMENTS // _power(max(pixels, 1)))
-    bc = max(1, min(bc, _power(max(c, 1))))
-    bp = max(1, min(ELEMENTS // bc, _power(max(pixels, 1))))
+        bc = max(1, ELEMENTS // next_power_of_2(max(pixels, 1)))
+    bc = max(1, min(bc, next_power_of_2(max(c, 1))))
+    bp = max(1, min(ELEMENTS // bc, next_power_of_2(max(pixels, 1))))
     c_tiles, tiles = -(-c // bc), -(-pixels // bp)
     times = 1
     while sums and times < min(LONGEST, tiles) and b * c_tiles * -(-tiles // (2 * times)) >= PROGRAMS:
@@ -145,10 +142,5 @@ def add_up(workspace: torch.Tensor, per_sample: bool) -> tuple[torch.Tensor, ...
     shape = (batches, channels) if per_sample else (channels,)
     rows, chunks = (batches * channels, parts) if per_sample else (channels, parts * batches)
     outputs = tuple(torch.empty(shape, dtype=torch.float32, device=workspace.device) for _ in range(kinds))
-    block = min(_power(chunks), 32)
-    with _on(workspace.device):
-        sum_chunks_kernel[(-(-rows // 32),)](
-            workspace, *(*outputs, *outputs, *outputs)[:3], rows, chunks,
-            KINDS=kinds, ROWS=32, CHUNKS=block, STEPS=-(-chunks // block),
-        )  # fmt: skip
+    sum_chunks(workspace, outputs, rows, chunks)
     return outputs

@@ -71,9 +71,9 @@ def _bend(raw, C: tl.constexpr):
 def _slope(raw, C: tl.constexpr):
     """``1 - tanh^2`` at raw / C with all its digits: ``4 e / (1 + e)^2`` with ``e = exp(-2 |raw / C|)``, which fades as it
     should where the difference would leave the rounding of a 1."""
-    e = tl.exp2(tl.abs(raw) * (-2.8853900817779268 / C))
-    i = reciprocal(1.0 + e)
-    return 4.0 * e * i * i
+    e = tl.exp2(tl.fma(tl.abs(raw), -2.8853900817779268 / C, 2.0))  # four times e
+    i = reciprocal(tl.fma(e, 0.25, 1.0))
+    return e * i * i
 
 
 @triton.jit

@@ -68,7 +68,7 @@ def _terms(
     return tl.fma(sigma_q, eps, mu_q), kl, log_q, log_p, ratio, sigma_q
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "batches", "rows"])
 def forward_kernel(
     posterior, prior, noise, seed, z, out_kl, out_log_q, out_log_p,
     batches, channels, pixels, chunks, rows, floor,
@@ -148,7 +148,7 @@ def forward_kernel(
     tl.store(out_log_p + place, -0.5 * lane_sums(sum_log_p, TILE) - constant, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "batches", "rows"])
 def backward_kernel(
     grad_z, grad_kl, grad_log_q, grad_log_p, posterior, prior, noise, seed, grad_posterior, grad_prior, grad_noise,
     batches, channels, pixels, chunks, rows, floor,

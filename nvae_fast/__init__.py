@@ -4,12 +4,11 @@ Importing this package neither initialises CUDA nor imports triton.
 """
 
 from nvae_fast import data, distributions, nn, training
-from nvae_fast._backend import backends, use_backend
-from nvae_fast._version import __version__
-from nvae_fast.accelerate import AccelerationReport, accelerate, acceleration_report, restore
 from nvae_fast.models.config import NVAEConfig
+from nvae_fast.models.frozen import freeze
 from nvae_fast.models.nvae import NVAE, NVAEOutput
-from nvae_fast.official import load_official, save_official
+from nvae_fast.models.official import load_official, save_official
+from nvae_fast.ops._backend import backends, use_backend
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.mixture_logistic import (
@@ -24,6 +23,8 @@ from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
 from nvae_fast.ops.weight_norm_many import weight_norm_many
+from nvae_fast.patching import AccelerationReport, accelerate, acceleration_report, restore
+from nvae_fast.version import __version__
 
 __all__ = [
     "NVAE",
@@ -39,6 +40,7 @@ __all__ = [
     "data",
     "depthwise_conv2d",
     "distributions",
+    "freeze",
     "load_official",
     "mixture_logistic_log_prob",
     "mixture_logistic_mean",

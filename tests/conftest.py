@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nvae_fast as nf
-from nvae_fast import _backend
+from nvae_fast.ops import _backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 

@@ -12,8 +12,8 @@ from harness import assert_close
 from torch import nn
 
 import nvae_fast as nf
-from nvae_fast._accelerate import cells
-from nvae_fast._accelerate.clone import clone
+from nvae_fast.patching import cells
+from nvae_fast.patching.clone import clone
 
 WHOLE = "whole inverted residual cell"
 SEEN: list[int] = []

@@ -14,7 +14,7 @@ from harness import assert_close
 from torch import nn
 
 import nvae_fast as nf
-from nvae_fast._accelerate import forwards
+from nvae_fast.patching import forwards
 
 
 class SqueezeExcitation(nn.Module):

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nvae_fast as nf
-from nvae_fast._accelerate.clone import clone
+from nvae_fast.patching.clone import clone
 
 SHAPE = (2, 12, 8, 6)
 

@@ -111,7 +111,7 @@ def test_inputs_are_the_same_every_time_and_shapes_fit_their_axes(name: str):
 
 
 def test_our_row_is_absent_with_the_reason_when_no_kernel_is_there(monkeypatch: pytest.MonkeyPatch):
-    from nvae_fast import _backend
+    from nvae_fast.ops import _backend
 
     case = CASES["residual_normal"]
     monkeypatch.delitem(_backend._fused, ("residual_normal", "cpu"), raising=False)

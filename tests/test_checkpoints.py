@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from nvae_fast._files import atomic_file
+from nvae_fast import cli
+from nvae_fast.io import atomic_file
 from nvae_fast.training import (
     CheckpointError,
     RunFolderError,
@@ -19,6 +22,10 @@ from nvae_fast.training import (
 )
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+# Two steps of a tiny model on digits, written by version 0.1.0.
+OLD_RUN = Path(__file__).parent / "data" / "run_0.1.0"
+OLD_BOUND = 775.8858108520508  # what 0.1.0 gave for its first 8 test images
 
 
 def document(value: float = 1.0) -> dict:
@@ -145,3 +152,12 @@ def test_metrics_are_readable_while_written_and_cut_on_resume(tmp_path):
     log.close()
     assert [line["step"] for line in metrics.read_metrics(tmp_path)] == [10, 20, 30]
     assert metrics.read_metrics(tmp_path)[1]["loss"] is None
+
+
+def test_a_run_of_version_0_1_0_is_evaluated_and_continued(tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(OLD_RUN, folder)
+    assert cli.main(["evaluate", str(folder), "--max-images", "8", "--json", "--quiet"]) == 0
+    assert json.loads(capsys.readouterr().out)["negative_elbo"] == pytest.approx(OLD_BOUND, rel=1e-5)
+    assert cli.main(["train", "--resume", "--out", str(folder), "--max-steps", "3", "--quiet"]) == 0
+    assert checkpoint.load(folder)["progress"]["step"] == 3

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import nvae_fast as nf
-from nvae_fast import cli, cli_options
+from nvae_fast import cli
+from nvae_fast.cli import options
 from nvae_fast.training import TrainingConfig, checkpoint, metrics
 
 MODEL = [
@@ -338,7 +339,7 @@ def test_info_says_what_runs_where(capsys):
 
 
 def test_numbers_may_be_written_large():
-    assert cli_options.whole_number("1e6") == 1_000_000
-    assert cli_options.whole_number("1_000") == 1000
+    assert options.whole_number("1e6") == 1_000_000
+    assert options.whole_number("1_000") == 1000
     with pytest.raises(ValueError):
-        cli_options.whole_number("1.5")
+        options.whole_number("1.5")

@@ -18,8 +18,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nvae_fast as nf
-from nvae_fast import _backend, _devices, cli
-from nvae_fast.ops import _extension, depthwise_conv2d, inverted_residual_cell, philox
+from nvae_fast import cli
+from nvae_fast.ops import _backend, _devices, _extension, depthwise_conv2d, inverted_residual_cell, philox
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["sm_80", "sm_90a", "sm_100", "compute_100"]
@@ -164,6 +164,7 @@ def test_operators_called_directly_fall_back_too(machine: Machine) -> None:
         warnings.simplefilter("ignore")
         assert kernel(new, 1) == kernel((2, 3), new) == kernel([new], []) == kernel(None, [new]) == "launched"
         assert kernel(old, 1) == kernel((2, 3), old) == kernel([old], []) == kernel(None, [old]) == "formula"
+        assert kernel(torch.tensor(1), old) == "formula", "a seed on the CPU says nothing"
         assert depthwise_conv2d.kernels(cuda(0))[0] is torch.ops.nvae_fast.depthwise_conv2d
         assert depthwise_conv2d.kernels(cuda(1)) == (
             depthwise_conv2d._reference,

@@ -164,9 +164,9 @@ def test_given_statistics_are_differentiated_in_forward_mode(route: str) -> None
 
 
 def test_statistics_over_processes_refuse_transforms(monkeypatch: pytest.MonkeyPatch) -> None:
-    from nvae_fast import _distributed
+    from nvae_fast import distributed
 
-    monkeypatch.setattr(_distributed, "world_size", lambda group=None: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda group=None: 2)
     norm = nf.nn.BatchNormSwish(C).double().train()
     with pytest.raises(RuntimeError, match="batch_norm_swish: statistics over several processes"):
         jvp(norm, (normal(B, C, H, W),), (normal(B, C, H, W),))

@@ -51,7 +51,7 @@ def test_mu_alone_computes_no_sigma_and_each_once() -> None:
 def test_one_kernel_and_no_copy(
     how: str, grad: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_fast import _backend
+    from nvae_fast.ops import _backend
 
     every = {(op, device): "operator" for op in nf.backends() for device in _backend.DEVICES}
     monkeypatch.setattr(_backend, "_fused", every)

@@ -18,7 +18,7 @@ from nvae_fast.training import (
     progress,
     seeds,
 )
-from nvae_fast.training.evaluate import OnlineLogMeanExp
+from nvae_fast.training.evaluation import OnlineLogMeanExp
 from nvae_fast.training.signals import StopRequest
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension, _op, _schemas
+from nvae_fast.ops import _backend, _devices, _extension, _op, _schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 # An editable install of this repository would lend its extension to a copy of the package.
@@ -80,7 +79,7 @@ def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: P
     page.write_text(other)
     assert fingerprint(package) != before
     page.write_text(text)
-    version = package / "nvae_fast" / "_version.py"
+    version = package / "nvae_fast" / "version.py"
     version.write_text(version.read_text().replace('__version__ = "', '__version__ = "9'))
     assert fingerprint(package) != before
 

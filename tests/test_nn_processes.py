@@ -14,7 +14,7 @@ from processes import Exchanges, part_of, together
 from torch import nn
 
 import nvae_fast as nf
-from nvae_fast import _distributed
+from nvae_fast import distributed
 from nvae_fast.nn import BatchNormSwish, ConvBlock, InvertedResidualCell
 from nvae_fast.ops import inverted_residual_cell as fused
 
@@ -121,7 +121,7 @@ def work(rank: int, size: int) -> dict[Any, Any]:
     norm(torch.zeros(0, 6, 3, 3)).sum().backward()
     norm(torch.ones(1 - rank, 6, 1, 1))
     results["nothing seen"] = {key: value.clone() for key, value in norm.state_dict().items()}
-    with _distributed.alone(), Exchanges() as none:
+    with distributed.alone(), Exchanges() as none:
         norm(torch.randn(2, 6, 3, 3))
     results["alone"] = none.names
     alone = [dist.new_group([r]) for r in range(2)][rank]

@@ -80,7 +80,7 @@ def test_every_block_is_run_here() -> None:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_line_is_understood(line: str) -> None:
-    cli.make_parser().parse_args(cli._with_dashes(shlex.split(line)))
+    cli.parse(shlex.split(line))
 
 
 def test_there_are_command_lines() -> None:

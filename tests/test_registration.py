@@ -13,8 +13,7 @@ import pytest
 import torch
 
 import nvae_fast as nf
-from nvae_fast import _backend
-from nvae_fast.ops import _extension
+from nvae_fast.ops import _backend, _extension
 from nvae_fast.ops._op import Operator
 
 ROOT = Path(__file__).parent.parent

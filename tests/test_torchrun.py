@@ -64,7 +64,7 @@ def test_evaluate_and_sample_do_not_depend_on_the_processes(tmp_path, digits, ca
 
 
 def test_a_step_that_cannot_be_shared_says_who_can(tmp_path, digits):
-    from nvae_fast.commands import _shared_out
+    from nvae_fast.cli.train import _shared_out
 
     run = trainer(tmp_path, digits)
     run.save()

@@ -1,6 +1,5 @@
-"""The Triton kernels of the mixture of logistics: run in Triton's interpreter against the reference in float64, and
-compiled ahead of time for sm_80, sm_90 and sm_100. As in test_triton_normal.py, the interpreter runs in a process of its
-own: this file, started with the file to write to.
+"""The Triton kernels of the mixture of logistics: run in Triton's interpreter against the reference in float64. As in
+test_triton_normal.py, the interpreter runs in a process of its own: this file, started with the file to write to.
 """
 
 from __future__ import annotations
@@ -223,50 +222,6 @@ def test_empty() -> None:
             (size[0], 3, *size[1:]),
             (size[0], 3, *size[1:]),
         ]
-
-
-# Ahead of time.
-
-POINTERS = ("parameters", "x", "out", "grad")
-COMPILED = [
-    (kernel, layout, dtype)
-    for kernel in ("log_prob_kernel", "log_prob_backward_kernel", "sample_kernel", "mean_kernel")
-    for layout, dtype in (("rows", "fp32"), ("channels", "bf16"))
-]
-
-
-def compile_kernel(kernel: str, layout: str, dtype: str, capability: int, far: bool = False) -> Any:
-    """For ten components of 32x32 pixels: usage and PTX."""
-    import aot
-
-    from nvae_fast.kernels import mixture_logistic as kernels
-
-    function = getattr(kernels, kernel)
-    constants: dict[str, Any] = {"M": 10, "FAR": far, "BLOCK": kernels.BLOCK, "WIDE": False}
-    # Triton specialises a stride of 1.
-    constants |= {"pixel": 1, "x_pixel": 1, "out_pixel": 1} if layout == "rows" else {"channel": 1}
-    constants = {name: value for name, value in constants.items() if name in function.arg_names}
-    types = dict.fromkeys(POINTERS, f"*{dtype}") | {"seed": "*i64", "temperature": "fp32"}
-    types |= {"half": "fp32", "log_density": "fp32"}
-    types |= {"out": "*fp32"} if kernel == "log_prob_kernel" else {}
-    signature = {name: types.get(name, "i32") for name in function.arg_names if name not in constants}
-    return aot.triton_usage(function, signature, constants, capability)
-
-
-@pytest.mark.parametrize("index", range(len(COMPILED)), ids=["-".join(c) for c in COMPILED])
-def test_kernels_compile_without_spills(index: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The three architectures in turn."""
-    pytest.importorskip("triton")
-    import aot
-
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    capability = aot.TRITON_CAPABILITIES[(index + index // 3) % 3]
-    usage, ptx = compile_kernel(*COMPILED[index], capability, far=index % 2 == 1)
-    assert usage.spill_bytes == 0, (capability, usage)
-    assert usage.stack_bytes == 0
-    assert usage.registers <= 128, usage
-    assert "bar.sync" not in ptx, "nothing moves between threads"
-    assert "atom" not in ptx
 
 
 if __name__ == "__main__":

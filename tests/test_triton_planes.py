@@ -1,5 +1,5 @@
 """The Triton kernels over planes (channel_statistics, batch_norm_swish, plane_affine): run in Triton's interpreter against
-the formulas in float64, and compiled ahead of time for sm_80, sm_90 and sm_100.
+the formulas in float64.
 
 The interpreter must be chosen before triton is imported, so the kernels run in a process of their own: this file, started
 with the file to write to.
@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import aot
 import interpreter
 import numpy as np
 import pytest
@@ -155,76 +154,6 @@ def test_interpreter() -> None:
                     found.pop(name), expected, slack * torch.finfo(like.dtype).eps, args[0].numel(), name
                 )
     assert not found, f"not expected: {sorted(found)[:3]}"
-
-
-SIZES_ARGUMENTS = dict.fromkeys(("channels", "pixels", "c_tiles", "parts"), "i32")
-BATCHES = {"batches": "i32"}
-
-
-def compile_kernel(name: str, layout: str, dtype: str, capability: int) -> tuple[aot.Usage, str]:
-    from nvae_fast.kernels import batch_norm_swish as bn
-    from nvae_fast.kernels import channel_statistics as cs
-    from nvae_fast.kernels import plane_affine as pa
-
-    kernel = next(getattr(m, name) for m in (bn, cs, pa) if hasattr(m, name))
-    maps = {"x", "y", "grad", "g", "out"}
-    last = layout != "rows"
-    bc = {"rows": 4, "channels": 128, "mixed": 32}[layout]
-    constants: dict[str, Any] = {
-        "BC": bc,
-        "BP": 1024 // bc,
-        "TIMES": 8,
-        "WIDE": layout == "rows",
-        "LAST": last,
-    }
-    constants |= {"X_LAST": layout == "channels", "ACTIVATION": "elu" if dtype == "fp16" else "swish"}
-    constants |= {"SPAN": 2048, "REPEAT": 8, "ROWS": 32, "CHUNKS": 32, "STEPS": 4}
-    constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-    signature = {
-        n: f"*{dtype}" if n in maps else "i32" if n in INTEGERS else "*fp32"
-        for n in kernel.arg_names
-        if n not in constants
-    }
-    return aot.triton_usage(kernel, signature, constants, capability)
-
-
-INTEGERS = {
-    *SIZES_ARGUMENTS,
-    *BATCHES,
-    "a_batch",
-    "k_batch",
-    "constant_batch",
-    "rows",
-    "chunks",
-    "count",
-    "kind",
-}
-KERNELS = (
-    "parts_kernel",
-    "forward_kernel",
-    "reduce_kernel",
-    "gradient_kernel",
-    "affine_kernel",
-    "dots_kernel",
-)
-COMPILED = [
-    *itertools.product(KERNELS, ("rows", "channels"), ("fp32", "bf16")),
-    *itertools.product(("affine_kernel", "dots_kernel"), ("mixed",), ("fp32", "fp16")),
-    ("gradient_kernel", "channels", "fp16"),
-    ("merge_kernel", "rows", "fp32"),
-]
-
-
-@pytest.mark.parametrize("index", range(len(COMPILED)), ids=["-".join(c) for c in COMPILED])
-def test_compiles_without_spills(index: int) -> None:
-    """The architectures take turns; registers for at least 16 warps on a multiprocessor."""
-    name, layout, dtype = COMPILED[index]
-    capability = aot.TRITON_CAPABILITIES[(index + index // 3) % 3]
-    usage, ptx = compile_kernel(name, layout, dtype, capability)
-    assert usage.spill_bytes == 0, usage
-    assert usage.registers <= 128, usage
-    if name != "merge_kernel":
-        assert ".f64" not in ptx, "nothing over maps is computed in double precision"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from nvae_fast._files import atomic_file
+from nvae_fast.io import atomic_file
 
 _GAP = 2  # pixels between images
 _GAP_VALUE = 128

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from nvae_fast._prepared import checkpoint_contexts
+from nvae_fast.nn.shared_weights import checkpoint_contexts
 
 
 def recomputed(cell: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from nvae_fast.models.streams import check_streams, is_streams
+from nvae_fast.models.seeds import check_streams, is_streams
 from nvae_fast.ops import _checks
 from nvae_fast.ops._squash import soft_clamp, unpack
 from nvae_fast.ops.mixture_logistic import (

@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast import _distributed
-from nvae_fast._prepared import forget_weights, prepare_weights
+from nvae_fast import distributed
+from nvae_fast.models import official_keys
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
+from nvae_fast.models.frozen import is_frozen, refuse
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
-from nvae_fast.models.streams import check_streams, is_streams, streams_of
+from nvae_fast.models.seeds import check_streams, is_streams, streams_of
 from nvae_fast.nn import (
     BatchNormSwish,
     DecoderCombiner,
@@ -29,6 +30,7 @@ from nvae_fast.nn import (
     ResidualCell,
     WeightNormConv2d,
 )
+from nvae_fast.nn.shared_weights import prepare_weights
 from nvae_fast.ops import _checks
 from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
@@ -139,9 +141,14 @@ class NVAE(nn.Module):
         self.checkpoint_cells = False
 
     def train(self, mode: bool = True) -> NVAE:
-        """As torch.nn.Module.train, ``mode`` False for evaluation; the normalised weights that evaluation keeps are dropped."""
-        forget_weights(self)
+        """As torch.nn.Module.train; RuntimeError for ``mode`` True when the model is frozen."""
+        if mode:
+            self._refuse_if_frozen("NVAE.train")
         return super().train(mode)
+
+    def _refuse_if_frozen(self, what: str) -> None:
+        if is_frozen(self):
+            refuse(what)
 
     # ---------------------------------------------------------------------------------------------- forward
 
@@ -186,7 +193,7 @@ class NVAE(nn.Module):
             )
         if self.training and x.shape[0] * self.config.z_shapes[0][1] ** 2 == 1:
             norms = [m for m in self.modules() if isinstance(m, BatchNormSwish) and m.training]
-            if norms and _distributed.world_size(norms[0].process_group) == 1:
+            if norms and distributed.world_size(norms[0].process_group) == 1:
                 raise ValueError(
                     "NVAE: batch norm needs more than one value per channel while training and the coarsest scale has one "
                     f"pixel: x must hold at least 2 images, got {tuple(x.shape)}"
@@ -374,6 +381,7 @@ class NVAE(nn.Module):
 
         Every call advances the power iteration of the spectral estimate.
         """
+        self._refuse_if_frozen("NVAE.regularization")
         with torch.autocast(self.top_feature.device.type, enabled=False), prepare_weights(self):
             weights = {name: conv.normalized_weight() for name, conv in convolutions(self).items()}
             return self.spectral(weights), batch_norm_regularizer(self)
@@ -397,6 +405,7 @@ class NVAE(nn.Module):
             TypeError, ValueError: ``passes`` or ``batch`` is no int or below 1, or ``temperature`` no finite number >= 0.
         """
         op = "readjust_batch_norm"
+        self._refuse_if_frozen(f"NVAE.{op}")
         passes, batch = _checks.whole(op, "passes", passes), _checks.whole(op, "batch", batch)
         _checks.temperature(op, temperature, zero=True)
         if passes < 1 or batch < 1:
@@ -420,18 +429,15 @@ class NVAE(nn.Module):
             ValueError: keys are missing or surplus, or shapes differ; they are named.
             TypeError: it is not a mapping of names to tensors.
         """
-        from nvae_fast import official
-
-        official.load_state_dict(self, state_dict)
+        self._refuse_if_frozen("NVAE.load_official_state_dict")
+        official_keys.load_state_dict(self, state_dict)
 
     def official_state_dict(self) -> dict[str, torch.Tensor]:
-        """The state under official keys; see :mod:`nvae_fast.official`."""
-        from nvae_fast import official
-
-        return official.state_dict(self)
+        """The state under official keys; see :mod:`nvae_fast.models.official`."""
+        self._refuse_if_frozen("NVAE.official_state_dict")
+        return official_keys.state_dict(self)
 
     def official_named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """(official key, parameter) of every parameter; see :mod:`nvae_fast.official`."""
-        from nvae_fast import official
-
-        return official.named_parameters(self)
+        """(official key, parameter) of every parameter; see :mod:`nvae_fast.models.official`."""
+        self._refuse_if_frozen("NVAE.official_named_parameters")
+        return official_keys.named_parameters(self)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast.models.frozen import MAKERS
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
 from nvae_fast.ops import _checks, _spectral
 
@@ -91,6 +92,10 @@ class _Values(torch.autograd.Function):
         saved, groups = list(ctx.saved_tensors), ctx.groups
         weights, u, v = saved[: -2 * groups], saved[-2 * groups : -groups], saved[-groups:]
         return None, None, *_spectral.gradients(grad, weights, u, v)
+
+
+# A frozen model has no regularisers.
+MAKERS[SpectralEstimate] = lambda spectral, done: nn.Identity().eval()
 
 
 def batch_norm_regularizer(model: nn.Module) -> torch.Tensor:

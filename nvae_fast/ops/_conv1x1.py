@@ -71,15 +71,13 @@ class PackedMatrix:
         self._packed: dict[int, Tensor] = {}
 
     def _usable(self, x: Tensor) -> bool:
-        if not self._packs or x.dtype != torch.float32 or x.numel() == 0:
+        if not self._packs or x.dtype != torch.float32 or x.numel() == 0 or torch.compiler.is_compiling():
             return False
         return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
 
-    def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """bias: where it may change, in place of the one that was given with the matrix."""
-        bias = self.bias if bias is None else bias
+    def __call__(self, x: Tensor) -> Tensor:
         if not self._usable(x):
-            return conv1x1(x, self.weight, bias)
+            return conv1x1(x, self.weight, self.bias)
         b, c, h, w = x.shape
         pixels = b * h * w
         packed = self._packed.get(pixels)
@@ -89,5 +87,5 @@ class PackedMatrix:
             # A new dictionary: other threads may be reading this one.
             self._packed = dict([*self._packed.items(), (pixels, packed)][-self._KEPT :])
         rows = x.permute(0, 2, 3, 1).reshape(pixels, c)
-        y = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
+        y = torch.ops.mkldnn._linear_pointwise(rows, packed, self.bias, "none", [], "")
         return y.view(b, h, w, -1).permute(0, 3, 1, 2)

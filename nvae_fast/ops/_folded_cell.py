@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from nvae_fast.ops import _affine
-from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1
+from nvae_fast.ops._conv1x1 import conv1x1
 from nvae_fast.ops._op import define_kernel
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.depthwise_conv2d import kernels as _depthwise_kernels
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell, check_maps
+from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
@@ -60,10 +60,10 @@ def fold(
 ) -> FoldedCell:
     """``running`` holds (mean, var) of the four batch norms in order. Differentiable."""
     expand, project = q.expand.flatten(1), q.project.flatten(1)
-    scale0, shift0 = _affine_of(q.norm_weight, q.norm_bias, running[0], eps)
-    scale1, shift1 = _affine_of(q.expand_norm_weight, q.expand_norm_bias, running[1], eps)
-    scale2, shift2 = _affine_of(q.depthwise_norm_weight, q.depthwise_norm_bias, running[2], eps)
-    scale3, shift3 = _affine_of(q.project_norm_weight, q.project_norm_bias, running[3], eps)
+    scale0, shift0 = affine_of(q.norm_weight, q.norm_bias, running[0], eps)
+    scale1, shift1 = affine_of(q.expand_norm_weight, q.expand_norm_bias, running[1], eps)
+    scale2, shift2 = affine_of(q.depthwise_norm_weight, q.depthwise_norm_bias, running[2], eps)
+    scale3, shift3 = affine_of(q.project_norm_weight, q.project_norm_bias, running[3], eps)
     if q.reduce_weight is None:
         scale3, shift3 = residual_scale * scale3, residual_scale * shift3
     return FoldedCell(
@@ -72,7 +72,7 @@ def fold(
     )  # fmt: skip
 
 
-def _affine_of(
+def affine_of(
     weight: Tensor, bias: Tensor, running: tuple[Tensor, Tensor], eps: float
 ) -> tuple[Tensor, Tensor]:
     """A batch norm with given statistics as ``scale * x + shift``."""
@@ -80,35 +80,25 @@ def _affine_of(
     return scale, bias - running[0].to(weight.dtype) * scale
 
 
-class ReadyCell(NamedTuple):
-    """A :class:`FoldedCell` to compute with: once, or (its matrices packed) again and again. Without gradients."""
-
-    expand: Callable[[Tensor], Tensor]
-    scale: Tensor
-    shift: Tensor
-    project: Callable[[Tensor], Tensor]
-
-    def branch(self, x: Tensor, depthwise: Tensor, stride: int) -> Tensor:
-        """What the gate, or the sum with the skip, is given. x: in channels_last."""
-        upsample = 2 if stride == -1 else 1
-        h = depthwise_affine(
-            self.expand(x), depthwise, self.scale, self.shift, max(stride, 1), upsample, "swish", "swish"
-        )
-        return self.project(h)
+Product = Callable[[Tensor], Tensor]
 
 
-def ready(f: FoldedCell, *, again: bool) -> ReadyCell:
-    """``again``: whether it will compute often enough for packing to pay."""
-    if again:
-        return ReadyCell(
-            PackedMatrix(f.expand, f.expand_bias), f.scale, f.shift, PackedMatrix(f.project, f.project_bias)
-        )
-    return ReadyCell(
-        partial(conv1x1, weight=f.expand, bias=f.expand_bias),
-        f.scale,
-        f.shift,
-        partial(conv1x1, weight=f.project, bias=f.project_bias),
-    )
+def residual_branch(
+    x: Tensor,
+    expand: Product,
+    depthwise: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    project: Product,
+    stride: int,
+) -> Tensor:
+    """What is given to the gate, or added to the skip, by the kernels and without gradients; arguments are trusted.
+
+    expand, project: the 1x1 convolutions of a :class:`FoldedCell`; scale, shift: the affine map between them.
+    """
+    h = expand(x.contiguous(memory_format=torch.channels_last))
+    upsample = 2 if stride == -1 else 1
+    return project(depthwise_affine(h, depthwise, scale, shift, max(stride, 1), upsample, "swish", "swish"))
 
 
 def inverted_residual_cell_evaluation(
@@ -120,29 +110,31 @@ def inverted_residual_cell_evaluation(
     stride: int = 1,
     eps: float = 1e-5,
     residual_scale: float = 0.1,
-    folded: ReadyCell | None = None,
 ) -> Tensor:
     """The cell with given statistics: ``running`` holds (mean, var) of the four batch norms in order.
 
     Arguments, result and errors as :func:`inverted_residual_cell`; made of differentiable ops, so any derivative exists
-    that they have. ``folded``: what :func:`ready` gave, to compute without gradients.
+    that they have.
     """
-    q, upsample = parameters, 2 if stride == -1 else 1
-    (check_cell if folded is None else check_maps)(x, skip, q, stride)
-    xl = x.contiguous(memory_format=torch.channels_last)
-    if folded is None:
+    q = parameters
+    check_cell(x, skip, q, stride)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         f = fold(q, running, eps=eps, residual_scale=residual_scale)
         d = depthwise_conv2d(
-            conv1x1(xl, f.expand, f.expand_bias),
+            conv1x1(x.contiguous(memory_format=torch.channels_last), f.expand, f.expand_bias),
             q.depthwise,
             stride=max(stride, 1),
-            upsample=upsample,
+            upsample=2 if stride == -1 else 1,
             activation="swish",
         )
         h = batch_norm_swish(d, q.depthwise_norm_weight, q.depthwise_norm_bias, *running[2], eps=eps).y
         s = conv1x1(h, f.project, f.project_bias)
     else:
-        s = folded.branch(xl, q.depthwise, stride)
+        with torch.autocast(x.device.type, enabled=False):
+            f = fold(q, running, eps=eps, residual_scale=residual_scale)
+        expand = partial(conv1x1, weight=f.expand, bias=f.expand_bias)
+        project = partial(conv1x1, weight=f.project, bias=f.project_bias)
+        s = residual_branch(x, expand, q.depthwise, f.scale, f.shift, project, stride)
     if q.reduce_weight is None:
         return skip + s
     return squeeze_excite(

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _checks, _coefficients
+from nvae_fast import distributed
+from nvae_fast.ops import _backend, _checks, _coefficients
 from nvae_fast.ops import batch_norm_swish as batch_norm
 from nvae_fast.ops._op import DEFINITIONS, refuse_double_backward
 
@@ -50,7 +50,7 @@ def merged_batch_norm_swish(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    if _distributed.world_size(group) == 1:
+    if distributed.world_size(group) == 1:
         return None
     if _backend.transforms_active():
         raise RuntimeError(
@@ -76,7 +76,7 @@ def corrections_of(
     """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
     if isinstance(count, int):
         return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
-    g, gx = (t / count for t in _distributed.totals((sum_g, sum_gx), group))
+    g, gx = (t / count for t in distributed.totals((sum_g, sum_gx), group))
     _, beta, gamma = _coefficients.corrections(g, gx, mean, rstd, scale, 1.0)
     return rstd * sum_gx, beta, gamma
 
@@ -97,7 +97,7 @@ class _Merged(torch.autograd.Function):
         acc_dtype = _checks.accumulate_dtype(x.dtype)
         mean, m2 = channel_statistics(x, False)
         count: Any
-        mean, m2, count = _distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
+        mean, m2, count = distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
         var, rstd, scale, shift = coefficients_of(
             mean, m2, count, weight.to(acc_dtype), bias.to(acc_dtype), eps
         )

@@ -20,7 +20,7 @@ registers ``torch.ops.nvae_fast.my_op(Tensor x, Tensor? scale, float eps) -> Ten
 extension adds kernels to both by these names. ``_op(x, scale, eps)`` has the types of the formula. The public function checks
 its arguments, where they have names and defaults, and calls it; the operator itself trusts them.
 
-A call goes, for every operator, where :func:`nvae_fast._backend.fused` says: to the fused kernel where the device has one,
+A call goes, for every operator, where :func:`nvae_fast.ops._backend.fused` says: to the fused kernel where the device has one,
 else to the formula. The formula also takes over under functional transforms and forward-mode differentiation, which a kernel
 cannot follow; and float64 on a GPU, where kernels compute in float32.
 
@@ -39,8 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _extension
+from nvae_fast.ops import _backend, _devices, _extension
 from nvae_fast.ops._layout import empty_map
 
 NAMESPACE = "nvae_fast"

@@ -15,8 +15,8 @@ import mmap
 import os
 import re
 
-from nvae_fast._version import __version__
 from nvae_fast.ops import _op
+from nvae_fast.version import __version__
 
 _MARK = b"nvae_fast schemas "  # csrc/module.cpp puts it before the fingerprint
 _LENGTH = 16

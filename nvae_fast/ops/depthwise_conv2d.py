@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast import _backend, _devices
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks, _devices
 from nvae_fast.ops._activation import ACTIVATIONS, activate, activation_slope
 from nvae_fast.ops._layout import empty_map, memory_format
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op

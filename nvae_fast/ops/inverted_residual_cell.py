@@ -30,8 +30,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nvae_fast import _backend, _distributed
-from nvae_fast.ops import _affine, _checks, _coefficients, depthwise_conv2d
+from nvae_fast import distributed
+from nvae_fast.ops import _affine, _backend, _checks, _coefficients, depthwise_conv2d
 from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
 from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
 from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
@@ -112,7 +112,7 @@ def inverted_residual_cell(
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     check_cell(x, skip, parameters, stride)
-    if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1 and _distributed.world_size(group) == 1:
+    if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1 and distributed.world_size(group) == 1:
         raise ValueError(
             f"{NAME}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
         )
@@ -120,7 +120,7 @@ def inverted_residual_cell(
     b, _, h, w = x.shape
     seen, made = b * h * w * (4 if stride == -1 else 1), y.shape[0] * y.shape[2] * y.shape[3]
     counts: list[int | Tensor] = [seen, seen, made, made]
-    if _distributed.world_size(group) > 1:
+    if distributed.world_size(group) > 1:
         counts = list(flat.pop().unbind())
     return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
 
@@ -204,7 +204,7 @@ class _Cell(torch.autograd.Function):
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
             b, _, h, w = xl.shape
             mean0, m2 = _OPS.channel_statistics(xl, False)
-            mean0, m2, n_in = _distributed.merge(mean0, m2, b * h * w, group)
+            mean0, m2, n_in = distributed.merge(mean0, m2, b * h * w, group)
             var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
             xhat = _affine.forward(xl, rstd0, shift0, None)
             weights = q.expand.flatten(1)
@@ -219,7 +219,7 @@ class _Cell(torch.autograd.Function):
                 mean1, squares = _OPS.channel_statistics(a, False)
                 if not isinstance(n_in, int):  # of one process alone a has mean 0
                     squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
-            m2 = _distributed.total(squares, group)
+            m2 = distributed.total(squares, group)
             mean1 = weights @ q.norm_bias
             var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
@@ -227,7 +227,7 @@ class _Cell(torch.autograd.Function):
                 a, q.depthwise, scale1, q.expand_norm_bias, max(stride, 1), 1, 2 if stride == -1 else 1, "swish", True, None,
             )  # fmt: skip
             pixels = d.shape[2] * d.shape[3]
-            mean2, m2, n_out = _distributed.merge(mean2, m2, b * pixels, group)
+            mean2, m2, n_out = distributed.merge(mean2, m2, b * pixels, group)
             var2, rstd2, scale2, shift2 = _coefficients_of(
                 mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
             )
@@ -235,7 +235,7 @@ class _Cell(torch.autograd.Function):
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
             mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
-            mean3, m2, _ = _distributed.merge(mean3, m2, b * pixels, group)
+            mean3, m2, _ = distributed.merge(mean3, m2, b * pixels, group)
             var3, rstd3, scale3, shift3 = _coefficients_of(
                 mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
             )
@@ -322,7 +322,7 @@ class _Cell(torch.autograd.Function):
                     to_expand += gamma1[:, None] * as_matrix(xhat).to(acc_dtype).sum(0)
             to_x = None
             if ctx.needs_input_grad[0]:
-                dot0 = _distributed.total((to_expand * expand).sum(0), group) / n_in
+                dot0 = distributed.total((to_expand * expand).sum(0), group) / n_in
                 to_x = conv1x1(to_a, (expand * rstd0).t())
                 if gram is None:
                     to_x = _OPS.plane_affine(xhat, -(rstd0 * dot0)[None], to_x, None, None)

@@ -9,7 +9,7 @@ images (each of them one CUDA graph on a GPU); `Trainer` is the whole of `python
 from nvae_fast.training.checkpoint import CheckpointError, load_model
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import ProcessLost, World, start_world
-from nvae_fast.training.evaluate import Evaluation, evaluate, importance_bound
+from nvae_fast.training.evaluation import Evaluation, evaluate, importance_bound
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
 from nvae_fast.training.presets import PRESETS, TrainingPreset, preset

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast import _backend
-from nvae_fast.ops import _adamax
+from nvae_fast.ops import _adamax, _backend
 
 
 class Adamax(torch.optim.Adamax):

@@ -12,17 +12,16 @@ import contextlib
 import hashlib
 import os
 import pickle
-import shutil
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from nvae_fast._files import atomic_file
-
-if TYPE_CHECKING:
-    from nvae_fast.models.nvae import NVAE
+from nvae_fast.io import atomic_file, keep_as
+from nvae_fast.models.config import NVAEConfig
+from nvae_fast.models.nvae import NVAE
+from nvae_fast.models.official import load_official
 
 FORMAT = "nvae_fast.checkpoint"
 VERSION = 1
@@ -55,7 +54,7 @@ def save(
 
     def keep() -> None:
         if keep_previous and target.exists():
-            _keep_as(target, target.with_name(PREVIOUS))
+            keep_as(target, target.with_name(PREVIOUS))
 
     try:
         with atomic_file(target) as handle:
@@ -178,11 +177,9 @@ def load_model(
     path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError,
     FileNotFoundError or ValueError for a file that is missing, damaged or something else; the message says which.
     """
-    import nvae_fast as nf
-
     file = resolve(path)
     if sniff(file) == "other":
-        model = nf.load_official(file)
+        model = load_official(file)
         return to_format(model.to(map_location), torch.channels_last).eval(), {
             "path": str(file),
             "kind": "official",
@@ -198,10 +195,8 @@ def load_model(
 
 def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
     """The model a checkpoint describes, its state loaded. Raises CheckpointError naming what differs."""
-    import nvae_fast as nf
-
     try:
-        model = nf.NVAE(nf.NVAEConfig(**document["model_config"]))
+        model = NVAE(NVAEConfig(**document["model_config"]))
         model.load_state_dict(document["model"])
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {file} does not fit this nvae_fast: {error}") from error
@@ -212,24 +207,6 @@ def to_format(model: NVAE, memory: torch.memory_format) -> NVAE:
     """The model with its weights in a memory format."""
     # PyTorch accepts memory_format alone, its type hints do not know that.
     return model.to(memory_format=memory)  # type: ignore[call-overload]
-
-
-def _keep_as(current: Path, previous: Path) -> None:
-    """Give the current file a second name, so that at no moment the folder is without a whole checkpoint."""
-    link = previous.with_name(f".{previous.name}.{os.getpid()}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        link.unlink()
-    try:
-        os.link(current, link)
-    except OSError:
-        # No hard links here (some network and FAT file systems): copy instead.
-        shutil.copyfile(current, link)
-    try:
-        os.replace(link, previous)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            link.unlink()
-        raise
 
 
 def _check_plain(value: Any, where: str) -> None:

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nvae_fast import _distributed
+from nvae_fast import distributed
 
 
 def _outlive_torchrun() -> None:
@@ -76,7 +76,7 @@ class World:
         """The tensor of every process, in their order; all must be of one shape."""
         if self.size == 1:
             return [tensor]
-        return list(_distributed.gather(tensor).unbind())
+        return list(distributed.gather(tensor).unbind())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Check that all processes were started alike.

@@ -22,11 +22,12 @@ from torch import Tensor
 from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
-from nvae_fast.training.evaluate import bits_per_dim, check_fit
+from nvae_fast.training.evaluation import bits_per_dim, check_fit
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
 from nvae_fast.training.step import Step, StepResult, await_data, awaiting_data
+from nvae_fast.version import __version__
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -187,7 +188,7 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
         return {
-            "nvae_fast": _package_version(),
+            "nvae_fast": __version__,
             "torch": str(torch.__version__),
             "model_config": self.model.config.to_dict(),
             "training_config": self.config.to_dict(),
@@ -359,9 +360,3 @@ class Trainer:
                 readjust_passes=0,
             )
         self.model.train()
-
-
-def _package_version() -> str:
-    import nvae_fast
-
-    return getattr(nvae_fast, "__version__", "unknown")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from nvae_fast._prepared import prepare_weights
+from nvae_fast.nn.shared_weights import prepare_weights
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import balanced_kl, full_precision

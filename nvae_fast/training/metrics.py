@@ -15,7 +15,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from nvae_fast._files import atomic_file
+from nvae_fast.io import atomic_file
 from nvae_fast.training.run_folder import writing
 from nvae_fast.training.step import StepResult
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nvae_fast._distributed import alone
+from nvae_fast.distributed import alone
+from nvae_fast.models.frozen import freeze
 from nvae_fast.training.distributed import World
 from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.seeds import mix_seed
@@ -114,10 +115,9 @@ def write_reconstructions(
     """A PNG grid in which every row of images (N,C,H,W, in [0,1]) has its reconstructions below it."""
     from nvae_fast.data import save_grid
 
-    device = next(model.parameters()).device
-    with evaluation(model):
-        out = model(images.to(device), seed=mix_seed(seed, 3))
-        decoded = model.likelihood(out.logits).mean().float().cpu()
+    frozen: Any = freeze(model)
+    out = frozen(images.to(frozen.top_feature.device), seed=mix_seed(seed, 3))
+    decoded = frozen.likelihood(out.logits).mean().float().cpu()
     rows = []
     for start in range(0, images.shape[0] - images.shape[0] % columns, columns):
         rows += [images[start : start + columns].cpu().float(), decoded[start : start + columns]]

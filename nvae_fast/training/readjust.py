@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from nvae_fast._files import atomic_file
+from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint
 
 if TYPE_CHECKING:

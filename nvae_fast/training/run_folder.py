@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from nvae_fast._files import atomic_file
+from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint
 
 

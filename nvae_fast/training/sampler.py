@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from nvae_fast.models.frozen import freeze
 from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay
 from nvae_fast.training.seeds import mix_seed
 
@@ -17,14 +18,14 @@ PIXELS = ("sample", "mean", "logits")
 
 
 class Sampler:
-    """Images from the prior of `model`, in evaluation mode whatever mode it is in.
+    """Images from the prior of `model` with the weights and statistics that it has when the sampler is made: it keeps a frozen
+    copy (:func:`nvae_fast.freeze`). After training on, make another sampler.
 
     temperature: multiplies every prior's sigma, and the likelihood's noise. pixels: "sample" draws them from the
     likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or "bf16", for the network
     alone. recorder: what captures, in tests. Raises ValueError for other values.
 
-    On a GPU the newest batch size is kept captured. The same seed gives the same images, replayed or not. A capture
-    reads the weights where they are; when they were changed (or moved), the next call captures again.
+    On a GPU the newest batch size is kept captured. The same seed gives the same images, replayed or not.
     """
 
     def __init__(
@@ -40,11 +41,12 @@ class Sampler:
             raise ValueError(f"Sampler: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
         if autocast not in (None, "bf16"):
             raise ValueError(f"Sampler: autocast must be None or 'bf16', got {autocast!r}")
-        self.model = model
+        frozen: Any = freeze(model)
+        self.model: NVAE = frozen
         self.temperature = temperature
         self.pixels = pixels
         self.autocast = autocast
-        self.device = next(model.parameters()).device
+        self.device: torch.device = frozen.top_feature.device
         # Two streams of noise: of the latent variables and of the pixels.
         self._latent = Controls((), self.device)
         self._pixel = Controls((), self.device)
@@ -69,20 +71,13 @@ class Sampler:
             self._pixel.write(seed ^ 0x9E3779B97F4A7C15 if pixel_seed is None else pixel_seed)
         else:
             self._write_streams(n, first, seed, seed if pixel_seed is None else pixel_seed)
-        training = self.model.training
-        if training:
-            self.model.eval()
-        try:
-            if self._replay is None:
-                return self.body(n)
-            if not self._replay.ready((n, first is None, *self._weights())):
-                images: Tensor = self._replay.warm_up(lambda: self.body(n))
-                return images
-            replayed: Tensor = self._replay.run(lambda: self.body(n))
-            return replayed.clone()
-        finally:
-            if training:
-                self.model.train()
+        if self._replay is None:
+            return self.body(n)
+        if not self._replay.ready((n, first is None)):
+            images: Tensor = self._replay.warm_up(lambda: self.body(n))
+            return images
+        replayed: Tensor = self._replay.run(lambda: self.body(n))
+        return replayed.clone()
 
     def body(self, n: int) -> Tensor:
         """What a graph holds: `n` images, from the seeds written last."""
@@ -107,8 +102,3 @@ class Sampler:
         if self._streams is None or self._streams.shape[1] != n:  # a capture reads them where they are
             self._streams = torch.empty(2, n, dtype=torch.int64, device=self.device)
         self._streams.copy_(torch.tensor(values, dtype=torch.int64).view(2, n))
-
-    def _weights(self) -> tuple[int, int]:
-        """Changes whenever a parameter or buffer was written or replaced."""
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return sum(t._version for t in tensors), hash(tuple(t.data_ptr() for t in tensors))

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvae_fast.models.streams import is_streams
+from nvae_fast.models.seeds import is_streams
 from nvae_fast.ops.philox import split_seed
 from nvae_fast.training.adamax import Adamax
 from nvae_fast.training.config import TrainingConfig

@@ -38,7 +38,7 @@ from benchmarks import model as whole  # noqa: E402
 from benchmarks.case import Case, load_cases  # noqa: E402
 from benchmarks.gate import Gate  # noqa: E402
 from benchmarks.providers import OURS, Candidate, Execution, absent_reason, build_inputs  # noqa: E402
-from nvae_fast._backend import missing  # noqa: E402
+from nvae_fast.ops._backend import missing  # noqa: E402
 from nvae_fast.training import Sampler, Step, TrainingConfig  # noqa: E402
 from nvae_fast.training.graph import WARM_UP, CudaRecorder  # noqa: E402
 

@@ -35,7 +35,7 @@ def _noting(self: Any, name: Any, function: Any, key: str = "", **more: Any) -> 
 
 torch.library.Library.impl = _noting  # type: ignore[method-assign]
 sys.path.insert(0, str(ROOT))
-from nvae_fast import _backend  # noqa: E402
+from nvae_fast.ops import _backend  # noqa: E402
 
 if os.environ.get("NVAE_FAST_STANDIN_FUSED"):
     for operator in ("depthwise_conv2d", "inverted_residual_cell"):

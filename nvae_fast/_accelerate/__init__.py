@@ -1,1 +1,0 @@
-"""What ``nvae_fast.accelerate`` is made of: forwards that are bound to foreign modules, recognising, verifying."""

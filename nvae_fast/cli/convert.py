@@ -1,0 +1,43 @@
+"""`python -m nvae_fast convert`: an official checkpoint to ours, or ours to official."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from nvae_fast.cli.common import check_writable
+from nvae_fast.models.official import load_official, save_official
+from nvae_fast.training import checkpoint
+from nvae_fast.version import __version__
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Rewrite a checkpoint in the other format."""
+    source = checkpoint.resolve(arguments.source)
+    target = Path(arguments.target)
+    check_writable(target, arguments.overwrite)
+    if target.exists() and target.samefile(source):
+        raise ValueError(f"source and target are the same file: {source}")
+    kind = checkpoint.sniff(source)
+    if kind == "damaged":
+        raise checkpoint.CheckpointError(f"checkpoint {source} is truncated or damaged")
+    if kind == "nvae_fast":
+        document = checkpoint.load(source)
+        model = checkpoint.model_from(document, source)
+        progress = document.get("progress", {})
+        save_official(model, target, epoch=progress.get("epoch", 0), global_step=progress.get("step", 0))
+        print(f"wrote {target} in the official format (weights and options; no optimizer state)")
+        return 0
+    model = load_official(source)
+    document = {
+        "nvae_fast": __version__,
+        "torch": str(torch.__version__),
+        "model_config": model.config.to_dict(),
+        "model": model.state_dict(),
+        "converted_from": source.name,
+    }
+    checkpoint.save(document, target.parent, name=target.name, keep_previous=False)
+    print(f"wrote {target} (for evaluate and sample)")
+    return 0

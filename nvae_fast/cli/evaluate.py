@@ -1,0 +1,84 @@
+"""`python -m nvae_fast evaluate`: the likelihood bounds of images under a model."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, set_threads
+from nvae_fast.io import atomic_file
+from nvae_fast.training import checkpoint, distributed
+from nvae_fast.training.evaluation import evaluate
+from nvae_fast.training.progress import Progress
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Report the likelihood bounds of images under a model."""
+    set_threads(arguments)
+    return run_on_processes(arguments, _evaluate)
+
+
+def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
+    say = reporter(arguments.quiet or not world.is_main)
+    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
+    data, kind = arguments.data, arguments.data_kind
+    if data is None:
+        trained = facts.get("data", {})
+        data, kind = trained.get("source"), kind or trained.get("kind")
+        if data is None:
+            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
+    dataset = open_images(data, kind, arguments.split, model.config)
+    total = min(len(dataset), arguments.max_images or len(dataset))
+    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
+    try:
+        result = evaluate(
+            model,
+            dataset,
+            samples=arguments.samples,
+            batch_size=arguments.batch_size,
+            seed=arguments.seed,
+            max_images=arguments.max_images,
+            autocast=None if arguments.autocast == "none" else arguments.autocast,
+            on_batch=lambda done, value: progress.update(done, f"bound {value:.3f} nats"),
+            world=world,
+        )
+    finally:
+        progress.close()
+    report_skipped(dataset, say)
+    if not world.is_main:
+        return 0
+    report = {"checkpoint": facts["path"], "data": data, "split": arguments.split, **result.to_dict()}
+    if arguments.json is not None:
+        text = json.dumps(report, indent=2) + "\n"
+        if arguments.json == "-":
+            sys.stdout.write(text)
+        else:
+            with atomic_file(arguments.json) as handle:
+                handle.write(text.encode())
+            say(f"wrote {arguments.json}")
+    else:
+        print(_evaluation_table(report))
+    return 0
+
+
+def _evaluation_table(report: dict[str, Any]) -> str:
+    rows = [
+        ("negative ELBO", report["negative_elbo"], report["negative_elbo_bits_per_dim"]),
+        (
+            f"-log p(x), K = {report['samples']}",
+            report["negative_log_likelihood"],
+            report["negative_log_likelihood_bits_per_dim"],
+        ),
+        ("reconstruction", report["reconstruction"], None),
+        ("KL", report["kl"], None),
+    ]
+    lines = [f"{report['images']} images of {report['data']} ({report['split']})"]
+    lines.append(f"{'':<24} {'nats':>12} {'bits/dim':>10}")
+    for name, nats, bits in rows:
+        lines.append(f"{name:<24} {nats:12.4f} {'' if bits is None else f'{bits:10.5f}'}".rstrip())
+    lines.append(
+        f"{'active latent channels':<24} {report['active_channels']:>7} of {report['latent_channels']}"
+    )
+    return "\n".join(lines)

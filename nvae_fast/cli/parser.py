@@ -1,0 +1,224 @@
+"""The parser of all commands and options."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import NoReturn
+
+from nvae_fast.cli import options
+
+PROGRAM = "nvae_fast"
+ERROR_CODE = 2
+
+_FROM_PRESET = "; a preset may set another"
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line of error instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(ERROR_CODE, f"{PROGRAM}: error: {message} (see python -m {self.prog} --help)\n")
+
+
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """The arguments of a command line. Raises SystemExit where argparse would."""
+    return make_parser().parse_args(_with_dashes(words))
+
+
+def _with_dashes(words: Sequence[str]) -> list[str]:
+    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
+    result = []
+    for word in words:
+        if word.startswith("--") and len(word) > 2:
+            name, equals, value = word.partition("=")
+            word = name.replace("_", "-") + equals + value
+        result.append(word)
+    return result
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands and options."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="Train, evaluate and sample NVAE models.",
+        epilog="Options may be spelt with underscores (--num_channels_enc). Exit codes: 0 done, 2 error, "
+        "130 or 143 training stopped by SIGINT or SIGTERM after saving.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    _train_parser(_add(commands, "train", "train a model, or continue a run"))
+    _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
+    _sample_parser(_add(commands, "sample", "draw new images from a model"))
+    _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
+    _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
+    return parser
+
+
+def _add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False
+    )
+    parser.add_argument("--debug", action="store_true", help="show a traceback with an error (default: no)")
+    return parser
+
+
+def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
+    group = parser.add_argument_group("machine")
+    group.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="auto, cpu, cuda or cuda:<index> (default: auto, which is a GPU when there is one)",
+    )
+    if threads:
+        group.add_argument(
+            "--threads",
+            type=options.whole_number,
+            default=None,
+            metavar="N",
+            help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
+        )
+    group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
+
+
+def _train_parser(parser: argparse.ArgumentParser) -> None:
+    from nvae_fast.models.config import NVAEConfig
+    from nvae_fast.training.config import TrainingConfig
+    from nvae_fast.training.presets import PRESETS
+
+    parser.epilog = (
+        "Ctrl-C or SIGTERM finishes the current step, writes a checkpoint and exits with 130 or 143; a "
+        "second Ctrl-C aborts at once. Presets: "
+        + "; ".join(f"{entry.name}: {entry.summary}" for entry in PRESETS.values())
+        + "."
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument(
+        "--preset",
+        choices=list(PRESETS),
+        default=None,
+        help="model and training settings to start from (default: digits_demo)",
+    )
+    run.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="digits, photos, or a folder, array, IDX, CIFAR-10 or LMDB path (default: the preset's; presets "
+        "of data that are not built in need a path; when resuming, the run's)",
+    )
+    run.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    run.add_argument(
+        "--out", default=None, metavar="FOLDER", help="run folder to write (default: runs/<preset>)"
+    )
+    run.add_argument(
+        "--resume", action="store_true", help="continue the run in --out bit for bit (default: no)"
+    )
+    run.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="when --out holds a run, rename that folder and start anew (default: no)",
+    )
+    _machine(parser, threads=False)
+    texts, units = options.training_texts()
+    training = parser.add_argument_group("training")
+    options.add_dataclass_options(training, TrainingConfig, texts, units=units, note=_FROM_PRESET)
+    model = parser.add_argument_group("model")
+    options.add_dataclass_options(model, NVAEConfig, options.MODEL_HELP, note=_FROM_PRESET)
+
+
+def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to evaluate on (default: the data the checkpoint was trained on)",
+    )
+    parser.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    parser.add_argument(
+        "--split", choices=["train", "test"], default="test", help="which part of the data (default: test)"
+    )
+    _number(parser, "--samples", 1, "K, draws of the importance-weighted bound, for every image", "draws")
+    _number(parser, "--batch-size", 32, "images evaluated together", "images")
+    _number(parser, "--max-images", None, "only the first so many images", "images")
+    _number(parser, "--seed", 0, "seed of draws and binarisation", "")
+    parser.add_argument(
+        "--autocast", choices=["none", "bf16"], default="none", help="mixed precision (default: none)"
+    )
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        default=None,
+        metavar="FILE",
+        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
+    )
+    _machine(parser)
+
+
+def _sample_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    _number(parser, "--number", 64, "images to draw", "images", short="-n")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="factor on the sigma of every prior and on the pixel noise (default: 1)",
+    )
+    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
+    _number(parser, "--batch-size", 32, "images drawn together", "images")
+    parser.add_argument(
+        "--pixels",
+        choices=["auto", "mean", "sample"],
+        default="auto",
+        help="the likelihood's mean or a draw from it (default: auto: mean for binary images, else a draw)",
+    )
+    parser.add_argument(
+        "--readjust",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="re-estimate batch-norm statistics at this temperature first; the result is kept beside the "
+        "checkpoint (default: no)",
+    )
+    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
+    )
+    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
+    parser.add_argument(
+        "--npy",
+        default=None,
+        metavar="FILE",
+        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
+    _machine(parser)
+
+
+def _convert_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
+    parser.add_argument("target", help="checkpoint to write, in the other format")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
+
+
+def _info_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
+
+
+def _number(
+    parser: argparse.ArgumentParser, option: str, default: int | None, text: str, unit: str, short: str = ""
+) -> None:
+    shown = "none" if default is None else default
+    parser.add_argument(
+        *([short] if short else []),
+        option,
+        type=options.whole_number,
+        default=default,
+        metavar="N",
+        help=f"{text}{f' [{unit}]' if unit else ''} (default: {shown})",
+    )

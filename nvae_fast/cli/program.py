@@ -1,0 +1,50 @@
+"""What `python -m nvae_fast` does with its words: parse them, run the command, turn errors into one line."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
+
+INTERRUPT_CODE = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code."""
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+    except SystemExit as leave:
+        return leave.code if isinstance(leave.code, int) else ERROR_CODE
+    try:
+        command = importlib.import_module(f"nvae_fast.cli.{arguments.command}")
+        return command.run(arguments)
+    except KeyboardInterrupt:
+        print(f"\n{PROGRAM}: aborted; checkpoints written before are intact", file=sys.stderr)
+        return INTERRUPT_CODE
+    except BrokenPipeError:
+        # The reader of our output left (`| head`): no error of ours, and nothing more can be said.
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        if arguments.debug:
+            traceback.print_exc()
+        print(f"{PROGRAM}:{_process()} error: {_one_line(error)}", file=sys.stderr)
+        return ERROR_CODE
+
+
+def _process() -> str:
+    """Which of the processes speaks, where torchrun started several."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    return "" if size == "1" else f" process {os.environ.get('RANK', '0')} of {size}:"
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+    prefix = "" if isinstance(error, known) and lines else f"{type(error).__name__}: "
+    return prefix + "; ".join(lines) if lines else type(error).__name__

@@ -1,0 +1,239 @@
+"""The squashed normal of :mod:`nvae_fast.distributions`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nvae_fast.distributions.gaussian_pair import (
+    Seed,
+    absolute_normal,
+    check_pair,
+    same_dtype,
+)
+from nvae_fast.distributions.lazy import Lazy
+from nvae_fast.ops import _checks
+from nvae_fast.ops._halves import pack
+from nvae_fast.ops._squash import LOG_SQRT_2PI, draw_like, soft_clamp
+from nvae_fast.ops.normal_log_prob import normal_log_prob
+from nvae_fast.ops.normal_sample import normal_sample
+from nvae_fast.ops.residual_normal import ResidualNormal
+
+CLAMP, SIGMA_FLOOR = 5.0, 0.01
+
+
+class Normal(Lazy):
+    """Independent normals with squashed parameters; with ``c(t) = 5 tanh(t / 5)``::
+
+        mu = c(raw mu)        sigma = temp * (exp(c(raw log sigma)) + 0.01)
+
+    Args:
+        mu: raw mu (B, Z, H, W).
+        log_sigma: raw log sigma, like ``mu``. Halves of one tensor (``mu, log_sigma = torch.chunk(x, 2, dim=1)``) are read in
+            place, anything else is concatenated when a kernel first needs it.
+        temp: temperature, >= 0, a factor on sigma.
+
+    Raises:
+        TypeError: ``mu`` or ``log_sigma`` is not a dense floating tensor, or their dtypes differ.
+        ValueError: not four dimensions, shapes or devices that differ, a temperature that is negative or not finite.
+        RuntimeError: on first use, if ``mu`` or ``log_sigma`` were modified in place since.
+    """
+
+    def __init__(self, mu: torch.Tensor, log_sigma: torch.Tensor, temp: float = 1.0) -> None:
+        check_pair("Normal", ("mu", "log_sigma"), mu, log_sigma)
+        _checks.temperature("Normal", temp, zero=True)
+        self._keep(mu=mu, log_sigma=log_sigma)
+        self.shape, self.temp = mu.shape, temp
+
+    @classmethod
+    def from_packed(cls, params: torch.Tensor, temp: float = 1.0) -> Normal:
+        """The same from packed raw parameters (B, 2Z, H, W), first Z channels raw mu, last Z raw log sigma.
+
+        Gradients go to ``params`` directly; those of two halves are put together again by autograd, a copy. A posterior that
+        is relative to its prior is ``Normal.from_packed(raw_q + raw_p)``; :func:`nvae_fast.residual_normal` adds them too.
+
+        Raises:
+            TypeError, ValueError: as the constructor, and for an odd number of channels.
+        """
+        _checks.packed("Normal.from_packed", "params", params)
+        _checks.temperature("Normal.from_packed", temp, zero=True)
+        b, channels, h, w = params.shape
+        normal = cls.__new__(cls)
+        normal._keep(params=params)
+        normal.shape, normal.temp = torch.Size((b, channels // 2, h, w)), temp
+        return normal
+
+    @property
+    def packed(self) -> torch.Tensor:
+        """The raw parameters as one tensor (B, 2Z, H, W): a view of what they are halves of, else a copy."""
+        self._check_unchanged()  # always: what is kept is a view
+        if "params" in self._raw:
+            return self._raw["params"]
+        return self._get("packed", lambda: pack(self._raw["mu"], self._raw["log_sigma"]))
+
+    @property
+    def mu(self) -> torch.Tensor:
+        """Squashed mu (B, Z, H, W), float32 or float64."""
+        return self._get("mu", lambda: soft_clamp(self._half("mu", 0), CLAMP))
+
+    @property
+    def sigma(self) -> torch.Tensor:
+        """Squashed sigma times the temperature (B, Z, H, W), float32 or float64."""
+        return self._get("sigma", self._sigma)
+
+    def _sigma(self) -> torch.Tensor:
+        sigma = torch.exp(soft_clamp(self._half("log_sigma", 1), CLAMP)) + SIGMA_FLOOR
+        return sigma if self.temp == 1 else sigma * self.temp
+
+    def _half(self, name: str, index: int) -> torch.Tensor:
+        raw = self._raw[name] if name in self._raw else self._raw["params"].chunk(2, dim=1)[index]
+        return raw.to(_checks.accumulate_dtype(raw.dtype))
+
+    def sample(self, seed: Seed = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """``z = mu + sigma * eps`` and the fresh ``eps`` it was made from, both (B, Z, H, W); two kernels.
+
+        Args:
+            seed: int or 0-d int64 tensor of the Philox stream; None takes one from the device's default generator.
+
+        Returns:
+            z in the parameters' dtype, differentiable in them; eps in float32 or float64.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
+        packed = self.packed
+        eps = draw_like(packed, None, _checks.seed("Normal.sample", seed, packed.device))
+        return self.sample_given_eps(eps), eps
+
+    def rsample(self, seed: Seed = None) -> torch.Tensor:
+        """The z of :meth:`sample`, the same for the same ``seed``, without keeping eps; one kernel.
+
+        Raises:
+            TypeError, ValueError: ``seed`` is something else.
+        """
+        seed_tensor = _checks.seed("Normal.rsample", seed, self._device)
+        return normal_sample(self.packed, temperature=self.temp, seed=seed_tensor)
+
+    def sample_given_eps(self, eps: torch.Tensor) -> torch.Tensor:
+        """``z = mu + sigma * eps`` (B, Z, H, W) in the parameters' dtype; one kernel, differentiable in eps too.
+
+        Raises:
+            TypeError, ValueError: ``eps`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("sample_given_eps", "eps", eps)
+        return normal_sample(self.packed, temperature=self.temp, noise=eps)
+
+    def log_p(self, samples: torch.Tensor) -> torch.Tensor:
+        """Log-density of every element, (B, Z, H, W) in nats:
+        ``-((samples - mu) / sigma)^2 / 2 - log(2 pi) / 2 - log sigma``.
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("log_p", "samples", samples)
+        return -0.5 * ((samples - self.mu) / self.sigma).square() - LOG_SQRT_2PI - self.sigma.log()
+
+    def kl(self, normal_dist: Normal) -> torch.Tensor:
+        """KL(self || normal_dist) of every element, (B, Z, H, W) in nats:
+        ``((mu - mu_o) / sigma_o)^2 / 2 + (sigma / sigma_o)^2 / 2 - 1/2 - log(sigma / sigma_o)``.
+
+        Raises:
+            TypeError, ValueError: ``normal_dist`` is not a :class:`Normal` of this shape and device.
+        """
+        self._check_other("kl", "normal_dist", normal_dist)
+        distance = (self.mu - normal_dist.mu) / normal_dist.sigma
+        ratio = self.sigma / normal_dist.sigma
+        return 0.5 * (distance.square() + ratio.square()) - 0.5 - ratio.log()
+
+    def kl_per_channel(self, prior: Normal | None = None) -> torch.Tensor:
+        """:meth:`kl` summed over pixels, (B, Z), in one kernel (plain PyTorch where a temperature is not 1).
+
+        Args:
+            prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
+
+        Raises:
+            TypeError, ValueError: ``prior`` is not a :class:`Normal` of this shape and device.
+        """
+        self._check_other("kl_per_channel", "prior", prior)
+        if not self._fits_kernel(prior):
+            return self.kl(self._or_first(prior)).sum((2, 3))
+        # The kernel samples as well; a fixed seed leaves the generators alone.
+        return self._fused(prior, None, 0).kl
+
+    def log_p_per_channel(self, samples: torch.Tensor) -> torch.Tensor:
+        """:meth:`log_p` summed over pixels, (B, Z), in one kernel (plain PyTorch where the temperature is not 1).
+
+        Raises:
+            TypeError, ValueError: ``samples`` is not a floating (B, Z, H, W) tensor on the parameters' device.
+        """
+        self._check_map("log_p_per_channel", "samples", samples)
+        if self.temp != 1:
+            return self.log_p(samples).sum((2, 3))
+        return normal_log_prob(*same_dtype(samples, self.packed))
+
+    def sample_with_kl(
+        self, prior: Normal | None = None, seed: Seed = None, noise: torch.Tensor | None = None
+    ) -> ResidualNormal:
+        """Sample and measure against a prior in one kernel (plain PyTorch where a temperature is not 1).
+
+        Args:
+            prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
+            seed: as in :meth:`sample`, and the same z for the same seed.
+            noise: standard normal draws (B, Z, H, W) in place of a seed.
+
+        Returns:
+            :class:`nvae_fast.ResidualNormal`: z (B, Z, H, W); of that z, kl, log_q under this distribution and log_p under the
+            prior, (B, Z), summed over pixels.
+
+        Raises:
+            TypeError, ValueError: ``prior`` is not a :class:`Normal` of this shape and device, ``noise`` no such tensor, or
+                both noise and seed are given.
+        """
+        self._check_other("sample_with_kl", "prior", prior)
+        if noise is not None:
+            if seed is not None:
+                raise ValueError("Normal.sample_with_kl: give either noise or seed, not both")
+            self._check_map("sample_with_kl", "noise", noise)
+        else:
+            seed = _checks.seed("Normal.sample_with_kl", seed, self._device)
+        if self._fits_kernel(prior):
+            return self._fused(prior, noise, seed)
+        prior, packed = self._or_first(prior), self.packed
+        eps = draw_like(packed, noise, None if noise is not None else torch.as_tensor(seed))
+        z = self.mu + self.sigma * eps
+        log_q = -0.5 * eps.square() - LOG_SQRT_2PI - self.sigma.log()
+        sums = (t.sum((2, 3)) for t in (self.kl(prior), log_q, prior.log_p(z)))
+        return ResidualNormal(z.to(packed.dtype), *sums)
+
+    def _fused(self, prior: Normal | None, noise: torch.Tensor | None, seed: Seed) -> ResidualNormal:
+        packed, packed_prior = self.packed, None if prior is None else prior.packed
+        return absolute_normal(packed, packed_prior, noise=noise, seed=seed)
+
+    def _fits_kernel(self, prior: Normal | None) -> bool:
+        return self.temp == 1 and (prior is None or prior.temp == 1)
+
+    def _or_first(self, prior: Normal | None) -> Normal:
+        return prior if prior is not None else Normal.from_packed(torch.zeros_like(self.packed))
+
+    @property
+    def _any(self) -> torch.Tensor:
+        return next(iter(self._raw.values()))
+
+    @property
+    def _device(self) -> torch.device:
+        return self._any.device
+
+    def _check_map(self, method: str, name: str, value: Any) -> None:
+        _checks.shape(f"Normal.{method}", name, value, tuple(self.shape), self._any)
+
+    def _check_other(self, method: str, name: str, other: Any) -> None:
+        if other is None and name == "prior":
+            return
+        if not isinstance(other, Normal):
+            raise TypeError(f"Normal.{method}: {name} must be a Normal, got {type(other).__name__}")
+        if other.shape != self.shape:
+            raise ValueError(
+                f"Normal.{method}: {name} must have shape {tuple(self.shape)}, got {tuple(other.shape)}"
+            )
+        _checks.device(f"Normal.{method}", name, other._any, self._any)

@@ -1,0 +1,330 @@
+"""``freeze``: a copy of a module for inference alone, with everything computed once that training computes in every pass.
+
+Weight normalisation is applied, batch norms with their running statistics are folded into their neighbours, an inverted
+residual cell is one call, and matrices are packed as the library wants them. A frozen part owns its numbers as buffers: it
+shares no tensor with the module that it was made from, so nothing can become stale.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nvae_fast.nn.batch_norm import BatchNormSwish
+from nvae_fast.nn.cells import RESIDUAL_SCALE, InvertedResidual, InvertedResidualCell, ResidualCell
+from nvae_fast.nn.conv import WeightNormConv2d
+from nvae_fast.nn.hooks import has_hooks
+from nvae_fast.ops import _affine, _backend, _checks
+from nvae_fast.ops._activation import activate
+from nvae_fast.ops._conv1x1 import PackedMatrix
+from nvae_fast.ops._folded_cell import affine_of, fold, residual_branch
+from nvae_fast.ops._op import DEFINITIONS
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.inverted_residual_cell import available
+from nvae_fast.ops.squeeze_excite import gated_sum, squeeze_excite
+
+_MARK = "_nvae_fast_frozen"
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Return an inference-only copy of ``module``.
+
+    In every part built from :mod:`nvae_fast.nn`: ``w = exp(log_weight_norm) weight / (||weight|| + 1e-5)`` is applied, batch
+    norms become ``scale x + shift`` with ``scale = weight / sqrt(running_var + eps)`` and are folded into the convolutions
+    beside them, and an inverted residual cell is one call. Everything else is copied. Outputs equal those of
+    ``module.eval()`` up to rounding, in the same shapes and dtypes.
+
+    The copy has no parameters, only buffers; ``train()``, ``load_state_dict()`` and inputs that require gradients raise
+    RuntimeError. It can be copied, pickled, moved to another device or dtype, compiled and captured in a CUDA graph. Later
+    changes of ``module`` do not reach it: freeze again. Parts with hooks or parametrisations are copied as they are.
+
+    NVAE (arXiv 2007.03898), section 3.1.1.
+
+    Args:
+        module: a :class:`NVAE`, or any torch.nn.Module with parts from :mod:`nvae_fast.nn`. It is not changed.
+
+    Raises:
+        TypeError: ``module`` is no torch.nn.Module.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"freeze: module must be a torch.nn.Module, got {type(module).__name__}")
+    module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
+    twin = copy.deepcopy(module, _not_copied(module))
+    with torch.inference_mode(False), torch.no_grad(), _no_autocast():
+        frozen = _converted(twin, {})
+    frozen.__dict__[_MARK] = True
+    return frozen
+
+
+def _not_copied(module: nn.Module) -> dict[int, Any]:
+    """What deepcopy is to take as it is: process groups, which cannot be copied and which inference does not need, and
+    results that a part keeps as attributes (torch.nn.utils.prune), which PyTorch refuses to copy."""
+    memo: dict[int, Any] = {}
+    for part in module.modules():
+        group = getattr(part, "process_group", None)
+        if group is not None:
+            memo[id(group)] = group
+        for value in part.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return memo
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether ``module`` is what :func:`freeze` returned, or a copy of it."""
+    return bool(module.__dict__.get(_MARK, False))
+
+
+def refuse(what: str) -> NoReturn:
+    """Raise for something that a frozen module cannot do."""
+    raise RuntimeError(
+        f"{what}: the module is frozen, an inference-only copy; use the module that nvae_fast.freeze was given"
+    )
+
+
+class _no_autocast:
+    """Autocast off on every device type that may hold parameters."""
+
+    def __enter__(self) -> None:
+        self._contexts = [torch.autocast(device, enabled=False) for device in _backend.DEVICES]
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+
+
+class FrozenModule(nn.Module):
+    """What frozen parts share: buffers that stay as they are, and values derived from them that are dropped when they move."""
+
+    NAME = ""  # in messages
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._derived: dict[Any, Any] = {}
+        super().train(False)
+
+    def train(self, mode: bool = True) -> FrozenModule:
+        """Raise RuntimeError for ``mode`` True."""
+        if mode:
+            refuse("train")
+        return super().train(False)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._derived = {}
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        refuse("load_state_dict")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_derived": {}}
+
+    def _keep(self, **tensors: torch.Tensor | None) -> None:
+        for name, value in tensors.items():
+            self.register_buffer(name, None if value is None else value.detach().clone())
+
+    def _matrix(self, weight: str, bias: str) -> PackedMatrix:
+        found: PackedMatrix | None = self._derived.get(weight)
+        if found is None:
+            found = self._derived[weight] = PackedMatrix(
+                getattr(self, weight).flatten(1), getattr(self, bias)
+            )
+        return found
+
+    def _check(self, x: torch.Tensor, channels: int) -> None:
+        _checks.channels(self.NAME, "x", x, channels)
+        if x.requires_grad and torch.is_grad_enabled():
+            refuse(f"{self.NAME}: x requires gradients")
+
+
+class FrozenConv2d(FrozenModule):
+    """A :class:`nvae_fast.nn.WeightNormConv2d` with its normalised weight: ``y = w x + bias``."""
+
+    NAME = "WeightNormConv2d"
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, conv: WeightNormConv2d) -> None:
+        super().__init__()
+        weight = conv.own_weight()
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        self.is_matrix = weight.shape[2:] == (1, 1) and conv.groups == conv.stride == 1
+        self._keep(weight=weight, bias=conv.bias)
+
+    def normalized_weight(self) -> torch.Tensor:
+        """The weight (C_out, C_in / groups, K, K)."""
+        return self.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x, self.weight.shape[1] * self.groups)
+        if self.is_matrix and x.is_contiguous(memory_format=torch.channels_last):
+            return self._matrix("weight", "bias")(x)
+        return F.conv2d(
+            x, self._weight_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+    def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
+        """The weight, under autocast in the dtype that it computes in: it would be converted in every call."""
+        kind = x.device.type
+        if (
+            kind not in _backend.DEVICES
+            or not torch.is_autocast_enabled(kind)
+            or torch.compiler.is_compiling()
+        ):
+            return self.weight
+        dtype = torch.get_autocast_dtype(kind)
+        if self.weight.dtype in (dtype, torch.float64):
+            return self.weight
+        found: torch.Tensor | None = self._derived.get(dtype)
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._derived[dtype] = self.weight.to(dtype)
+        return found
+
+    def extra_repr(self) -> str:
+        c_out, c_in, k, _ = self.weight.shape
+        return f"{c_in * self.groups}, {c_out}, {k}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+
+
+class FrozenBatchNorm(FrozenModule):
+    """A :class:`nvae_fast.nn.BatchNormSwish` with its running statistics: ``y = act(scale x + shift)``."""
+
+    NAME = "BatchNormSwish"
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+    def __init__(self, norm: BatchNormSwish) -> None:
+        super().__init__()
+        self.activation = norm.activation
+        scale, shift = affine_of(norm.weight, norm.bias, (norm.running_mean, norm.running_var), norm.eps)
+        self._keep(scale=scale, shift=shift)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x, self.scale.shape[0])
+        return affine_activation(x, self.scale, self.shift, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"{self.scale.numel()}, activation={self.activation!r}"
+
+
+def affine_activation(
+    x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str | None
+) -> torch.Tensor:
+    """``act(scale x + shift)`` in the dtype of x."""
+    operator = DEFINITIONS["affine_activation"].formula if _backend.forced_reference() else _affine.forward
+    y: torch.Tensor = operator(x, scale, shift, activation)
+    return y
+
+
+class FrozenResidualCell(FrozenModule):
+    """An inverted residual cell (:class:`nvae_fast.nn.InvertedResidualCell`) with given statistics::
+
+    h = swish(W1 x + b1)                        1x1, the first two batch norms folded in
+    d = swish(scale depthwise(h) + shift)       the third batch norm
+    y = skip(x) + 0.1 gate (W3 d + b3)          1x1, the last batch norm folded in
+    """
+
+    NAME = "inverted_residual_cell"
+    expand: torch.Tensor
+    expand_bias: torch.Tensor
+    depthwise: torch.Tensor
+    scale: torch.Tensor
+    shift: torch.Tensor
+    project: torch.Tensor
+    project_bias: torch.Tensor
+
+    def __init__(self, cell: ResidualCell, skip: nn.Module | None) -> None:
+        super().__init__()
+        op: Any = cell.ops[0]
+        parameters, running = op.cell_parameters(cell.se), op.running_statistics()
+        f = fold(parameters, running, eps=op.norm.eps, residual_scale=RESIDUAL_SCALE)
+        self._keep(**f._asdict(), depthwise=parameters.depthwise)
+        names = ("reduce_weight", "reduce_bias", "gate_weight", "gate_bias")
+        self._keep(**{name: getattr(parameters, name) for name in names})
+        self.stride = -1 if op.upsample else op.depthwise.stride[0]
+        self.skip = skip
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check(x, self.expand.shape[1])
+        skip = x if self.skip is None else self.skip(x)
+        expand, project = self._matrix("expand", "expand_bias"), self._matrix("project", "project_bias")
+        if not available(x.device):
+            return self._reference(expand(x), skip, project)
+        s = residual_branch(x, expand, self.depthwise, self.scale, self.shift, project, self.stride)
+        if (gate := self._gate()) is None:
+            return skip + s
+        if torch.compiler.is_compiling():
+            return squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
+        reduce_weight, reduce_bias, gate_weight, gate_bias = gate
+        return gated_sum(s, reduce_weight, reduce_bias, gate_weight, gate_bias, skip, RESIDUAL_SCALE)
+
+    def _gate(self) -> Any:
+        """The four tensors of the gate, or None without one."""
+        if self.reduce_weight is None:
+            return None
+        return self.reduce_weight, self.reduce_bias, self.gate_weight, self.gate_bias
+
+    def _reference(self, h: torch.Tensor, skip: torch.Tensor, project: PackedMatrix) -> torch.Tensor:
+        """The same in operators that choose their own kernels."""
+        h = activate(h, "swish")
+        upsample = 2 if self.stride == -1 else 1
+        d = depthwise_conv2d(h, self.depthwise.to(h.dtype), stride=max(self.stride, 1), upsample=upsample)
+        s = project(affine_activation(d, self.scale, self.shift, "swish"))
+        gate = self._gate()
+        return (
+            skip + s if gate is None else squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
+        )
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its class does: without hooks and without a forward of its own."""
+    return not has_hooks(module) and "forward" not in module.__dict__
+
+
+def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | None:
+    """The cell as one call, or None where its parts are frozen one by one."""
+    op = cell.ops[0] if len(cell.ops) == 1 else None
+    if type(op) is not InvertedResidual or not _is_plain(op) or not op.is_fusable(cell.se):
+        return None
+    skip = None if type(cell.skip) is nn.Identity else _converted(cell.skip, done)
+    return FrozenResidualCell(cell, skip)
+
+
+# What takes the place of a module of exactly that class; None: its parts are frozen one by one.
+MAKERS: dict[type, Callable[..., nn.Module | None]] = {
+    WeightNormConv2d: lambda conv, done: FrozenConv2d(conv),
+    BatchNormSwish: lambda norm, done: FrozenBatchNorm(norm),
+    ResidualCell: _frozen_cell,
+    InvertedResidualCell: _frozen_cell,
+}
+
+
+def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
+    """``module``, which is a copy already, or what takes its place; ``done``: by identity, for parts that occur twice."""
+    if id(module) in done:
+        return done[id(module)]
+    make = MAKERS.get(type(module))
+    made = make(module, done) if make is not None and _is_plain(module) else None
+    if made is None:
+        made = module
+        for name, child in module._modules.items():
+            if child is not None:
+                module._modules[name] = _converted(child, done)
+        for name, parameter in list(module._parameters.items()):
+            del module._parameters[name]
+            module.register_buffer(name, None if parameter is None else parameter.detach())
+        made.training = False
+    done[id(module)] = made
+    return made

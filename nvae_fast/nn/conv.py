@@ -1,0 +1,149 @@
+"""The convolutions of :mod:`nvae_fast.nn`: weight-normed ones, and the plain ones of the inverted residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nvae_fast import distributed
+from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
+from nvae_fast.ops import _checks
+from nvae_fast.ops.weight_norm import weight_norm
+
+
+def check_kernel(name: str, kernel_size: Any) -> None:
+    """Raise unless ``kernel_size`` is odd: only then is there "same" padding on both sides."""
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {kernel_size!r}")
+
+
+class WeightNormConv2d(WeightNormed):
+    """Convolution with ``w = exp(log_weight_norm) * weight / (||weight|| + 1e-5)``, "same" padding, square kernel.
+
+    (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride)), in the dtype of the input. NVAE (arXiv 2007.03898),
+    section 3.1.1; Salimans and Kingma, arXiv 1602.07868.
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size: K, odd.
+        stride, dilation, groups: as those of torch.nn.Conv2d.
+        bias: whether a bias is added.
+        mask: zeros and ones, shaped like the weight (C_out, C_in / groups, K, K), make it a masked convolution; the norm
+            is that of the masked weight.
+        data_init: set ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
+            standard deviation 0.2; loading any state marks this as done.
+
+    Raises:
+        TypeError, ValueError: an even kernel; on the call, x is no floating (B, C_in, H, W).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        *,
+        stride: int = 1,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = True,
+        mask: torch.Tensor | None = None,
+        data_init: bool = False,
+    ) -> None:
+        super().__init__()
+        check_kernel("WeightNormConv2d", kernel_size)
+        plain = nn.Conv2d(
+            in_channels, out_channels, kernel_size, groups=groups, bias=bias
+        )  # PyTorch's default initialisation
+        self.weight = plain.weight
+        self.bias: nn.Parameter | None = plain.bias  # type: ignore[assignment]
+        self.stride, self.dilation, self.groups = stride, dilation, groups
+        self.padding = kernel_size // 2 * dilation
+        self.mask: torch.Tensor | None
+        self.register_buffer("mask", None if mask is None else mask.to(plain.weight.dtype), persistent=False)
+        masked = plain.weight if mask is None else plain.weight * mask
+        norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
+        self.log_weight_norm = nn.Parameter(torch.log(norm + 0.01))
+        self.awaits_data = data_init
+        self.process_group: Any = None
+
+    def normalized_weight(self) -> torch.Tensor:
+        """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
+        layer = prepared_layer(self)
+        return self.own_weight() if layer is None else layer.normalized
+
+    def own_weight(self) -> torch.Tensor:
+        """The normalised weight, computed by this call."""
+        return weight_norm(self.weight, self.log_weight_norm, self.mask)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.awaits_data = False
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @torch.no_grad()
+    def _initialize_from(self, x: torch.Tensor) -> None:
+        weight = weight_norm(self.weight, torch.zeros_like(self.log_weight_norm), self.mask)
+        y = self._convolve(x, weight, None).to(self.weight.dtype)
+        has_spread = y.numel() // max(y.shape[1], 1) > 1
+        if has_spread:
+            std, mean = torch.std_mean(y, (0, 2, 3))
+        elif distributed.world_size(self.process_group) == 1:
+            return  # the next batch initialises
+        else:  # every process takes part, and the average is over those that have a spread
+            std = mean = y.new_zeros(y.shape[1])
+        share = mean.new_full((1,), float(has_spread))
+        mean, std, share = distributed.average((mean, std, share), self.process_group)
+        mean, spread = mean / share, 5.0 * std / share + 1e-5
+        if self.bias is not None:
+            self.bias.copy_(-mean / spread)
+        self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
+        self.awaits_data = False
+
+    def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.channels("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)
+        if self.awaits_data and self.training:
+            self._initialize_from(x)
+        return self._convolve(x, self.normalized_weight(), self.bias)
+
+    def extra_repr(self) -> str:
+        c_out, c_in, k, _ = self.weight.shape
+        return f"{c_in * self.groups}, {c_out}, {k}, stride={self.stride}, dilation={self.dilation}, groups={self.groups}"
+
+
+class PlainConv2d(nn.Conv2d):
+    """Convolution ``y = weight * x`` without weight norm and bias, "same" padding: those inside the inverted residual.
+
+    (B, C_in, H, W) to (B, C_out, ceil(H / stride), ceil(W / stride)).
+
+    Args:
+        in_channels, out_channels: C_in, C_out.
+        kernel_size: K, odd.
+        stride, groups: as those of torch.nn.Conv2d.
+
+    Raises:
+        ValueError: an even kernel.
+    """
+
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
+    ) -> None:
+        check_kernel("PlainConv2d", kernel_size)
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=kernel_size // 2,
+            groups=groups,
+            bias=False,
+        )
+
+    def normalized_weight(self) -> torch.Tensor:
+        """The weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
+        return self.weight

@@ -1,0 +1,212 @@
+"""The normalised weights of all convolutions of a model, computed by one call a step.
+
+``with prepare_weights(model):`` opens a scope. The first convolution that asks for its weight inside it has the weights
+of all computed (:func:`nvae_fast.weight_norm_many`), under autocast in the dtype that convolutions compute in; the others
+take theirs. In a scope with gradients they are one node of the graph, whatever uses them: forward passes, regularisers.
+Outside every scope, and wherever sharing could give anything but the same numbers, a convolution computes its own:
+
+- its weight or log norm is another tensor, or was changed, since (data-dependent initialisation, an optimizer step),
+- it awaits data, is not part of the model, or is compiled: a compiler sees calls that it can put into its graph,
+- it runs under hooks on saved tensors, as activation checkpointing installs them: what is saved must be the same when the
+  region runs again after the scope. Checkpointing with ``context_fn=checkpoint_contexts`` keeps the shared weights.
+
+Nothing outlives the scope: every forward pass computes from the parameters as they are. For inference :func:`nvae_fast.freeze`
+computes the weights once. All of it is kept outside the modules: copies, pickles and state dicts know nothing of it.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from nvae_fast.ops import _backend
+from nvae_fast.ops.weight_norm_many import weight_norm_many
+
+OP = "weight_norm_many"
+Convolution = Any  # a WeightNormed with the attributes of nn.WeightNormConv2d
+Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their own; with gradients
+
+
+class WeightNormed(nn.Module):
+    """The base of the convolutions whose normalised weights are computed together: of ``nn.WeightNormConv2d``."""
+
+
+@dataclass
+class _Layer:
+    """A convolution's normalised weight and what it was computed from."""
+
+    normalized: torch.Tensor
+    sources: tuple[torch.Tensor | None, ...]
+    versions: tuple[int, ...]
+    places: tuple[Any, ...]
+
+    def fits(self, conv: Convolution) -> bool:
+        sources = _sources(conv)
+        return (
+            all(a is b for a, b in zip(self.sources, sources, strict=True))
+            and self.versions == _versions(sources)
+            and self.places == _places(sources)
+        )
+
+
+def _sources(conv: Convolution) -> tuple[torch.Tensor | None, ...]:
+    return conv.weight, conv.log_weight_norm, conv.mask
+
+
+def _versions(sources: tuple[torch.Tensor | None, ...]) -> tuple[int, ...]:
+    return tuple(0 if t.is_inference() else t._version for t in sources if t is not None)
+
+
+def _places(sources: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
+    return tuple((t.dtype, t.device) for t in sources if t is not None)
+
+
+class _Prepared:
+    """The weights of one scope, by mode. A scope that was opened without gradients offers none with gradients."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.with_gradients = torch.is_grad_enabled()
+        self.convolutions = _convolutions(model)
+        self.model = weakref.ref(model)
+        self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
+
+    def get(self, conv: Convolution, mode: Mode) -> _Layer | None:
+        dtype, grad = mode
+        if grad and not self.with_gradients:
+            return None
+        layers = self.layers.get(mode)
+        if layers is None and not grad:
+            layers = self.layers.get((dtype, True))
+        if layers is None:
+            layers = self.compute(mode)
+        layer = layers.get(conv)
+        if layer is not None and not layer.fits(conv):
+            layer = None
+        elif layer is None and (model := self.model()) is not None:
+            _lists.pop(model, None)  # a convolution that came later? The next scope looks again
+        return layer
+
+    def compute(self, mode: Mode) -> dict[Convolution, _Layer]:
+        convs = [conv for conv in self.convolutions if not (conv.awaits_data and conv.training)]
+        groups: dict[torch.device, list[Convolution]] = {}
+        for conv in convs:
+            groups.setdefault(conv.weight.device, []).append(conv)
+        layers: dict[Convolution, _Layer] = {}
+        with torch.set_grad_enabled(mode[1]):
+            for group in groups.values():
+                weights, log_norms, masks = zip(*map(_sources, group), strict=True)
+                normalized = weight_norm_many(weights, log_norms, masks, dtype=mode[0])
+                for conv, value in zip(group, normalized, strict=True):
+                    sources = _sources(conv)
+                    layers[conv] = _Layer(value, sources, _versions(sources), _places(sources))
+        self.layers[mode] = layers
+        return layers
+
+
+class _State(threading.local):
+    def __init__(self) -> None:
+        self.scopes: list[_Prepared] = []
+        self.hooks_allowed = False
+
+
+_state = _State()
+_lists: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
+def _convolutions(model: nn.Module) -> list[Convolution]:
+    """The weight-normed convolutions inside ``model`` that no compiler has taken over; remembered."""
+    found = _lists.get(model)
+    if found is None:
+        found = _lists[model] = list(dict.fromkeys(_walk(model)))
+    return found
+
+
+def _walk(model: nn.Module) -> Iterator[Convolution]:
+    for child in model.children():
+        if getattr(child, "_compiled_call_impl", None) is not None:
+            continue
+        if isinstance(child, WeightNormed):
+            yield child
+        yield from _walk(child)
+
+
+def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
+    """A scope in which the weight-normed convolutions inside ``model`` share one computation of their weights; see the
+    module's docstring. Scopes nest: an inner one of the same model, or of a part of it, is the outer one. Gradients flow
+    through a scope's weights in one backward pass."""
+    if torch.compiler.is_compiling() or _backend.forced_reference():
+        return nullcontext()
+    return _open(model)
+
+
+@contextmanager
+def _open(model: nn.Module) -> Iterator[None]:
+    scopes, convs, grad = _state.scopes, _convolutions(model), torch.is_grad_enabled()
+    if not convs or any(convs[0] in s.convolutions and (s.with_gradients or not grad) for s in scopes):
+        yield
+        return
+    scopes.append(_Prepared(model))
+    try:
+        yield
+    finally:
+        scopes.pop()
+
+
+def prepared_layer(conv: Convolution) -> _Layer | None:
+    """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
+    if torch.compiler.is_compiling():
+        return None
+    scopes = _state.scopes
+    if not scopes or (conv.awaits_data and conv.training):
+        return None
+    weight = conv.weight
+    if not _backend.fused(OP, weight.device):
+        return None
+    grad = torch.is_grad_enabled()
+    if grad and not _state.hooks_allowed and torch._C._autograd._top_saved_tensors_default_hooks(False):
+        return None
+    mode = _mode(weight.device.type, weight.dtype, grad)
+    for scope in reversed(scopes):
+        found = scope.get(conv, mode)
+        if found is not None:
+            return found
+    return None
+
+
+def _mode(device: str, dtype: torch.dtype, grad: bool) -> Mode:
+    if not torch.is_autocast_enabled(device) or dtype == torch.float64:  # which autocast leaves alone
+        return None, grad
+    wanted = torch.get_autocast_dtype(device)
+    return (None if wanted == dtype else wanted), grad
+
+
+def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)`` inside a scope: the
+    region uses the shared weights, now and when it runs again."""
+    if not _state.scopes:
+        return nullcontext(), nullcontext()
+    scope = _state.scopes[-1]
+    if scope.convolutions:
+        # Computed here, outside the region, in which nothing but the region's own tensors may be saved.
+        prepared_layer(scope.convolutions[0])
+    return _inside(scope), _inside(scope)
+
+
+@contextmanager
+def _inside(scope: _Prepared) -> Iterator[None]:
+    before = _state.hooks_allowed
+    _state.scopes.append(scope)
+    _state.hooks_allowed = True
+    try:
+        yield
+    finally:
+        _state.scopes.pop()
+        _state.hooks_allowed = before

@@ -1,0 +1,141 @@
+"""Going over a model part by part: ``accelerate``, ``acceleration_report``, ``restore``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from torch import nn
+
+from nvae_fast.patching import cells
+from nvae_fast.patching.bound import BoundForward, bound_forward, remove
+from nvae_fast.patching.recognise import examine
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class AccelerationReport:
+    """What :func:`accelerate` did to a model. ``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name,
+    reason) of each that looks like one and does not; ``notes``: (name, what else is to be said) of some that are replaced.
+    Names are those of ``named_modules()``; modules of other kinds are not listed. As text it is a table."""
+
+    replaced: list[tuple[str, str]]
+    left: list[tuple[str, str]]
+    notes: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        notes = dict(self.notes)
+        rows = [("replaced", name, kind, notes.get(name, "")) for name, kind in self.replaced]
+        rows += [("left", name, reason, "") for name, reason in self.left]
+        width = max((len(name) for _, name, *_ in rows), default=0)
+        lines = [f"{len(self.replaced)} parts replaced, {len(self.left)} left"]
+        if not rows:
+            lines[0] += (
+                ": nf.accelerate was not called, or knows nothing in this model (its documentation lists what it knows)"
+            )
+        for what, name, text, note in rows:
+            told = f"{text} ({note})" if note else text
+            lines.append(f"  {what:8}  {name or '(model)':{max(width, 7)}}  {told}")
+        return "\n".join(lines)
+
+
+def accelerate(model: Model, *, repair: bool = False) -> Model:
+    """Let the parts of an NVAE-type model that we know compute with this package's kernels; returns ``model``.
+
+    Known, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
+    the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
+    ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
+    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too: taps that the mask leaves in no channel are
+    not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
+    BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in
+    one call (:mod:`nvae_fast.ops.inverted_residual_cell`). Of timm- and torchvision-style inverted residuals the parts are
+    replaced.
+
+    Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
+    float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`
+    says why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only
+    ``forward`` of the instances is set. A part falls back to its own forward for inputs that are not (B, C, H, W) or empty,
+    and while a submodule that the kernel would pass by has hooks; a whole cell falls back to its parts then, and while its
+    batch norms are not all in one mode. Twice is the same as once. deepcopy and pickle keep it, bound to the copy;
+    ``copy.copy`` of a module does not (its forward is still that of the first): use deepcopy.
+
+    With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
+    communicated here; hooks inside a cell must then be the same on every process, since a cell communicates otherwise in one
+    call than part by part. Double backward needs ``use_backend("reference")``.
+
+    Args:
+        model: any module; unknown parts are never touched.
+        repair: also replace a batch norm with swish whose own forward raises (as a synchronised one written for an older
+            PyTorch may); it is compared with ``silu(batch_norm(x))`` instead.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("accelerate", model)
+    for part in _children_first(model, set()):
+        if bound_forward(part) is None:
+            verdict = examine(part, repair)
+            if isinstance(verdict, BoundForward):
+                verdict.install()
+    return model
+
+
+def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
+    """Every module once, after all that stand in it (where modules are shared, not the order of named_modules)."""
+    seen.add(id(module))
+    for child in module._modules.values():
+        if child is not None and id(child) not in seen:
+            yield from _children_first(child, seen)
+    yield module
+
+
+def acceleration_report(model: nn.Module) -> AccelerationReport:
+    """What :func:`accelerate` replaced in ``model``, what it left and why. Parts left are compared again.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("acceleration_report", model)
+    report = AccelerationReport([], [])
+    within: dict[int, str] = {}  # what a whole cell computes with, and the cell
+    for name, part in model.named_modules():
+        bound = bound_forward(part)
+        if bound is not None:
+            report.replaced.append((name, bound.kind))
+            note = bound.note
+            if bound.kind == cells.WHOLE_CELL:
+                obstacle = cells.obstacle(part, bound.settings["plan"])
+                note = "" if obstacle is None else f"for now part by part: {obstacle}"
+                if obstacle is None:
+                    within |= {id(inner): name for inner in cells.inside(part)}
+            elif id(part) in within:
+                note = f"within {within[id(part)] or '(model)'}"
+            if note:
+                report.notes.append((name, note))
+        elif id(part) not in within:
+            verdict = examine(part)
+            if verdict is not None:
+                left = (
+                    verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"
+                )
+                report.left.append((name, left))
+    return report
+
+
+def restore(model: Model) -> Model:
+    """Undo :func:`accelerate`: every part of ``model`` has its own forward again; returns ``model``.
+
+    Raises:
+        TypeError: ``model`` is not a torch.nn.Module.
+    """
+    _check("restore", model)
+    for part in model.modules():
+        remove(part)
+    return model
+
+
+def _check(function: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")

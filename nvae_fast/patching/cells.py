@@ -1,0 +1,201 @@
+"""Residual cells of foreign models: the sum at their end and, where the layers are NVAE's, the whole cell in one call.
+
+Whether the one call may stand for the parts is asked at every call, of everything that may change between calls: hooks, modes
+of batch norms, layers, inputs. Where it may not, the cell runs part by part.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch.nn.modules.module import _has_any_global_hook
+
+from nvae_fast import distributed
+from nvae_fast.nn.batch_norm import update_running
+from nvae_fast.nn.cells import RESIDUAL_SCALE
+from nvae_fast.nn.hooks import has_hooks
+from nvae_fast.ops import _folded_cell as folded_cell
+from nvae_fast.ops import inverted_residual_cell as fused_cell
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.patching.bound import FORWARDS, bound_forward
+from nvae_fast.patching.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
+from nvae_fast.patching.plan import Plan, facts_of, forward_of, inside, waits_for_data
+
+RESIDUAL_CELL = "residual cell"
+WHOLE_CELL = "whole inverted residual cell"
+
+
+def _residual_cell(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return _by_parts(module, x, module.skip(x))
+
+
+def _by_parts(module: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    s = x
+    for i in range(module._num_nodes):
+        s = module._ops[i](s)
+    if module.use_se:
+        se = module.se
+        bound = bound_forward(se)
+        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(se)
+        layers = read_gate(se) if known and is_map(s) and skip.shape == s.shape else ""
+        if not isinstance(layers, str):
+            return squeeze_excite(s, *layers, skip=skip, residual_scale=RESIDUAL_SCALE)
+        s = se(s)
+    return torch.add(skip, s, alpha=RESIDUAL_SCALE)
+
+
+def _whole_cell(
+    module: Any, x: torch.Tensor, *, plan: Plan, sets: tuple[tuple[str, ...], ...], strict: bool = False
+) -> torch.Tensor:
+    """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise rather than go by parts."""
+    skip = module.skip(x)
+    modules = inside(module)
+    why = _obstacle(module, modules, plan)
+    if why is None and not _takes(modules, plan, x, skip, strict):
+        why = "the kernels do not take its tensors"
+    if why is not None:
+        if strict:
+            raise RuntimeError(why)
+        return _by_parts(module, x, skip)
+    for place, names in zip(plan.convolutions, sets, strict=True):
+        for name in names:
+            setattr(modules[place], name, modules[place].weight)
+    return _together(modules, plan, x, skip)
+
+
+# Whether it may run
+
+
+def obstacle(cell: Any, plan: Plan) -> str | None:
+    """What keeps the whole cell, once compared, from running in one call now."""
+    return _obstacle(cell, inside(cell), plan)
+
+
+def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
+    if _has_any_global_hook():
+        return "a hook for all modules is set"
+    if len(modules) != len(plan.types):
+        return "its layers are no longer those that were compared"
+    for i, (kind, forward) in enumerate(plan.types):
+        module = modules[i]
+        if type(modules[i]) is not kind or forward_of(module) != forward:
+            return "its layers are no longer those that were compared"
+        if has_hooks(module):
+            name = next((name for name, m in cell.named_modules() if m is module), "")
+            return f"hooks wait on {name or 'a module'} inside, which would not be called"
+    convolutions = [modules[place] for place in plan.convolutions]
+    if any(waits_for_data(conv) for conv in convolutions):
+        return "a convolution waits for data to initialise with"
+    if facts_of(convolutions) != plan.facts:
+        return "a convolution is no longer what was compared"
+    norms = [modules[norm.place] for norm in plan.norms]
+    for norm in norms:
+        if _unlike_others(norm):
+            return f"a batch norm: {normalising(norm)}"
+        if norm.training is not norms[0].training or norm.eps != norms[0].eps:
+            return "its batch norms are not all in one mode (train or eval) or have not one eps"
+    if norms[0].training and len(_groups(modules, plan)) > 1:
+        return "its batch norms do not take statistics over the same processes"
+    return None
+
+
+def _unlike_others(norm: Any) -> bool:
+    """``normalising(norm) is not None``, faster."""
+    parameters, buffers = norm._parameters, norm._buffers
+    usual = (
+        parameters.get("weight") is not None
+        and parameters.get("bias") is not None
+        and buffers.get("running_mean") is not None
+        and buffers.get("running_var") is not None
+        and norm.momentum is not None
+        and norm.eps > 0
+        and getattr(norm, "track_running_stats", True)
+    )
+    return not usual and normalising(norm) is not None
+
+
+def _groups(modules: list[Any], plan: Plan) -> list[Any]:
+    """The different groups of processes over which batch norms take statistics; ALONE where that is this one."""
+    if distributed.world_size() == 1:
+        return [None]
+    found: list[Any] = []
+    for place, merged, _ in plan.norms:
+        group = getattr(modules[place], "process_group", None) if merged else distributed.ALONE
+        if distributed.world_size(group) == 1:
+            group = distributed.ALONE
+        elif group is None:
+            group = torch.distributed.group.WORLD
+        if not any(group is other for other in found):
+            found.append(group)
+    return found
+
+
+def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> bool:
+    """Whether the kernels take these tensors and would give back what the parts give."""
+    if not is_map(x) or not (strict or fused_cell.available(x.device)):
+        return False
+    affine = [modules[norm.place].weight for norm in plan.norms]
+    weights = [modules[place].weight for place in (*plan.convolutions, *plan.gate)]
+    (b, c, h, w), stride = x.shape, plan.stride
+    h_out, w_out = (
+        (2 * h, 2 * w) if stride == -1 else ((h + stride - 1) // stride, (w + stride - 1) // stride)
+    )
+    if c != affine[0].shape[0] or skip.shape != (b, affine[3].shape[0], h_out, w_out):
+        return False
+    dtype = x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if any(t.dtype == torch.float64 for t in weights):
+            return False
+    elif any(t.dtype != dtype for t in weights):
+        return False
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if any(t.dtype not in (wide, x.dtype) for t in affine):
+        return False
+    if any(t.device != x.device for t in (skip, *weights, *affine)):
+        return False
+    if skip.dtype != dtype and torch.promote_types(skip.dtype, dtype) != skip.dtype:
+        return False
+    # With statistics over several processes each of them must come to the same answer, also one that has no data.
+    alone = distributed.world_size(_groups(modules, plan)[0]) == 1
+    return not alone or (b * h * w > 1 and b * h_out * w_out > 1)
+
+
+# Running it
+
+
+def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+    n0, n1, n2, n3 = norms = [modules[norm.place] for norm in plan.norms]
+    expand, depthwise, project = (modules[place].weight for place in plan.convolutions)
+    gate = [t for place in plan.gate for t in (modules[place].weight.flatten(1), modules[place].bias)]
+    parameters = fused_cell.CellParameters(
+        n0.weight, n0.bias, expand, n1.weight, n1.bias, depthwise, n2.weight, n2.bias, project, n3.weight, n3.bias, *gate
+    )  # fmt: skip
+    if not n0.training:
+        running = [(norm.running_mean, norm.running_var) for norm in norms]
+        return folded_cell.inverted_residual_cell_evaluation(
+            x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE
+        )
+    y, seen = fused_cell.inverted_residual_cell(
+        x, skip, parameters, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE,
+        group=_groups(modules, plan)[0],
+    )  # fmt: skip
+    _update(norms, plan, seen)
+    return y
+
+
+def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _update(norms: list[Any], plan: Plan, seen: tuple[fused_cell.BatchStatistics, ...]) -> None:
+    """The variance is unbiased by the number of pixels that the batch norm itself would have seen."""
+    early = plan.early if plan.stride == -1 else 0
+    own: list[Any] = [s._replace(count=s.count / 4) if i < early else s for i, s in enumerate(seen)]  # type: ignore[arg-type]
+    update_running(norms, own, [known.counts for known in plan.norms])
+
+
+FORWARDS.update({RESIDUAL_CELL: _residual_cell, WHOLE_CELL: _whole_cell})

@@ -1,0 +1,76 @@
+"""Copies of a part to try things on: nothing that happens to them reaches the part."""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from nvae_fast.patching.bound import OURS, bound_forward
+
+Place = tuple[torch.dtype, torch.device | None]
+
+
+def clone(
+    module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+) -> nn.Module:
+    """``module`` with parameters and buffers of its own in ``dtype``, on ``device`` or where they are, without hooks; forwards
+    of ours bound to the copy.
+
+    copy.deepcopy would refuse tensors that forward left behind (a normalised weight) and take hooks along.
+    """
+    return _module(module, {}, (dtype, device))
+
+
+def _module(module: nn.Module, memo: dict[int, Any], place: Place) -> nn.Module:
+    new = object.__new__(type(module))
+    memo[id(module)] = new
+    for name, value in module.__dict__.items():
+        if bound_forward(module) is not None and name in OURS:
+            continue
+        is_hooks = "_hooks" in name and isinstance(value, dict)
+        new.__dict__[name] = type(value)() if is_hooks else _value(value, memo, place)
+    bound = bound_forward(module)
+    if bound is not None:
+        bound.installed_on(new)
+    return new
+
+
+def _value(value: Any, memo: dict[int, Any], place: Place) -> Any:
+    if id(value) in memo:
+        return memo[id(value)]
+    new = value
+    if isinstance(value, nn.Module):
+        return _module(value, memo, place)
+    if isinstance(value, torch.Tensor):
+        new = value.detach().clone(memory_format=torch.contiguous_format)
+        new = new.to(place[1], place[0] if new.is_floating_point() else new.dtype)
+        if isinstance(value, nn.Parameter):
+            new = nn.Parameter(new, requires_grad=value.requires_grad)
+    elif isinstance(value, dict):
+        new = memo[id(value)] = type(value)() if type(value) is not dict else {}
+        new.update({k: _value(v, memo, place) for k, v in value.items()})
+    elif type(value) in (list, tuple, set):
+        new = type(value)(_value(v, memo, place) for v in value)
+    elif isinstance(value, MethodType):
+        new = MethodType(value.__func__, _value(value.__self__, memo, place))
+    memo[id(value)] = new
+    return new
+
+
+@torch.no_grad()
+def perturb(module: nn.Module, generator: torch.Generator) -> None:
+    """Move every parameter and running statistic, so that a factor of 0 or 1 at initialisation hides nothing."""
+    for parameter in module.parameters():
+        parameter.add_(_noise(parameter, generator), alpha=0.1)
+    for name, buffer in module.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.add_(_noise(buffer, generator), alpha=0.3)
+        elif name.endswith("running_var"):
+            buffer.mul_(torch.exp(0.3 * _noise(buffer, generator)))
+
+
+def _noise(like: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(like.shape, generator=generator).to(like.device)

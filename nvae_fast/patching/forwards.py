@@ -1,0 +1,251 @@
+"""The forwards that are bound to recognised parts. Each gives back what the part's own forward would.
+
+Where an input is not what the kernel is for (unbatched, another dtype than the weight) or somebody's hook waits on a
+submodule that the kernel would not call, the part's own forward runs: what a user sees never depends on the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+from nvae_fast import distributed
+from nvae_fast.nn.batch_norm import update_running
+from nvae_fast.nn.hooks import has_hooks
+from nvae_fast.ops._merged_norm import merged_batch_norm_swish
+from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops.weight_norm import weight_norm
+from nvae_fast.patching.bound import FORWARDS, original
+from nvae_fast.patching.taps import live_taps
+
+# The kinds of parts, as the report names them.
+BATCH_NORM = "batch norm + swish"
+SEQUENTIAL = "batch norm + SiLU in a Sequential"
+SQUEEZE_EXCITE = "squeeze and excitation"
+DEPTHWISE = "depthwise convolution"
+DEPTHWISE_PLAIN = "depthwise convolution that keeps its weight"
+DEPTHWISE_NORM = "weight-normed depthwise convolution"
+WEIGHT_NORM = "weight-normed convolution"
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether anybody would notice that these modules are not called."""
+    return _has_any_global_hook() or any(has_hooks(m) or "forward" in m.__dict__ for m in modules)
+
+
+def pair(value: Any) -> tuple[int, int] | None:
+    """An int or a pair of ints as a pair."""
+    if isinstance(value, int):
+        return value, value
+    if isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(v, int) for v in value):
+        return value[0], value[1]
+    return None
+
+
+# Batch norm
+
+
+def batch_norm(
+    norm: Any, x: torch.Tensor, activation: str | None, *, merged: bool, counts: bool
+) -> torch.Tensor:
+    """Batch norm and activation with the parameters and buffers of ``norm``, PyTorch's running statistics."""
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if not norm.training:
+        return batch_norm_swish(
+            x, weight, bias, norm.running_mean, norm.running_var, eps=eps, activation=activation
+        ).y
+    count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
+    group = getattr(norm, "process_group", None)
+    everyone = (
+        merged_batch_norm_swish(x, weight, bias, eps=eps, activation=activation, group=group)
+        if merged
+        else None
+    )
+    if everyone is None:
+        y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
+    else:
+        y, mean, var, count = everyone
+    update_running([norm], [(mean, var, count)], [counts])
+    return y
+
+
+def is_map(x: Any) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_floating_point()
+
+
+def normalising(norm: Any) -> str | None:
+    """Why ``norm`` is not a batch norm with affine map, running statistics and a momentum; None when it is."""
+    names = ("weight", "bias", "running_mean", "running_var")
+    missing = [n for n in names if not isinstance(getattr(norm, n, None), torch.Tensor)]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    if not isinstance(getattr(norm, "eps", None), float) or norm.eps <= 0:
+        return f"eps is {getattr(norm, 'eps', None)!r}"
+    if not isinstance(getattr(norm, "momentum", None), (int, float)):
+        return "momentum is None (cumulative average) or missing"
+    if getattr(norm, "track_running_stats", True) is not True:
+        return "track_running_stats was switched off: what happens to its statistics is PyTorch's business"
+    return None
+
+
+def is_swish(module: Any) -> bool:
+    """Whether a module is a swish by its type or name; what it computes is compared."""
+    stateless = not any((module._parameters, module._buffers, module._modules))
+    return type(module) is nn.SiLU or (type(module).__name__ in ("Swish", "SiLU") and stateless)
+
+
+def _batch_norm_swish(
+    module: Any, x: torch.Tensor, *, activation: str | None, merged: bool, counts: bool
+) -> torch.Tensor:
+    several = merged and distributed.world_size(getattr(module, "process_group", None)) > 1
+    inside = tuple(module.children())
+    usable = is_map(x) and (x.numel() or several) and normalising(module) is None and not watched(*inside)
+    if not usable:
+        return original(module, x)
+    return batch_norm(module, x, activation, merged=merged, counts=counts)
+
+
+def _has_type(value: Any, kind: type) -> bool:
+    return type(value) is kind
+
+
+def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
+    children: list[Any] = list(module._modules.values())
+    skip_next = False
+    for i, child in enumerate(children):
+        if skip_next:
+            skip_next = False
+            continue
+        after: Any = children[i + 1] if i + 1 < len(children) else None
+        as_verified = i in pairs and type(child) is nn.BatchNorm2d and _has_type(after, pairs[i])
+        fits = (
+            as_verified and is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
+        )  # fmt: skip
+        if fits:
+            x = batch_norm(child, x, "swish", merged=False, counts=child.num_batches_tracked is not None)
+            skip_next = True
+        else:
+            x = child(x)
+    return x
+
+
+# Squeeze and excitation
+
+
+def read_gate(gate: nn.Module) -> tuple[torch.Tensor, ...] | str:
+    """Weights and biases of the two layers of a squeeze-and-excitation: Linear or 1x1 convolution with bias, ReLU, the same,
+    Sigmoid, in the order they were made, perhaps with a mean over pixels; else what stands in the way."""
+    wanted = "the kernel has Linear, ReLU, Linear, Sigmoid"
+    dense: list[Any] = []
+    others: list[str] = []
+    for name, part in gate.named_modules():
+        if part is not gate and watched(part):
+            return f"somebody's hook or forward waits on {name} inside"
+        if part._modules or type(part) is nn.Identity:
+            continue
+        if type(part) is nn.Linear or _is_pointwise(part):
+            dense.append(part)
+        elif type(part).__name__ in ("ReLU", "Sigmoid"):  # by name: some libraries have their own
+            others.append(type(part).__name__)
+        elif type(part) is not nn.AdaptiveAvgPool2d:
+            return f"{type(part).__name__} inside: {wanted}"
+    if len(dense) != 2 or sorted(others) != ["ReLU", "Sigmoid"]:
+        found = ", ".join(type(part).__name__ for part in gate.modules() if not part._modules)
+        return f"its layers are {found}: {wanted}"
+    if any(layer.bias is None for layer in dense):
+        return "one of its layers has no bias"
+    first, second = dense
+    return first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias
+
+
+def _is_pointwise(conv: Any) -> bool:
+    plain = type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and conv.groups == 1
+    return plain and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
+
+
+def _squeeze_excite(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    layers = read_gate(module) if is_map(x) else ""
+    return original(module, x) if isinstance(layers, str) else squeeze_excite(x, *layers)
+
+
+# Convolutions
+
+
+def is_depthwise(conv: Any, weight: torch.Tensor) -> bool:
+    """Whether ``conv`` is a depthwise convolution that depthwise_conv2d computes."""
+    return conv.groups == weight.shape[0] and weight.shape[1] == 1 and why_not_depthwise(conv, weight) is None
+
+
+def why_not_depthwise(conv: Any, weight: torch.Tensor) -> str | None:
+    """For a convolution with one channel a group: what depthwise_conv2d cannot do of it; None when it can."""
+    kernel, stride, dilation = tuple(weight.shape[2:]), pair(conv.stride), pair(conv.dilation)
+    if len(kernel) != 2 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
+        return f"kernel size {kernel} is not odd and square"
+    if stride not in ((1, 1), (2, 2)) or dilation not in ((1, 1), (2, 2)):
+        return f"stride {conv.stride} or dilation {conv.dilation} is neither 1 nor 2"
+    same = kernel[0] // 2 * dilation[0]
+    if not (pair(conv.padding) == (same, same) or (conv.padding == "same" and stride == (1, 1))):
+        return f'padding {conv.padding} is not "same"'
+    if getattr(conv, "padding_mode", "zeros") != "zeros":
+        return f"padding mode {conv.padding_mode!r} is not zeros"
+    return None
+
+
+def _convolve(
+    conv: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, taps: list[int] | None = None
+) -> torch.Tensor:
+    if is_map(x) and x.shape[1] == conv.groups and is_depthwise(conv, weight):
+        h, w = x, weight
+        if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+            dtype = torch.get_autocast_dtype(x.device.type)
+            h, w = x.to(dtype), weight.to(dtype)
+        if h.dtype == w.dtype and h.device == w.device:
+            (stride, _), (dilation, _) = pair(conv.stride) or (0, 0), pair(conv.dilation) or (0, 0)
+            y = depthwise_conv2d(h, w, stride=stride, dilation=dilation, taps=taps)
+            return y if bias is None else y + bias.to(y.dtype).view(-1, 1, 1)
+    steps = pair(conv.stride) or (1, 1)
+    pointwise = weight.shape[2:] == (1, 1) and pair(conv.padding) == (0, 0)
+    if pointwise and steps != (1, 1) and x.device.type == "cpu" and x.dim() == 4:
+        # oneDNN's weight gradient of a strided 1x1 convolution in channels_last writes out of bounds (its issue 6035).
+        return F.conv2d(x[:, :, :: steps[0], :: steps[1]], weight, bias, groups=conv.groups)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def _depthwise(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
+    return _convolve(module, x, module.weight, module.bias)
+
+
+def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) -> torch.Tensor:
+    """``sets``: attributes that the part's own forward leaves the weight in, for those who read it later."""
+    if getattr(module, "data_init", False) and not getattr(module, "init_done", True):
+        return original(module, x)
+    weight, log_norm, taps = module.weight, getattr(module, "log_weight_norm", None), None
+    if log_norm is not None:
+        mask = getattr(module, "mask", None)
+        if isinstance(mask, torch.Tensor):
+            # DataParallel's replicas have masks of their own at every call: reading them would wait for the device.
+            taps = None if getattr(module, "_is_replica", False) else live_taps(mask, weight)
+            mask = mask.to(weight.dtype).expand_as(weight)
+        else:
+            mask = None
+        weight = weight_norm(weight, log_norm, mask)
+    for name in sets:
+        setattr(module, name, weight)
+    return _convolve(module, x, weight, module.bias, taps)
+
+
+FORWARDS.update({
+    BATCH_NORM: _batch_norm_swish,
+    SEQUENTIAL: _sequential,
+    SQUEEZE_EXCITE: _squeeze_excite,
+    DEPTHWISE: _depthwise,
+    DEPTHWISE_PLAIN: _norm_convolution,
+    DEPTHWISE_NORM: _norm_convolution,
+    WEIGHT_NORM: _norm_convolution,
+})  # fmt: skip

@@ -1,0 +1,287 @@
+"""Which modules of a foreign model are parts we know, by class name and attributes, and whether they may be replaced."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nvae_fast.patching import cells, forwards
+from nvae_fast.patching.bound import BoundForward, bound_forward
+from nvae_fast.patching.clone import clone
+from nvae_fast.patching.plan import read
+from nvae_fast.patching.verify import disagreement, undisturbed
+
+Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
+
+
+def examine(module: nn.Module, repair: bool = False) -> Verdict:
+    """What to do with ``module``. Its children come first: a residual cell uses what its gate was found to be."""
+    if type(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
+        return None
+    for fits, judge in _KINDS:
+        if not fits(module):
+            continue
+        strangers = [
+            name
+            for name, part in module.named_modules()
+            if "forward" in part.__dict__ and bound_forward(part) is None
+        ]
+        if strangers:
+            where = "it" if strangers == [""] else f"{strangers[0] or 'it'} inside"
+            return f"somebody replaced the forward of the instance ({where})"
+        return judge(module, repair)
+    return None
+
+
+def _name(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+def _confirmed(module: nn.Module, kind: str, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Verdict:
+    bound = BoundForward(module, kind, settings)
+    reason = disagreement(bound, *args, **kwargs)
+    return bound if reason is None else reason
+
+
+# Batch norm with an activation
+
+
+def _fits_batch_norm(module: nn.Module) -> bool:
+    name = _name(module)
+    known = re.fullmatch(r"(Sync)?BatchNorm(2d)?_?(Swish|SiLU)", name) is not None
+    return known or (name == "BatchNormAct2d" and hasattr(module, "act"))
+
+
+def _definition(module: Any, x: torch.Tensor) -> torch.Tensor:
+    """What a batch norm with swish is, in PyTorch's words."""
+    if module.training:
+        module.num_batches_tracked.add_(1)
+    args = (module.running_mean, module.running_var, module.weight, module.bias, module.training)
+    return F.silu(F.batch_norm(x, *args, module.momentum, module.eps))
+
+
+def _judge_batch_norm(module: Any, repair: bool) -> Verdict:
+    reason = forwards.normalising(module)
+    if reason is not None:
+        return reason
+    activation: str | None = "swish"
+    if _name(module) == "BatchNormAct2d":
+        act = module.act
+        if not (forwards.is_swish(act) or type(act) is nn.Identity):
+            return f"its activation is {_name(act)}, not SiLU"
+        activation = None if type(act) is nn.Identity else "swish"
+    channels = [module.weight.numel()]
+    settings = {"activation": activation, "merged": _name(module).startswith("Sync"), "counts": True}
+    found = _confirmed(module, forwards.BATCH_NORM, settings, channels)
+    if isinstance(found, str) and "num_batches_tracked" in found:  # some do not count
+        found = _confirmed(module, forwards.BATCH_NORM, {**settings, "counts": False}, channels)
+    if isinstance(found, str) and found.startswith("its own forward raises") and activation == "swish":
+        if repair:
+            return _confirmed(module, forwards.BATCH_NORM, settings, channels, _definition)
+        found += "; accelerate(model, repair=True) replaces it by what its name says"
+    return found
+
+
+def _fits_sequential(module: nn.Module) -> bool:
+    return type(module).forward is nn.Sequential.forward and bool(_pairs(module))
+
+
+def _pairs(module: nn.Module) -> dict[int, type]:
+    """Position of each batch norm that a swish follows, and the type of the swish."""
+    children = list(module._modules.values())
+    return {
+        i: type(after)
+        for i, (norm, after) in enumerate(pairwise(children))
+        if isinstance(norm, nn.BatchNorm2d) and after is not None and forwards.is_swish(after)
+    }
+
+
+def _judge_sequential(module: Any, repair: bool) -> Verdict:
+    pairs, reason = {}, "no pair fits"
+    children = list(module._modules.values())
+    for i, kind in _pairs(module).items():
+        norm, after = children[i], children[i + 1]
+        if type(norm) is not nn.BatchNorm2d:
+            reason = f"{_name(norm)} is not BatchNorm2d itself"
+            continue
+        why = forwards.normalising(norm)
+        if why is None:
+            settings: dict[str, Any] = {"pairs": {0: kind}}
+            only = BoundForward(nn.Sequential(norm, after), forwards.SEQUENTIAL, settings)
+            why = disagreement(only, [norm.num_features])
+        if why is None:
+            pairs[i] = kind
+        else:
+            reason = f"batch norm {i}: {why}"
+    return BoundForward(module, forwards.SEQUENTIAL, {"pairs": pairs}) if pairs else reason
+
+
+def _fits_attribute_pair(module: nn.Module) -> bool:
+    parts = module._modules
+    return any(
+        isinstance(parts.get(f"bn{i}"), nn.BatchNorm2d) and isinstance(parts.get(f"act{i}"), nn.SiLU)
+        for i in ("", 1, 2, 3)
+    )
+
+
+def _judge_attribute_pair(module: nn.Module, repair: bool) -> Verdict:
+    return (
+        "batch norm and SiLU are attributes: what its forward does between them cannot be seen from outside"
+    )
+
+
+# Squeeze and excitation, residual cells
+
+
+def _fits_gate(module: nn.Module) -> bool:
+    name = _name(module)
+    return name in ("SE", "SEBlock", "SELayer", "SEModule") or name.startswith("SqueezeExcit")
+
+
+def _judge_gate(module: Any, repair: bool) -> Verdict:
+    layers = forwards.read_gate(module)
+    if isinstance(layers, str):
+        return layers
+    return _confirmed(module, forwards.SQUEEZE_EXCITE, {}, [layers[0].shape[1]])
+
+
+def _fits_cell(module: nn.Module) -> bool:
+    named = _name(module) == "Cell" and isinstance(module._modules.get("_ops"), nn.ModuleList)
+    return named and all(hasattr(module, name) for name in ("skip", "_num_nodes", "use_se"))
+
+
+def _judge_cell(module: Any, repair: bool) -> Verdict:
+    if not isinstance(module.skip, nn.Module) or module._num_nodes != len(module._ops):
+        return "skip is not a module, or _num_nodes is not the number of _ops"
+    if module.use_se and not isinstance(getattr(module, "se", None), nn.Module):
+        return "use_se is set and there is no module se"
+    channels = _input_channels(module)
+    whole = _judge_whole_cell(module, channels)
+    if isinstance(whole, BoundForward):
+        return whole
+    found = _confirmed(module, cells.RESIDUAL_CELL, {}, channels, gradients=False)
+    if isinstance(found, BoundForward) and any(getattr(m, "groups", 1) > 1 for m in module._ops.modules()):
+        found.note = f"part by part: {whole}"
+    return found
+
+
+def _judge_whole_cell(module: Any, channels: list[int]) -> BoundForward | str:
+    plan = read(module)
+    if isinstance(plan, str):
+        return plan
+    inside = cells.inside(module)
+    convolutions = [inside[place] for place in plan.convolutions]
+    sets = tuple(_left_weights(conv, conv.weight.shape[1] * conv.groups) for conv in convolutions)
+    settings = {"plan": plan, "sets": sets}
+    strict = BoundForward(module, cells.WHOLE_CELL, {**settings, "strict": True})
+    why = disagreement(strict, channels, exact=True)
+    return BoundForward(module, cells.WHOLE_CELL, settings) if why is None else why
+
+
+def _input_channels(module: nn.Module) -> list[int]:
+    """Numbers of channels that the parts of ``module`` take, in the order they were made, each once."""
+    found: dict[int, None] = {}
+    for part in module.modules():
+        weight = part._parameters.get("weight")
+        if weight is not None and weight.dim() == 4:
+            found[weight.shape[1] * getattr(part, "groups", 1)] = None
+        elif weight is not None and weight.dim() == 1:
+            found[weight.shape[0]] = None
+    return list(found)
+
+
+# Convolutions
+
+
+def _is_convolution(module: Any) -> bool:
+    weight = getattr(module, "weight", None)
+    names = ("bias", "stride", "padding", "dilation", "groups")
+    return isinstance(weight, torch.Tensor) and weight.dim() == 4 and all(hasattr(module, n) for n in names)
+
+
+def _fits_norm_convolution(module: nn.Module) -> bool:
+    cls = type(module)
+    if cls.forward is nn.Conv2d.forward or "conv" not in cls.__name__.lower() or not _is_convolution(module):
+        return False
+    return hasattr(module, "log_weight_norm") or cls.__name__ == "Conv2D"
+
+
+def _judge_norm_convolution(module: Any, repair: bool) -> Verdict:
+    weight, log_norm = module.weight, getattr(module, "log_weight_norm", None)
+    if log_norm is not None:
+        if not any("normalize" in name and "weight" in name for name in dir(type(module))):
+            return "it has log_weight_norm and no method that normalises the weight"
+        if tuple(log_norm.shape) != (weight.shape[0], 1, 1, 1):
+            return f"log_weight_norm has shape {tuple(log_norm.shape)}, not ({weight.shape[0]}, 1, 1, 1)"
+    elif module.groups != weight.shape[0] or weight.shape[1] != 1:
+        return "a plain convolution: PyTorch's own is used"
+    elif not forwards.is_depthwise(module, weight):
+        return forwards.why_not_depthwise(module, weight)
+    if getattr(module, "padding_mode", "zeros") != "zeros":
+        return f"padding mode {module.padding_mode!r} is not zeros"
+    channels = weight.shape[1] * module.groups
+    settings = {"sets": _left_weights(module, channels)}
+    kind = forwards.DEPTHWISE_NORM if forwards.is_depthwise(module, weight) else forwards.WEIGHT_NORM
+    return _confirmed(
+        module, kind if log_norm is not None else forwards.DEPTHWISE_PLAIN, settings, [channels]
+    )
+
+
+def _left_weights(module: nn.Module, channels: int) -> tuple[str, ...]:
+    """Names of the attributes in which the module's own forward leaves the weight it used."""
+    device = module.weight.device
+    if not isinstance(device, torch.device) or device.type == "meta":
+        return ()
+    with undisturbed(device), torch.no_grad():
+        copy: Any = clone(module).eval()
+        if hasattr(copy, "init_done"):
+            copy.init_done = True
+        before = {**copy.__dict__, **copy._parameters, **copy._buffers}
+        try:
+            type(copy).forward(copy, torch.zeros(1, channels, 8, 6, device=device))
+        except Exception:
+            return ()  # the comparison reports it
+        after = {**copy.__dict__, **copy._parameters, **copy._buffers}
+        return tuple(
+            name
+            for name, value in after.items()
+            if isinstance(value, torch.Tensor)
+            and value.shape == copy.weight.shape
+            and (name not in before or before[name] is not value)
+        )
+
+
+def _fits_depthwise(module: nn.Module) -> bool:
+    cls = type(module)
+    if not isinstance(module, nn.Conv2d) or cls.forward is not nn.Conv2d.forward:
+        return False
+    return module.groups == module.in_channels == module.out_channels and module.groups > 1
+
+
+def _judge_depthwise(module: Any, repair: bool) -> Verdict:
+    if type(module)._conv_forward is not nn.Conv2d._conv_forward:
+        return "its class changes how Conv2d convolves"
+    if not isinstance(module.weight, torch.Tensor) or isinstance(
+        module.weight, nn.parameter.UninitializedParameter
+    ):
+        return "its weight is not initialised"
+    reason = forwards.why_not_depthwise(module, module.weight)
+    if reason is not None:
+        return reason
+    return _confirmed(module, forwards.DEPTHWISE, {}, [module.in_channels])
+
+
+_KINDS = (
+    (_fits_batch_norm, _judge_batch_norm),
+    (_fits_sequential, _judge_sequential),
+    (_fits_attribute_pair, _judge_attribute_pair),
+    (_fits_gate, _judge_gate),
+    (_fits_cell, _judge_cell),
+    (_fits_norm_convolution, _judge_norm_convolution),
+    (_fits_depthwise, _judge_depthwise),
+)

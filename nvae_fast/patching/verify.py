@@ -1,0 +1,178 @@
+"""Whether a forward of ours computes what the part's own forward computes: both run on copies, on a small random input."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from nvae_fast import distributed
+from nvae_fast.patching.bound import BoundForward, original
+from nvae_fast.patching.clone import clone, perturb
+from nvae_fast.patching.forwards import pair
+
+# Relative: parts that agree are below 1e-6 in float32, whole cells (four batch norms in a row) below 1e-12 in float64.
+TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
+FLOOR = 1e-3  # of the largest gradient: below it a gradient counts as this large (one that is zero is rounding noise)
+SIZE = (8, 6)
+SEED = 20071
+Own = Callable[[nn.Module, torch.Tensor], Any]
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """The caller's random numbers and modes are what they were; float32 means float32."""
+    cuda = [device] if device.type == "cuda" else []
+    matmul = torch.backends.cuda.matmul.allow_tf32
+    with (
+        torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad(),
+        torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):  # fmt: skip
+        torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = matmul
+
+
+def disagreement(
+    bound: BoundForward,
+    channels: Sequence[int],
+    own: Own = original,
+    gradients: bool = True,
+    *,
+    exact: bool = False,
+) -> str | None:
+    """Why ``bound`` cannot take the place of ``own`` (the part's forward): a sentence, or None when it can.
+
+    ``channels``: numbers of input channels to try; the first that the part accepts counts. ``exact``: in float64 on the
+    CPU, for what is several parts long.
+    """
+    part = bound.module
+    device = next((t.device for t in (*part.parameters(), *part.buffers())), torch.device("cpu"))
+    if device.type == "meta":
+        return "its parameters are on the meta device: nothing to compare"
+    with undisturbed(device):
+        dtype, device = (torch.float64, torch.device("cpu")) if exact else (torch.float32, device)
+        base: Any = clone(part, dtype, device)
+        generator = torch.Generator().manual_seed(SEED)
+        perturb(base, generator)
+        for inner in base.modules():
+            if hasattr(
+                inner, "init_done"
+            ):  # what comes after data-dependent initialisation; until then its own runs
+                inner.init_done = True
+        gradients = gradients and not any(_strided_pointwise(m) for m in part.modules())
+        first: str | None = None
+        for c in channels:
+            x = torch.randn((2, c, *SIZE), generator=generator).to(device, dtype)
+            reason, ran = _compare(base, bound, x, own, gradients)
+            if reason is None or ran:
+                return reason
+            first = first or reason
+    return first or "the number of its input channels is unknown"
+
+
+def _compare(
+    base: nn.Module, bound: BoundForward, x: torch.Tensor, own: Own, gradients: bool
+) -> tuple[str | None, bool]:
+    """The disagreement, and whether the part's own forward ran at all."""
+    # Statistics over processes: a comparison must not communicate.
+    alone = distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
+    for mode, training in (("evaluation", False), *((("training", True),) if alone else ())):
+        theirs, ours = clone(base, x.dtype).train(training), clone(base, x.dtype).train(training)
+        try:
+            expected = _observe(theirs, partial(own, theirs), x, gradients)
+        except Exception as error:
+            return f"its own forward raises in {mode} mode: {_line(error)}", training
+        try:
+            actual = _observe(ours, BoundForward(ours, bound.kind, bound.settings), x, gradients)
+        except Exception as error:
+            return f"ours raises in {mode} mode: {_line(error)}", True
+        tolerance = TOLERANCE[x.dtype]
+        slopes = [float(t.norm()) for name, t in expected.items() if "gradient" in name and t is not None]
+        floor = FLOOR * max(slopes, default=0.0)
+        for name in (*expected, *(n for n in actual if n not in expected)):  # the output first
+            if name not in actual or name not in expected:
+                return (
+                    f"only {'its own' if name in expected else 'our'} forward sets {name} in {mode} mode",
+                    True,
+                )
+            least = floor if "gradient" in name else 0.0
+            found = _difference(actual[name], expected[name], tolerance, least)
+            if found is not None:
+                return f"{name} would differ in {mode} mode: {found}", True
+    return None, True
+
+
+def _observe(
+    module: nn.Module, forward: Callable[[torch.Tensor], Any], x: torch.Tensor, gradients: bool
+) -> dict[str, Any]:
+    """Everything that ``forward`` does: output, gradients, what it leaves in the module and in its input."""
+    torch.manual_seed(SEED)
+    before = {name: _attributes(part) for name, part in module.named_modules()}
+    leaf = x.clone().requires_grad_(gradients)
+    given = leaf * 1
+    with torch.set_grad_enabled(gradients):
+        y = forward(given)
+        if not isinstance(y, torch.Tensor):
+            raise TypeError(f"it returns {type(y).__name__}, not a tensor")
+        if gradients and y.requires_grad:
+            weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(SEED)).to(y)
+            (y * weights).sum().backward()
+    seen: dict[str, Any] = {"the output": y.detach(), "the input afterwards": given.detach()}
+    if gradients:
+        seen["the gradient of the input"] = leaf.grad
+        seen |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
+    seen |= {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
+    for prefix, part in module.named_modules():
+        for name, value in _attributes(part).items():
+            if name not in before[prefix] or before[prefix][name] is not value:
+                seen[f"attribute {prefix}{'.' if prefix else ''}{name}"] = value
+    return seen
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    plain = {
+        k: v
+        for k, v in module.__dict__.items()
+        if k not in ("_parameters", "_buffers", "_modules", "forward")
+    }
+    return {**plain, **module._parameters, **module._buffers}
+
+
+def _difference(actual: Any, expected: Any, tolerance: float, least: float) -> str | None:
+    if isinstance(actual, torch.Tensor) or isinstance(expected, torch.Tensor):
+        missing = [t for t in (actual, expected) if t is None]
+        if missing:  # an absent gradient is zero
+            other = actual if expected is None else expected
+            return None if float(other.norm()) <= tolerance * least else "one has none"
+        if not isinstance(actual, torch.Tensor) or not isinstance(expected, torch.Tensor):
+            return f"{type(expected).__name__} became {type(actual).__name__}"
+        if actual.shape != expected.shape or actual.dtype != expected.dtype:
+            return f"{tuple(expected.shape)} {expected.dtype} became {tuple(actual.shape)} {actual.dtype}"
+        a, e = actual.detach().double(), expected.detach().double()
+        error, scale = float((a - e).norm()), max(float(e.norm()), least)
+        if not error <= tolerance * scale:
+            return f"relative error {error / scale if scale else error:.2g}, allowed {tolerance:g}"
+        return None
+    try:
+        equal = type(actual) is type(expected) and bool(actual == expected)
+    except Exception:  # something that cannot be compared
+        equal = False
+    return None if equal else "the values are different"
+
+
+def _strided_pointwise(module: nn.Module) -> bool:
+    """A strided 1x1 convolution: oneDNN's weight gradient of it may crash, so none is asked for."""
+    weight = getattr(module, "weight", None)
+    pointwise = isinstance(weight, torch.Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1)
+    return pointwise and pair(getattr(module, "stride", 1)) != (1, 1)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
