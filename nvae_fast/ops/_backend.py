@@ -87,17 +87,18 @@ def use_backend(choice: str) -> Iterator[None]:
 def record(
     op: str, device_type: str, kernel: str | None, reason: str = "", kinds: Sequence[str | None] = ()
 ) -> None:
-    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or the ``reason`` why it has none.
+    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none.
 
     ``kinds``: the kinds of kernels that the op launches, where there are others than ``kernel``.
     """
     key = (op, device_type)
     if device_type == "cuda":
         _kinds[op] = tuple(dict.fromkeys(kind for kind in (kernel, *kinds) if kind is not None))
-    _fused.pop(key, None)
-    if kernel is None or reason:
+    if kernel is None:
+        _fused.pop(key, None)
         _absent[key] = reason
     else:
+        _absent.pop(key, None)
         _fused[key] = kernel
 
 

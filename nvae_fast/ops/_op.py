@@ -39,7 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nvae_fast.ops import _backend, _devices, _extension
+from nvae_fast.ops import _backend, _devices, _schemas
 from nvae_fast.ops._layout import empty_map
 
 NAMESPACE = "nvae_fast"
@@ -59,7 +59,6 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 class Definition:
     """What ``torch.ops.nvae_fast.<name>`` was made of."""
 
-    schema: str
     formula: Callable[..., Any]
     fake: Callable[..., Any]
     launch: Callable[..., Any] | None  # its Triton kernels, or the formula for float64
@@ -132,7 +131,7 @@ def _register(
     launch = None if triton is None else _launcher(name, triton, formula, float64)
     if launch is not None and _backend.triton_reason() is None:
         LIBRARY.impl(name, _devices.by_device(launch, formula), "CUDA")
-    DEFINITIONS[name] = Definition(schema, formula, fake, launch)
+    DEFINITIONS[name], _schemas.SCHEMAS[name] = Definition(formula, fake, launch), schema
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -235,7 +234,7 @@ class Operator(Generic[P, R]):
         self.overload, self.backend = overload, backend or self.name
         self._kernel = overload._op  # without a call between
         self._first_tensor, self._opaque, self._differentiable = first_tensor, opaque, differentiable
-        _listed[self.name] = self.backend
+        LISTED[self.name] = self.backend
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[self._first_tensor]  # its device decides
@@ -259,34 +258,13 @@ class Operator(Generic[P, R]):
             return self._kernel(*args, **kwargs)
 
 
-_listed: dict[str, str] = {}  # operator -> row of backends()
-_composed: dict[str, Sequence[str]] = {}
+LISTED: dict[str, str] = {}  # operator -> row of backends()
+COMPOSED: dict[str, Sequence[str]] = {}  # function over operators -> these
 
 
 def compose(name: str, parts: Sequence[str]) -> None:
     """List ``name``, a function over other operators, in backends(): it runs fused where all of them do."""
-    _composed[name] = parts
-
-
-def load_kernels() -> None:
-    """Load the C++ kernels of the operators defined, and note what runs each on each device, or why nothing does."""
-    loaded = _extension.load()
-    for name, row in _listed.items():
-        for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
-            if key == "CUDA" and DEFINITIONS[name].launch is not None:
-                kernel, reason = "triton", _backend.triton_reason() or ""
-            elif loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
-                reason = ""
-            else:
-                without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
-                reason = _extension.reason() or without or "PyTorch's own kernels are used for this op"
-            _backend.record(row, key.lower(), None if reason else kernel, reason)
-    for name, parts in _composed.items():
-        for device in _backend.DEVICES:
-            missing = [part for part in parts if _backend.kernel(part, device) is None]
-            reason = f"{', '.join(missing)} has no fused kernel" if missing else ""
-            kinds = [_backend.kernel(part, device) for part in parts]
-            _backend.record(name, device, kinds[0], reason, kinds)
+    COMPOSED[name] = parts
 
 
 # ------------------------------------------------------------------------------- gradients
