@@ -105,6 +105,11 @@ def _is_float64(value: Any) -> bool:
     return (value.dtype if isinstance(value, Tensor) else value) is torch.float64
 
 
+def kernels(module: str) -> Any:
+    """A module of ``nvae_fast.kernels``, which need Triton: imported when one is launched."""
+    return importlib.import_module(f"nvae_fast.kernels.{module}")
+
+
 def _launcher(
     name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
 ) -> Callable[..., Any]:
@@ -116,7 +121,7 @@ def _launcher(
         if callable(triton):
             return triton(*args)
         module, _, function = triton.partition(".")
-        return getattr(importlib.import_module(f"nvae_fast.kernels.{module}"), function or name)(*args)
+        return getattr(kernels(module), function or name)(*args)
 
     return launch
 

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._op import define_op
+from nvae_fast.ops._op import define_op, kernels
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -222,18 +222,6 @@ def _empty_normal(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channel
     return torch.empty(size, dtype=dtype, device=seed.device, memory_format=memory_format)
 
 
-def _launch_words(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
-    from nvae_fast.kernels import philox as kernels
-
-    return kernels.philox_words_of(seed, n_blocks, first_block, 0)
-
-
-def _launch_split(seed: Tensor, n: int) -> Tensor:
-    from nvae_fast.kernels import philox as kernels
-
-    return _sub_seeds(kernels.philox_words_of(seed, n, 0, SPLIT))
-
-
 # A compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
 _OPAQUE: Any = dict(backend="philox", opaque=True)
 _normal = define_op(
@@ -243,9 +231,15 @@ _words = define_op(
     "philox_words",
     _words_reference,
     fake=lambda seed, n_blocks, first_block: seed.new_empty((n_blocks, 4)),
-    triton=_launch_words,
+    triton=lambda seed, n_blocks, first_block: kernels("philox").philox_words_of(
+        seed, n_blocks, first_block, 0
+    ),
     **_OPAQUE,
 )
 _split = define_op(
-    "split_seed", _split_reference, fake=lambda seed, n: seed.new_empty((n,)), triton=_launch_split, **_OPAQUE
+    "split_seed",
+    _split_reference,
+    fake=lambda seed, n: seed.new_empty((n,)),
+    triton=lambda seed, n: _sub_seeds(kernels("philox").philox_words_of(seed, n, 0, SPLIT)),
+    **_OPAQUE,
 )
