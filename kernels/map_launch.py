@@ -34,7 +34,7 @@ _INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves room for the masked elements 
 
 
 class View(NamedTuple):
-    """A tensor as kernels walk it; strides in elements, see the module's docstring."""
+    """A tensor as kernels index it; strides in elements, see the module's docstring."""
 
     tensor: torch.Tensor | None
     batch: int
@@ -45,8 +45,8 @@ _NOTHING = View(None, 0, 0)
 
 
 class Map:
-    """The map (B, Z, H, W) of an op, and the order in which its kernels walk it: that of the tensor ``like``, (B, Z, H, W)
-    or, packed, (B, 2Z, H, W). Raises TypeError for float64, which is the reference's."""
+    """The map (B, Z, H, W) of an op, and the order in which its kernels go through it: that of the tensor ``like``,
+    (B, Z, H, W) or, packed, (B, 2Z, H, W). Raises TypeError for float64, which is the reference's."""
 
     def __init__(self, op: str, like: torch.Tensor, *, packed: bool) -> None:
         check_dtype(op, like.dtype)
@@ -241,13 +241,12 @@ def _channel_plans(
     step = 4 if quads else 1
     steps = pixels // step
     for width, lanes in itertools.product((4, 2, 1), LANES):
-        if width > longest or lanes * width * step > max(MOST_ELEMENTS, LANES[0] * longest * step):
+        if width > longest or lanes * width * step > MOST_ELEMENTS:
             continue
         runs = channels // width
         fewest = -(-runs // lanes)
-        for slices in range(
-            fewest, max(fewest, runs // 16) + 1
-        ):  # of 16 runs at least: neighbours stay together
+        # Slices hold 16 runs at least, whose lanes touch adjacent addresses.
+        for slices in range(fewest, max(fewest, runs // 16) + 1):
             groups = -(-runs // slices)
             slots = 1
             while slots <= next_power_of_2(steps) and slots * groups <= lanes:

@@ -1,4 +1,4 @@
-"""How the kernels of the normal distributions walk maps (B, Z, H, W): tiles, noise, sums over pixels. The launchers are in
+"""How the kernels of the normal distributions tile maps (B, Z, H, W): indices, noise, sums over pixels. The launchers are in
 kernels/map_launch.py.
 
 A program works on a tile of ``LANES x WIDTH`` elements, ``ITERATIONS`` times.

@@ -135,7 +135,7 @@ def squash_slopes(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
 
 def shared_logs(clamp: float | None, sigma_floor: float) -> bool:
     """Whether four sigmas, or ratios of sigmas, may be multiplied before a logarithm is taken: with the clamp at 5 a ratio
-    lies within exp(+-10), and the product far from the ends of float32."""
+    is within exp(+-10), and the product far from the ends of float32."""
     return clamp is not None and clamp <= 5.0 and sigma_floor <= 1.0
 
 

@@ -1,9 +1,9 @@
 """residual_normal in Triton; formulas are the docstring of nvae_fast/ops/residual_normal.py.
 
-Forward reads the packed parameters as they lie, draws or reads the noise, writes z and adds kl, log_q and log_p up over
-pixels, in one pass: 4 Z reads and Z writes a pixel. Backward computes everything again from the same inputs and the seed
-and writes the gradients that are wanted, in one pass: Z reads more, up to 4 Z writes. Arithmetic is float32; two runs are
-equal bit for bit.
+Forward reads the packed parameters in either memory format, draws or reads the noise, writes z and adds kl, log_q and
+log_p up over pixels, in one kernel: 4 Z reads and Z writes a pixel. Backward computes everything again from the same inputs
+and the seed and writes the gradients that are wanted, in one kernel: Z reads more, up to 4 Z writes. Arithmetic is float32;
+two runs are equal bit for bit.
 """
 
 from __future__ import annotations

@@ -90,7 +90,12 @@ def cases(group: str) -> list[Case]:
             replace(rn, size=(3, 66, 4, 4), prior=False, choices=LARGE),
             *(replace(rn, layout=layout, choices=WIDE) for layout in BOTH),
             # More samples than one axis of a grid other than the first may have, in a few large programs.
-            replace(rn, size=(65_537, 1, 1, 1), noise=True, choices=(("LANES", (2**15,)),)),
+            replace(
+                rn,
+                size=(65_537, 1, 1, 1),
+                noise=True,
+                choices=(("LANES", (2**15,)), ("MOST_ELEMENTS", 2**15)),
+            ),
             # Clamps: none, so far out that exponentials are large, and out of the range of folded coefficients. Where the
             # KL is all but zero its digits cancel.
             *(replace(rn, clamp=None, floor=0.0, layout=layout) for layout in BOTH),

@@ -24,12 +24,18 @@ SUMMED = [(200, 20, 8, 8), (32, 20, 8, 8), (3, 5, 7, 11), (3, 8, 5, 7)]
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def launches(
-    op: str, backward: bool, size: tuple[int, ...], layout: str, dtype: torch.dtype, noise: bool = False
+    op: str,
+    backward: bool,
+    size: tuple[int, ...],
+    layout: str,
+    dtype: torch.dtype,
+    noise: bool = False,
+    prior: bool = True,
+    clamp: float | None = 5.0,
 ) -> list[Launch]:
     """The launches of one call, in which every gradient is wanted."""
     module = importlib.import_module(f"nvae_fast.kernels.{op}")
@@ -44,15 +50,16 @@ def launches(
     seed = None if noise else torch.empty((), dtype=torch.int64, device="meta")
     eps = empty(z) if noise else None
     sums = [torch.empty((b, z), device="meta") for _ in range(3)]
+    given = empty(2 * z) if prior else None
     if op == "residual_normal":
         grads, need = [empty(z), *sums], [True, True, noise]
-        args: list[Any] = [empty(2 * z), empty(2 * z), eps, seed, True, 5.0, 0.01]
+        args: list[Any] = [empty(2 * z), given, eps, seed, True, clamp, 0.01]
     elif op == "normal_sample":
         grads, need = [empty(z)], [True, noise]
-        args = [empty(2 * z), eps, seed, 0.7, 5.0, 0.01]
+        args = [empty(2 * z), eps, seed, 0.7, clamp, 0.01]
     else:
         grads, need = [sums[0]], [True, True]
-        args = [empty(z), empty(2 * z), 5.0, 0.01]
+        args = [empty(z), given, clamp, 0.01]
     return launch(op, *grads, *args, *need) if backward else launch(op, *args)
 
 
@@ -104,6 +111,17 @@ def test_small_maps_compile_without_spills(op: str, size: tuple[int, ...]) -> No
     for backward in (False, True):
         launch = map_launch(op, backward, size, "channels", torch.float32)
         check(binary(launch, 90), launch)
+
+
+@pytest.mark.parametrize("clamp", [None, 5.0, 200.0])
+def test_without_prior_compiles(clamp: float | None) -> None:
+    """A standard normal prior, whose sigma is a scalar; with the clamps that are computed in other ways."""
+    for op in ("residual_normal", "normal_log_prob"):
+        for backward in (False, True):
+            launch = map_launch(
+                op, backward, (8, 20, 8, 8), "channels", torch.float32, prior=False, clamp=clamp
+            )
+            check(binary(launch, 90), launch)
 
 
 # residual_normal on sm_90: issue slots for each element of the map, idle lanes and set-up included, which limit these
