@@ -102,9 +102,8 @@ def _reference(
         y, batch_mean, inv_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         batch_var = (inv_std.detach().pow(-2) - eps).clamp_min(0)
         return activate(y, activation), batch_mean.detach().to(acc_dtype), batch_var.to(acc_dtype)
-    if (
-        mean.requires_grad or var.requires_grad or _backend.transforms_active()
-    ):  # F.batch_norm takes them for constants
+    # F.batch_norm takes given statistics for constants.
+    if mean.requires_grad or var.requires_grad or _backend.transforms_active():
         column = (slice(None), None, None)
         factor = (weight * torch.rsqrt(var.to(acc_dtype) + eps)).to(acc_dtype)
         y = ((x.to(acc_dtype) - mean[column]) * factor[column] + bias[column]).to(x.dtype)
