@@ -3,7 +3,10 @@ which of its results carry gradients. A fused kernel cannot follow a transform; 
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +20,7 @@ from nvae_fast.ops.elu import elu
 from nvae_fast.ops.plane_affine import plane_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+PACKAGE = str(Path(nf.__file__).parent)
 B, C, H, W = 2, 4, 3, 5
 
 
@@ -130,6 +134,33 @@ def test_results_that_carry_no_gradient_claim_none(route: str) -> None:
         assert [t.requires_grad for t in (y, mean, m2)] == [True, stats, stats]
     _, pooled = ops.squeeze_excite(x, *LAYERS, None, 1.0)
     assert not pooled.requires_grad
+
+
+@pytest.mark.parametrize("name", ["residual_normal", "depthwise_conv2d"])
+def test_little_python_is_between_a_call_and_its_kernel(name: str) -> None:
+    """A reader follows a call through few functions and fewer files, and so does the interpreter."""
+    if nf.backends()[name]["cpu"] != "cpp":
+        pytest.skip("the kernels are not in use")
+    x, w = torch.randn(B, C, H, W, requires_grad=True), torch.randn(C, 1, 3, 3, requires_grad=True)
+    scale = torch.ones(C)
+    call = {
+        "residual_normal": lambda: nf.residual_normal(x, x, seed=3),
+        "depthwise_conv2d": lambda: nf.depthwise_conv2d(
+            x, w, scale=scale, shift=scale, activation="swish", stats=True
+        ),
+    }[name]
+    files: list[str] = []
+
+    def note(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and PACKAGE in frame.f_code.co_filename:
+            files.append(frame.f_code.co_filename)
+
+    call()
+    sys.setprofile(note)
+    call()
+    sys.setprofile(None)
+    assert len(files) <= 12
+    assert sum(a != b for a, b in itertools.pairwise(files)) <= 4
 
 
 def test_a_weight_with_gaps_has_the_gradients_of_a_dense_one(route: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -48,6 +49,15 @@ def shape(op: str, name: str, value: Any, expected: tuple[int, ...], like: Tenso
         raise ValueError(f"{op}: {name} must have shape {tuple(expected)}, got {tuple(value.shape)}")
     if like is not None and value.device != like.device:
         device(op, name, value, like)
+
+
+def shapes(op: str, like: Tensor, values: Iterable[tuple[str, Any, tuple[int, ...]]]) -> None:
+    """:func:`shape` of several values, each with its name and size."""
+    for name, value, expected in values:
+        if not isinstance(value, Tensor) or value.shape != expected or value.device != like.device:
+            shape(op, name, value, expected, like)
+        if value.dtype not in FLOATING or value.layout is not torch.strided:
+            tensor(op, name, value)
 
 
 def vectors(op: str, like: Tensor, **values: Tensor | None) -> None:

@@ -122,7 +122,7 @@ def inverted_residual_cell(
     counts: list[int | Tensor] = [seen, seen, made, made]
     if distributed.world_size(group) > 1:
         counts = list(flat.pop().unbind())
-    return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
+    return y, tuple(map(BatchStatistics, flat[::2], flat[1::2], counts))
 
 
 def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
@@ -138,20 +138,12 @@ def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
         raise ValueError(f"{NAME}: x must have {takes} channels, which is what expand takes, got {c}")
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
-    widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}
-    expected: dict[str, tuple[int, ...]] = {
-        "expand": (hidden, c, 1, 1),
-        "depthwise": (hidden, 1, k, k),
-        "project": (c_out, hidden, 1, 1),
-        **{f"{name}_{part}": (width,) for name, width in widths.items() for part in ("weight", "bias")},
-    }
+    sizes: list[tuple[int, ...]] = [(c,), (c,), (hidden, c, 1, 1), (hidden,), (hidden,), (hidden, 1, k, k)]
+    sizes += [(hidden,), (hidden,), (c_out, hidden, 1, 1), (c_out,), (c_out,)]
     if parameters.reduce_weight is not None:
         r = parameters.reduce_weight.shape[0]
-        expected |= dict(
-            reduce_weight=(r, c_out), reduce_bias=(r,), gate_weight=(c_out, r), gate_bias=(c_out,)
-        )
-    for name, size in expected.items():
-        _checks.shape(NAME, name, getattr(parameters, name), size, x)
+        sizes += [(r, c_out), (r,), (c_out, r), (c_out,)]
+    _checks.shapes(NAME, x, zip(CellParameters._fields, parameters, sizes, strict=False))
     check_maps(x, skip, parameters, stride)
 
 
@@ -169,7 +161,7 @@ def check_maps(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
 
 
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
-    return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
+    return CellParameters._make([None if t is None else t.to(dtype) for t in parameters])
 
 
 def _gram_pays(pixels: int, expanded: int, narrow: int) -> bool:
