@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae_fast.ops import _backend, _checks, _devices
-from nvae_fast.ops._activation import ACTIVATIONS, activate, activation_slope
+from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map, memory_format
-from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op, vjp
 from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 
@@ -129,6 +129,19 @@ def _masked(weight: Tensor, taps: Sequence[int] | None) -> Tensor:
     return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
 
 
+def _convolve(
+    h: Tensor, weight: Tensor, stride: int, dilation: int, upsample: int, taps: Sequence[int] | None
+) -> Tensor:
+    if upsample == 2:
+        h = F.interpolate(h, scale_factor=2, mode="nearest")
+    padding, kind = weight.shape[-1] // 2 * dilation, h.device.type
+    # y follows h, as the kernels' does; autocast would make it half precision behind a float32 map.
+    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
+        return F.conv2d(
+            h, _masked(weight, taps).to(h.dtype), None, stride, padding, dilation, weight.shape[0]
+        )
+
+
 def _reference(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int,
     upsample: int, activation: str | None, stats: bool, taps: Sequence[int] | None,
@@ -141,20 +154,7 @@ def _reference(
         h = activate(affine, activation).to(x.dtype)
     else:
         h = activate(h, activation)
-    if upsample == 2:
-        h = F.interpolate(h, scale_factor=2, mode="nearest")
-    k = weight.shape[-1]
-    kind = x.device.type
-    # y follows x, as the kernels' does; autocast would make it half precision behind a float32 x.
-    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
-        y = F.conv2d(
-            h,
-            _masked(weight, taps).to(h.dtype),
-            stride=stride,
-            padding=k // 2 * dilation,
-            dilation=dilation,
-            groups=weight.shape[0],
-        )
+    y = _convolve(h, weight, stride, dilation, upsample, taps)
     if not stats:
         empty = y.new_empty(0, dtype=acc_dtype)
         return y, empty, empty.clone()
@@ -205,30 +205,17 @@ def _backward_formula(
     u = centred if scale is None or shift is None else column(scale) * centred + column(shift)
     if pivot is not None:
         centred = centred - column(pivot)
-    h = activate(u, activation)
-    if upsample == 2:
-        h = F.interpolate(h, scale_factor=2, mode="nearest")
-    k, channels = weight.shape[-1], weight.shape[0]
-    du, to_weight, _ = torch.ops.aten.convolution_backward(
-        dy,
-        h,
-        _masked(weight, taps).to(acc_dtype),
-        None,
-        [stride] * 2,
-        [k // 2 * dilation] * 2,
-        [dilation] * 2,
-        False,
-        [0, 0],
-        channels,
-        [need_x or need_affine, need_weight, False],
-    )
+
+    def convolve(u: Tensor, weight: Tensor) -> Tensor:
+        return _convolve(activate(u, activation), weight, stride, dilation, upsample, taps)
+
+    reached = vjp(convolve, (0, 1), [dy], (u, weight.to(acc_dtype)), (need_x or need_affine, need_weight))
     results = _empty_gradients(x, weight, need_x, need_weight, need_affine)
-    if need_weight:
-        results[1].copy_(_masked(to_weight, taps))
-    if need_x or need_affine:
-        if upsample == 2:
-            du = du.unflatten(3, (-1, 2)).sum(4).unflatten(2, (-1, 2)).sum(3)
-        du = du * activation_slope(u, activation)
+    du, to_weight = reached.get(0), reached.get(1)
+    if to_weight is not None:
+        results[1].copy_(to_weight)
+    if du is None:
+        return results
     if need_x:
         results[0].copy_(du if scale is None else column(scale) * du)
     if need_affine:
