@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from nvae_fast.ops import _backend, _devices, _extension, _op, _schemas
+from nvae_fast.ops import _backend, _devices, _extension, _schemas
 
 ROOT = Path(__file__).resolve().parent.parent
 # An editable install of this repository would lend its extension to a copy of the package.
@@ -55,10 +55,10 @@ def test_every_operator_of_the_dispatcher_is_in_the_fingerprint() -> None:
     """With the schema that define_op inferred."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("nvae_fast::")]
     assert len(names) > 30
-    assert {name.removeprefix("nvae_fast::") for name in names} == set(_op.DEFINITIONS)
-    for name, definition in _op.DEFINITIONS.items():
+    assert {name.removeprefix("nvae_fast::") for name in names} == set(_schemas.SCHEMAS)
+    for name, schema in _schemas.SCHEMAS.items():
         registered = str(getattr(torch.ops.nvae_fast, name).default._schema).removeprefix("nvae_fast::")
-        assert registered == str(torch._C.parse_schema(name + definition.schema))
+        assert registered == str(torch._C.parse_schema(name + schema))
 
 
 def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: Path) -> None:
@@ -72,8 +72,8 @@ def test_the_fingerprint_follows_schemas_and_version_and_nothing_else(package: P
     )
     assert fingerprint(package) == before
     other = text.replace(
-        "def _reference(x: torch.Tensor, per_sample: bool)",
-        "def _reference(x: torch.Tensor, per_sample: int)",
+        "def _reference(x: Tensor, per_sample: bool)",
+        "def _reference(x: Tensor, per_sample: int)",
     )
     assert other != text
     page.write_text(other)

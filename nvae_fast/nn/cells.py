@@ -164,7 +164,7 @@ class InvertedResidual(nn.Module):
             *(self.expand, self.depthwise, self.project),
             *(() if se is None else (se, se.reduce, se.expand)),
         )
-        if any(type(part) is not kind or has_hooks(part) for part, kind in zip(parts, types, strict=False)):
+        if list(map(type, parts)) != types[: len(parts)] or has_hooks(*parts):
             return False
         alike = {(n.training, n.eps, n.process_group) for n in norms}
         activations = [n.activation for n in norms] == [None, "swish", "swish", None]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from torch import nn
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Whether calling ``module`` runs hooks of its own."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+def has_hooks(*modules: nn.Module) -> bool:
+    """Whether calling one of ``modules`` runs hooks of its own."""
+    for module in modules:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+        ):
+            return True
+    return False

@@ -20,6 +20,7 @@ from nvae_fast.ops import _devices
 CHOICES = ("auto", "reference")
 DEVICES = ("cpu", "cuda")
 
+_in_transform = torch._C._are_functorch_transforms_active
 _choice: str = "auto"
 # (op, device type) -> name of the fused kernel. Filled when an op is registered, so that asking is a dictionary
 # look-up that torch.compile can trace and guard on.
@@ -48,17 +49,16 @@ def forced_reference() -> bool:
 
 def transforms_active() -> bool:
     """Inside torch.func.grad, jvp, vmap or jacrev, or a level of forward-mode differentiation: no kernel can follow them."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _in_transform() or forward_ad._current_level >= 0
 
 
 def fused(op: str, device: torch.device) -> bool:
     """True when a call of ``op`` on ``device`` goes to a fused kernel, for every operator: the device runs one, nothing forces
     the reference, and no functional transform or forward-mode differentiation is active."""
-    if _choice != "auto" or (op, device.type) not in _fused:
+    kind = device.type
+    if _choice != "auto" or (op, kind) not in _fused or _in_transform() or forward_ad._current_level >= 0:
         return False
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return False
-    return device.type != "cuda" or _devices.runs(_kinds.get(op, ()), device.index)
+    return kind != "cuda" or _devices.runs(_kinds.get(op, ()), device.index)
 
 
 def kernel(op: str, device_type: str) -> str | None:
@@ -87,17 +87,18 @@ def use_backend(choice: str) -> Iterator[None]:
 def record(
     op: str, device_type: str, kernel: str | None, reason: str = "", kinds: Sequence[str | None] = ()
 ) -> None:
-    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or the ``reason`` why it has none.
+    """Note that ``op`` has the fused ``kernel`` on ``device_type``, or with None the ``reason`` why it has none.
 
     ``kinds``: the kinds of kernels that the op launches, where there are others than ``kernel``.
     """
     key = (op, device_type)
     if device_type == "cuda":
         _kinds[op] = tuple(dict.fromkeys(kind for kind in (kernel, *kinds) if kind is not None))
-    _fused.pop(key, None)
-    if kernel is None or reason:
+    if kernel is None:
+        _fused.pop(key, None)
         _absent[key] = reason
     else:
+        _absent.pop(key, None)
         _fused[key] = kernel
 
 

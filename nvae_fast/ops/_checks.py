@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def shape(op: str, name: str, value: Any, expected: tuple[int, ...], like: Tenso
         device(op, name, value, like)
 
 
+def shapes(op: str, like: Tensor, values: Iterable[tuple[str, Any, tuple[int, ...]]]) -> None:
+    """:func:`shape` of several values, each with its name and size."""
+    for name, value, expected in values:
+        if not isinstance(value, Tensor) or value.shape != expected or value.device != like.device:
+            shape(op, name, value, expected, like)
+        if value.dtype not in FLOATING or value.layout is not torch.strided:
+            tensor(op, name, value)
+
+
 def vectors(op: str, like: Tensor, **values: Tensor | None) -> None:
     """Each of ``values`` is None, or a floating tensor (C,), C the channels of ``like``, on its device."""
     expected = like.shape[1:2]
@@ -76,10 +86,7 @@ def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
 
 def packed(op: str, name: str, value: Any) -> None:
     """``value`` is packed raw parameters (B, 2Z, H, W)."""
-    if not isinstance(value, Tensor) or value.dim() != 4 or value.dtype not in FLOATING:
-        feature_map(op, name, value)
-    if value.layout is not torch.strided:
-        tensor(op, name, value)
+    feature_map(op, name, value)
     if value.shape[1] % 2:
         raise ValueError(
             f"{op}: {name} must have an even number of channels 2Z (raw mu, then raw log sigma), got {value.shape[1]}"
@@ -123,11 +130,12 @@ def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
             raise TypeError(f"{op}: a seed tensor must be int64, got {value.dtype}")
         if value.dim() != 0:
             raise ValueError(f"{op}: a seed tensor must be 0-d, got shape {tuple(value.shape)}")
-        wanted, found = torch.device(value.device if device is None else device), value.device
-        if wanted.type != found.type or wanted.index not in (None, found.index):
-            raise ValueError(
-                f"{op}: the seed tensor must be on {device}, got {found}; moving it would synchronise"
-            )
+        if device is not None and device != value.device:
+            wanted = torch.device(device)
+            if wanted.type != value.device.type or wanted.index not in (None, value.device.index):
+                raise ValueError(
+                    f"{op}: the seed tensor must be on {device}, got {value.device}; moving it would synchronise"
+                )
         return value
     if isinstance(value, (bool, float)):
         raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got {type(value).__name__}")

@@ -94,11 +94,13 @@ class _Merged(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None, group: Any
     ) -> tuple[Tensor, ...]:
         channel_statistics, forward = _run(x, "channel_statistics", "affine_activation")
-        wide = _checks.accumulate_dtype(x.dtype)
+        acc_dtype = _checks.accumulate_dtype(x.dtype)
         mean, m2 = channel_statistics(x, False)
         count: Any
         mean, m2, count = distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
-        var, rstd, scale, shift = coefficients_of(mean, m2, count, weight.to(wide), bias.to(wide), eps)
+        var, rstd, scale, shift = coefficients_of(
+            mean, m2, count, weight.to(acc_dtype), bias.to(acc_dtype), eps
+        )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean, rstd, scale, shift, count)
         ctx.constants = (activation, group, weight.dtype, bias.dtype)

@@ -39,7 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nvae_fast.ops import _backend, _devices, _extension
+from nvae_fast.ops import _backend, _devices, _schemas
 from nvae_fast.ops._layout import empty_map
 
 NAMESPACE = "nvae_fast"
@@ -59,8 +59,6 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 class Definition:
     """What ``torch.ops.nvae_fast.<name>`` was made of."""
 
-    name: str
-    schema: str
     formula: Callable[..., Any]
     fake: Callable[..., Any]
     launch: Callable[..., Any] | None  # its Triton kernels, or the formula for float64
@@ -107,6 +105,11 @@ def _is_float64(value: Any) -> bool:
     return (value.dtype if isinstance(value, Tensor) else value) is torch.float64
 
 
+def kernels(module: str) -> Any:
+    """A module of ``nvae_fast.kernels``, which need Triton: imported when one is launched."""
+    return importlib.import_module(f"nvae_fast.kernels.{module}")
+
+
 def _launcher(
     name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
 ) -> Callable[..., Any]:
@@ -118,7 +121,7 @@ def _launcher(
         if callable(triton):
             return triton(*args)
         module, _, function = triton.partition(".")
-        return getattr(importlib.import_module(f"nvae_fast.kernels.{module}"), function or name)(*args)
+        return getattr(kernels(module), function or name)(*args)
 
     return launch
 
@@ -133,7 +136,7 @@ def _register(
     launch = None if triton is None else _launcher(name, triton, formula, float64)
     if launch is not None and _backend.triton_reason() is None:
         LIBRARY.impl(name, _devices.by_device(launch, formula), "CUDA")
-    DEFINITIONS[name] = Definition(name, schema, formula, fake, launch)
+    DEFINITIONS[name], _schemas.SCHEMAS[name] = Definition(formula, fake, launch), schema
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
@@ -163,7 +166,7 @@ def define_op(
     formula: Callable[P, R],
     *,
     fake: Callable[..., Any],
-    differentiable: Sequence[str] = (),
+    differentiable: Sequence[str] | None = None,
     outputs: Sequence[str] = (),
     triton: str | Callable[..., Any] | None = None,
     backward: Backward | None = None,
@@ -172,7 +175,6 @@ def define_op(
     saves: Mapping[int, str | None] | None = None,
     constant_outputs: Mapping[int, str | None] | None = None,
     backend: str | None = None,
-    symbolic_sizes: bool = False,
     float64: bool = False,
     opaque: bool = False,
 ) -> Operator[P, R]:
@@ -182,7 +184,7 @@ def define_op(
         name: of the operator and of its kernels.
         formula: the operator in plain PyTorch. A result must be a tensor of its own, no view of an argument.
         fake: uninitialised results of the right shapes, dtypes and layouts.
-        differentiable: names of the arguments that receive gradients.
+        differentiable: names of the arguments that receive gradients; None where no argument could require one.
         outputs: names of the results; the arguments of a derived backward operator are called after them.
         triton: as for :func:`define_kernel`.
         backward: gradients by name where a composition of operators computes them; by default the formula's
@@ -196,15 +198,16 @@ def define_op(
         constant_outputs: positions of the results that carry no gradient, each with the argument that gives it one where it
             is true or given, or None.
         backend: the row of :func:`nvae_fast.backends` that says what runs it; by default its own.
-        symbolic_sizes: ints are sizes, which a compiler may leave open.
         float64: the Triton kernels know float64.
-        opaque: a compiler is given the operator, never its formula.
+        opaque: a compiler is given the operator, never its formula, and may leave ints open (they are sizes).
     """
-    schema = schema_of(formula, symbolic_sizes=symbolic_sizes)
+    schema = schema_of(formula, symbolic_sizes=opaque)
     overload = _register(name, schema, formula, fake, triton, float64)
     arguments = _arguments(schema)
     names = [argument for _, argument in arguments]
     tensors = [i for i, (kind, _) in enumerate(arguments) if kind in ("Tensor", "Tensor?")]
+    if differentiable is None:
+        return Operator(overload, tensors[0], backend, None, opaque)
     where = [names.index(argument) for argument in differentiable]
     kernel = None
     if fused_backward:
@@ -228,7 +231,7 @@ class Operator(Generic[P, R]):
     """An operator with gradients. Call it with the formula's arguments, by position."""
 
     def __init__(
-        self, overload: Any, first_tensor: int, backend: str | None, differentiable: Callable[..., Any],
+        self, overload: Any, first_tensor: int, backend: str | None, differentiable: Callable[..., Any] | None,
         opaque: bool = False,
     ) -> None:  # fmt: skip
         self.name: str = overload._opname
@@ -236,7 +239,7 @@ class Operator(Generic[P, R]):
         self.overload, self.backend = overload, backend or self.name
         self._kernel = overload._op  # without a call between
         self._first_tensor, self._opaque, self._differentiable = first_tensor, opaque, differentiable
-        _listed[self.name] = self.backend
+        LISTED[self.name] = self.backend
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         first: Any = args[self._first_tensor]  # its device decides
@@ -247,6 +250,8 @@ class Operator(Generic[P, R]):
             return self.formula(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overload(*args, **kwargs)
+        if self._differentiable is None:
+            return self._kernel(*args, **kwargs)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return self._differentiable(*args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
@@ -258,34 +263,13 @@ class Operator(Generic[P, R]):
             return self._kernel(*args, **kwargs)
 
 
-_listed: dict[str, str] = {}  # operator -> row of backends()
-_composed: dict[str, Sequence[str]] = {}
+LISTED: dict[str, str] = {}  # operator -> row of backends()
+COMPOSED: dict[str, Sequence[str]] = {}  # function over operators -> these
 
 
 def compose(name: str, parts: Sequence[str]) -> None:
     """List ``name``, a function over other operators, in backends(): it runs fused where all of them do."""
-    _composed[name] = parts
-
-
-def load_kernels() -> None:
-    """Load the C++ kernels of the operators defined, and note what runs each on each device, or why nothing does."""
-    loaded = _extension.load()
-    for name, row in _listed.items():
-        for key, kernel in (("CPU", "cpp"), ("CUDA", "cuda")):
-            if key == "CUDA" and DEFINITIONS[name].launch is not None:
-                kernel, reason = "triton", _backend.triton_reason() or ""
-            elif loaded and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", key):
-                reason = ""
-            else:
-                without = _extension.NO_CUDA if key == "CUDA" and not _extension.has_cuda() else ""
-                reason = _extension.reason() or without or "PyTorch's own kernels are used for this op"
-            _backend.record(row, key.lower(), None if reason else kernel, reason)
-    for name, parts in _composed.items():
-        for device in _backend.DEVICES:
-            missing = [part for part in parts if _backend.kernel(part, device) is None]
-            reason = f"{', '.join(missing)} has no fused kernel" if missing else ""
-            kinds = [_backend.kernel(part, device) for part in parts]
-            _backend.record(name, device, kinds[0], reason, kinds)
+    COMPOSED[name] = parts
 
 
 # ------------------------------------------------------------------------------- gradients
@@ -293,7 +277,7 @@ def load_kernels() -> None:
 
 @dataclass
 class _Autograd:
-    """What autograd is told about an operator: which tensors to save, and how gradients come of them."""
+    """An operator's side of autograd: which tensors are saved, and how gradients come of them."""
 
     name: str
     formula: Callable[..., Any]

@@ -17,11 +17,6 @@ def soft_clamp(t: Tensor, clamp: float | None) -> Tensor:
     return t if clamp is None else clamp * torch.tanh(t / clamp)
 
 
-def slope(u: Tensor, clamp: float | None) -> Tensor | float:
-    """The derivative of :func:`soft_clamp` where its value is ``u``: ``1 - (u / clamp)^2``."""
-    return 1.0 if clamp is None else 1.0 - (u / clamp).square()
-
-
 def squash(
     raw_mu: Tensor, raw_log_sigma: Tensor, clamp: float | None, sigma_floor: float
 ) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae_fast.ops import _affine as affine
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
@@ -89,25 +89,26 @@ def _reference(
     x: Tensor, weight: Tensor, bias: Tensor, mean: Tensor | None, var: Tensor | None, eps: float,
     activation: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     if mean is None or var is None:
         if x.numel() == 0:
             return (
                 activate(x * 1, activation),
-                weight.new_zeros(weight.shape, dtype=wide),
-                weight.new_ones(weight.shape, dtype=wide),
+                weight.new_zeros(weight.shape, dtype=acc_dtype),
+                weight.new_ones(weight.shape, dtype=acc_dtype),
             )
         # PyTorch's backward pass in channels_last reads a weight with gaps as if it had none.
-        scale, shift = weight.to(wide).contiguous(), bias.to(wide).contiguous()
+        scale, shift = weight.to(acc_dtype).contiguous(), bias.to(acc_dtype).contiguous()
         y, batch_mean, inv_std = torch.native_batch_norm(x, scale, shift, None, None, True, 0.0, eps)
         batch_var = (inv_std.detach().pow(-2) - eps).clamp_min(0)
-        return activate(y, activation), batch_mean.detach().to(wide), batch_var.to(wide)
-    if mean.requires_grad or var.requires_grad:
+        return activate(y, activation), batch_mean.detach().to(acc_dtype), batch_var.to(acc_dtype)
+    # F.batch_norm takes given statistics for constants.
+    if mean.requires_grad or var.requires_grad or _backend.transforms_active():
         column = (slice(None), None, None)
-        factor = (weight * torch.rsqrt(var.to(wide) + eps)).to(wide)
-        y = ((x.to(wide) - mean[column]) * factor[column] + bias[column]).to(x.dtype)
+        factor = (weight * torch.rsqrt(var.to(acc_dtype) + eps)).to(acc_dtype)
+        y = ((x.to(acc_dtype) - mean[column]) * factor[column] + bias[column]).to(x.dtype)
     else:
-        m, v, scale, shift = (t.to(wide).contiguous() for t in (mean, var, weight, bias))
+        m, v, scale, shift = (t.to(acc_dtype).contiguous() for t in (mean, var, weight, bias))
         y = F.batch_norm(x, m, v, scale, shift, False, 0.0, eps)
     return activate(y, activation), mean.clone(), var.clone()
 
@@ -116,8 +117,8 @@ def _fake(
     x: Tensor, weight: Any, bias: Any, mean: Tensor | None, var: Tensor | None, *_: Any
 ) -> tuple[Tensor, ...]:
     if mean is None or var is None:
-        wide = _checks.accumulate_dtype(x.dtype)
-        return empty_map(x, x.shape[1]), *(x.new_empty(x.shape[1], dtype=wide) for _ in range(2))
+        acc_dtype = _checks.accumulate_dtype(x.dtype)
+        return empty_map(x, x.shape[1]), *(x.new_empty(x.shape[1], dtype=acc_dtype) for _ in range(2))
     return empty_map(x, x.shape[1]), torch.empty_like(mean), torch.empty_like(var)
 
 
@@ -132,11 +133,11 @@ def _backward_formula(
         x:      weight r (g - (sum g) / n - (x - mean) r^2 (sum g (x - mean)) / n)        without the sums when statistics
                                                                                           were given
     """
-    wide = _checks.accumulate_dtype(x.dtype)
-    mean, weight = mean.to(wide), weight.to(wide)
-    inverse = torch.rsqrt(var.to(wide) + eps)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
+    mean, weight = mean.to(acc_dtype), weight.to(acc_dtype)
+    inverse = torch.rsqrt(var.to(acc_dtype) + eps)
     scale = weight * inverse
-    shift = torch.addcmul(bias.to(wide), mean, scale, value=-1)
+    shift = torch.addcmul(bias.to(acc_dtype), mean, scale, value=-1)
     nothing = torch.zeros_like(scale)
     sum_g = sum_gx = nothing
     if need_sums or (need_x and not given):
@@ -157,11 +158,11 @@ def _backward_formula(
 
 def _backward_fake(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, ...]:
     given, need_x, need_sums = args[-3:]
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     sizes = (need_sums, need_sums, need_sums and given, need_sums and given)
     return (
         empty_map(x, x.shape[1]) if need_x else x.new_empty(0),
-        *(x.new_empty(x.shape[1] if need else 0, dtype=wide) for need in sizes),
+        *(x.new_empty(x.shape[1] if need else 0, dtype=acc_dtype) for need in sizes),
     )
 
 
@@ -201,9 +202,9 @@ def _launch(
         used_var = m2 / count if count else torch.ones_like(m2)
     else:
         used_mean, used_var = mean.clone(), var.clone()
-    wide = torch.promote_types(used_mean.dtype, _checks.accumulate_dtype(x.dtype))
-    scale = weight.to(wide) * torch.rsqrt(used_var.to(wide) + eps)
-    shift = torch.addcmul(bias.to(wide), used_mean.to(wide), scale, value=-1)
+    acc_dtype = torch.promote_types(used_mean.dtype, _checks.accumulate_dtype(x.dtype))
+    scale = weight.to(acc_dtype) * torch.rsqrt(used_var.to(acc_dtype) + eps)
+    shift = torch.addcmul(bias.to(acc_dtype), used_mean.to(acc_dtype), scale, value=-1)
     return affine.forward(x, scale, shift, activation), used_mean, used_var
 
 

@@ -50,20 +50,20 @@ def _count(x: Tensor, per_sample: bool) -> int:
 
 
 def _reference(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
-    wide = x.to(_checks.accumulate_dtype(x.dtype))
+    values = x.to(_checks.accumulate_dtype(x.dtype))
     dims = (2, 3) if per_sample else (0, 2, 3)
     count = _count(x, per_sample)
     if x.numel() == 0:
-        zero = wide.sum(dims)
+        zero = values.sum(dims)
         return zero, zero.clone()
-    var, mean = torch.var_mean(wide, dims, correction=0)
+    var, mean = torch.var_mean(values, dims, correction=0)
     return mean, var * count
 
 
 def _fake(x: Tensor, per_sample: bool) -> tuple[Tensor, Tensor]:
     size = x.shape[:2] if per_sample else x.shape[1:2]
-    wide = _checks.accumulate_dtype(x.dtype)
-    return x.new_empty(size, dtype=wide), x.new_empty(size, dtype=wide)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
+    return x.new_empty(size, dtype=acc_dtype), x.new_empty(size, dtype=acc_dtype)
 
 
 def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:

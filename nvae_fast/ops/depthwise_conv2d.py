@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae_fast.ops import _backend, _checks, _devices
-from nvae_fast.ops._activation import ACTIVATIONS, activate, activation_slope
+from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map, memory_format
-from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op, vjp
 from nvae_fast.ops.channel_statistics import ChannelStatistics
 
 
@@ -129,39 +129,39 @@ def _masked(weight: Tensor, taps: Sequence[int] | None) -> Tensor:
     return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
 
 
+def _convolve(
+    h: Tensor, weight: Tensor, stride: int, dilation: int, upsample: int, taps: Sequence[int] | None
+) -> Tensor:
+    if upsample == 2:
+        h = F.interpolate(h, scale_factor=2, mode="nearest")
+    padding, kind = weight.shape[-1] // 2 * dilation, h.device.type
+    # y follows h, as the kernels' does; autocast would make it half precision behind a float32 map.
+    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
+        return F.conv2d(
+            h, _masked(weight, taps).to(h.dtype), None, stride, padding, dilation, weight.shape[0]
+        )
+
+
 def _reference(
     x: Tensor, weight: Tensor, scale: Tensor | None, shift: Tensor | None, stride: int, dilation: int,
     upsample: int, activation: str | None, stats: bool, taps: Sequence[int] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     h = x
     if scale is not None and shift is not None:
         # In the dtype sums are computed in: a half-precision x would otherwise be rounded twice on its way in.
-        affine = h.to(wide) * scale.to(wide)[:, None, None] + shift.to(wide)[:, None, None]
+        affine = h.to(acc_dtype) * scale.to(acc_dtype)[:, None, None] + shift.to(acc_dtype)[:, None, None]
         h = activate(affine, activation).to(x.dtype)
     else:
         h = activate(h, activation)
-    if upsample == 2:
-        h = F.interpolate(h, scale_factor=2, mode="nearest")
-    k = weight.shape[-1]
-    kind = x.device.type
-    # y follows x, as the kernels' does; autocast would make it half precision behind a float32 x.
-    with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
-        y = F.conv2d(
-            h,
-            _masked(weight, taps).to(h.dtype),
-            stride=stride,
-            padding=k // 2 * dilation,
-            dilation=dilation,
-            groups=weight.shape[0],
-        )
+    y = _convolve(h, weight, stride, dilation, upsample, taps)
     if not stats:
-        empty = y.new_empty(0, dtype=wide)
+        empty = y.new_empty(0, dtype=acc_dtype)
         return y, empty, empty.clone()
     if y.numel() == 0:  # nothing has mean 0 and spread 0, so that merging by counts never meets a NaN
-        zero = y.to(wide).sum((0, 2, 3))
+        zero = y.to(acc_dtype).sum((0, 2, 3))
         return y, zero, zero.clone()
-    var, mean = torch.var_mean(y.to(wide), (0, 2, 3), correction=0)
+    var, mean = torch.var_mean(y.to(acc_dtype), (0, 2, 3), correction=0)
     return y, mean, var * (y.numel() // max(y.shape[1], 1))
 
 
@@ -193,42 +193,29 @@ def _backward_formula(
     folded in from outside needs. alpha, beta and gamma fold in batch norm's backward pass over the output, and the
     gradients of the statistics. Gradients that are not wanted come back empty.
     """
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
 
     def column(t: Tensor) -> Tensor:
-        return t.to(wide)[:, None, None]
+        return t.to(acc_dtype)[:, None, None]
 
-    dy = grad.to(wide)
+    dy = grad.to(acc_dtype)
     if alpha is not None and beta is not None and gamma is not None and out is not None:
-        dy = column(alpha) * dy + column(beta) * out.to(wide) + column(gamma)
-    centred = x.to(wide)
+        dy = column(alpha) * dy + column(beta) * out.to(acc_dtype) + column(gamma)
+    centred = x.to(acc_dtype)
     u = centred if scale is None or shift is None else column(scale) * centred + column(shift)
     if pivot is not None:
         centred = centred - column(pivot)
-    h = activate(u, activation)
-    if upsample == 2:
-        h = F.interpolate(h, scale_factor=2, mode="nearest")
-    k, channels = weight.shape[-1], weight.shape[0]
-    du, to_weight, _ = torch.ops.aten.convolution_backward(
-        dy,
-        h,
-        _masked(weight, taps).to(wide),
-        None,
-        [stride] * 2,
-        [k // 2 * dilation] * 2,
-        [dilation] * 2,
-        False,
-        [0, 0],
-        channels,
-        [need_x or need_affine, need_weight, False],
-    )
+
+    def convolve(u: Tensor, weight: Tensor) -> Tensor:
+        return _convolve(activate(u, activation), weight, stride, dilation, upsample, taps)
+
+    reached = vjp(convolve, (0, 1), [dy], (u, weight.to(acc_dtype)), (need_x or need_affine, need_weight))
     results = _empty_gradients(x, weight, need_x, need_weight, need_affine)
-    if need_weight:
-        results[1].copy_(_masked(to_weight, taps))
-    if need_x or need_affine:
-        if upsample == 2:
-            du = du.unflatten(3, (-1, 2)).sum(4).unflatten(2, (-1, 2)).sum(3)
-        du = du * activation_slope(u, activation)
+    du, to_weight = reached.get(0), reached.get(1)
+    if to_weight is not None:
+        results[1].copy_(to_weight)
+    if du is None:
+        return results
     if need_x:
         results[0].copy_(du if scale is None else column(scale) * du)
     if need_affine:
@@ -240,13 +227,13 @@ def _backward_formula(
 def _empty_gradients(
     x: Tensor, weight: Tensor, need_x: bool, need_weight: bool, need_affine: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _checks.accumulate_dtype(x.dtype)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
     channels = x.shape[1] if need_affine else 0
     return (
         empty_map(x, x.shape[1]) if need_x else x.new_empty(0),
         weight.new_empty(weight.shape) if need_weight else weight.new_empty(0),
-        x.new_empty(channels, dtype=wide),
-        x.new_empty(channels, dtype=wide),
+        x.new_empty(channels, dtype=acc_dtype),
+        x.new_empty(channels, dtype=acc_dtype),
     )
 
 

@@ -122,7 +122,7 @@ def inverted_residual_cell(
     counts: list[int | Tensor] = [seen, seen, made, made]
     if distributed.world_size(group) > 1:
         counts = list(flat.pop().unbind())
-    return y, tuple(BatchStatistics(flat[2 * i], flat[2 * i + 1], count) for i, count in enumerate(counts))
+    return y, tuple(map(BatchStatistics, flat[::2], flat[1::2], counts))
 
 
 def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
@@ -138,20 +138,12 @@ def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
         raise ValueError(f"{NAME}: x must have {takes} channels, which is what expand takes, got {c}")
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
-    widths = {"norm": c, "expand_norm": hidden, "depthwise_norm": hidden, "project_norm": c_out}
-    expected: dict[str, tuple[int, ...]] = {
-        "expand": (hidden, c, 1, 1),
-        "depthwise": (hidden, 1, k, k),
-        "project": (c_out, hidden, 1, 1),
-        **{f"{name}_{part}": (width,) for name, width in widths.items() for part in ("weight", "bias")},
-    }
+    sizes: list[tuple[int, ...]] = [(c,), (c,), (hidden, c, 1, 1), (hidden,), (hidden,), (hidden, 1, k, k)]
+    sizes += [(hidden,), (hidden,), (c_out, hidden, 1, 1), (c_out,), (c_out,)]
     if parameters.reduce_weight is not None:
         r = parameters.reduce_weight.shape[0]
-        expected |= dict(
-            reduce_weight=(r, c_out), reduce_bias=(r,), gate_weight=(c_out, r), gate_bias=(c_out,)
-        )
-    for name, size in expected.items():
-        _checks.shape(NAME, name, getattr(parameters, name), size, x)
+        sizes += [(r, c_out), (r,), (c_out, r), (c_out,)]
+    _checks.shapes(NAME, x, zip(CellParameters._fields, parameters, sizes, strict=False))
     check_maps(x, skip, parameters, stride)
 
 
@@ -169,14 +161,14 @@ def check_maps(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int)
 
 
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
-    return CellParameters._make(None if t is None else t.to(dtype) for t in parameters)
+    return CellParameters._make([None if t is None else t.to(dtype) for t in parameters])
 
 
-def _gram_pays(pixels: int, wide: int, narrow: int) -> bool:
+def _gram_pays(pixels: int, expanded: int, narrow: int) -> bool:
     """Whether the products with the Gram matrix (forward and backward, multiply-adds) cost less than the passes over the
     expanded map that they replace (16 bytes an element): 15 multiply-adds are done while 4 bytes move. They do not where
     maps are small and channels many: a third of the products of NVAE's 4x4 cells."""
-    return 3 * wide * narrow**2 + 2 * pixels * narrow**2 < 60 * pixels * wide
+    return 3 * expanded * narrow**2 + 2 * pixels * narrow**2 < 60 * pixels * expanded
 
 
 class _Cell(torch.autograd.Function):
@@ -196,9 +188,9 @@ class _Cell(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if x.dtype == torch.float64:
             dtype = torch.float64  # autocast leaves float64 alone
-        wide = _checks.accumulate_dtype(dtype)
+        acc_dtype = _checks.accumulate_dtype(dtype)
         given = CellParameters._make(parameters)
-        q = _widened(given, wide)
+        q = _widened(given, acc_dtype)
         with torch.autocast(device, enabled=False):
             skip = x if skip is None else skip
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
@@ -212,7 +204,7 @@ class _Cell(torch.autograd.Function):
             a = conv1x1(xhat, expand)
             gram = None
             if _gram_pays(b * h * w, *expand.shape):
-                rows = as_matrix(xhat).to(wide)
+                rows = as_matrix(xhat).to(acc_dtype)
                 gram = rows.t() @ rows
                 squares = ((expand @ gram) * expand).sum(1)
             else:
@@ -272,8 +264,8 @@ class _Cell(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         stride, residual_scale, group, n_in, n_out, x_dtype, skip_dtype, identity = ctx.constants
         kept = CellParameters._make(given)
-        wide = expand.dtype
-        q = _widened(kept, wide)
+        acc_dtype = expand.dtype
+        q = _widened(kept, acc_dtype)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
             sum_grad, sum_grad_p = _OPS.plane_dots(grad, p, mean3)
@@ -313,13 +305,13 @@ class _Cell(torch.autograd.Function):
             column = beta1[:, None]
             if gram is None:
                 to_a = _OPS.plane_affine(a, beta1[None], to_a, None, gamma1[None])
-                to_expand = weight_gradient(to_a, xhat).flatten(1).to(wide)
+                to_expand = weight_gradient(to_a, xhat).flatten(1).to(acc_dtype)
             else:
                 to_expand = torch.addcmul(
-                    weight_gradient(to_a, xhat).flatten(1).to(wide), column, expand @ gram
+                    weight_gradient(to_a, xhat).flatten(1).to(acc_dtype), column, expand @ gram
                 )
                 if not isinstance(n_in, int):  # of one process alone xhat has mean 0
-                    to_expand += gamma1[:, None] * as_matrix(xhat).to(wide).sum(0)
+                    to_expand += gamma1[:, None] * as_matrix(xhat).to(acc_dtype).sum(0)
             to_x = None
             if ctx.needs_input_grad[0]:
                 dot0 = distributed.total((to_expand * expand).sum(0), group) / n_in

@@ -127,11 +127,11 @@ def _check_params(op: str, params: Tensor, num_mixtures: int) -> int:
 
 def _unpack(params: Tensor, num_mixtures: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits (B, M, H, W); means, log_scales, coefficients (B, 3, M, H, W)."""
-    wide = params.to(_checks.accumulate_dtype(params.dtype))
-    b, _, h, w = wide.shape
-    colours = wide[:, num_mixtures:].reshape(b, 3, 3 * num_mixtures, h, w)
+    raw = params.to(_checks.accumulate_dtype(params.dtype))
+    b, _, h, w = raw.shape
+    colours = raw[:, num_mixtures:].reshape(b, 3, 3 * num_mixtures, h, w)
     means, log_scales, coefficients = colours.split(num_mixtures, dim=2)
-    return wide[:, :num_mixtures], means, log_scales.clamp_min(MIN_LOG_SCALE), torch.tanh(coefficients)
+    return raw[:, :num_mixtures], means, log_scales.clamp_min(MIN_LOG_SCALE), torch.tanh(coefficients)
 
 
 def _log_prob_of_colours(means: Tensor, log_scales: Tensor, c: Tensor, x: Tensor, levels: int) -> Tensor:
@@ -215,7 +215,13 @@ _log_prob = define_op(
     triton="mixture_logistic",
     fused_backward=True,
 )
-_sample = define_op("mixture_logistic_sample", _sample_reference, fake=_image_fake, triton="mixture_logistic")
+_sample = define_op(
+    "mixture_logistic_sample",
+    _sample_reference,
+    fake=_image_fake,
+    differentiable=(),
+    triton="mixture_logistic",
+)
 _mean = define_op(
     "mixture_logistic_mean",
     _mean_reference,

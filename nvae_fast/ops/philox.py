@@ -38,13 +38,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._op import define_op
+from nvae_fast.ops._op import define_op, kernels
 
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -87,7 +87,8 @@ def philox_normal(
         raise ValueError(
             f"philox_normal: channels_last needs four dimensions (N, C, H, W), got size {tuple(shape)}"
         )
-    return _normal(shape, _given_seed("philox_normal", seed, device), dtype, channels_last)
+    given = _checks.seed("philox_normal", _no_seed("philox_normal") if seed is None else seed, device)
+    return _normal(shape, given, dtype, channels_last)
 
 
 def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Tensor:
@@ -101,7 +102,8 @@ def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Ten
     """
     _checks.size("philox_words", "n_blocks", n_blocks)
     _checks.size("philox_words", "first_block", first_block)
-    return _words(_given_seed("philox_words", seed), n_blocks, first_block)
+    given = _checks.seed("philox_words", _no_seed("philox_words") if seed is None else seed, None)
+    return _words(given, n_blocks, first_block)
 
 
 def new_seed(device: torch.device | str | None = None) -> Tensor:
@@ -119,7 +121,7 @@ def split_seed(seed: int | Tensor, n: int) -> Tensor:
         TypeError, ValueError: as :func:`philox_words`.
     """
     _checks.size("split_seed", "n", n)
-    return _split(_given_seed("split_seed", seed), n)
+    return _split(_checks.seed("split_seed", _no_seed("split_seed") if seed is None else seed, None), n)
 
 
 def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None) -> Tensor:
@@ -131,10 +133,8 @@ def as_seed(seed: int | Tensor | None, device: torch.device | str | None = None)
     return _checks.seed("seed", seed, device)
 
 
-def _given_seed(op: str, seed: Any, device: torch.device | str | None = None) -> Tensor:
-    if seed is None:
-        raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got NoneType")
-    return _checks.seed(op, seed, device)
+def _no_seed(op: str) -> NoReturn:
+    raise TypeError(f"{op}: seed must be an int or a 0-d int64 tensor, got NoneType")
 
 
 def _checked_size(size: Any) -> list[int]:
@@ -222,20 +222,8 @@ def _empty_normal(size: Sequence[int], seed: Tensor, dtype: torch.dtype, channel
     return torch.empty(size, dtype=dtype, device=seed.device, memory_format=memory_format)
 
 
-def _launch_words(seed: Tensor, n_blocks: int, first_block: int) -> Tensor:
-    from nvae_fast.kernels import philox as kernels
-
-    return kernels.philox_words_of(seed, n_blocks, first_block, 0)
-
-
-def _launch_split(seed: Tensor, n: int) -> Tensor:
-    from nvae_fast.kernels import philox as kernels
-
-    return _sub_seeds(kernels.philox_words_of(seed, n, 0, SPLIT))
-
-
 # A compiler would trace ten rounds of integer arithmetic an element, for the same numbers.
-_OPAQUE: Any = dict(backend="philox", symbolic_sizes=True, opaque=True)
+_OPAQUE: Any = dict(backend="philox", opaque=True)
 _normal = define_op(
     "philox_normal", _normal_reference, fake=_empty_normal, triton="philox", float64=True, **_OPAQUE
 )
@@ -243,9 +231,15 @@ _words = define_op(
     "philox_words",
     _words_reference,
     fake=lambda seed, n_blocks, first_block: seed.new_empty((n_blocks, 4)),
-    triton=_launch_words,
+    triton=lambda seed, n_blocks, first_block: kernels("philox").philox_words_of(
+        seed, n_blocks, first_block, 0
+    ),
     **_OPAQUE,
 )
 _split = define_op(
-    "split_seed", _split_reference, fake=lambda seed, n: seed.new_empty((n,)), triton=_launch_split, **_OPAQUE
+    "split_seed",
+    _split_reference,
+    fake=lambda seed, n: seed.new_empty((n,)),
+    triton=lambda seed, n: _sub_seeds(kernels("philox").philox_words_of(seed, n, 0, SPLIT)),
+    **_OPAQUE,
 )

@@ -72,28 +72,28 @@ def plane_dots(x: Tensor, y: Tensor, pivot: Tensor | None = None) -> tuple[Tenso
 
 def _reference(x: Tensor, a: Tensor, y: Tensor | None, b: Tensor | None, c: Tensor | None) -> Tensor:
     like = x if y is None else y
-    wide = _checks.accumulate_dtype(like.dtype)
+    acc_dtype = _checks.accumulate_dtype(like.dtype)
 
     def column(t: Tensor) -> Tensor:
-        return t.to(wide)[:, :, None, None]
+        return t.to(acc_dtype)[:, :, None, None]
 
-    out = x.to(wide) * column(a)
+    out = x.to(acc_dtype) * column(a)
     if c is not None:
         out = out + column(c)
     if y is not None:
-        out = out + (y.to(wide) if b is None else y.to(wide) * column(b))
+        out = out + (y.to(acc_dtype) if b is None else y.to(acc_dtype) * column(b))
     return out.to(like.dtype, memory_format=memory_format(like))
 
 
 def _dots_formula(x: Tensor, y: Tensor, pivot: Tensor | None) -> tuple[Tensor, Tensor]:
-    wide = _checks.accumulate_dtype(x.dtype)
-    d = y.to(wide) if pivot is None else y.to(wide) - pivot.to(wide)[:, None, None]
-    return x.to(wide).sum((2, 3)), (x.to(wide) * d).sum((2, 3))
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
+    d = y.to(acc_dtype) if pivot is None else y.to(acc_dtype) - pivot.to(acc_dtype)[:, None, None]
+    return x.to(acc_dtype).sum((2, 3)), (x.to(acc_dtype) * d).sum((2, 3))
 
 
 def _empty_sums(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    wide = _checks.accumulate_dtype(x.dtype)
-    return x.new_empty(x.shape[:2], dtype=wide), x.new_empty(x.shape[:2], dtype=wide)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
+    return x.new_empty(x.shape[:2], dtype=acc_dtype), x.new_empty(x.shape[:2], dtype=acc_dtype)
 
 
 _dots = define_kernel("plane_dots", _dots_formula, fake=_empty_sums, triton="plane_affine")

@@ -81,8 +81,8 @@ def _reference(
     skip: Tensor | None, residual_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and the pooled x (B, C), which the backward pass needs."""
-    wide = _checks.accumulate_dtype(x.dtype)
-    pooled = x.mean((2, 3), dtype=wide)
+    acc_dtype = _checks.accumulate_dtype(x.dtype)
+    pooled = x.mean((2, 3), dtype=acc_dtype)
     hidden = F.relu(F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
     gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
     y = x * gate

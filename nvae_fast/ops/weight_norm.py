@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._op import define_op
+from nvae_fast.ops._op import define_op, kernels
 
 
 def weight_norm(
@@ -56,32 +56,21 @@ def check_eps(op: str, eps: float) -> None:
 
 def normalised(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     """The formula, not rounded to the dtype of ``weight`` yet."""
-    wide = _checks.accumulate_dtype(weight.dtype)
-    masked = weight.to(wide) if mask is None else weight.to(wide) * mask.to(wide)
+    acc_dtype = _checks.accumulate_dtype(weight.dtype)
+    masked = weight.to(acc_dtype) if mask is None else weight.to(acc_dtype) * mask.to(acc_dtype)
     norm = torch.linalg.vector_norm(masked, dim=(1, 2, 3), keepdim=True)  # its gradient at 0 is 0, not NaN
-    return torch.exp(log_weight_norm.to(wide)) * (masked / (norm + eps))
+    return torch.exp(log_weight_norm.to(acc_dtype)) * (masked / (norm + eps))
 
 
 def _reference(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
     return normalised(weight, log_weight_norm, mask, eps).to(weight.dtype)
 
 
-def _launch(weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float) -> Tensor:
-    from nvae_fast.kernels import weight_norm as kernels
-
-    return kernels.weight_norm([weight], [log_weight_norm], [mask], eps, None)[0]
-
-
 def _launch_backward(
-    grad: Tensor, weight: Tensor, log_weight_norm: Tensor, mask: Tensor | None, eps: float, *needs: bool
+    grad: Tensor, weight: Tensor, log_norm: Tensor, mask: Tensor | None, eps: float, *needs: bool
 ) -> tuple[Tensor, Tensor]:
-    from nvae_fast.kernels import weight_norm as kernels
-
-    found = kernels.weight_norm_backward([grad], [weight], [log_weight_norm], [mask], eps, *needs)
-    return (
-        found[0] if needs[0] else weight.new_empty(0),
-        found[-1] if needs[1] else log_weight_norm.new_empty(0),
-    )
+    found = kernels("weight_norm").weight_norm_backward([grad], [weight], [log_norm], [mask], eps, *needs)
+    return (found[0] if needs[0] else weight.new_empty(0), found[-1] if needs[1] else log_norm.new_empty(0))
 
 
 _op = define_op(
@@ -89,7 +78,9 @@ _op = define_op(
     _reference,
     fake=lambda weight, *_: torch.empty_like(weight),
     differentiable=("weight", "log_weight_norm"),
-    triton=_launch,
+    triton=lambda weight, log_norm, mask, eps: kernels("weight_norm").weight_norm(
+        [weight], [log_norm], [mask], eps, None
+    )[0],
     fused_backward=_launch_backward,
     gradient=lambda args, name: torch.empty_like(getattr(args, name)),
 )
