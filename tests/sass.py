@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import aot
+import cuda_shim
 import pytest
+import torch
 
 Frame = tuple[str, int]  # file name, line
 FRAME = re.compile(r'//## File "([^"]+)", line (\d+)')
@@ -136,3 +139,44 @@ def slots(kernel: list[Instruction], visits: dict[Frame, Visits], folder: Path) 
             runs = visits[region].count / (visits[region].copies * len(sites[region]))
             total[region] += votes.total() * runs
     return total
+
+
+VISIT = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int, ctypes.c_int, ctypes.c_longlong)
+
+
+@cache
+def kernels() -> ctypes.CDLL:
+    return cuda_shim.build(cuda_shim.HERE / "slots.cpp", checked=False)
+
+
+def visited() -> dict[Frame, Visits]:
+    """The regions that were entered since the last call."""
+    found: dict[Frame, Visits] = defaultdict(Visits)
+
+    def visit(file: bytes, line: int, copies: int, count: int) -> None:
+        region = found[Path(file.decode()).name, line]
+        region.count, region.copies = region.count + count, max(region.copies, copies)
+
+    kernels().shim_regions(VISIT(visit))
+    return dict(found)
+
+
+def depthwise_slots(size: tuple[int, int, int, int], arch: str) -> dict[str, Counter[Frame]]:
+    """Issue slots per output (and per pixel of x in the backward pass) by region: 5x5, bfloat16, swish, with statistics
+    forward and all gradients backward."""
+    code = instructions(cuda_shim.HERE / "registers.cu", arch)
+    x, weight, vector = torch.randn(size).bfloat16(), torch.randn(size[1], 1, 5, 5), torch.randn(size[1])
+    problem = (x, weight, vector, vector, 1, 1, 1, "swish")
+    combined = dict(out=x, alpha=vector, beta=vector, gamma=vector, pivot=vector)
+    result = {}
+    with cuda_shim.using(kernels()):
+        for name, run in (
+            ("forward", lambda: cuda_shim.forward(*problem, True)),
+            ("backward", lambda: cuda_shim.backward(x, *problem, **combined)),
+        ):
+            visited()
+            run()
+            kernel = next(found for mangled, found in code.items() if f"depthwise_{name}_kernel" in mangled)
+            total = slots(kernel, visited(), cuda_shim.ROOT / "csrc" / "cuda")
+            result[name] = Counter({region: count / x.numel() for region, count in total.items()})
+    return result

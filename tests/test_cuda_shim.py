@@ -186,8 +186,8 @@ MUTATIONS = {
     ),
     "one channel too many": Mutation(
         "depthwise_conv2d_*.cuh",
-        r"(bool exists = channel < )([\w.]+);",
-        r"\1\2 + shim_mutated(N);",
+        r"(static_cast<int>\(channels - first\))( : kLanes;)",
+        r"\1 + shim_mutated(N)\2",
         "out of bounds: .*",
     ),
     "small tensors are read one element further": Mutation(

@@ -9,6 +9,7 @@ from typing import Any
 import aot
 import cuda_shim
 import pytest
+import sass
 import torch
 import torch.nn.functional as F
 from harness import assert_close
@@ -320,3 +321,16 @@ def test_registers(arch: str) -> None:
     assert backward.registers <= (168 if hopper else 255)
     assert forward.spill_bytes == backward.spill_bytes == 0
     assert forward.stack_bytes == backward.stack_bytes == 0
+
+
+@pytest.mark.parametrize(
+    "size, bars",
+    [((32, 768, 16, 16), (65, 128)), ((200, 192, 8, 8), (77, 149))],
+    ids=["16x16", "8x8"],
+)
+def test_issue_slots(size: tuple[int, int, int, int], bars: tuple[int, int]) -> None:
+    """Instructions that a warp issues per output and lane on sm_90a, everything included: of the multiply-adds there are
+    25 forward and 50 backward."""
+    found = {name: sum(regions.values()) for name, regions in sass.depthwise_slots(size, "sm_90a").items()}
+    for call, multiply_adds, bar in zip(("forward", "backward"), (25, 50), bars, strict=True):
+        assert multiply_adds < found[call] < bar, f"{call}: {found[call]:.1f} slots"

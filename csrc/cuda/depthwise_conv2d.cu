@@ -115,10 +115,11 @@ std::string describe(int error, const Problem& p) {
 
 bool depthwise_is_fast(const DepthwiseConv2d& p) {
   const int64_t k = p.kernel;
-  // Rows and columns, and the bytes between them in a view, are counted in 32 bits.
+  // Rows and columns, and the bytes between them in a view, are counted in 32 bits; so are those of an image.
   const int64_t most = int64_t{1} << 24, row = p.width * p.upsample * p.channels;
   return p.channels_last && p.dtype != Dtype::f64 && (k == 3 || k == 5 || k == 7 || k == 11) &&
-         p.height < most && p.width < most && row < int64_t{1} << 28;
+         p.height < most && p.width < most && row < int64_t{1} << 28 &&
+         row * p.upsample * p.height < int64_t{1} << 30;
 }
 
 int64_t depthwise_workspace(const DepthwiseForward& p) {

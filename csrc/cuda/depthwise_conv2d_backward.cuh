@@ -54,6 +54,21 @@ struct OnLoadGradient {
 // What a thread knows of scale and shift, and its sums of their gradients.
 struct Affine {
   float scale, pivot, shift_sum, scale_sum;
+  // Of a row of x: h, and what add() needs of it later.
+  template <Dtype D, int ACTIVATION, int P>
+  __device__ __forceinline__ void enter(const typename Word<D>::Type* x, float shift, float* h,
+                                        float2* keep) const {
+    float value[P], slope[P];
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      value[p] = widen<D>(x[p * kLanes]);
+      h[p] = fmaf(scale, value[p], shift);
+    }
+    activate_all<P>(h, slope, ACTIVATION);
+    if (keep == nullptr) return;
+#pragma unroll
+    for (int p = 0; p < P; ++p) keep[p * kLanes] = make_float2(value[p], slope[p]);
+  }
   // From dh, x and the slope of the activation: the gradients of x.
   template <bool FULL, int P>
   __device__ __forceinline__ void add(const float* dh, const float2* kept, int columns, float* gradient) {
@@ -157,7 +172,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     gamma[lane] = vector(a.p.gamma, 0.f) * (pooled ? 4.f : 1.f);  // of four pixels
   }
   const float scale = vector(a.p.scale, 1.f), shift = vector(a.p.shift, 0.f), pivot = vector(a.p.pivot, 0.f);
-  const int activation = static_cast<int>(a.p.activation);
+  const int activation = uniform(static_cast<int>(a.p.activation));
 
   constexpr int taps = K * K;
   load_weights(a.p, PATTERN == 0, first, here, taps, tile);
@@ -240,12 +255,12 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     const int low = DS == 2 ? a0 - (G * U - 1) : XS * top - pad;
     const int steps = (a0 + rows - 1 - low) / XS + 1;
     const int chunks = (steps + Shape::kSteps - 1) / Shape::kSteps;
-    stage.begin(job.image, a.p.batch, DS == 2 ? 2 * b0 : b0 / XS);
+    stage.begin(job.image, static_cast<int>(a.p.batch), DS == 2 ? 2 * b0 : b0 / XS);
     // Of the thread's columns, those that exist.
     const int columns_left = stage.inside_batch ? px.width - b_mine : 0;
     const int columns_here = columns_left < P ? columns_left : P;
     const bool full = here == kLanes && columns_left >= P;
-    const int64_t corner = px.base + (job.image + image) * w.x.image +
+    const int64_t corner = px.base + w.x.bytes(job.image + image) +
                            static_cast<int64_t>(b_mine) * w.x.column + first * sizeof(Bits);
 
     char* grad_x = static_cast<char*>(a.p.grad_x) + corner + lane * sizeof(Bits);
@@ -259,35 +274,36 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     const auto entering = [&](int chunk, int i) { return chunk * U + group * U + U - XS + i + low; };
     const unsigned rows_here = columns_here > 0 ? rows : 0;
     const auto row_here = [&](int row) { return static_cast<unsigned>(row - a0) < rows_here; };
-    // Lanes without a column or channel leave what is there, which is not used either.
+    // What the lane brings of x's first row that enters in the next chunk; without a column or channel
+    // nothing.
+    const bool brings = stage.slot() < columns_here && stage.quad() < here;
+    const char* x_next = static_cast<const char*>(a.p.x) + corner +
+                         static_cast<int64_t>(entering(0, 0)) * w.x.row +
+                         (w.vector ? stage.slot() * w.x.column + stage.quad() * static_cast<int>(sizeof(Bits))
+                                   : lane * static_cast<int>(sizeof(Bits)));
     const auto fetch = [&](int chunk) {
       NVAE_REGION(1);
       Bits* to = x_rows + (chunk & 1) * (U * kRow);
-      const char* from = static_cast<const char*>(a.p.x) + corner;
       if (w.vector) {
-        from += stage.slot() * w.x.column + stage.quad() * static_cast<int>(sizeof(Bits));
-        if (stage.slot() >= columns_here || stage.quad() >= here) return;
 #pragma unroll
         for (int i = 0; i < U; ++i) {
           NVAE_REGION(U);
-          const int row = entering(chunk, i);
-          if (row_here(row))
+          if (row_here(entering(chunk, i)) && brings)
             copy_async(reinterpret_cast<Four*>(to + i * kRow) + lane,
-                       from + static_cast<int64_t>(row) * w.x.row);
+                       x_next + static_cast<int64_t>(i) * w.x.row);
         }
       } else if (exists) {
         NVAE_REGION(1);
 #pragma unroll 1
         for (int i = 0; i < U; ++i) {
-          const int row = entering(chunk, i);
-          if (!row_here(row)) continue;
+          if (!row_here(entering(chunk, i))) continue;
 #pragma unroll 1
           for (int p = 0; p < columns_here; ++p)
-            to[i * kRow + p * kLanes + lane] =
-                *reinterpret_cast<const Bits*>(from + static_cast<int64_t>(row) * w.x.row +
-                                               static_cast<int64_t>(p) * w.x.column + lane * sizeof(Bits));
+            to[i * kRow + p * kLanes + lane] = *reinterpret_cast<const Bits*>(
+                x_next + static_cast<int64_t>(i) * w.x.row + static_cast<int64_t>(p) * w.x.column);
         }
       }
+      x_next += static_cast<int64_t>(U) * w.x.row;
     };
     fetch(0);
     stage.rewind(top);
@@ -314,16 +330,18 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
           for (int p = 0; p < P; ++p) h[slot][p] = dh[slot][p] = 0.f;
           if (row_here(entering(chunk, i))) {
             NVAE_REGION(U);
-            float x[P], slope[P];
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              x[p] = widen<D>(x_of[i * kRow + p * kLanes]);
-              h[slot][p] = fmaf(scale, x[p], shift);
+            const Bits* x = x_of + i * kRow;
+            float2* keep = group == 0 ? kept + slot * kRow : nullptr;
+            if (activation == kSwish) {
+              NVAE_REGION(U);
+              affine.template enter<D, kSwish, P>(x, shift, h[slot], keep);
+            } else if (activation == kElu) {
+              NVAE_REGION(U);
+              affine.template enter<D, kElu, P>(x, shift, h[slot], keep);
+            } else {
+              NVAE_REGION(U);
+              affine.template enter<D, kIdentity, P>(x, shift, h[slot], keep);
             }
-            activate_all<P>(h[slot], slope, activation);
-            if (group == 0)
-#pragma unroll
-              for (int p = 0; p < P; ++p) kept[slot * kRow + p * kLanes] = make_float2(x[p], slope[p]);
             if (!full) {
               NVAE_REGION(U);
 #pragma unroll

@@ -206,12 +206,12 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     const int rows = py.height - i0 < w.segment_rows ? py.height - i0 : w.segment_rows;
     const int j0 = (job.tile * w.column_groups) * P, j_mine = j0 + column_group * P;
     if (rows <= 0 || j0 >= py.width) continue;
-    stage.begin(job.image, a.p.batch, S * j0);
+    stage.begin(job.image, static_cast<int>(a.p.batch), S * j0);
     // Of the thread's columns, those that exist.
     const int columns_left = stage.inside_batch ? py.width - j_mine : 0;
     const int columns_here = !exists || columns_left < 0 ? 0 : columns_left < P ? columns_left : P;
     const bool full = here == kLanes && columns_left >= P;
-    char* out = static_cast<char*>(a.p.y) + py.base + (job.image + image) * w.y.image +
+    char* out = static_cast<char*>(a.p.y) + py.base + w.y.bytes(job.image + image) +
                 static_cast<int64_t>(i0) * w.y.row + static_cast<int64_t>(j_mine) * w.y.column +
                 channel * sizeof(Bits);  // of the row that is complete next
 

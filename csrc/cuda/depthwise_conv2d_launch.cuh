@@ -71,7 +71,7 @@ inline void set_strides(Lattice& l, const DepthwiseConv2d& p, int64_t height, in
   const int64_t pixel = p.channels * map_bytes(p);
   l.full_height = static_cast<int>(height);
   l.full_width = static_cast<int>(width);
-  l.image = height * width * pixel;
+  l.image = static_cast<unsigned>(height * width * pixel);
   l.row = static_cast<int>(width * pixel << l.halved);
   l.column = static_cast<int>(pixel << l.halved);
 }

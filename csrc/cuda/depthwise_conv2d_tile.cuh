@@ -33,8 +33,11 @@ struct Lattice {
   int halved;  // 0 or 1
   int phased;  // 1: view (p, q) starts at row p and column q; 0: every view starts at 0
   int full_height, full_width;
-  int64_t image;    // bytes from one image to the next
+  unsigned image;   // bytes from one image to the next
   int row, column;  // bytes from one row or column of the view to the next
+  __device__ __forceinline__ int64_t bytes(int images) const {
+    return static_cast<int64_t>(static_cast<uint64_t>(static_cast<unsigned>(images)) * image);
+  }
 };
 
 // The launch, as data that the host works out (depthwise_conv2d_launch.cuh) and registers need not hold.
@@ -82,7 +85,7 @@ struct Position {
 
 // One strip of one group of images.
 struct Job {
-  int64_t image;  // the first of the group
+  int image;  // the first of the group
   int segment, tile;
   __device__ Job(const Walk& w, unsigned index) {
     tile = segment = 0;
@@ -94,11 +97,9 @@ struct Job {
       segment = static_cast<int>(index % w.segments);
       index /= w.segments;
     }
-    image = static_cast<int64_t>(index) * w.images;
+    image = static_cast<int>(index) * w.images;
   }
 };
-
-constexpr int kAtOnce = 7;  // weights per thread in flight: with K = 5 all
 
 // The weights of a block's channels, contiguous; with `mask` dead taps are set to 0.
 __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask, int64_t first, int here,
@@ -106,31 +107,31 @@ __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask
   const int64_t begin = first * taps;
   const int count = here * taps, step = static_cast<int>(blockDim.x);
   NVAE_REGION(1);
-  if (p.weight_dtype == Dtype::f32) {
-    const float* from = static_cast<const float*>(p.weight) + begin;
+  if (p.weight_dtype == Dtype::f32 && here == kLanes && reinterpret_cast<uintptr_t>(p.weight) % 16 == 0) {
+    NVAE_REGION(1);
+    const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(p.weight) + begin);
+    const int fours = kQuads * taps;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < count; i += kAtOnce * step) {
+    for (int i = threadIdx.x; i < fours; i += 2 * step) {
       NVAE_REGION(1);
-      float value[kAtOnce];
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n) value[n] = i + n * step < count ? from[i + n * step] : 0.f;
-#pragma unroll
-      for (int n = 0; n < kAtOnce; ++n)
-        if (i + n * step < count) to[i + n * step] = value[n];
+      const bool two = i + step < fours;
+      const float4 one = from[i], other = two ? from[i + step] : one;
+      reinterpret_cast<float4*>(to)[i] = one;
+      if (two) reinterpret_cast<float4*>(to)[i + step] = other;
     }
   } else {
     NVAE_REGION(1);
-#pragma unroll 1
     for (int i = threadIdx.x; i < count; i += step)
       to[i] = load_any<float>(p.weight, p.weight_dtype, begin + i);
   }
+  __syncthreads();
   if (mask && p.masked) {
     NVAE_REGION(1);
 #pragma unroll 1
     for (int i = threadIdx.x; i < count; i += step)
       if (!p.tap_is_live(i % taps)) to[i] = 0.f;
+    __syncthreads();
   }
-  __syncthreads();
 }
 
 // The same value, of which the compiler knows nothing: so it does not merge a rare path with the common one.
@@ -225,12 +226,12 @@ struct Stage {
     }
   }
 
-  __device__ __forceinline__ void begin(int64_t first_image, int64_t batch, int column) {
+  __device__ __forceinline__ void begin(int first_image, int batch, int column) {
     NVAE_REGION(1);
     first_column = column;
-    images_at = first_image * from.image;
+    images_at = from.bytes(first_image);
     const int mine = column + column_group * STEP + (vector ? slot() % STEP : 0);
-    own_at = images_at + image * from.image + static_cast<int64_t>(mine) * from.column +
+    own_at = from.bytes(first_image + image) + static_cast<int64_t>(mine) * from.column +
              (vector ? quad() : lane()) * kBits;
     inside_batch = first_image + image < batch;
     const bool exists = inside_batch && (vector ? quad() : lane()) < channels;
