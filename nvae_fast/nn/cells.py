@@ -155,8 +155,8 @@ class InvertedResidual(nn.Module):
         return self.norm, self.expand_norm, self.depthwise_norm, self.project_norm
 
     def is_fusable(self, se: SqueezeExcite | None) -> bool:
-        """Whether the cell is what the fused function computes: depthwise, all batch norms alike and in one mode, every part
-        of the type it was made with, and no hooks inside."""
+        """Whether the cell, with the gate ``se`` (or None), is what the fused function computes: depthwise, all batch norms
+        alike and in one mode, every part of the type it was made with, and no hooks inside."""
         norms = self.norms
         types = [BatchNormSwish] * 4 + [PlainConv2d] * 3 + [SqueezeExcite, nn.Linear, nn.Linear]
         parts: tuple[nn.Module, ...] = (
