@@ -1,6 +1,6 @@
 """What a benchmark case is: one op, declared by its shapes, inputs, calls and the bytes it must move.
 
-A file in ``cases/`` belongs to the room of the same name in ``nvae_fast/ops/`` and holds a tuple ``CASES``.
+A file in ``cases/`` has the name of its operator's module in ``nvae_fast/ops/`` and holds a tuple ``CASES``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Case:
     )
     outliers: float = 0.0
     uncompiled: str = ""
-    room: str = ""
+    module: str = ""
 
     def label(self, shape: Shape) -> str:
         """``"B32 Z20 H16"``."""
@@ -106,28 +106,27 @@ def randn_like(like: torch.Tensor) -> torch.Tensor:
     return torch.randn_like(like, memory_format=torch.contiguous_format)
 
 
-def rooms() -> list[str]:
-    """The rooms that have a file in ``cases/``."""
+def modules() -> list[str]:
+    """The operator modules that have a file in ``cases/``."""
     from benchmarks import cases
 
-    return sorted(module.name for module in pkgutil.iter_modules(cases.__path__))
+    return sorted(found.name for found in pkgutil.iter_modules(cases.__path__))
 
 
 def load_cases() -> dict[str, Case]:
-    """Every case by its name, in the order of rooms."""
+    """Every case by its name, in the order of operator modules."""
     found: dict[str, Case] = {}
-    for room in rooms():
-        module = importlib.import_module(f"benchmarks.cases.{room}")
-        for case in module.CASES:
+    for name in modules():
+        for case in importlib.import_module(f"benchmarks.cases.{name}").CASES:
             if case.name in found:
                 raise ValueError(f"benchmarks: two cases are called {case.name!r}")
-            object.__setattr__(case, "room", room)
+            object.__setattr__(case, "module", name)
             found[case.name] = case
     return found
 
 
 def select(names: list[str], available: Mapping[str, str]) -> list[str]:
-    """The case names that ``names`` (cases or rooms; none means all) stand for. ``available``: case -> room.
+    """The cases that ``names`` (of cases or operator modules; empty for all) select. ``available``: case -> module.
 
     Raises:
         ValueError: a name is neither.
@@ -138,4 +137,4 @@ def select(names: list[str], available: Mapping[str, str]) -> list[str]:
     unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(f"no such case: {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
-    return [case for case, room in available.items() if case in names or room in names]
+    return [case for case, module in available.items() if case in names or module in names]

@@ -37,7 +37,7 @@ CASES = {
     "training_step": "forward, loss, regularisers, backward and Adamax",
     "sampling": "images from the prior",
 }
-ROOM = "model"
+MODULE = "model"
 SEED, TEMPERATURE, COEFFICIENT, REGULARIZER = 5, 0.7, 0.5, 1e-2
 LEARNING_RATE = 1e-5  # so small that the weights of all providers stay where the gate saw them
 
@@ -364,7 +364,7 @@ def _measure(
             reason = budget.reason(first=compiled)
         row: dict[str, Any] = {
             "case": case,
-            "room": ROOM,
+            "module": MODULE,
             "workload": workload.label,
             "dtype": workload.precision,
             "provider": contender.provider,

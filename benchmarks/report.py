@@ -24,7 +24,7 @@ from nvae_fast.io import atomic_file
 
 SCHEMA = 1
 HEAD = ("machine", "versions", "commit", "modified", "date", "settings", "ceilings")
-ROW = ("case", "room", "workload", "dtype", "provider", "memory_format", "status", "reason", "passes")
+ROW = ("case", "module", "workload", "dtype", "provider", "memory_format", "status", "reason", "passes")
 STATUSES = ("ok", "absent", "failed")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -181,7 +181,7 @@ def measure_models(
 def _row(case: Case, shape: Shape, dtype: torch.dtype, provider: Candidate) -> dict[str, Any]:
     return {
         "case": case.name,
-        "room": case.room,
+        "module": case.module,
         "workload": case.label(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "provider": provider.provider,
@@ -290,8 +290,10 @@ def run(
 
 
 def available() -> dict[str, str]:
-    """Every case that can be asked for, and its room."""
-    return {name: case.room for name, case in load_cases().items()} | dict.fromkeys(model.CASES, model.ROOM)
+    """Every case that can be asked for, and its operator module."""
+    return {name: case.module for name, case in load_cases().items()} | dict.fromkeys(
+        model.CASES, model.MODULE
+    )
 
 
 def listing(device: torch.device) -> str:
@@ -304,13 +306,13 @@ def listing(device: torch.device) -> str:
         library = case.library.name if case.library else "none"
         shapes = ", ".join(case.label(shape) for shape in case.shapes[device.type])
         lines += [
-            f"{case.name}  ({case.room})  {case.summary}",
+            f"{case.name}  ({case.module})  {case.summary}",
             f"    {shapes}",
             f"    library: {library}; {ours}",
         ]
     for name, summary in model.CASES.items():
         labels = ", ".join(workload.label for workload in model.workloads(device))
-        lines += [f"{name}  ({model.ROOM})  {summary}", f"    {labels}"]
+        lines += [f"{name}  ({model.MODULE})  {summary}", f"    {labels}"]
     return "\n".join(lines)
 
 
@@ -321,7 +323,10 @@ def parser() -> argparse.ArgumentParser:
         "side. Exit status 1 when a provider computes something wrong.",
     )
     p.add_argument(
-        "cases", nargs="*", metavar="case", help="cases or rooms to measure (default: all; see --list)"
+        "cases",
+        nargs="*",
+        metavar="case",
+        help="cases or operator modules to measure (default: all; see --list)",
     )
     p.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda when there is a GPU"

@@ -7,7 +7,7 @@
 
 namespace nvae {
 
-// Packed raw parameters (B, 2Z, pixels): element (b, c, p) stands at b * batch + c * channel + p * pixel.
+// Packed raw parameters (B, 2Z, pixels): element (b, c, p) is at b * batch + c * channel + p * pixel.
 struct Packed {
   const void* data = nullptr;
   int64_t batch = 0, channel = 0, pixel = 0;

@@ -7,7 +7,7 @@
 //   normals4(w, z)                        their normals: z[k] lane l = element k of the block in lane l
 //   NormalStream(seed).fill(first, n, p)  elements first .. first + n - 1 in order, stored as any type
 //
-// Two vectors of 64-bit lanes carry the blocks: that of lane 2i stands in even, that of lane 2i + 1 in odd. A
+// Two vectors of 64-bit lanes carry the blocks: that of lane 2i is in even, that of lane 2i + 1 in odd. A
 // kernel that walks pixels in channels_last order can give each lane another channel's block and needs no
 // shuffles at all. Make the words of several batches first and the normals after (as fill does): one loop
 // with both runs out of registers and is a quarter slower.

@@ -74,12 +74,12 @@ class Squasher {
   NVAE_INLINE S floor() const { return floor_; }
 
   // u = clamp tanh(raw / clamp) of M raw parameters, and du/draw. Network outputs are of the size of 1, so
-  // that raw nearly always lies within [-clamp, clamp]: there u is raw plus an odd polynomial (good to 0.93
+  // that raw is nearly always within [-clamp, clamp]: there u is raw plus an odd polynomial (good to 0.93
   // units in the last place of tanh), with clamp folded into the coefficients; only vectors with a lane
   // outside also run the general function. The M polynomials stand side by side, because one alone is a chain
   // in which every step waits for the one before.
   template <int M>
-  NVAE_INLINE void bend(const V (&raw)[M], V (&u)[M], V (&slope)[M]) const {
+  NVAE_INLINE void tanh_clamp(const V (&raw)[M], V (&u)[M], V (&slope)[M]) const {
     if (!clamped_) {
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) u[i] = raw[i], slope[i] = V(S(1));
@@ -118,7 +118,7 @@ class Squasher {
   NVAE_INLINE Squashed<V> operator()(V raw_mu, V raw_log_sigma) const {
     const V raw[2] = {raw_mu, raw_log_sigma};
     V u[2], slope[2];
-    bend(raw, u, slope);
+    tanh_clamp(raw, u, slope);
     const V e = exponential(u[1]);
     return {u[0], e + V(floor_), slope[0], slope[1] * e};
   }

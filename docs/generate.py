@@ -49,9 +49,9 @@ def page(name: Name, known: dict[str, Name]) -> str:
         heading = f"### {member.name}"
         parts += [heading, render.signature(member.name, member.function, member.kind)]
         parts.append(render.text(member.doc, resolve))
-    room = public.room(value)
-    if room is not None:
-        parts += ["## Formulas", render.text(inspect.getdoc(room) or "", resolve)]
+    module = public.module(value)
+    if module is not None:
+        parts += ["## Formulas", render.text(inspect.getdoc(module) or "", resolve)]
     parts.append(_source(name))
     return _joined(parts)
 

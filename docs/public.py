@@ -125,7 +125,7 @@ def field_helps(value: Any) -> dict[str, str]:
     return helps
 
 
-def room(value: Any) -> ModuleType | None:
+def module(value: Any) -> ModuleType | None:
     """The module of an op, whose docstring has the formulas; None for what is no op."""
     module = getattr(value, "__module__", "") or ""
     is_op = module.startswith("nvae_fast.ops.") and not module.startswith("nvae_fast.ops._")

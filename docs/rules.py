@@ -35,9 +35,9 @@ def _of(name: Name) -> Iterator[tuple[str, str]]:
     if inspect.ismodule(value) or not callable(value):
         return
     whole = doc
-    room = public.room(value)
-    if room is not None:
-        whole += "\n" + (room.__doc__ or "")
+    module = public.module(value)
+    if module is not None:
+        whole += "\n" + (module.__doc__ or "")
     if inspect.isclass(value):
         yield from _class(name, whole)
     else:
@@ -47,7 +47,7 @@ def _of(name: Name) -> Iterator[tuple[str, str]]:
             yield name.full, "names no shape such as (B, C, H, W)"
         if not _FORMULA.search(whole):
             yield name.full, "has no formula"
-    if room is not None and not inspect.isclass(value):
+    if module is not None and not inspect.isclass(value):
         if not _DTYPE.search(whole):
             yield name.full, "says nothing about dtypes"
         if not _SOURCE.search(whole):

@@ -155,7 +155,9 @@ def _address_table(numbers: tuple[int, ...], device: torch.device) -> torch.Tens
     return found
 
 
-def _plan_tables(shapes: tuple[tuple[int, int], ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _plan_tables(
+    shapes: tuple[tuple[int, int], ...], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The tables of :func:`_plan` on the device."""
     key = (device, shapes)
     found = _plans.get(key)

@@ -79,20 +79,22 @@ def triton_usage(
     return usages[0], ptx
 
 
-def nvcc_usages(source: Path, arch: str) -> list[Usage]:
-    """Compile a .cu file to an object for ``arch`` ("sm_90a"); the usage of each kernel in it. Skips without
-    nvcc.
-    """
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
+def nvcc(source: Path, arch: str, flags: list[str]) -> str:
+    """Compile a .cu file for ``arch`` ("sm_90a") as setup.py does; what the compiler says. Skips without nvcc."""
+    program = shutil.which("nvcc")
+    if program is None:
         pytest.skip("nvcc is not installed")
-    with tempfile.TemporaryDirectory() as folder:
-        command = [nvcc, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
-        command += ["-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
-        command += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}"]
-        command += ["-c", str(source), "-o", str(Path(folder) / "object.o")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [program, "-std=c++17", "-O3", "--expt-relaxed-constexpr", f"-I{ROOT / 'csrc'}"]
+    command += ["-Xcompiler", "-Wall,-Wextra"]
+    command += ["-gencode", f"arch={arch.replace('sm', 'compute')},code={arch}", str(source), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    output = done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def nvcc_usages(source: Path, arch: str) -> list[Usage]:
+    """Compile a .cu file to an object for ``arch``; the usage of each kernel in it. Skips without nvcc."""
+    with tempfile.TemporaryDirectory() as folder:
+        output = nvcc(source, arch, ["-Xptxas", "-v", "-c", "-o", str(Path(folder) / "object.o")])
     assert "warning" not in output, output
     return _usages(output)

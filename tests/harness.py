@@ -74,7 +74,7 @@ def assert_same_gradients(actual: dict[str, torch.Tensor], expected: dict[str, t
         assert error <= bound, f"gradient of {key}: error {error:.3g} exceeds {bound:.3g}"
 
 
-# What the files of the rooms share. An op is given as a function of named tensors, ``function(**tensors)``.
+# What the test files of operators share. An operator is given as a function of named tensors, ``function(**tensors)``.
 
 Tensors = dict[str, torch.Tensor]
 HALF = (torch.bfloat16, torch.float16)

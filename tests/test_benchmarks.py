@@ -1,4 +1,4 @@
-"""The benchmarks: every room has a case, the gate runs and can turn red, results and README round trips."""
+"""The benchmarks: every operator module has a case, the gate runs and can turn red, results and README round trips."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 import nvae_fast as nf
 from benchmarks import machine, model, report, run
-from benchmarks.case import Case, load_cases, rooms, select
+from benchmarks.case import Case, load_cases, modules, select
 from benchmarks.gate import Gate, relative_error
 from benchmarks.providers import Candidate, Random, build_inputs, candidates, time_limit
 from benchmarks.timing import CpuClock, Series, interleave
@@ -73,11 +73,11 @@ def test_results_are_saved_after_every_case():
 # ---------------------------------------------------------------------------------------------------- cases
 
 
-def test_every_room_has_a_case_and_every_op_is_measured():
+def test_every_operator_module_has_a_case_and_every_op_is_measured():
     public = {path.stem for path in OPS_FOLDER.glob("*.py") if not path.stem.startswith("_")}
-    assert set(rooms()) == public
+    assert set(modules()) == public
     assert {case.op for case in CASES.values()} == set(nf.backends())
-    assert {case.room for case in CASES.values()} == public
+    assert {case.module for case in CASES.values()} == public
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -126,7 +126,7 @@ def test_our_row_is_absent_with_the_reason_when_no_kernel_is_there(monkeypatch: 
     assert all(candidate.run is not None and candidate.backend == "auto" for candidate in ours)
 
 
-def test_selecting_cases_by_room_and_by_name():
+def test_selecting_cases_by_module_and_by_name():
     known = run.available()
     assert select([], known) == list(known)
     assert select(["mixture_logistic"], known) == [n for n in known if n.startswith("mixture_logistic_")]
@@ -391,7 +391,7 @@ def test_a_damaged_results_file_is_named(results: dict, tmp_path: Path):
     with pytest.raises(ValueError, match="expected a results document with schema 1, got 99"):
         report.read_json(path)
     path.write_text(json.dumps({**results, "rows": [{"case": "a"}]}))
-    with pytest.raises(ValueError, match="row 0: missing room"):
+    with pytest.raises(ValueError, match="row 0: missing module"):
         report.read_json(path)
 
 
@@ -504,7 +504,7 @@ def test_whole_models_have_a_table_of_their_own(results: dict):
         return {
             **dict(
                 case="training_step",
-                room="model",
+                module="model",
                 workload="mnist B8",
                 dtype="float32",
                 status="ok",

@@ -16,9 +16,7 @@ from harness import assert_close
 from nvae_fast.ops._activation import activate
 
 FAST = (torch.float32, torch.bfloat16, torch.float16)
-ROOM = (1, 1, 1)
-STEPS = {"plain": ROOM, "stride": (2, 1, 1), "up": (1, 1, 2)}
-DILATED = {"dilated": (1, 2, 1), "both": (2, 2, 1), "up dilated": (1, 2, 2)}
+STEPS = cuda_shim.STEPS
 VECTORS = ("scale", "shift", "alpha", "beta", "gamma", "pivot")
 GRADIENTS = ("x", "weight", "scale", "shift")
 
@@ -78,11 +76,14 @@ def kernels(
     activation: str | None,
     taps: Any = None,
     channels_last: bool = True,
+    device: int = 0,
+    offset: int = 0,
 ) -> dict:
     common = (t["x"], t["weight"], t.get("scale"), t.get("shift"), *step, activation)
-    y, mean, m2 = cuda_shim.forward(*common, True, taps, channels_last)
+    where = {"device": device, "offset": offset}
+    y, mean, m2 = cuda_shim.forward(*common, True, taps, channels_last, **where)
     extra = {n: t[n] for n in ("out", "alpha", "beta", "gamma", "pivot") if n in t}
-    gradients = cuda_shim.backward(t["grad"], *common, taps, channels_last, **extra)
+    gradients = cuda_shim.backward(t["grad"], *common, taps, channels_last, **extra, **where)
     return {"y": y, "mean": mean, "m2": m2} | {
         f"grad {n}": g for n, g in zip(GRADIENTS, gradients, strict=True)
     }
@@ -99,33 +100,66 @@ def compare(actual: dict, expected: dict, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", FAST)
-@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kernel", [3, 5, 7, 11])
 def test_fast_kernels(kernel: int, step: str, dtype: torch.dtype) -> None:
     """Vectors and their absence (40 channels), several tiles of columns and strips of rows, images that share a block."""
     activation = {3: None, 5: "swish", 7: "elu", 11: "swish"}[kernel]
-    steps = (STEPS | DILATED)[step]
+    steps = STEPS[step]
     for size in ((2, 40, 9, 7), (1, 3, 18, 21), (3, 8, 4, 5)):
         t = inputs(kernel, size, dtype, steps)
         compare(kernels(t, steps, activation), truth(t, steps, activation), dtype)
 
 
+@pytest.mark.parametrize("device", cuda_shim.DEVICES)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kernel", [3, 5, 7, 11])
+def test_shared_memory(kernel: int, step: str, device: str) -> None:
+    """Every launch is one that the device allows: blocks of an L40, an RTX 30, 40 or 50 have 99 KB, of an A100 163."""
+    number, most = list(cuda_shim.DEVICES).index(device), cuda_shim.DEVICES[device]
+    for dtype in FAST:
+        for size in cuda_shim.SIZES:
+            launches = cuda_shim.plan(size, kernel, dtype, STEPS[step], number)
+            assert len(launches) == 4
+            assert max(launch.shared for launch in launches) <= most
+
+
+@pytest.mark.parametrize("device", [1, 2], ids=list(cuda_shim.DEVICES)[1:])
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("kernel", [3, 5, 7, 11])
+def test_devices_with_less_shared_memory(kernel: int, step: str, device: int) -> None:
+    for size in ((4, 40, 4, 4), (3, 32, 9, 8)):
+        t = inputs(kernel, size, torch.float32, STEPS[step])
+        compare(kernels(t, STEPS[step], "elu", device=device), truth(t, STEPS[step], "elu"), torch.float32)
+
+
+@pytest.mark.parametrize("offset", [1, 2, 4])
+@pytest.mark.parametrize("dtype", FAST)
+@pytest.mark.parametrize("kernel, step", [(3, "up"), (5, "plain"), (7, "stride"), (11, "dilated")])
+def test_maps_that_begin_at_any_element(kernel: int, step: str, dtype: torch.dtype, offset: int) -> None:
+    """Slices of a batch or of a buffer: vectors are loaded and stored only where they are aligned."""
+    for channels in (32, 34):
+        t = inputs(kernel, (2, channels, 5, 6), dtype, STEPS[step])
+        found = kernels(t, STEPS[step], "swish", offset=offset)
+        compare(found, truth(t, STEPS[step], "swish"), dtype)
+
+
 @pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("kernel", [1, 5, 9])
 def test_general_kernels(kernel: int, step: str, channels_last: bool) -> None:
     """float64 and other kernel widths, both layouts; float32 with activations of its own."""
-    steps = (STEPS | DILATED)[step]
+    steps = STEPS[step]
     for dtype, activation in ((torch.float64, "swish"), (torch.float32, "elu")):
         t = inputs(kernel, (2, 3, 6, 5), dtype, steps)
         compare(kernels(t, steps, activation, None, channels_last), truth(t, steps, activation), dtype)
 
 
 @pytest.mark.parametrize("taps", [cuda_shim.FIRST, cuda_shim.LAST, [0, 7, 24]], ids=["first", "last", "some"])
-@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("channels_last", [True, False])
 def test_taps(taps: list[int], step: str, channels_last: bool) -> None:
-    steps = (STEPS | DILATED)[step]
+    steps = STEPS[step]
     t = inputs(5, (2, 9, 7, 6), torch.float32, steps)
     found = kernels(t, steps, "elu", taps, channels_last)
     compare(found, truth(t, steps, "elu", taps), torch.float32)
@@ -136,9 +170,9 @@ def test_taps(taps: list[int], step: str, channels_last: bool) -> None:
 @pytest.mark.parametrize("activation", [None, "swish", "elu"])
 @pytest.mark.parametrize("given", [(), ("scale", "shift"), ("out", "alpha", "beta", "gamma")], ids=str)
 def test_optional_arguments(given: tuple, activation: str | None) -> None:
-    t = inputs(3, (2, 5, 6, 9), torch.float32, ROOM)
+    t = inputs(3, (2, 5, 6, 9), torch.float32, STEPS["plain"])
     t = {n: v for n, v in t.items() if n in ("x", "weight", "grad", *given)}
-    found, expected = kernels(t, ROOM, activation), truth(t, ROOM, activation)
+    found, expected = kernels(t, STEPS["plain"], activation), truth(t, STEPS["plain"], activation)
     compare(found, {n: v for n, v in expected.items() if v is not None}, torch.float32)
 
 
@@ -175,10 +209,10 @@ def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None
     """No sum depends on which thread came first, and no barrier is missing."""
     t = inputs(kernel, (3, 40, 17, 18), torch.bfloat16, STEPS[step])
     runs = []
-    for seed in (0, 1, 2):
-        cuda_shim.library().shim_order(seed)
+    for seed in range(3):
+        cuda_shim.library().shim_seed(seed)
         runs.append(kernels(t, STEPS[step], "swish"))
-    cuda_shim.library().shim_order(0)
+    cuda_shim.library().shim_seed(0)
     for name in runs[0]:
         assert all(torch.equal(run[name], runs[0][name]) for run in runs[1:]), name
 
@@ -190,7 +224,7 @@ def test_same_bits_whatever_order_threads_run_in(kernel: int, step: str) -> None
     "kernel, step", [(5, "plain"), (11, "stride"), (3, "up"), (5, "both"), (7, "dilated"), (9, "plain")]
 )
 def test_extreme_sizes(size: tuple[int, ...], kernel: int, step: str) -> None:
-    steps = (STEPS | DILATED)[step]
+    steps = STEPS[step]
     t = inputs(kernel, size, torch.float32, steps)
     found = kernels(t, steps, None)
     if size[0]:
@@ -221,6 +255,21 @@ def test_which_kernels_are_fast() -> None:
         assert bool(cuda_shim.library().shim_is_fast(ctypes.byref(p))) == fast
 
 
+def test_too_little_shared_memory_is_an_error_that_says_so() -> None:
+    p, library = cuda_shim.Forward(), cuda_shim.library()
+    memory = cuda_shim.Memory(library)
+    x, weight = torch.zeros(4, 32, 8, 8), torch.zeros(32, 1, 11, 11)
+    cuda_shim.describe(p, memory, x, weight, None, None, 2, 1, 1, None, None, True, cuda_shim.T4)
+    p.y = memory.fresh_map("y", (4, 32, 4, 4), x.dtype, True).data_ptr()
+    needed = library.shim_forward_shared_memory(ctypes.byref(p))
+    error = library.shim_forward(ctypes.byref(p))
+    text = ctypes.create_string_buffer(200)
+    library.shim_forward_error(error, ctypes.byref(p), text, ctypes.c_size_t(200))
+    assert error != 0
+    assert text.value.decode() == f"a block needs {needed} bytes of shared memory, this GPU has {64 * 1024}"
+    assert not cuda_shim.reports(library)
+
+
 def on_the_gpu(
     t: dict[str, Any], step: tuple[int, int, int], activation: str | None, taps: Any, channels_last: bool
 ) -> dict:
@@ -244,14 +293,14 @@ def on_the_gpu(
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [*FAST, torch.float64])
 @pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("step", STEPS | DILATED)
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize(
     "kernel, taps", [(3, None), (5, None), (5, cuda_shim.LAST), (7, None), (9, None), (11, None)]
 )
 def test_operators_on_the_gpu(
     kernel: int, taps: Any, step: str, channels_last: bool, dtype: torch.dtype
 ) -> None:
-    steps = (STEPS | DILATED)[step]
+    steps = STEPS[step]
     for size in ((3, 40, 17, 18), (1, 3, 5, 70)):
         t = inputs(kernel, size, dtype, steps)
         first, second = (on_the_gpu(t, steps, "swish", taps, channels_last) for _ in range(2))

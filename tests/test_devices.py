@@ -24,6 +24,8 @@ from nvae_fast.ops import _backend, _devices, _extension, depthwise_conv2d, inve
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["sm_80", "sm_90a", "sm_100", "compute_100"]
 T4, V100, A100, H100, RTX5090 = (7, 5), (7, 0), (8, 0), (9, 0), (12, 0)
+# For as long as the process: once an operator is gone, PyTorch stumbles over its name wherever it goes through all of them.
+LIBRARY = torch.library.Library("nvae_fast_devices", "FRAGMENT")
 Machine = Callable[..., Counter[int]]
 
 
@@ -188,10 +190,9 @@ def test_the_fallback_computes(machine: Machine, monkeypatch: pytest.MonkeyPatch
     """Through the dispatcher, where the CPU plays the old GPU."""
     machine(T4)
     monkeypatch.setattr(_devices, "_device", lambda args: 0)
-    library = torch.library.Library("nvae_fast_devices", "FRAGMENT")
-    library.define("normal(SymInt[] size, Tensor seed, ScalarType dtype, bool channels_last) -> Tensor")
+    LIBRARY.define("normal(SymInt[] size, Tensor seed, ScalarType dtype, bool channels_last) -> Tensor")
     launched: list[Any] = []
-    library.impl("normal", _devices.by_device(launched.append, philox._normal_reference), "CPU")
+    LIBRARY.impl("normal", _devices.by_device(launched.append, philox._normal_reference), "CPU")
     args = ([2, 3, 4, 4], torch.tensor(5), torch.float32, True)
     with pytest.warns(UserWarning, match=r"cuda:0 \(GPU model 0, compute capability 7\.5\)"):
         z = torch.ops.nvae_fast_devices.normal(*args)

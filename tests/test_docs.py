@@ -102,10 +102,10 @@ def test_the_rules_find_what_is_missing() -> None:
 
     op = nf.normal_log_prob
     assert _found(op) == []
-    room = sys.modules[op.__module__]
-    whole = room.__doc__
+    module = sys.modules[op.__module__]
+    whole = module.__doc__
     try:
-        room.__doc__ = "Nothing."
+        module.__doc__ = "Nothing."
         assert _found(op, doc="Takes z, params, clamp, sigma_floor and returns something.") == [
             ": names no shape such as (B, C, H, W)",
             ": has no formula",
@@ -113,7 +113,7 @@ def test_the_rules_find_what_is_missing() -> None:
             ": names no source (paper, section, equation)",
         ]
     finally:
-        room.__doc__ = whole
+        module.__doc__ = whole
 
     class Thing:
         """A thing made of parts, of a certain size."""

@@ -28,7 +28,7 @@ from harness import (
 )
 
 import nvae_fast as nf
-from nvae_fast.ops import mixture_logistic as room
+from nvae_fast.ops import mixture_logistic as operator
 
 M = 3
 
@@ -366,9 +366,11 @@ def test_one_seed_one_sample(route: str, device: torch.device) -> None:
 
 def test_uniform_draws_are_strictly_inside(monkeypatch: pytest.MonkeyPatch) -> None:
     """The lowest and the highest word: neither logarithm of the logistic noise may be infinite."""
-    monkeypatch.setattr(room, "philox_words", lambda seed, n: torch.tensor([[0, 2**32 - 1, 0, 2**32 - 1]]))
+    monkeypatch.setattr(
+        operator, "philox_words", lambda seed, n: torch.tensor([[0, 2**32 - 1, 0, 2**32 - 1]])
+    )
     for dtype in (torch.float32, torch.float64):
-        u = room.uniform(torch.tensor(0), (4,), dtype)
+        u = operator.uniform(torch.tensor(0), (4,), dtype)
         assert float(u.min()) > 0
         assert float(u.max()) < 1
         assert float(u.min()) == 1 - float(u.max())

@@ -1,4 +1,5 @@
-"""The normal rooms where it is hard: huge raw values, sigma at its floor, infinities and NaN, index widths, any width."""
+"""The operators of normal distributions in extreme cases: huge raw values, sigma at its floor, infinities and NaN, index
+widths, any width."""
 
 from __future__ import annotations
 

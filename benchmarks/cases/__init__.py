@@ -1,1 +1,1 @@
-"""One file per room of ``nvae_fast/ops``; each holds a tuple ``CASES`` of :class:`benchmarks.case.Case`."""
+"""One file for each operator module of ``nvae_fast/ops``; each holds a tuple ``CASES`` of :class:`benchmarks.case.Case`."""

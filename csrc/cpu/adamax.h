@@ -1,4 +1,4 @@
-// The per-capability kernel of adamax.vec.cpp and what it is told.
+// The per-capability kernel of adamax.vec.cpp and its arguments.
 #pragma once
 #include <cstdint>
 

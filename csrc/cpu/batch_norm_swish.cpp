@@ -11,22 +11,22 @@ namespace nvae {
 
 using Name = std::optional<Text>;
 
-// What every pass is told of its map.
+// Arguments of every pass that describe the map.
 static AffineActivationArgs describe(const char* op, const Tensor& x, const Name& activation,
-                                     std::vector<Tensor>& hold) {
+                                     std::vector<Tensor>& keep_alive) {
   check_feature_map(op, "x", x);
   AffineActivationArgs a;
   static_cast<MapShape&>(a) = folded(planes_of(x));
   a.dtype = dtype_of(op, x.scalar_type());
   a.activation = activation_of(op, activation);
-  a.x = dense(x, is_channels_last(x), hold).const_data_ptr();
+  a.x = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
   return a;
 }
 
 static void set_grad(const char* op, AffineActivationArgs& a, const Tensor& grad, const Tensor& x,
-                     std::vector<Tensor>& hold) {
+                     std::vector<Tensor>& keep_alive) {
   check_same_shape(op, "grad", grad, x);
-  a.grad = dense_like(x, grad, hold).const_data_ptr();
+  a.grad = dense_like(x, grad, keep_alive).const_data_ptr();
 }
 
 static void run_forward(const AffineActivationArgs& a) {
@@ -64,8 +64,8 @@ static Coefficients coefficients(const char* op, const char* name, Dtype dtype, 
 static Tensor affine_activation(const Tensor& x, const Tensor& scale, const Tensor& shift,
                                 const Name& activation) {
   const char* op = "affine_activation";
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = describe(op, x, activation, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = describe(op, x, activation, keep_alive);
   const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
                      shifts = coefficients(op, "shift", a.dtype, shift, a.channels);
   a.scale = scales.data();
@@ -80,9 +80,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> affine_activation_reduce(
     const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
     const std::optional<Tensor>& pivot, const Name& activation, bool need_g, bool need_y) {
   const char* op = "affine_activation_reduce";
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = describe(op, x, activation, hold);
-  set_grad(op, a, grad, x, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = describe(op, x, activation, keep_alive);
+  set_grad(op, a, grad, x, keep_alive);
   const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
                      shifts = coefficients(op, "shift", a.dtype, shift, a.channels);
   std::optional<Coefficients> pivots;
@@ -103,9 +103,9 @@ static Tensor affine_activation_grad(const Tensor& grad, const Tensor& x, const 
                                      const Tensor& shift, const Tensor& alpha, const Tensor& beta,
                                      const Tensor& gamma, const Name& activation) {
   const char* op = "affine_activation_grad";
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = describe(op, x, activation, hold);
-  set_grad(op, a, grad, x, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = describe(op, x, activation, keep_alive);
+  set_grad(op, a, grad, x, keep_alive);
   const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
                      shifts = coefficients(op, "shift", a.dtype, shift, a.channels),
                      alphas = coefficients(op, "alpha", a.dtype, alpha, a.channels),
@@ -143,8 +143,8 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_swish(const Tensor& x, cons
                                                            const Name& activation) {
   const char* op = "batch_norm_swish";
   STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": mean and var must be given together");
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = describe(op, x, activation, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = describe(op, x, activation, keep_alive);
   std::vector<double> means, vars;
   if (mean) {
     means = doubles_of(op, "mean", *mean, a.channels);
@@ -173,9 +173,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_swish_backw
     const Tensor& grad, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& mean,
     const Tensor& var, double eps, const Name& activation, bool given, bool need_x, bool need_sums) {
   const char* op = "batch_norm_swish_backward";
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = describe(op, x, activation, hold);
-  set_grad(op, a, grad, x, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = describe(op, x, activation, keep_alive);
+  set_grad(op, a, grad, x, keep_alive);
   const int64_t channels = a.channels;
   const std::vector<double> weights = doubles_of(op, "weight", weight, channels),
                             means = doubles_of(op, "mean", mean, channels);

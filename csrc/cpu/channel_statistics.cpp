@@ -9,9 +9,9 @@ namespace nvae {
 std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample) {
   const char* op = "channel_statistics";
   check_feature_map(op, "x", x);
-  std::vector<Tensor> hold;
+  std::vector<Tensor> keep_alive;
   const Dtype dtype = dtype_of(op, x.scalar_type());
-  const void* data = dense(x, is_channels_last(x), hold).const_data_ptr();
+  const void* data = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
   const Statistics found = statistics_of(planes_of(x), dtype, data, per_sample);
   const int64_t b = x.size(0), c = x.size(1);
   const Tensor mean = per_sample ? empty_vector(x, dtype, {b, c}) : empty_vector(x, dtype, {c});

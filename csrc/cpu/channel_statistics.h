@@ -1,4 +1,4 @@
-// The per-capability kernel of channel_statistics.vec.cpp and what it is told.
+// The per-capability kernel of channel_statistics.vec.cpp and its arguments.
 #pragma once
 #include "../capability.h"
 #include "../maps.h"

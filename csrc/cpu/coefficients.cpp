@@ -18,12 +18,12 @@ static Tensor matrix_like(const Tensor& t, int64_t rows, int64_t columns) {
 
 // Arguments as contiguous arrays, null where absent; copies live as long as this.
 struct Arguments {
-  std::vector<Tensor> hold;
+  std::vector<Tensor> keep_alive;
   template <class S>
   const S* read(const Tensor& t) {
     if (t.is_contiguous()) return t.const_data_ptr<S>();
-    hold.push_back(torch::stable::contiguous(t));
-    return hold.back().const_data_ptr<S>();
+    keep_alive.push_back(torch::stable::contiguous(t));
+    return keep_alive.back().const_data_ptr<S>();
   }
   template <class S>
   const S* read(const std::optional<Tensor>& t) {

@@ -44,12 +44,12 @@ Tensor empty_like_sums(const Tensor& like, int64_t n, ScalarType type) {
 }
 
 // A map as it is where the kernels can walk it, else a dense copy.
-DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
+DepthwiseMap view(const Tensor& t, std::vector<Tensor>& keep_alive) {
   const bool last = t.stride(1) == 1 || t.size(1) == 1;
   // (Of no elements PyTorch makes no copy, and every layout will do.)
   if (!last && t.stride(3) != 1 && t.size(3) != 1 && t.numel() != 0) {
-    hold.push_back(torch::stable::contiguous(t));
-    return view(hold.back(), hold);
+    keep_alive.push_back(torch::stable::contiguous(t));
+    return view(keep_alive.back(), keep_alive);
   }
   DepthwiseMap m;
   m.data = const_cast<void*>(t.const_data_ptr());
@@ -60,21 +60,22 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& hold) {
   m.channels_last = last;
   m.height = t.size(2);
   m.width = t.size(3);
-  hold.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or stand in hold itself
+  keep_alive.push_back(Tensor(t));  // t may be a conversion that nobody else keeps
   return m;
 }
-DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
-  const DepthwiseMap m = view(t, hold);
+DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
+  const DepthwiseMap m = view(t, keep_alive);
   if (m.channels_last == channels_last || t.numel() == 0) return m;
-  return view(dense(t, channels_last, hold), hold);
+  return view(dense(t, channels_last, keep_alive), keep_alive);
 }
 
 const void* channel_values(const char* op, const char* name, const OptionalTensor& t, const Tensor& x,
-                           ScalarType type, std::vector<Tensor>& hold) {
+                           ScalarType type, std::vector<Tensor>& keep_alive) {
   if (!t) return nullptr;
   STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1), op, ": ", name, " must have shape (C,)");
-  hold.push_back(torch::stable::contiguous(t->scalar_type() == type ? *t : torch::stable::to(*t, type)));
-  return hold.back().const_data_ptr();
+  keep_alive.push_back(
+      torch::stable::contiguous(t->scalar_type() == type ? *t : torch::stable::to(*t, type)));
+  return keep_alive.back().const_data_ptr();
 }
 
 DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
@@ -128,12 +129,12 @@ void pack_taps(const DepthwiseGeometry& g, const std::vector<DepthwiseFold>& fol
     }
 }
 
-// What forward and backward are told alike.
+// Arguments of both forward and backward.
 struct Job {
   DepthwiseArgs args;
-  ScalarType wide = ScalarType::Float;
+  ScalarType acc_dtype = ScalarType::Float;
   int lanes = 1;
-  std::vector<Tensor> hold;
+  std::vector<Tensor> keep_alive;
   std::unique_ptr<DepthwisePlanner> planner;
   DepthwiseGeometry geometry;
 
@@ -141,14 +142,14 @@ struct Job {
                 const std::optional<Text>& activation) {
     STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
     args.dtype = dtype_of(op, x.scalar_type());
-    wide = wide_type(args.dtype);
+    acc_dtype = wide_type(args.dtype);
     lanes = NVAE_CALL(depthwise_lanes, args.dtype);
     args.activation = activation_of(op, activation);
     args.batches = x.size(0);
     args.channels = x.size(1);
     args.vectors = (args.channels + lanes - 1) / lanes;
-    args.scale = channel_values(op, "scale", scale, x, wide, hold);
-    args.shift = channel_values(op, "shift", shift, x, wide, hold);
+    args.scale = channel_values(op, "scale", scale, x, acc_dtype, keep_alive);
+    args.shift = channel_values(op, "shift", shift, x, acc_dtype, keep_alive);
   }
 
   void plan(bool backward, const DepthwiseMap& scanned, const DepthwiseMap& stationary) {
@@ -161,7 +162,7 @@ struct Job {
     const bool planar = !(scanned.channels_last && stationary.channels_last);
     const int64_t row = args.plan.left + scanned.width + args.plan.right;
     const int64_t bytes = (args.ring() * row + (backward ? 3 : 1) * stationary.width) * lanes *
-                          (wide == ScalarType::Double ? 8 : 4);
+                          (acc_dtype == ScalarType::Double ? 8 : 4);
     // A group whose scratch stays in the L1 cache is best. Where rows are so long that few vectors fit, and
     // these would cut cache lines of every pixel in two, the L2 cache is filled instead.
     int64_t fit = kNear / std::max<int64_t>(bytes, 1);
@@ -184,14 +185,14 @@ struct Job {
   static constexpr int64_t kTasks = 8;  // at least, for the threads, where the map is high enough
 
   void pack(const Tensor& weight) {
-    hold.push_back(
-        torch::stable::contiguous(weight.scalar_type() == wide ? weight : torch::stable::to(weight, wide)));
-    const void* from = hold.back().const_data_ptr();
-    hold.push_back(empty_like_sums(weight, args.vectors * args.plan.taps * lanes + 1, wide));
-    void* to = hold.back().mutable_data_ptr();
+    keep_alive.push_back(torch::stable::contiguous(
+        weight.scalar_type() == acc_dtype ? weight : torch::stable::to(weight, acc_dtype)));
+    const void* from = keep_alive.back().const_data_ptr();
+    keep_alive.push_back(empty_like_sums(weight, args.vectors * args.plan.taps * lanes + 1, acc_dtype));
+    void* to = keep_alive.back().mutable_data_ptr();
     torch::stable::parallel_for(0, args.vectors, 4096 / (args.plan.taps * lanes + 1) + 1,
                                 [&](int64_t begin, int64_t end) {
-                                  if (wide == ScalarType::Double)
+                                  if (acc_dtype == ScalarType::Double)
                                     pack_taps(geometry, planner->folds, static_cast<const double*>(from),
                                               args.channels, lanes, begin, end, static_cast<double*>(to));
                                   else
@@ -254,8 +255,8 @@ Tensor run_forward(Job& job, const Tensor& x, const Tensor& weight, int64_t stri
   DepthwiseArgs& a = job.args;
   const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
   const Tensor y = shaped_output(x, extent(x.size(2)), extent(x.size(3)));
-  a.x = view(x, job.hold);
-  a.y = view(y, job.hold);
+  a.x = view(x, job.keep_alive);
+  a.y = view(y, job.keep_alive);
   job.plan(false, a.x, a.y);
   job.pack(weight);
   if (sums) {
@@ -281,8 +282,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_conv2d(const Tensor& x, const Tenso
   job.describe(op, x, scale, shift, activation);
   std::unique_ptr<double[]> sums;
   const Tensor y = run_forward(job, x, weight, stride, upsample, stats ? &sums : nullptr);
-  const Tensor mean = empty_like_sums(x, stats ? job.args.channels : 0, job.wide);
-  const Tensor m2 = empty_like_sums(x, stats ? job.args.channels : 0, job.wide);
+  const Tensor mean = empty_like_sums(x, stats ? job.args.channels : 0, job.acc_dtype);
+  const Tensor m2 = empty_like_sums(x, stats ? job.args.channels : 0, job.acc_dtype);
   if (stats) merge_statistics(job, sums.get(), mean, m2);
   return {y, mean, m2};
 }
@@ -295,8 +296,8 @@ Tensor depthwise_conv2d_affine(const Tensor& x, const Tensor& weight, const Tens
   job.geometry = geometry_of(op, x, weight, stride, 1, upsample, std::nullopt);
   job.describe(op, x, std::nullopt, std::nullopt, activation);
   job.args.out_activation = activation_of(op, out_activation);
-  job.args.out_scale = channel_values(op, "out_scale", out_scale, x, job.wide, job.hold);
-  job.args.out_shift = channel_values(op, "out_shift", out_shift, x, job.wide, job.hold);
+  job.args.out_scale = channel_values(op, "out_scale", out_scale, x, job.acc_dtype, job.keep_alive);
+  job.args.out_shift = channel_values(op, "out_shift", out_shift, x, job.acc_dtype, job.keep_alive);
   return run_forward(job, x, weight, stride, upsample, nullptr);
 }
 
@@ -348,27 +349,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
   STD_TORCH_CHECK(alpha.has_value() == beta.has_value() && alpha.has_value() == gamma.has_value() &&
                       (!alpha || (out && same_shape(*out, grad))),
                   op, ": alpha, beta and gamma must be given together, with the output");
-  a.x = view(x, job.hold);
+  a.x = view(x, job.keep_alive);
   // As x is laid out where both are more than a pixel: then no row takes two forms.
   const bool format = a.x.channels_last;
-  a.grad = view(as_dtype_of(x, grad), format, job.hold);
+  a.grad = view(as_dtype_of(x, grad), format, job.keep_alive);
   if (alpha) {
-    a.out = view(as_dtype_of(x, *out), a.grad.channels_last, job.hold);
-    a.alpha = channel_values(op, "alpha", alpha, x, job.wide, job.hold);
-    a.beta = channel_values(op, "beta", beta, x, job.wide, job.hold);
-    a.gamma = channel_values(op, "gamma", gamma, x, job.wide, job.hold);
+    a.out = view(as_dtype_of(x, *out), a.grad.channels_last, job.keep_alive);
+    a.alpha = channel_values(op, "alpha", alpha, x, job.acc_dtype, job.keep_alive);
+    a.beta = channel_values(op, "beta", beta, x, job.acc_dtype, job.keep_alive);
+    a.gamma = channel_values(op, "gamma", gamma, x, job.acc_dtype, job.keep_alive);
   }
-  a.pivot = channel_values(op, "pivot", pivot, x, job.wide, job.hold);
+  a.pivot = channel_values(op, "pivot", pivot, x, job.acc_dtype, job.keep_alive);
   const Tensor nothing = empty_like_sums(x, 0, x.scalar_type());
   const Tensor grad_x = need_x ? shaped_output(x, x.size(2), x.size(3)) : nothing;
-  if (need_x) a.grad_x = view(grad_x, job.hold);
+  if (need_x) a.grad_x = view(grad_x, job.keep_alive);
   job.plan(true, a.grad, a.x);
   job.pack(weight);
 
   const int64_t parts = a.tasks() * a.group;
   Tensor partial;
   if (need_weight) {
-    partial = empty_like_sums(x, parts * a.plan.taps * job.lanes + 1, job.wide);
+    partial = empty_like_sums(x, parts * a.plan.taps * job.lanes + 1, job.acc_dtype);
     a.tap_gradients = partial.mutable_data_ptr();
   }
   std::unique_ptr<double[]> sums;
@@ -384,17 +385,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
 
   Tensor grad_weight = empty_like_sums(x, 0, weight.scalar_type());
   if (need_weight) {
-    const Tensor total = torch::stable::empty(weight.sizes(), job.wide, std::nullopt, x.device());
+    const Tensor total = torch::stable::empty(weight.sizes(), job.acc_dtype, std::nullopt, x.device());
     torch::stable::parallel_for(0, a.vectors, 1, [&](int64_t begin, int64_t end) {
-      if (job.wide == ScalarType::Double)
+      if (job.acc_dtype == ScalarType::Double)
         total_taps(job, static_cast<const double*>(a.tap_gradients), begin, end, total);
       else
         total_taps(job, static_cast<const float*>(a.tap_gradients), begin, end, total);
     });
     grad_weight = as_dtype_of(weight, total);
   }
-  const Tensor grad_scale = empty_like_sums(x, need_affine ? a.channels : 0, job.wide);
-  const Tensor grad_shift = empty_like_sums(x, need_affine ? a.channels : 0, job.wide);
+  const Tensor grad_scale = empty_like_sums(x, need_affine ? a.channels : 0, job.acc_dtype);
+  const Tensor grad_shift = empty_like_sums(x, need_affine ? a.channels : 0, job.acc_dtype);
   if (need_affine)
     for (int64_t c = 0; c < a.channels; ++c) {
       double by_scale = 0, by_shift = 0;

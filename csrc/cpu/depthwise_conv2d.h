@@ -1,4 +1,4 @@
-// The per-capability kernels of depthwise_conv2d*.vec.cpp and what they are told.
+// The per-capability kernels of depthwise_conv2d*.vec.cpp and their arguments.
 //
 // Forward and backward are one computation. A row of a stationary map (y forward; x and its gradient
 // backward) meets rows of a scanned map (h = act(scale x + shift) forward; dy backward) that wait in scratch

@@ -59,7 +59,7 @@ Axis make_axis(const DepthwiseGeometry& g, bool backward, bool interleave) {
         if ((e + (p - u) * d) % 2 == 0) axis.taps[e].push_back({(e + (p - u) * d) / 2, u, u});
   } else {
     axis.phases = interleave && d == 2 && g.stride == 1 ? 2 : 1;
-    // Stride and dilation 2 together: every pixel of h that counts stands at an even place.
+    // Stride and dilation 2 together: every pixel of h that counts is at an even position.
     axis.step = interleave ? d : 1;
     axis.scale = interleave && d == 2 ? 1 : g.stride;
     for (int e = 0; e < axis.phases; ++e)

@@ -41,7 +41,7 @@ NVAE_INLINE V activate(V u, V& slope) {
   }
 }
 
-// One row of a map as vectors: pixel s of vector g stands at p + s * pixel + g * V::size.
+// One row of a map as vectors: pixel s of vector g is at p + s * pixel + g * V::size.
 template <class T>
 struct Row {
   T* p;

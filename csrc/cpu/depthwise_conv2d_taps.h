@@ -22,7 +22,7 @@ NVAE_INLINE void unroll(F& f) {
 #define NVAE_EACH(i) [&](auto i) __attribute__((always_inline))
 
 // A segment for one row of stationary pixels and one vector of channels. row[k]: where the scanned pixel of
-// J = 0 and l = 0 stands.
+// J = 0 and l = 0 is.
 template <class S>
 struct TapRows {
   const S* const* row;
@@ -34,7 +34,7 @@ struct TapRows {
   S* out;          // y or dh
   int64_t stride;  // between stationary pixels of this phase, in scalars
   int64_t count;   // of them
-  bool add;        // to what stands in out
+  bool add;        // to what is in out
 };
 
 template <class V, int cols, int scale, bool data, bool weight, int tile>

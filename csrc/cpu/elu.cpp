@@ -5,20 +5,20 @@
 
 namespace nvae {
 
-static AffineActivationArgs as_row(const char* op, const Tensor& x, std::vector<Tensor>& hold) {
+static AffineActivationArgs as_row(const char* op, const Tensor& x, std::vector<Tensor>& keep_alive) {
   check_feature_map(op, "x", x);
   AffineActivationArgs a;
   a.dtype = dtype_of(op, x.scalar_type());
   a.activation = Activation::elu;
   a.batches = a.channels = 1;
   a.pixels = x.numel();
-  a.x = dense(x, is_channels_last(x), hold).const_data_ptr();
+  a.x = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
   return a;
 }
 
 static Tensor elu(const Tensor& x) {
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = as_row("elu", x, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = as_row("elu", x, keep_alive);
   const Coefficients one(a.dtype, std::vector<double>{1.0}), zero(a.dtype, std::vector<double>{0.0});
   a.scale = one.data();
   a.shift = zero.data();
@@ -30,10 +30,10 @@ static Tensor elu(const Tensor& x) {
 
 static Tensor elu_backward(const Tensor& grad, const Tensor& x) {
   const char* op = "elu_backward";
-  std::vector<Tensor> hold;
-  AffineActivationArgs a = as_row(op, x, hold);
+  std::vector<Tensor> keep_alive;
+  AffineActivationArgs a = as_row(op, x, keep_alive);
   check_same_shape(op, "grad", grad, x);
-  a.grad = dense_like(x, grad, hold).const_data_ptr();
+  a.grad = dense_like(x, grad, keep_alive).const_data_ptr();
   const Coefficients one(a.dtype, std::vector<double>{1.0}), zero(a.dtype, std::vector<double>{0.0});
   a.scale = a.alpha = one.data();
   a.shift = zero.data();

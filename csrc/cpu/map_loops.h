@@ -17,14 +17,14 @@ NVAE_INLINE void store(V v, T* p, int n) {
   else
     v.store(p, n);
 }
-constexpr int64_t kAhead = 2048;  // bytes
+constexpr int64_t kPrefetchBytes = 2048;
 template <class T>
-NVAE_INLINE void ahead(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0);
+NVAE_INLINE void prefetch(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 0);
 }
 template <class T>
-NVAE_INLINE void ahead_to_write(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 1);
+NVAE_INLINE void prefetch_for_write(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kPrefetchBytes, 1);
 }
 // The first n lanes; the others become `rest`.
 template <class V>
@@ -50,7 +50,7 @@ struct Raw {
 };
 
 // One stretch of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is
-// element `at + i * map_step` + j of a dense map, and stands at `eps + i * V::size` (rows: eps + i) in the
+// element `at + i * map_step` + j of a dense map, and is at `eps + i * V::size` (rows: eps + i) in the
 // noise.
 template <class S>
 struct Stretch {

@@ -10,7 +10,7 @@
 namespace nvae {
 
 static MixtureLogistic describe(const char* op, const Tensor& params, int64_t mixtures,
-                                std::vector<Tensor>& hold) {
+                                std::vector<Tensor>& keep_alive) {
   STD_TORCH_CHECK(mixtures >= 1 && params.dim() == 4 && params.size(1) == 10 * mixtures, op,
                   ": params must have shape (B, 10 * num_mixtures, H, W)");
   MixtureLogistic a;
@@ -19,7 +19,7 @@ static MixtureLogistic describe(const char* op, const Tensor& params, int64_t mi
   a.mixtures = mixtures;
   a.channels_last = is_channels_last(params);
   a.dtype = dtype_of(op, params.scalar_type());
-  a.params = packed_view(params, a.channels_last, hold);
+  a.params = packed_view(params, a.channels_last, keep_alive);
   return a;
 }
 
@@ -29,15 +29,15 @@ static ScalarType wide_type(const MixtureLogistic& a) {
 }
 
 static void add_image(const char* op, MixtureLogistic& a, const Tensor& params, const Tensor& x,
-                      int64_t num_bits, std::vector<Tensor>& hold) {
+                      int64_t num_bits, std::vector<Tensor>& keep_alive) {
   STD_TORCH_CHECK(x.dim() == 4 && x.size(0) == params.size(0) && x.size(1) == 3 &&
                       x.size(2) == params.size(2) && x.size(3) == params.size(3),
                   op, ": x must have shape (B, 3, H, W)");
   STD_TORCH_CHECK(num_bits >= 1 && num_bits <= 16, op, ": num_bits must be between 1 and 16");
   const ScalarType type = wide_type(a);
-  hold.push_back(x.scalar_type() == type ? x : torch::stable::to(x, type));
-  const Tensor image = hold.back();
-  a.image = packed_view(image, is_channels_last(image), hold);
+  keep_alive.push_back(x.scalar_type() == type ? x : torch::stable::to(x, type));
+  const Tensor image = keep_alive.back();
+  a.image = packed_view(image, is_channels_last(image), keep_alive);
   a.levels = static_cast<double>((int64_t(1) << num_bits) - 1);
 }
 
@@ -59,9 +59,9 @@ static Tensor empty_pixels(const Tensor& params, ScalarType type) {
 
 static Tensor log_prob(const Tensor& params, const Tensor& x, int64_t num_mixtures, int64_t num_bits) {
   const char* op = "mixture_logistic_log_prob";
-  std::vector<Tensor> hold;
-  MixtureLogistic a = describe(op, params, num_mixtures, hold);
-  add_image(op, a, params, x, num_bits, hold);
+  std::vector<Tensor> keep_alive;
+  MixtureLogistic a = describe(op, params, num_mixtures, keep_alive);
+  add_image(op, a, params, x, num_bits, keep_alive);
   const Tensor out = empty_pixels(params, wide_type(a));
   a.out = out.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end, void* scratch) {
@@ -73,9 +73,9 @@ static Tensor log_prob(const Tensor& params, const Tensor& x, int64_t num_mixtur
 static Tensor log_prob_backward(const Tensor& grad, const Tensor& params, const Tensor& x,
                                 int64_t num_mixtures, int64_t num_bits) {
   const char* op = "mixture_logistic_log_prob_backward";
-  std::vector<Tensor> hold;
-  MixtureLogistic a = describe(op, params, num_mixtures, hold);
-  add_image(op, a, params, x, num_bits, hold);
+  std::vector<Tensor> keep_alive;
+  MixtureLogistic a = describe(op, params, num_mixtures, keep_alive);
+  add_image(op, a, params, x, num_bits, keep_alive);
   STD_TORCH_CHECK(grad.dim() == 3 && grad.size(0) == params.size(0) && grad.size(1) == params.size(2) &&
                       grad.size(2) == params.size(3),
                   op, ": grad must have shape (B, H, W)");
@@ -99,8 +99,8 @@ static uint64_t sub_seed(uint64_t parent, int64_t i) {
 
 static Tensor sample(const Tensor& params, const Tensor& seed, int64_t num_mixtures, double temperature) {
   const char* op = "mixture_logistic_sample";
-  std::vector<Tensor> hold;
-  MixtureLogistic a = describe(op, params, num_mixtures, hold);
+  std::vector<Tensor> keep_alive;
+  MixtureLogistic a = describe(op, params, num_mixtures, keep_alive);
   STD_TORCH_CHECK(params.numel() < int64_t(1) << 34, op, ": params must have fewer than 2^34 elements");
   const uint64_t parent = seed_of(op, seed);
   a.component_seed = sub_seed(parent, 0);
@@ -115,8 +115,8 @@ static Tensor sample(const Tensor& params, const Tensor& seed, int64_t num_mixtu
 }
 
 static Tensor mean(const Tensor& params, int64_t num_mixtures) {
-  std::vector<Tensor> hold;
-  MixtureLogistic a = describe("mixture_logistic_mean", params, num_mixtures, hold);
+  std::vector<Tensor> keep_alive;
+  MixtureLogistic a = describe("mixture_logistic_mean", params, num_mixtures, keep_alive);
   const Tensor out = empty_map(params, 3, params.scalar_type(), false);
   a.out = out.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end, void* scratch) {

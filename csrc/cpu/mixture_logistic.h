@@ -1,5 +1,5 @@
-// The per-capability kernels of mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp, and what they
-// are told.
+// The per-capability kernels of mixture_logistic.vec.cpp and mixture_logistic_sample.vec.cpp, and their
+// arguments.
 #pragma once
 #include "../capability.h"
 #include "../maps.h"

@@ -14,7 +14,7 @@ namespace NVAE_ISA {
 // exp(-d):
 //
 //   inside    sigmoid(m + d) sigmoid(d - m) (1 - exp(-2d)) = E (1 - G^2) / ((1 + EG) (E + G))
-//   edges     sigmoid(m + d) or sigmoid(d - m), which is 1 / (1 + EG) where the pixel lies on the edge's own
+//   edges     sigmoid(m + d) or sigmoid(d - m), which is 1 / (1 + EG) where the pixel is on the edge's own
 //   side of
 //             the mean, else exp(min(d - |m|, 0)) max(E, G) / (E + G)
 //   density   exp(-|m|) 2 / (levels s) / (1 + E)^2

@@ -9,26 +9,26 @@ namespace nvae {
 
 static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& params,
                                   std::optional<double> clamp, double sigma_floor,
-                                  std::vector<Tensor>& hold) {
+                                  std::vector<Tensor>& keep_alive) {
   const char* op = "normal_log_prob";
   STD_TORCH_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W)");
   NormalLogProbArgs a;
   static_cast<MapShape&>(a) = shape_of(z, z.size(1));
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
   a.dtype = dtype_of(op, z.scalar_type());
-  a.z = packed_view(z, a.channels_last, hold);
+  a.z = packed_view(z, a.channels_last, keep_alive);
   if (params) {
     check_packed(op, "params", *params);
     check_map(op, "z", z, *params);
-    a.params = packed_view(as_dtype_of(z, *params), a.channels_last, hold);
+    a.params = packed_view(as_dtype_of(z, *params), a.channels_last, keep_alive);
   }
   return a;
 }
 
 static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params,
                               std::optional<double> clamp, double sigma_floor) {
-  std::vector<Tensor> hold;
-  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
+  std::vector<Tensor> keep_alive;
+  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, keep_alive);
   PartialSums sums(a, 1);
   a.partial = sums.data();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_forward, a, begin, end); });
@@ -39,9 +39,9 @@ static std::tuple<Tensor, Tensor> normal_log_prob_backward(const Tensor& grad, c
                                                            const std::optional<Tensor>& params,
                                                            std::optional<double> clamp, double sigma_floor,
                                                            bool need_z, bool need_params) {
-  std::vector<Tensor> hold;
+  std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
-  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, hold);
+  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, keep_alive);
   a.grad = sums_gradient(grad, sums);
   need_params = need_params && params;
   const Tensor grad_z = empty_unless(need_z, z, a.channels, z.scalar_type(), a.channels_last);

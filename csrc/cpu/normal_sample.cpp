@@ -9,7 +9,8 @@ namespace nvae {
 
 static NormalSampleArgs describe(const Tensor& params, const std::optional<Tensor>& noise,
                                  const std::optional<Tensor>& seed, double temperature,
-                                 std::optional<double> clamp, double sigma_floor, std::vector<Tensor>& hold) {
+                                 std::optional<double> clamp, double sigma_floor,
+                                 std::vector<Tensor>& keep_alive) {
   const char* op = "normal_sample";
   check_packed(op, "params", params);
   NormalSampleArgs a;
@@ -17,16 +18,16 @@ static NormalSampleArgs describe(const Tensor& params, const std::optional<Tenso
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
   a.temperature = temperature;
   a.dtype = dtype_of(op, params.scalar_type());
-  a.params = packed_view(params, a.channels_last, hold);
-  a.noise = noise_of(op, params, noise, seed, a.channels_last, hold);
+  a.params = packed_view(params, a.channels_last, keep_alive);
+  a.noise = noise_of(op, params, noise, seed, a.channels_last, keep_alive);
   return a;
 }
 
 static Tensor normal_sample(const Tensor& params, const std::optional<Tensor>& noise,
                             const std::optional<Tensor>& seed, double temperature,
                             std::optional<double> clamp, double sigma_floor) {
-  std::vector<Tensor> hold;
-  NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, hold);
+  std::vector<Tensor> keep_alive;
+  NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, keep_alive);
   const Tensor z = empty_map(params, a.channels, params.scalar_type(), a.channels_last);
   a.z = z.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_sample_forward, a, begin, end); });
@@ -39,11 +40,11 @@ static std::tuple<Tensor, Tensor> normal_sample_backward(const Tensor& grad_z, c
                                                          double temperature, std::optional<double> clamp,
                                                          double sigma_floor, bool need_params,
                                                          bool need_noise) {
-  std::vector<Tensor> hold;
-  NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, hold);
+  std::vector<Tensor> keep_alive;
+  NormalSampleArgs a = describe(params, noise, seed, temperature, clamp, sigma_floor, keep_alive);
   const ScalarType type = params.scalar_type();
   check_map("normal_sample_backward", "grad_z", grad_z, params);
-  a.grad_z = map_gradient(grad_z, type, a.channels_last, hold);
+  a.grad_z = map_gradient(grad_z, type, a.channels_last, keep_alive);
   need_noise = need_noise && noise;
   const Tensor grad_params = empty_unless(need_params, params, 2 * a.channels, type, a.channels_last);
   const Tensor grad_noise =

@@ -1,4 +1,4 @@
-// The per-capability kernels of normal_sample.vec.cpp and what they are told.
+// The per-capability kernels of normal_sample.vec.cpp and their arguments.
 #pragma once
 #include "../capability.h"
 #include "../maps.h"

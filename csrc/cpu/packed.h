@@ -35,15 +35,15 @@ inline Tensor as_dtype_of(const Tensor& like, const Tensor& t) {
 }
 
 // t as a dense tensor of the layout asked for; a copy only when it is laid out otherwise.
-inline const Tensor& dense(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
-  hold.push_back(
+inline const Tensor& dense(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
+  keep_alive.push_back(
       torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
-  return hold.back();
+  return keep_alive.back();
 }
 
 // Packed parameters as they are where the kernel can walk them (pixels in one stride, and unit stride over
 // pixels or, with channels_last, over channels), else a dense copy.
-inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tensor>& hold) {
+inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
   const int64_t h = t.size(2), w = t.size(3);
   int64_t pixel = w > 1 ? t.stride(3) : t.stride(2);
   if (h * w == 1) pixel = 1;
@@ -54,10 +54,11 @@ inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tenso
       empty || (one_stride && (channels_last ? t.stride(1) == 1 || t.size(1) == 1 : pixel == 1));
   if (fits) {
     const Packed found{t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
-    hold.push_back(Tensor(t));  // t may be a conversion that nobody else keeps, or stand in hold itself
+    keep_alive.push_back(
+        Tensor(t));  // t may be a conversion that nobody else keeps, or stand in keep_alive itself
     return found;
   }
-  return packed_view(dense(t, channels_last, hold), channels_last, hold);
+  return packed_view(dense(t, channels_last, keep_alive), channels_last, keep_alive);
 }
 
 // The shape of the map (B, Z, H, W) that belongs to packed parameters (B, 2Z, H, W), or of a map itself.
@@ -71,13 +72,14 @@ inline MapShape shape_of(const Tensor& t, int64_t channels) {
 }
 
 inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<Tensor>& noise,
-                      const std::optional<Tensor>& seed, bool channels_last, std::vector<Tensor>& hold) {
+                      const std::optional<Tensor>& seed, bool channels_last,
+                      std::vector<Tensor>& keep_alive) {
   STD_TORCH_CHECK(noise.has_value() != seed.has_value(), op, ": give either noise or seed");
   Noise n;
   if (noise) {
     check_map(op, "noise", *noise, packed);
     n.dtype = dtype_of(op, noise->scalar_type());
-    n.data = dense(*noise, channels_last, hold).const_data_ptr();
+    n.data = dense(*noise, channels_last, keep_alive).const_data_ptr();
   } else {
     n.seed = seed_of(op, *seed);
   }
@@ -86,14 +88,14 @@ inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<
 
 // An upstream gradient in the layout and dtype of its map.
 inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last,
-                                std::vector<Tensor>& hold) {
-  return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, hold)
+                                std::vector<Tensor>& keep_alive) {
+  return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, keep_alive)
       .const_data_ptr();
 }
 // An upstream gradient of sums (B, Z) as float64, null when there is none. Read here: it is small, often
 // expanded from one number, and two trips through the dispatcher cost more.
 inline const double* sums_gradient(const std::optional<Tensor>& grad,
-                                   std::vector<std::vector<double>>& hold) {
+                                   std::vector<std::vector<double>>& keep_alive) {
   if (!grad) return nullptr;
   STD_TORCH_CHECK(grad->dim() == 2, "gradient of sums: expected shape (B, Z), got ", grad->dim(),
                   " dimensions");
@@ -110,8 +112,8 @@ inline const double* sums_gradient(const std::optional<Tensor>& grad,
     read(grad->const_data_ptr<float>());
   else
     STD_TORCH_CHECK(false, "gradient of sums: expected float32 or float64");
-  hold.push_back(std::move(values));
-  return hold.back().data();
+  keep_alive.push_back(std::move(values));
+  return keep_alive.back().data();
 }
 
 inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type,

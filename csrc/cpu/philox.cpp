@@ -35,7 +35,7 @@ static Tensor philox_normal(const std::vector<int64_t>& size, const Tensor& seed
   const uint64_t key = seed_of("philox_normal", seed);
   int64_t count = 1;
   for (int64_t extent : size) {
-    STD_TORCH_CHECK(extent >= 0, "philox_normal: size must hold no negative extent, got ", extent);
+    STD_TORCH_CHECK(extent >= 0, "philox_normal: size must keep_alive no negative extent, got ", extent);
     count *= extent;
   }
   STD_TORCH_CHECK(!channels_last || size.size() == 4,

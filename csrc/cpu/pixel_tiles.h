@@ -1,6 +1,6 @@
 // Tiles of a map (B, C, pixels) for kernels that work on pixels side by side and need all channels of one:
 // V::size pixels of one image, element (channel, pixel) at tile[channel * V::size + pixel], whatever the
-// map's layout. A tile has room for V::size - 1 channels more than it holds. For csrc/cpu/<op>.vec.cpp files.
+// map's layout. A tile has space for V::size - 1 channels more than it holds. For csrc/cpu/<op>.vec.cpp files.
 #pragma once
 #include "../maps.h"
 #include "../vec.h"

@@ -23,24 +23,24 @@ static bool is_dense(const Tensor& t, bool channels_last) {
 // x beside a map whose format is `channels_last`: as it is when dense in either format, else a copy in that
 // one; says whether it is the other one.
 static bool beside(const Tensor& x, Dtype dtype, ScalarType type, bool channels_last, const void** data,
-                   std::vector<Tensor>& hold) {
-  hold.push_back(x);
-  if (dtype_of("plane_affine", x.scalar_type()) != dtype) hold.push_back(torch::stable::to(x, type));
-  const Tensor& same = hold.back();
+                   std::vector<Tensor>& keep_alive) {
+  keep_alive.push_back(x);
+  if (dtype_of("plane_affine", x.scalar_type()) != dtype) keep_alive.push_back(torch::stable::to(x, type));
+  const Tensor& same = keep_alive.back();
   const bool mixed = !is_dense(same, channels_last) && is_dense(same, !channels_last);
-  *data = mixed ? same.const_data_ptr() : dense(Tensor(same), channels_last, hold).const_data_ptr();
+  *data = mixed ? same.const_data_ptr() : dense(Tensor(same), channels_last, keep_alive).const_data_ptr();
   return mixed;
 }
 
 // Coefficients (B, C) or (1, C), in the dtype the kernels compute in.
 static PlaneCoefficients planes(const char* name, const Tensor& t, const MapShape& m, Dtype dtype,
-                                std::vector<Tensor>& hold) {
+                                std::vector<Tensor>& keep_alive) {
   STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == m.batches || t.size(0) == 1) && t.size(1) == m.channels,
                   "plane_affine: ", name, " must have shape (B, C) or (1, C)");
   const ScalarType type = wide_type(dtype);
-  hold.push_back(t.scalar_type() == type ? t : torch::stable::to(t, type));
-  hold.push_back(torch::stable::contiguous(Tensor(hold.back())));
-  return {hold.back().const_data_ptr(), t.size(0) == 1 ? 0 : m.channels};
+  keep_alive.push_back(t.scalar_type() == type ? t : torch::stable::to(t, type));
+  keep_alive.push_back(torch::stable::contiguous(Tensor(keep_alive.back())));
+  return {keep_alive.back().const_data_ptr(), t.size(0) == 1 ? 0 : m.channels};
 }
 
 Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
@@ -51,16 +51,16 @@ Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor
   if (y) check_same_shape(op, "y", *y, x);
   const Tensor& like = y ? *y : x;
   const bool last = is_channels_last(like);
-  std::vector<Tensor> hold;
-  hold.reserve(16);
+  std::vector<Tensor> keep_alive;
+  keep_alive.reserve(16);
   PlaneAffineArgs args;
   static_cast<MapShape&>(args) = planes_of(like);
   args.dtype = dtype_of(op, like.scalar_type());
-  args.mixed = beside(x, args.dtype, like.scalar_type(), last, &args.x, hold);
-  if (y) args.y = dense(*y, last, hold).const_data_ptr();
-  args.a = planes("a", a, args, args.dtype, hold);
-  if (b) args.b = planes("b", *b, args, args.dtype, hold);
-  if (c) args.c = planes("c", *c, args, args.dtype, hold);
+  args.mixed = beside(x, args.dtype, like.scalar_type(), last, &args.x, keep_alive);
+  if (y) args.y = dense(*y, last, keep_alive).const_data_ptr();
+  args.a = planes("a", a, args, args.dtype, keep_alive);
+  if (b) args.b = planes("b", *b, args, args.dtype, keep_alive);
+  if (c) args.c = planes("c", *c, args, args.dtype, keep_alive);
   const Tensor out = empty_map_like(like);
   args.out = out.mutable_data_ptr();
   MapShape walk = args;
@@ -75,13 +75,13 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
   check_feature_map(op, "x", x);
   check_same_shape(op, "y", y, x);
   const bool last = is_channels_last(x);
-  std::vector<Tensor> hold;
-  hold.reserve(8);
+  std::vector<Tensor> keep_alive;
+  keep_alive.reserve(8);
   PlaneDotsArgs args;
   static_cast<MapShape&>(args) = planes_of(x);
   args.dtype = dtype_of(op, x.scalar_type());
-  args.x = dense(x, last, hold).const_data_ptr();
-  args.mixed = beside(y, args.dtype, x.scalar_type(), last, &args.y, hold);
+  args.x = dense(x, last, keep_alive).const_data_ptr();
+  args.mixed = beside(y, args.dtype, x.scalar_type(), last, &args.y, keep_alive);
   args.x_channels_last = last;
   args.channels_last |= args.mixed;
   std::optional<Coefficients> pivots;

@@ -43,11 +43,11 @@ inline int64_t count_of(const MapShape& m, int64_t part) {
 }
 
 // A map in the layout and dtype of another, a copy only when it is not.
-inline const Tensor& dense_like(const Tensor& like, const Tensor& t, std::vector<Tensor>& hold) {
+inline const Tensor& dense_like(const Tensor& like, const Tensor& t, std::vector<Tensor>& keep_alive) {
   const bool last = is_channels_last(like);
-  if (t.scalar_type() == like.scalar_type()) return dense(t, last, hold);
+  if (t.scalar_type() == like.scalar_type()) return dense(t, last, keep_alive);
   const Tensor converted = torch::stable::to(t, like.scalar_type());
-  return dense(converted, last, hold);
+  return dense(converted, last, keep_alive);
 }
 inline Tensor empty_map_like(const Tensor& like) {
   return empty_map(like, like.size(1), like.scalar_type(), is_channels_last(like));

@@ -8,11 +8,11 @@
 
 namespace nvae {
 
-// What forward and backward are told alike. Copies that had to be made are kept alive in `hold`.
+// Arguments of both forward and backward. Copies that had to be made are kept alive in `keep_alive`.
 static ResidualNormalArgs describe(const Tensor& posterior, const std::optional<Tensor>& prior,
                                    const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
                                    bool residual, std::optional<double> clamp, double sigma_floor,
-                                   std::vector<Tensor>& hold) {
+                                   std::vector<Tensor>& keep_alive) {
   const char* op = "residual_normal";
   check_packed(op, "posterior", posterior);
   ResidualNormalArgs a;
@@ -20,21 +20,21 @@ static ResidualNormalArgs describe(const Tensor& posterior, const std::optional<
   a.residual = residual && prior.has_value();
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
   a.dtype = dtype_of(op, posterior.scalar_type());
-  a.posterior = packed_view(posterior, a.channels_last, hold);
+  a.posterior = packed_view(posterior, a.channels_last, keep_alive);
   if (prior) {
     check_packed(op, "prior", *prior);
     STD_TORCH_CHECK(same_shape(*prior, posterior), op, ": prior must have the shape of posterior");
-    a.prior = packed_view(as_dtype_of(posterior, *prior), a.channels_last, hold);
+    a.prior = packed_view(as_dtype_of(posterior, *prior), a.channels_last, keep_alive);
   }
-  a.noise = noise_of(op, posterior, noise, seed, a.channels_last, hold);
+  a.noise = noise_of(op, posterior, noise, seed, a.channels_last, keep_alive);
   return a;
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_normal(
     const Tensor& posterior, const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& seed, bool residual, std::optional<double> clamp, double sigma_floor) {
-  std::vector<Tensor> hold;
-  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, hold);
+  std::vector<Tensor> keep_alive;
+  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
   const Tensor z = empty_map(posterior, a.channels, posterior.scalar_type(), a.channels_last);
   PartialSums sums(a, a.kSums);
   a.z = z.mutable_data_ptr();
@@ -49,13 +49,13 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
     const std::optional<Tensor>& prior, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
     bool residual, std::optional<double> clamp, double sigma_floor, bool need_posterior, bool need_prior,
     bool need_noise) {
-  std::vector<Tensor> hold;
+  std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
-  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, hold);
+  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
   const ScalarType type = posterior.scalar_type();
   if (grad_z) {
     check_map("residual_normal_backward", "grad_z", *grad_z, posterior);
-    a.grad_z = map_gradient(*grad_z, type, a.channels_last, hold);
+    a.grad_z = map_gradient(*grad_z, type, a.channels_last, keep_alive);
   }
   a.grad_kl = sums_gradient(grad_kl, sums);
   a.grad_log_q = sums_gradient(grad_log_q, sums);

@@ -9,7 +9,7 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// A kernel of this length is bound by what one core can hold in flight: written as one loop, every element
+// A kernel of this length is bound by what one core can keep_alive in flight: written as one loop, every element
 // waits through some forty dependent operations. So a block of vectors goes through short loops, each of
 // which overlaps with its own next turns, by way of buffers in the first-level cache.
 template <class V>
@@ -61,7 +61,7 @@ struct Model {
   Squasher<V> squash;
   bool has_prior, residual;
   // Elements whose sigmas may be multiplied before a logarithm is taken, see Sums. With the clamp at 5 a
-  // ratio of sigmas lies within exp(+-10), and eight of them stay clear of overflow.
+  // ratio of sigmas is within exp(+-10), and eight of them stay clear of overflow.
   int per_log;
   S fixed_sigma_p;
 
@@ -72,7 +72,7 @@ struct Model {
         per_log(a.squash.clamped && a.squash.clamp <= 5.0 && a.squash.floor <= 1.0 ? 8 : 1),
         fixed_sigma_p(S(1) + static_cast<S>(a.squash.floor)) {}
 
-  // Squashes the block that begins at vector `first`; vector v stands v * step on from q.mu and so on.
+  // Squashes the block that begins at vector `first`; vector v is v * step on from q.mu and so on.
   template <bool kSlopes>
   NVAE_INLINE void fill(Block<V>& block, const Vectors<V>& vectors, int64_t first, const Raw<T>& q,
                         const Raw<T>& p, int64_t q_step, int64_t p_step) const {
@@ -83,14 +83,14 @@ struct Model {
           first, NVAE_BODY {
             const T *mu_q = q.mu + v * q_step, *ls_q = q.log_sigma + v * q_step;
             const T *mu_p = p.mu + v * p_step, *ls_p = p.log_sigma + v * p_step;
-            ahead(mu_q), ahead(ls_q), ahead(mu_p), ahead(ls_p);
+            prefetch(mu_q), prefetch(ls_q), prefetch(mu_p), prefetch(ls_p);
             V raw[4] = {load<V>(mu_q, n), load<V>(ls_q, n), load<V>(mu_p, n), load<V>(ls_p, n)}, u[4],
               slope[4];
             if (residual) {
               raw[0] = raw[0] + raw[2];
               raw[1] = raw[1] + raw[3];
             }
-            squash.bend(raw, u, slope);
+            squash.tanh_clamp(raw, u, slope);
             put(u[0], block.q.mu, v);
             put(u[1], block.q.exp_ls, v);
             put(u[2], block.p.mu, v);
@@ -106,10 +106,10 @@ struct Model {
       vectors.each(
           first, NVAE_BODY {
             const T *mu_q = q.mu + v * q_step, *ls_q = q.log_sigma + v * q_step;
-            ahead(mu_q), ahead(ls_q);
+            prefetch(mu_q), prefetch(ls_q);
             const V raw[2] = {load<V>(mu_q, n), load<V>(ls_q, n)};
             V u[2], slope[2];
-            squash.bend(raw, u, slope);
+            squash.tanh_clamp(raw, u, slope);
             put(u[0], block.q.mu, v);
             put(u[1], block.q.exp_ls, v);
             if (kSlopes) {
@@ -210,7 +210,7 @@ static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors,
           const V inverse_p = V(S(1)) / at.sigma_p;
           const V z = fma(at.sigma_q, eps, at.mu_q);
           T* out = z_at + v * z_step;
-          ahead_to_write(out);
+          prefetch_for_write(out);
           store(z, out, n);
           typename Sums<V>::Terms t;
           t.sigma_q = at.sigma_q;
@@ -292,8 +292,8 @@ struct Gradients {
   // The gradients of a packed tensor, at element `at` of it.
   template <class V>
   NVAE_INLINE void leave(T* to, V mu, V ls, int64_t at, int n) const {
-    ahead_to_write(to + at);
-    ahead_to_write(to + at + log_sigma);
+    prefetch_for_write(to + at);
+    prefetch_for_write(to + at + log_sigma);
     store(mu, to + at, n);
     store(ls, to + at + log_sigma, n);
   }
@@ -324,7 +324,7 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
           const auto at = model.normals(block, place);
           V g_z(S(0)), inverse_p, inverse_q;
           if (g.z) {
-            ahead(g.z + map);
+            prefetch(g.z + map);
             g_z = load<V>(g.z + map, n);
           }
           bool shared = model.per_log > 1;

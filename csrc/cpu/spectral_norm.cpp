@@ -54,7 +54,7 @@ static std::vector<Group> groups_of(const char* op, const Tensors& weights, cons
   int64_t first = 0;
   for (const Tensor& vectors : u) {
     STD_TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous(), op,
-                    ": u must hold contiguous (n, rows) tensors");
+                    ": u must keep_alive contiguous (n, rows) tensors");
     STD_TORCH_CHECK(first + vectors.size(0) <= static_cast<int64_t>(weights.size()), op,
                     ": expected one weight for each vector");
     const int64_t rows = vectors.size(1);
@@ -79,7 +79,7 @@ static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weig
                   ": expected float32 or float64");
   const bool wide = type == ScalarType::Double;
   const int64_t size = wide ? 8 : 4, count = static_cast<int64_t>(weights.size());
-  Tensors hold, u_out, v_out;
+  Tensors keep_alive, u_out, v_out;
   std::vector<double> lengths(weights.size(), 0.0);
   std::vector<SpectralLayer> layers;
   const std::vector<Group> groups = groups_of(op, weights, u);
@@ -92,9 +92,9 @@ static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weig
     char* v = static_cast<char*>(v_out.back().mutable_data_ptr());
     for (int64_t i = 0; i < n; ++i) {
       const Tensor& w = weights[groups[g].first + i];
-      hold.push_back(has_inner_channels(w) ? w : torch::stable::contiguous(w));
+      keep_alive.push_back(has_inner_channels(w) ? w : torch::stable::contiguous(w));
       SpectralLayer layer;
-      layer.matrix = hold.back().const_data_ptr();
+      layer.matrix = keep_alive.back().const_data_ptr();
       layer.rows = rows;
       layer.columns = columns;
       layer.wide = wide;
@@ -107,8 +107,8 @@ static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weig
   for_each(count, [&](int64_t i) {
     const SpectralLayer& layer = layers[i];
     NVAE_CALL(spectral_iterate, layer, iterations, eps);
-    if (!has_inner_channels(hold[i])) return;
-    const int64_t channels = hold[i].size(1), pixels = layer.columns / channels;
+    if (!has_inner_channels(keep_alive[i])) return;
+    const int64_t channels = keep_alive[i].size(1), pixels = layer.columns / channels;
     const auto reorder = [&](auto* v) {
       using S = std::remove_pointer_t<decltype(v)>;
       const std::vector<S> inner(v, v + layer.columns);
@@ -127,7 +127,7 @@ static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weig
 static Tensors spectral_gradients(const Tensor& grad, const Tensors& weights, const Tensors& u,
                                   const Tensors& v) {
   const char* op = "spectral_gradients";
-  Tensors gradients, hold;
+  Tensors gradients, keep_alive;
   if (weights.empty()) return gradients;
   const bool wide = weights[0].scalar_type() == ScalarType::Double;
   const int64_t size = wide ? 8 : 4;

@@ -1,4 +1,4 @@
-// The per-capability kernels of spectral_norm.vec.cpp and what they are told.
+// The per-capability kernels of spectral_norm.vec.cpp and their arguments.
 #pragma once
 #include <cstdint>
 

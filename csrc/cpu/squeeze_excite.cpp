@@ -21,10 +21,10 @@ static std::tuple<Tensor, Tensor> squeeze_excite(const Tensor& x, const Tensor& 
   const char* op = "squeeze_excite";
   check_feature_map(op, "x", x);
   const Tensor pooled = std::get<0>(channel_statistics(x, true));
-  const ScalarType wide = pooled.scalar_type();
-  const Tensor factor =
-      std::get<3>(gate_coefficients(pooled, std::nullopt, std::nullopt, in_type(w1, wide), in_type(b1, wide),
-                                    in_type(w2, wide), in_type(b2, wide), residual_scale));
+  const ScalarType acc_dtype = pooled.scalar_type();
+  const Tensor factor = std::get<3>(
+      gate_coefficients(pooled, std::nullopt, std::nullopt, in_type(w1, acc_dtype), in_type(b1, acc_dtype),
+                        in_type(w2, acc_dtype), in_type(b2, acc_dtype), residual_scale));
   std::optional<Tensor> added;
   if (skip) added = in_type(*skip, promoted(x.scalar_type(), skip->scalar_type()));
   return {plane_affine(x, factor, added, std::nullopt, std::nullopt), pooled};

@@ -1,4 +1,4 @@
-// The per-capability kernels of weight_norm.vec.cpp and what they are told: all layers at once.
+// The per-capability kernels of weight_norm.vec.cpp and their arguments: all layers at once.
 #pragma once
 #include "../capability.h"
 #include "../types.h"

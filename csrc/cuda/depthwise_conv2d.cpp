@@ -128,7 +128,7 @@ struct Call {
     const Tensor workspace = empty({cuda::depthwise_workspace(p)}, ScalarType::Byte, input);
     p.workspace = workspace.mutable_data_ptr();
     const int error = launch(p, current_stream(static_cast<int32_t>(p.device)));
-    STD_TORCH_CHECK(error == 0, op, ": CUDA: ", cuda::error_text(error));
+    STD_TORCH_CHECK(error == 0, op, ": CUDA: ", cuda::depthwise_error(error, p));
   }
 };
 

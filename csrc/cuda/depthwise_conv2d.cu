@@ -17,19 +17,31 @@ int general_chunks(const DepthwiseConv2d& p) {
   return static_cast<int>(chunks < 1 ? 1 : chunks);
 }
 
-int64_t forward_partials(const DepthwiseForward& p) {
-  if (!depthwise_is_fast(p)) return general_chunks(p);
+// What visit(Shape, Walk) says of the fast kernel that runs.
+template <class Visit>
+int64_t of_launch(const DepthwiseForward& p, Visit visit) {
   return forward_kind(p, [&](auto kind) {
-    const Walk w = forward_walk<typename decltype(kind)::Shape>(p);
-    return static_cast<int64_t>(w.views) * w.job_blocks;
+    using Shape = typename decltype(kind)::Shape;
+    return static_cast<int64_t>(visit(Shape{}, walk_of<Shape>(p)));
   });
 }
-int64_t backward_partials(const DepthwiseBackward& p) {
-  if (!depthwise_is_fast(p)) return general_chunks(p);
+template <class Visit>
+int64_t of_launch(const DepthwiseBackward& p, Visit visit) {
   return backward_kind(p, [&](auto kind) {
-    const Walk w = backward_walk<typename decltype(kind)::Shape>(p);
-    return static_cast<int64_t>(w.views) * w.job_blocks;
+    using Shape = typename decltype(kind)::Shape;
+    return static_cast<int64_t>(visit(Shape{}, walk_of<Shape>(p)));
   });
+}
+
+template <class Problem>
+int64_t partials(const Problem& p) {
+  if (!depthwise_is_fast(p)) return general_chunks(p);
+  return of_launch(p, [](auto, const Walk& w) { return int64_t{w.views} * w.job_blocks; });
+}
+template <class Problem>
+int64_t shared_memory(const Problem& p) {
+  if (!depthwise_is_fast(p)) return 0;
+  return of_launch(p, [&](auto shape, const Walk& w) { return shape.shared(w, p); });
 }
 int64_t backward_taps(const DepthwiseConv2d& p) {
   return p.kernel + (depthwise_is_fast(p) && is_folded(p) ? 1 : 0);
@@ -51,15 +63,14 @@ template <class S>
 cudaError_t finish(const DepthwiseForward& p, void* stream) {
   const unsigned groups = static_cast<unsigned>(ceil_divide(p.channels, kLanes));
   NVAE_LAUNCH(depthwise_finish_stats<S>, groups, 32 * kStrands, 0, stream, static_cast<const S*>(p.workspace),
-              static_cast<int>(forward_partials(p)), p.channels, static_cast<S*>(p.mean),
-              static_cast<S*>(p.m2));
+              static_cast<int>(partials(p)), p.channels, static_cast<S*>(p.mean), static_cast<S*>(p.m2));
   return cudaGetLastError();
 }
 template <class S>
 cudaError_t finish(const DepthwiseBackward& p, void* stream) {
   FinishGradients a = {};
   a.partial = p.workspace;
-  a.count = static_cast<int>(backward_partials(p));
+  a.count = static_cast<int>(partials(p));
   a.kernel = static_cast<int>(p.kernel);
   a.masked = p.masked != 0;
   for (int i = 0; i < 32; ++i) a.live[i] = p.live[i];
@@ -90,24 +101,32 @@ cudaError_t general(const DepthwiseBackward& p, void* stream) {
   return cudaGetLastError();
 }
 
+template <class Problem>
+std::string describe(int error, const Problem& p) {
+  const int64_t needed = shared_memory(p);
+  int64_t limit = 0;
+  if (shared_memory_limit(p.device, limit) == cudaSuccess && needed > limit)
+    return "a block needs " + std::to_string(needed) + " bytes of shared memory, this GPU has " +
+           std::to_string(limit);
+  return cudaGetErrorString(static_cast<cudaError_t>(error));
+}
+
 }  // namespace
 
 bool depthwise_is_fast(const DepthwiseConv2d& p) {
   const int64_t k = p.kernel;
-  // Rows, columns and their strides in a tile are counted in 32 bits.
-  const int64_t most = int64_t{1} << 24;
+  // Rows and columns, and the bytes between them in a view, are counted in 32 bits.
+  const int64_t most = int64_t{1} << 24, row = p.width * p.upsample * p.channels;
   return p.channels_last && p.dtype != Dtype::f64 && (k == 3 || k == 5 || k == 7 || k == 11) &&
-         p.height < most && p.width < most;
+         p.height < most && p.width < most && row < int64_t{1} << 28;
 }
 
 int64_t depthwise_workspace(const DepthwiseForward& p) {
-  return p.mean ? forward_partials(p) * 3 * p.channels * bytes(p.dtype) : 0;
+  return p.mean ? partials(p) * 3 * p.channels * bytes(p.dtype) : 0;
 }
 int64_t depthwise_workspace(const DepthwiseBackward& p) {
   const int64_t taps = backward_taps(p);
-  return p.grad_weight || p.grad_scale
-             ? backward_partials(p) * (taps * taps + 2) * p.channels * bytes(p.dtype)
-             : 0;
+  return p.grad_weight || p.grad_scale ? partials(p) * (taps * taps + 2) * p.channels * bytes(p.dtype) : 0;
 }
 
 int depthwise_forward(const DepthwiseForward& p, void* stream) {
@@ -140,7 +159,11 @@ int depthwise_backward(const DepthwiseBackward& p, void* stream) {
   return p.dtype == Dtype::f64 ? finish<double>(p, stream) : finish<float>(p, stream);
 }
 
-const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+int64_t depthwise_shared_memory(const DepthwiseForward& p) { return shared_memory(p); }
+int64_t depthwise_shared_memory(const DepthwiseBackward& p) { return shared_memory(p); }
+
+std::string depthwise_error(int error, const DepthwiseForward& p) { return describe(error, p); }
+std::string depthwise_error(int error, const DepthwiseBackward& p) { return describe(error, p); }
 
 }  // namespace cuda
 }  // namespace nvae

@@ -2,6 +2,7 @@
 // headers. Maps are dense (NHWC or NCHW); per-channel vectors are float, or double for f64 maps.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "../types.h"
 
@@ -54,10 +55,16 @@ bool depthwise_is_fast(const DepthwiseConv2d& p);
 // Bytes of workspace.
 int64_t depthwise_workspace(const DepthwiseForward& p);
 int64_t depthwise_workspace(const DepthwiseBackward& p);
+// Bytes of shared memory of a block; 0 for the general kernels, which need next to none.
+int64_t depthwise_shared_memory(const DepthwiseForward& p);
+int64_t depthwise_shared_memory(const DepthwiseBackward& p);
 // 0, or CUDA's error.
 int depthwise_forward(const DepthwiseForward& p, void* stream);
 int depthwise_backward(const DepthwiseBackward& p, void* stream);
-const char* error_text(int error);
+// What an error of these says; where shared memory does not suffice, how much is needed and what the device
+// has.
+std::string depthwise_error(int error, const DepthwiseForward& p);
+std::string depthwise_error(int error, const DepthwiseBackward& p);
 
 }  // namespace cuda
 }  // namespace nvae

@@ -24,24 +24,50 @@ struct OnLoadGradient {
   const float* alpha;  // in shared memory
   const float* beta;
   const float* gamma;
-  int64_t pool_row, pool_column;  // elements to the neighbours; row 0: no pooling
-  __device__ __forceinline__ float one(int lane, float grad, float out) const {
-    return fmaf(alpha[lane], grad, fmaf(beta[lane], out, gamma[lane]));
+  int pool_row, pool_column;  // bytes to the neighbours; row 0: no pooling
+  struct Four {
+    float4 a, b, c;
+    __device__ __forceinline__ float4 operator()(float4 grad, float4 out) const {
+      return make_float4(fmaf(a.x, grad.x, fmaf(b.x, out.x, c.x)), fmaf(a.y, grad.y, fmaf(b.y, out.y, c.y)),
+                         fmaf(a.z, grad.z, fmaf(b.z, out.z, c.z)), fmaf(a.w, grad.w, fmaf(b.w, out.w, c.w)));
+    }
+  };
+  __device__ __forceinline__ Four of(int channel) const {
+    return {*reinterpret_cast<const float4*>(alpha + channel),
+            *reinterpret_cast<const float4*>(beta + channel),
+            *reinterpret_cast<const float4*>(gamma + channel)};
   }
-  __device__ __forceinline__ float4 four(int lane, float4 grad, float4 out) const {
-    const float4 a = *reinterpret_cast<const float4*>(alpha + lane);
-    const float4 b = *reinterpret_cast<const float4*>(beta + lane);
-    const float4 c = *reinterpret_cast<const float4*>(gamma + lane);
-    return make_float4(fmaf(a.x, grad.x, fmaf(b.x, out.x, c.x)), fmaf(a.y, grad.y, fmaf(b.y, out.y, c.y)),
-                       fmaf(a.z, grad.z, fmaf(b.z, out.z, c.z)), fmaf(a.w, grad.w, fmaf(b.w, out.w, c.w)));
+  __device__ __forceinline__ float one(int channel, float grad, float out) const {
+    return fmaf(alpha[channel], grad, fmaf(beta[channel], out, gamma[channel]));
   }
   template <Dtype D>
   __device__ float load(const typename Word<D>::Type* from) const {
-    float v = widen<D>(*from);
-    if (pool_row != 0)
-      v = (v + widen<D>(from[pool_column])) +
-          (widen<D>(from[pool_row]) + widen<D>(from[pool_row + pool_column]));
-    return v;
+    using Bits = typename Word<D>::Type;
+    const auto at = [&](int bytes) {
+      return widen<D>(*reinterpret_cast<const Bits*>(reinterpret_cast<const char*>(from) + bytes));
+    };
+    if (pool_row == 0) return at(0);
+    return (at(0) + at(pool_column)) + (at(pool_row) + at(pool_row + pool_column));
+  }
+};
+
+// What a thread knows of scale and shift, and its sums of their gradients.
+struct Affine {
+  float scale, pivot, shift_sum, scale_sum;
+  // From dh, x and the slope of the activation: the gradients of x.
+  template <bool FULL, int P>
+  __device__ __forceinline__ void add(const float* dh, const float2* kept, int columns, float* gradient) {
+#pragma unroll
+    for (int p = 0; p < P; ++p) {
+      gradient[p] = 0.f;
+      if (FULL || p < columns) {
+        const float2 was = kept[p * kLanes];
+        const float du = dh[p] * was.y;
+        shift_sum += du;
+        scale_sum = fmaf(du, was.x - pivot, scale_sum);
+        gradient[p] = scale * du;
+      }
+    }
   }
 };
 
@@ -58,29 +84,37 @@ struct BackwardShape {
   static constexpr int kInputs = DS == 2   ? 2 * (kColumns - 1) + kTaps
                                  : XS == 2 ? (kColumns - 1 + K - 1 - kOdd) / 2 + 1
                                            : kColumns - 1 + K;
-  static constexpr int kColumnStep = DS == 2 ? 2 * kColumns : kColumns / XS;  // of dy, between column groups
+  static constexpr int kStep = DS == 2 ? 2 * kColumns : kColumns / XS;  // columns of dy of a column group
+  static constexpr int kHalo = kInputs - kStep;
+  static constexpr int kPad = XS == 2 ? (K / 2 - kOdd) / 2 : K / 2;  // of the halo, columns on the left
   static constexpr int kWarps = kGroups > 4 ? 2 : 4;
   static constexpr int kThreads = kWarps * kGroups * kLanes;
   // Blocks of a multiprocessor: three leave a thread 168 registers, of which other things than these take 60.
   static constexpr int kHeld = 2 * U * DS * kTaps + (2 * U + XS) * kColumns + kInputs;
   static constexpr int kBlocks = kGroups > 1 ? 1 : kHeld <= 108 ? 2 + kSpare : 2;
   static_assert(U % XS == 0 && (DS == 1 || kRing % U == 0), "rings must turn in whole steps");
+  template <Dtype D>
+  using StageOf = Stage<D, kWarps, kRows, kStep, kHalo, kGroups, 2>;
+  static constexpr int kSums = kTaps * kTaps + 2;  // the weights', shift's and scale's
+
   // The column tap that joins column p of a thread to dy's q, or none.
   __host__ __device__ static constexpr int tap_column(int p, int q) {
     const int v = DS == 2 ? q - 2 * p : XS == 2 ? p + (K - 1) - kOdd - 2 * q : p - q + K - 1;
     return v >= 0 && v < kTaps ? v : -1;
   }
-  static int columns(const Walk& w) { return kColumnStep * (w.column_groups - 1) + kInputs; }
+  static int columns(int column_groups) { return kStep * column_groups + kHalo; }
   static int threads(const Walk& w) { return w.column_groups * w.images * kGroups * kLanes; }
-  static size_t shared(const Walk& w, int bytes, int sources) {
-    const size_t pixels = static_cast<size_t>(w.images) * kRows * w.columns;
+  static size_t shared(const Walk& w, const DepthwiseBackward& p) {
+    using AnyStage = StageOf<Dtype::f32>;
     const size_t walkers = w.column_groups * w.images;
-    const size_t rings = walkers * kColumns * (2 * U + (kGroups - 1) * 2 * U);
-    const size_t walking = (pixels + rings) * kLanes * 4 + pixels * kLanes * bytes * sources;
-    const size_t weights = kLanes * w.kernel * w.kernel * 4;
-    const size_t sums = (kTaps * kTaps + 2) * kLanes * 4;
+    const size_t rings = walkers * kColumns * (2 * U + (kGroups - 1) * 2 * U) * kLanes * sizeof(float);
+    const size_t x = static_cast<size_t>(2 * U * kColumns) * threads(w) * map_bytes(p);
+    const size_t walking = AnyStage::kTile * sizeof(float) + rings + x +
+                           AnyStage::raw_bytes(w, threads(w), p.out ? 2 : 1, map_bytes(p));
+    const size_t weights = kLanes * K * K * sizeof(float);
+    const size_t sums = walkers * kSums * kLanes * sizeof(float);
     const size_t most = walking > weights ? walking : weights;
-    return 6 * kLanes * 4 + (most > sums ? most : sums);
+    return 6 * kLanes * sizeof(float) + (most > sums ? most : sums);
   }
 };
 
@@ -90,47 +124,43 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     depthwise_backward_kernel(const BackwardLaunch a) {
   using Shape = BackwardShape<K, XS, DS, U>;
   using Bits = typename Word<D>::Type;
+  using Four = typename Word<D>::Four;
+  NVAE_REGION(1);
   constexpr int P = kColumns, G = Shape::kGroups, T = Shape::kTaps, R = U * DS;
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
   const Position at(w);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int column_group = warp % w.column_groups;
-  const int group = G == 1 ? 0 : warp / w.column_groups % G;
-  const int image = warp / (w.column_groups * G);
+  const int lane = threadIdx.x % kLanes, warp = uniform(threadIdx.x / kLanes);
+  const int group = G == 1 ? 0 : warp % G, walker = G == 1 ? warp : warp / G;
+  // Several images share a block only where they have one or two column groups.
+  static_assert(Shape::kWarps <= 4, "else a division");
+  const int image = w.images == 1 ? 0 : walker >> (w.column_groups - 1);
+  const int column_group = walker - image * w.column_groups;
   const int64_t channels = a.p.channels, first = static_cast<int64_t>(at.channel_group) * kLanes;
   const int64_t channel = first + lane;
-  const bool exists = channel < channels;
+  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
+  const bool exists = lane < here;
   const Plane px(w.x, at.view);
   const Plane py(w.y, at.view);
 
   float* alpha = reinterpret_cast<float*>(nvae_shared);
   float* beta = alpha + kLanes;
   float* gamma = beta + kLanes;
-  float* scale = gamma + kLanes;
-  float* shift = scale + kLanes;
-  float* pivot = shift + kLanes;
-  float* tile = pivot + kLanes;
-  const bool pooled = w.y.step == 2 && !w.y.phased;
+  float* tile = gamma + kLanes;
+  const bool pooled = w.y.halved && !w.y.phased;
+  const auto vector = [&](const void* of, float otherwise) {
+    return of != nullptr && exists ? static_cast<const float*>(of)[channel] : otherwise;
+  };
   if (warp == 0) {
-    alpha[lane] = a.p.alpha != nullptr && exists ? static_cast<const float*>(a.p.alpha)[channel] : 1.f;
-    beta[lane] = a.p.beta != nullptr && exists ? static_cast<const float*>(a.p.beta)[channel] : 0.f;
-    const float constant =
-        a.p.gamma != nullptr && exists ? static_cast<const float*>(a.p.gamma)[channel] : 0.f;
-    gamma[lane] = pooled ? 4.f * constant : constant;  // of four pixels
-    const bool affine = a.p.scale != nullptr && exists;
-    scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
-    shift[lane] = affine ? static_cast<const float*>(a.p.shift)[channel] : 0.f;
-    pivot[lane] = a.p.pivot != nullptr && exists ? static_cast<const float*>(a.p.pivot)[channel] : 0.f;
+    alpha[lane] = vector(a.p.alpha, 1.f);
+    beta[lane] = vector(a.p.beta, 0.f);
+    gamma[lane] = vector(a.p.gamma, 0.f) * (pooled ? 4.f : 1.f);  // of four pixels
   }
+  const float scale = vector(a.p.scale, 1.f), shift = vector(a.p.shift, 0.f), pivot = vector(a.p.pivot, 0.f);
   const int activation = static_cast<int>(a.p.activation);
 
   constexpr int taps = K * K;
-  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
-  for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] =
-        a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
-  __syncthreads();
+  load_weights(a.p, PATTERN == 0, first, here, taps, tile);
   // Row s of tap rows, in the order in which a step meets them: s = ring row * DS + row of dy.
   float weight[R][T], weight_sum[R][T];
 #pragma unroll
@@ -157,33 +187,45 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     }
   __syncthreads();
 
-  const int walkers = w.column_groups * w.images, walker = image * w.column_groups + column_group;
-  // Of group 0, each thread its own: (x, slope) by [ring row][column][walker][lane].
-  float2* kept = reinterpret_cast<float2*>(tile + w.images * Shape::kRows * w.columns * kLanes);
-  kept += walker * kLanes + lane;
-  // [boundary][parity of chunk][ring row][column][walker][lane]
-  float* handed = reinterpret_cast<float*>(kept - (walker * kLanes + lane) + U * P * walkers * kLanes);
-  uint4* raw = reinterpret_cast<uint4*>(handed + (G - 1) * 2 * U * P * walkers * kLanes);
-  Stage<D, Shape::kRows, 2> stage = {w,
-                                     w.y,
-                                     {static_cast<const Bits*>(a.p.grad), static_cast<const Bits*>(a.p.out)},
-                                     pooled ? px.height : py.height,
-                                     pooled ? px.width : py.width,
-                                     here,
-                                     w.vector && !pooled,
-                                     raw,
-                                     tile,
-                                     0,
-                                     0,
-                                     0};
+  using StageOf = typename Shape::template StageOf<D>;
+  constexpr int kRow = P * kLanes;  // elements of a row that are a warp's
+  const int walkers = w.column_groups * w.images;
+  // Of group 0, each thread its own: (x, slope) by [walker][ring row][column][lane].
+  float2* kept_all = reinterpret_cast<float2*>(tile + StageOf::kTile);
+  float2* kept = kept_all + walker * (U * kRow) + lane;
+  // [walker][boundary][parity of chunk][ring row][column][lane]
+  float* handed_all = reinterpret_cast<float*>(kept_all + walkers * (U * kRow));
+  float* handed = handed_all + walker * ((G - 1) * 2 * U * kRow) + lane;
+  // The warp's rows of x that enter the ring in this chunk and in the next: [parity][row][column][lane].
+  Bits* x_all = reinterpret_cast<Bits*>(handed_all + walkers * ((G - 1) * 2 * U * kRow));
+  Bits* x_rows = x_all + warp * (2 * U * kRow);
+  Four* raw = reinterpret_cast<Four*>(x_all + static_cast<int>(blockDim.x) * (2 * U * P));
+  const char* out_source = static_cast<const char*>(a.p.out);
+  StageOf stage = {w,
+                   w.y,
+                   {static_cast<const char*>(a.p.grad) + py.base + first * sizeof(Bits),
+                    out_source ? out_source + py.base + first * sizeof(Bits) : nullptr},
+                   pooled ? px.height : py.height,
+                   pooled ? px.width : py.width,
+                   here,
+                   w.vector && !pooled,
+                   Shape::kPad,
+                   warp,
+                   column_group,
+                   group,
+                   image,
+                   tile,
+                   raw};
+  stage.clear_halo();
   const OnLoadGradient on_load{alpha, beta, gamma, pooled ? w.y.row / 2 : 0, w.y.column / 2};
 
-  const bool need_weight = a.p.grad_weight != nullptr, need_x = a.p.grad_x != nullptr;
-  const bool need_affine = a.p.grad_scale != nullptr, need_data = need_x || need_affine;
-  float shift_sum = 0.f, scale_sum = 0.f;
+  const int need_weight = uniform(a.p.grad_weight != nullptr), need_x = uniform(a.p.grad_x != nullptr);
+  const int need_affine = uniform(a.p.grad_scale != nullptr), need_data = need_x | need_affine;
+  Affine affine = {scale, pivot, 0.f, 0.f};
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+    NVAE_REGION(1);
     const Job job(w, index);
     const int a0 = job.segment * w.segment_rows;
     const int rows = px.height - a0 < w.segment_rows ? px.height - a0 : w.segment_rows;
@@ -198,182 +240,199 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     const int low = DS == 2 ? a0 - (G * U - 1) : XS * top - pad;
     const int steps = (a0 + rows - 1 - low) / XS + 1;
     const int chunks = (steps + Shape::kSteps - 1) / Shape::kSteps;
-    stage.offset = py.base + job.image * w.y.image + first;
-    stage.images_here = static_cast<int>(a.p.batch - job.image < w.images ? a.p.batch - job.image : w.images);
-    stage.left = DS == 2 ? 2 * b0 - pad : XS == 2 ? (b0 - pad + Shape::kOdd) / 2 : b0 - pad;
-    const bool mine = exists && image < stage.images_here;
+    stage.begin(job.image, a.p.batch, DS == 2 ? 2 * b0 : b0 / XS);
     // Of the thread's columns, those that exist.
-    const int columns_left = px.width - b_mine, columns_here = mine && columns_left < P ? columns_left
-                                                               : mine                   ? P
-                                                                                        : 0;
-    const int64_t corner = px.base + (job.image + image) * w.x.image + b_mine * w.x.column + channel;
+    const int columns_left = stage.inside_batch ? px.width - b_mine : 0;
+    const int columns_here = columns_left < P ? columns_left : P;
+    const bool full = here == kLanes && columns_left >= P;
+    const int64_t corner = px.base + (job.image + image) * w.x.image +
+                           static_cast<int64_t>(b_mine) * w.x.column + first * sizeof(Bits);
 
+    char* grad_x = static_cast<char*>(a.p.grad_x) + corner + lane * sizeof(Bits);
     float h[U][P], dh[U][P];
 #pragma unroll
     for (int k = 0; k < U; ++k)
 #pragma unroll
       for (int p = 0; p < P; ++p) h[k][p] = dh[k][p] = 0.f;
 
-    // The rows of x that enter this group's ring at the next step, already on their way.
-    Bits coming[XS][P];
-    const auto fetch = [&](int step) {
+    // Row i of those that enter this group's ring in a chunk.
+    const auto entering = [&](int chunk, int i) { return chunk * U + group * U + U - XS + i + low; };
+    const unsigned rows_here = columns_here > 0 ? rows : 0;
+    const auto row_here = [&](int row) { return static_cast<unsigned>(row - a0) < rows_here; };
+    // Lanes without a column or channel leave what is there, which is not used either.
+    const auto fetch = [&](int chunk) {
+      NVAE_REGION(1);
+      Bits* to = x_rows + (chunk & 1) * (U * kRow);
+      const char* from = static_cast<const char*>(a.p.x) + corner;
+      if (w.vector) {
+        from += stage.slot() * w.x.column + stage.quad() * static_cast<int>(sizeof(Bits));
+        if (stage.slot() >= columns_here || stage.quad() >= here) return;
 #pragma unroll
-      for (int j = 0; j < XS; ++j) {
-        const int row = XS * step + group * U + U - XS + j + low;
-        const int inside = row >= a0 && row < a0 + rows ? columns_here : 0;
-        const Bits* from = static_cast<const Bits*>(a.p.x) + (corner + row * w.x.row);
-#pragma unroll
-        for (int p = 0; p < P; ++p) {
-          coming[j][p] = Bits(0);
-          if (p < inside) coming[j][p] = *from;
-          from += w.x.column;
+        for (int i = 0; i < U; ++i) {
+          NVAE_REGION(U);
+          const int row = entering(chunk, i);
+          if (row_here(row))
+            copy_async(reinterpret_cast<Four*>(to + i * kRow) + lane,
+                       from + static_cast<int64_t>(row) * w.x.row);
+        }
+      } else if (exists) {
+        NVAE_REGION(1);
+#pragma unroll 1
+        for (int i = 0; i < U; ++i) {
+          const int row = entering(chunk, i);
+          if (!row_here(row)) continue;
+#pragma unroll 1
+          for (int p = 0; p < columns_here; ++p)
+            to[i * kRow + p * kLanes + lane] =
+                *reinterpret_cast<const Bits*>(from + static_cast<int64_t>(row) * w.x.row +
+                                               static_cast<int64_t>(p) * w.x.column + lane * sizeof(Bits));
         }
       }
     };
     fetch(0);
+    stage.rewind(top);
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      NVAE_REGION(1);
+      const int chunk_top = top + chunk * Shape::kRows;
       __syncthreads();
-      stage.convert(top + chunk * Shape::kRows, on_load);
-      if (chunk + 1 < chunks) stage.copy(top + (chunk + 1) * Shape::kRows);
+      stage.template convert<StageOf::kShare>(chunk_top, on_load);
+      if (chunk + 1 < chunks) {
+        fetch(chunk + 1);
+        stage.copy(chunk_top + Shape::kRows);
+      }
       __syncthreads();
-      const float* from =
-          tile + (image * Shape::kRows * w.columns + column_group * Shape::kColumnStep) * kLanes + lane;
+      const float* from = tile + (image * w.columns + column_group * Shape::kStep) * kLanes + lane;
+      const Bits* x_of = x_rows + (chunk & 1) * (U * kRow) + lane;
 #pragma unroll
       for (int t = 0; t < Shape::kSteps; ++t) {
-        const int step = chunk * Shape::kSteps + t;
+        NVAE_REGION(Shape::kSteps);
 #pragma unroll
         for (int j = 0; j < XS; ++j) {
-          const int slot = (U - XS + j + XS * t) % U;
-          const int row = XS * step + group * U + U - XS + j + low;
-          const int inside = row >= a0 && row < a0 + rows ? columns_here : 0;
-          float raw[P], value[P], slope[P];
+          const int i = XS * t + j, slot = (U - XS + i) % U;
 #pragma unroll
-          for (int p = 0; p < P; ++p) {
-            raw[p] = widen<D>(coming[j][p]);
-            value[p] = fmaf(scale[lane], raw[p], shift[lane]);
-          }
-          activate_all<P>(value, slope, activation);
+          for (int p = 0; p < P; ++p) h[slot][p] = dh[slot][p] = 0.f;
+          if (row_here(entering(chunk, i))) {
+            NVAE_REGION(U);
+            float x[P], slope[P];
 #pragma unroll
-          for (int p = 0; p < P; ++p) {
-            h[slot][p] = p < inside ? value[p] : 0.f;
-            dh[slot][p] = 0.f;
+            for (int p = 0; p < P; ++p) {
+              x[p] = widen<D>(x_of[i * kRow + p * kLanes]);
+              h[slot][p] = fmaf(scale, x[p], shift);
+            }
+            activate_all<P>(h[slot], slope, activation);
             if (group == 0)
-              kept[(slot * P + p) * walkers * kLanes] = make_float2(raw[p], p < inside ? slope[p] : 0.f);
-          }
-        }
-        fetch(step + 1);
 #pragma unroll
-        for (int d = 0; d < DS; ++d) {
-          const int r = top + DS * step + d;
-          if (r >= 0 && r < stage.height) {
-            float dy[Shape::kInputs];
+              for (int p = 0; p < P; ++p) kept[slot * kRow + p * kLanes] = make_float2(x[p], slope[p]);
+            if (!full) {
+              NVAE_REGION(U);
 #pragma unroll
-            for (int q = 0; q < Shape::kInputs; ++q) dy[q] = from[q * kLanes];
-#pragma unroll
-            for (int k = 0; k < U; ++k) {
-              if (group * U + k >= Shape::kRing) continue;
-              const int slot = (k + XS * t) % U, s = k * DS + d;
-              if (need_data) {
-#pragma unroll
-                for (int q = 0; q < Shape::kInputs; ++q)
-#pragma unroll
-                  for (int p = 0; p < P; ++p) {
-                    const int v = Shape::tap_column(p, q);
-                    if (v >= 0 && tap_exists(PATTERN, k, v))
-                      dh[slot][p] = fmaf(weight[s][v], dy[q], dh[slot][p]);
-                  }
-              }
-              if (need_weight) {
-#pragma unroll
-                for (int q = 0; q < Shape::kInputs; ++q)
-#pragma unroll
-                  for (int p = 0; p < P; ++p) {
-                    const int v = Shape::tap_column(p, q);
-                    if (v >= 0 && tap_exists(PATTERN, k, v))
-                      weight_sum[s][v] = fmaf(h[slot][p], dy[q], weight_sum[s][v]);
-                  }
-              }
+              for (int p = 1; p < P; ++p)
+                if (p >= columns_here) h[slot][p] = 0.f;
             }
           }
-          from += w.columns * kLanes;
+        }
+#pragma unroll
+        for (int d = 0; d < DS; ++d) {
+          if (stage.row_inside(chunk_top + DS * t + d)) {
+            NVAE_REGION(Shape::kSteps * DS);
+            float dy[Shape::kInputs];
+#pragma unroll
+            for (int q = 0; q < Shape::kInputs; ++q)
+              dy[q] = from[((DS * t + d) * StageOf::kPitch + q) * kLanes];
+            // visit(ring row, its slot, row of taps, input, column, tap) for every product.
+            const auto products = [&](auto visit) {
+#pragma unroll
+              for (int k = 0; k < U; ++k)
+#pragma unroll
+                for (int q = 0; q < Shape::kInputs; ++q)
+#pragma unroll
+                  for (int p = 0; p < P; ++p) {
+                    const int v = Shape::tap_column(p, q);
+                    if (group * U + k < Shape::kRing && v >= 0 && tap_exists(PATTERN, k, v))
+                      visit((k + XS * t) % U, k * DS + d, q, p, v);
+                  }
+            };
+            if (need_data)
+              products([&](int slot, int s, int q, int p, int v) {
+                dh[slot][p] = fmaf(weight[s][v], dy[q], dh[slot][p]);
+              });
+            if (need_weight)
+              products([&](int slot, int s, int q, int p, int v) {
+                weight_sum[s][v] = fmaf(h[slot][p], dy[q], weight_sum[s][v]);
+              });
+          }
         }
         if (!need_data) continue;
         // The oldest rows leave: on to the next group, which meets them one chunk later, or done.
 #pragma unroll
         for (int j = 0; j < XS; ++j) {
           const int slot = (j + XS * t) % U;
-          const int row = XS * step + group * U + j + low;
+          const int row = chunk * U + XS * t + group * U + j + low;
           if constexpr (G > 1) {
-            const int boundary = 2 * U * P * walkers * kLanes;
-            const int mine_at = (XS * t + j) * P * walkers * kLanes + walker * kLanes + lane;
+            float* boundary = handed + (XS * t + j) * kRow;
             if (group < G - 1 && row >= a0)
 #pragma unroll
               for (int p = 0; p < P; ++p)
-                dh[slot][p] +=
-                    handed[group * boundary + (~chunk & 1) * (boundary / 2) + mine_at + p * walkers * kLanes];
+                dh[slot][p] += boundary[(group * 2 + (~chunk & 1)) * (U * kRow) + p * kLanes];
             if (group > 0)
 #pragma unroll
               for (int p = 0; p < P; ++p)
-                handed[(group - 1) * boundary + (chunk & 1) * (boundary / 2) + mine_at +
-                       p * walkers * kLanes] = dh[slot][p];
+                boundary[((group - 1) * 2 + (chunk & 1)) * (U * kRow) + p * kLanes] = dh[slot][p];
           }
-          if (group == 0 && row >= a0 && row < a0 + rows) {
+          if (group == 0 && row_here(row)) {
+            NVAE_REGION(U);
             float gradient[P];
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              const float2 was = kept[(slot * P + p) * walkers * kLanes];
-              const float du = dh[slot][p] * was.y;
-              shift_sum += du;
-              scale_sum = fmaf(du, was.x - pivot[lane], scale_sum);
-              gradient[p] = scale[lane] * du;
-            }
-            if (need_x) {
-              Bits* to = static_cast<Bits*>(a.p.grad_x) + (corner + row * w.x.row);
-              Bits bits[P];
-#pragma unroll
-              for (int p = 0; p < P; p += 2) narrow_two<D>(gradient[p], gradient[p + 1], bits + p);
-#pragma unroll
-              for (int p = 0; p < P; ++p) {
-                if (p < columns_here) *to = bits[p];
-                to += w.x.column;
-              }
+            Bits bits[P];
+            char* to = grad_x + static_cast<int64_t>(row) * w.x.row;
+            if (full) {
+              NVAE_REGION(U);
+              affine.template add<true, P>(dh[slot], kept + slot * kRow, columns_here, gradient);
+              if (need_x) store_columns<D, true, P>(to, w.x.column, columns_here, gradient, bits);
+            } else {
+              NVAE_REGION(U);
+              affine.template add<false, P>(dh[slot], kept + slot * kRow, columns_here, gradient);
+              if (need_x && exists) store_columns<D, false, P>(to, w.x.column, columns_here, gradient, bits);
             }
           }
         }
       }
     }
   }
+  if (!need_weight && !need_affine) return;
+  NVAE_REGION(1);
 
-  // The block's sums, warp after warp in a fixed order, then to the workspace: [block][tap, shift,
+  // The block's sums, warp after warp in a fixed order, to the workspace: [block][tap, shift,
   // scale][channel].
-  float* sums = tile;
+  float* sums = tile + walker * (Shape::kSums * kLanes) + lane;
   __syncthreads();
-  for (int i = threadIdx.x; i < (T * T + 2) * kLanes; i += blockDim.x) sums[i] = 0.f;
-  for (int turn = 0; turn < walkers; ++turn) {
-    __syncthreads();
-    if (turn != walker) continue;
-    if (need_weight) {
 #pragma unroll
-      for (int s = 0; s < R; ++s) {
-        const int k = group * U + s / DS;
-        const int row = DS == 2 ? s % 2 + 2 * (Shape::kRing - 1 - k) : k;
-        if (row < 0 || row >= T) continue;
+  for (int s = 0; s < R; ++s) {
+    const int k = group * U + s / DS;
+    const int row = DS == 2 ? s % 2 + 2 * (Shape::kRing - 1 - k) : k;
+    if (row < 0 || row >= T) continue;
 #pragma unroll
-        for (int v = 0; v < T; ++v) sums[(row * T + v) * kLanes + lane] += weight_sum[s][v];
-      }
-    }
-    if (group == 0) {
-      sums[T * T * kLanes + lane] += shift_sum;
-      sums[(T * T + 1) * kLanes + lane] += scale_sum;
-    }
+    for (int v = 0; v < T; ++v) sums[(row * T + v) * kLanes] = weight_sum[s][v];
+  }
+  if (group == 0) {
+    sums[T * T * kLanes] = affine.shift_sum;
+    sums[(T * T + 1) * kLanes] = affine.scale_sum;
   }
   __syncthreads();
-  if (!need_weight && !need_affine) return;
+  if (!exists) return;
   float* partial = static_cast<float*>(a.p.workspace) +
-                   static_cast<int64_t>(at.job_block * w.views + at.view) * (T * T + 2) * channels + first;
-  for (int i = threadIdx.x + (need_weight ? 0 : T * T * kLanes); i < (T * T + 2) * kLanes; i += blockDim.x)
-    if (i % kLanes < here) partial[(i / kLanes) * channels + i % kLanes] = sums[i];
+                   static_cast<int64_t>(at.job_block * w.views + at.view) * Shape::kSums * channels + channel;
+  for (int i = warp + (need_weight ? 0 : T * T); i < Shape::kSums;
+       i += static_cast<int>(blockDim.x) / kLanes) {
+    NVAE_REGION(1);
+    float sum = 0.f;
+#pragma unroll 1
+    for (int n = 0; n < walkers; ++n) {
+      NVAE_REGION(1);
+      sum += tile[(n * Shape::kSums + i) * kLanes + lane];
+    }
+    partial[i * channels] = sum;
+  }
 }
 
 }  // namespace cuda

@@ -75,6 +75,7 @@ __global__ void __launch_bounds__(32 * kStrands) depthwise_finish_gradients(cons
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   const int strand = threadIdx.x / 32, result = blockIdx.y, weights = a.kernel * a.kernel;
   const bool exists = channel < a.channels;
+  if (result < weights && !a.weight) return;  // nobody wrote its partial sums
   int rows[4], used = 1;
   if (result >= weights) {
     rows[0] = a.taps * a.taps + result - weights;
@@ -96,9 +97,8 @@ __global__ void __launch_bounds__(32 * kStrands) depthwise_finish_gradients(cons
   sum = across_strands(sum, shared);
   if (!exists || strand != 0) return;
   if (result < weights) {
-    if (a.weight)
-      store_any(a.weight, a.weight_dtype, channel * weights + result,
-                a.masked && !(a.live[result / 32] >> (result % 32) & 1) ? S(0) : static_cast<S>(sum));
+    store_any(a.weight, a.weight_dtype, channel * weights + result,
+              a.masked && !(a.live[result / 32] >> (result % 32) & 1) ? S(0) : static_cast<S>(sum));
   } else if (a.shift) {
     static_cast<S*>(result == weights ? a.shift : a.scale)[channel] = static_cast<S>(sum);
   }

@@ -24,23 +24,55 @@ __host__ __device__ constexpr bool tap_exists(int pattern, int u, int v) {
 __host__ __device__ constexpr int folded(int phase, int offset) { return (phase + offset + 1024) / 2 - 512; }
 __host__ __device__ constexpr int folded_pad(int phase, int kernel) { return -folded(phase, -(kernel / 2)); }
 
+// activation(scale * x + shift).
+template <int ACTIVATION>
 struct OnLoad {
   const float* scale;  // in shared memory
   const float* shift;
-  int activation;
-  __device__ __forceinline__ float one(int lane, float x, float) const {
-    return activate(fmaf(scale[lane], x, shift[lane]), activation);
+  struct Four {
+    float4 k, b;
+    __device__ __forceinline__ float4 operator()(float4 x, float4) const {
+      float u[4] = {fmaf(k.x, x.x, b.x), fmaf(k.y, x.y, b.y), fmaf(k.z, x.z, b.z), fmaf(k.w, x.w, b.w)};
+      activate_all<4>(u, ACTIVATION);
+      return make_float4(u[0], u[1], u[2], u[3]);
+    }
+  };
+  __device__ __forceinline__ Four of(int channel) const {
+    return {*reinterpret_cast<const float4*>(scale + channel),
+            *reinterpret_cast<const float4*>(shift + channel)};
   }
-  __device__ __forceinline__ float4 four(int lane, float4 x, float4) const {
-    const float4 k = *reinterpret_cast<const float4*>(scale + lane);
-    const float4 b = *reinterpret_cast<const float4*>(shift + lane);
-    float u[4] = {fmaf(k.x, x.x, b.x), fmaf(k.y, x.y, b.y), fmaf(k.z, x.z, b.z), fmaf(k.w, x.w, b.w)};
-    activate_all<4>(u, activation);
-    return make_float4(u[0], u[1], u[2], u[3]);
+  __device__ __forceinline__ float one(int channel, float x, float) const {
+    return activate(fmaf(scale[channel], x, shift[channel]), ACTIVATION);
   }
   template <Dtype D>
   __device__ float load(const typename Word<D>::Type* from) const {
     return widen<D>(*from);
+  }
+};
+
+// Sums of a thread's outputs. They are shifted by its first value, so that little is lost where |mean| >>
+// std.
+struct Moments {
+  float pivot, sum, squares;
+  int count;
+  template <Dtype D, bool FULL, int P>
+  __device__ __forceinline__ void add(const typename Word<D>::Type* bits, int columns) {
+    if (count == 0) pivot = widen<D>(bits[0]);
+    count += FULL ? P : columns;
+#pragma unroll
+    for (int p = 0; p < P; ++p)
+      if (FULL || p < columns) {
+        const float d = widen<D>(bits[p]) - pivot;
+        sum += d;
+        squares = fmaf(d, d, squares);
+      }
+  }
+  // Count, mean and the sum of squares around it.
+  __device__ __forceinline__ void write(float* to) const {
+    const float n = static_cast<float>(count), inverse = count ? reciprocal(n) : 0.f;
+    to[0] = n;
+    to[kLanes] = pivot + sum * inverse;
+    to[2 * kLanes] = squares != squares ? squares : fmaxf(squares - sum * sum * inverse, 0.f);
   }
 };
 
@@ -50,15 +82,20 @@ struct ForwardShape {
   static constexpr int kInputs = S * (kColumns - 1) + K;
   static constexpr int kWarps = 4;  // column groups x images, at most
   static constexpr int kThreads = kWarps * G * kLanes;
-  static int columns(const Walk& w) { return S * (kColumns * w.column_groups - 1) + K; }
+  static constexpr int kStep = S * kColumns, kHalo = K - S;
+  template <Dtype D>
+  using StageOf = Stage<D, kWarps, kRows, kStep, kHalo, G, 1>;
+
+  static int columns(int column_groups) { return kStep * column_groups + kHalo; }
   static int threads(const Walk& w) { return w.column_groups * w.images * G * kLanes; }
-  static size_t shared(const Walk& w, int bytes) {
-    const size_t pixels = static_cast<size_t>(w.images) * kRows * w.columns;
-    const size_t handed = (G - 1) * 2 * M * kColumns * w.column_groups * w.images;
-    const size_t walking = 2 * kLanes * 4 + pixels * kLanes * (4 + bytes) + handed * kLanes * 4;
+  static size_t shared(const Walk& w, const DepthwiseForward& p) {
+    using AnyStage = StageOf<Dtype::f32>;
+    const size_t handed = (G - 1) * 2 * M * kColumns * w.column_groups * w.images * kLanes * sizeof(float);
+    const size_t walking =
+        AnyStage::kTile * sizeof(float) + AnyStage::raw_bytes(w, threads(w), 1, map_bytes(p)) + handed;
     const size_t taps = w.kernel * w.kernel + (w.fold ? (K * K | 1) : 0);
-    const size_t weights = (2 + taps) * kLanes * 4;
-    return walking > weights ? walking : weights;
+    const size_t weights = taps * kLanes * sizeof(float);
+    return 2 * kLanes * sizeof(float) + (walking > weights ? walking : weights);
   }
 };
 
@@ -69,17 +106,22 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     depthwise_forward_kernel(const ForwardLaunch a) {
   using Shape = ForwardShape<K, S, M, G>;
   using Bits = typename Word<D>::Type;
+  using Four = typename Word<D>::Four;
   constexpr int P = kColumns;
+  NVAE_REGION(1);
   extern __shared__ uint4 nvae_shared[];
   const Walk& w = a.w;
   const Position at(w);
-  const int lane = threadIdx.x % kLanes, warp = threadIdx.x / kLanes;
-  const int column_group = warp % w.column_groups;
-  const int group = G == 1 ? 0 : warp / w.column_groups % G;
-  const int image = warp / (w.column_groups * G);
+  const int lane = threadIdx.x % kLanes, warp = uniform(threadIdx.x / kLanes);
+  const int group = G == 1 ? 0 : warp % G, walker = G == 1 ? warp : warp / G;
+  // Several images share a block only where they have one or two column groups.
+  static_assert(Shape::kWarps <= 4, "else a division");
+  const int image = w.images == 1 ? 0 : walker >> (w.column_groups - 1);
+  const int column_group = walker - image * w.column_groups;
   const int64_t channels = a.p.channels, first = static_cast<int64_t>(at.channel_group) * kLanes;
   const int64_t channel = first + lane;
-  const bool exists = channel < channels;
+  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
+  const bool exists = lane < here;
   const Plane px(w.x, at.view);
   const Plane py(w.y, at.view);
 
@@ -93,27 +135,27 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   }
 
   // Weights: contiguous into shared memory, from there into registers (K^2 is odd: no bank conflicts).
-  const int kernel = w.kernel, taps = kernel * kernel;
-  const int here = channels - first < kLanes ? static_cast<int>(channels - first) : kLanes;
-  for (int i = threadIdx.x; i < here * taps; i += blockDim.x)
-    tile[i] =
-        a.p.tap_is_live(i % taps) ? load_any<float>(a.p.weight, a.p.weight_dtype, first * taps + i) : 0.f;
-  __syncthreads();
-  const int fp = w.fold ? at.view >> 1 : 0, fq = w.fold ? at.view & 1 : 0;
-  const int pad_rows = w.fold ? folded_pad(fp, kernel) : kernel / 2;
-  const int pad_columns = w.fold ? folded_pad(fq, kernel) : kernel / 2;
+  const int kernel = w.fold ? w.kernel : K, taps = kernel * kernel;
+  load_weights(a.p, PATTERN == 0, first, here, taps, tile);
+  int pad_rows = K / 2, pad_columns = K / 2, pitch = taps;
   const float* weights = tile;
-  int width = kernel, pitch = taps;
   if (w.fold) {
+    NVAE_REGION(1);
+    // Tap u of the folded filter is the sum of the rows of the kernel that reach its source row: two at most.
+    const int fp = at.view >> 1, fq = at.view & 1;
+    pad_rows = folded_pad(fp, kernel), pad_columns = folded_pad(fq, kernel);
     float* sums = tile + kLanes * taps;
-    weights = sums, width = K, pitch = K * K | 1;
+    weights = sums, pitch = K * K | 1;
     for (int i = threadIdx.x; i < here * K * K; i += blockDim.x) {
       const int c = i / (K * K), u = i / K % K, v = i % K;
+      const int s = 2 * (u - pad_rows) - fp + kernel / 2, t = 2 * (v - pad_columns) - fq + kernel / 2;
       float sum = 0.f;
-      for (int s = 0; s < kernel; ++s)
-        for (int t = 0; t < kernel; ++t)
-          if (folded(fp, s - kernel / 2) + pad_rows == u && folded(fq, t - kernel / 2) + pad_columns == v)
-            sum += tile[c * taps + s * kernel + t];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int row = s + e / 2, column = t + e % 2;
+        if (row >= 0 && row < kernel && column >= 0 && column < kernel)
+          sum += tile[c * taps + row * kernel + column];
+      }
       sums[c * pitch + u * K + v] = sum;
     }
     __syncthreads();
@@ -124,38 +166,54 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 #pragma unroll
     for (int v = 0; v < K; ++v) {
       const int u = S * M * group + r;
-      weight[r][v] = exists && u < K ? weights[lane * pitch + u * width + v] : 0.f;
+      weight[r][v] = exists && u < K ? weights[lane * pitch + u * K + v] : 0.f;
     }
-  __syncthreads();  // what lies there now may be overwritten
+  __syncthreads();  // the tile may now be overwritten
 
-  uint4* raw = reinterpret_cast<uint4*>(tile + w.images * Shape::kRows * w.columns * kLanes);
-  Stage<D, Shape::kRows, 1> stage = {
-      w, w.x, {static_cast<const Bits*>(a.p.x)}, px.height, px.width, here, w.vector != 0, raw, tile, 0,
-      0, 0};
-  // [boundary between groups][parity of chunk][row][column][column group and image][lane]
-  float* handed = reinterpret_cast<float*>(raw + w.raw_vectors);
-  const int walkers = w.column_groups * w.images, walker = image * w.column_groups + column_group;
-  const OnLoad on_load{scale, shift, static_cast<int>(a.p.activation)};
+  using StageOf = typename Shape::template StageOf<D>;
+  Four* raw = reinterpret_cast<Four*>(tile + StageOf::kTile);
+  StageOf stage = {w,
+                   w.x,
+                   {static_cast<const char*>(a.p.x) + px.base + first * sizeof(Bits)},
+                   px.height,
+                   px.width,
+                   here,
+                   w.vector != 0,
+                   pad_columns,
+                   warp,
+                   column_group,
+                   group,
+                   image,
+                   tile,
+                   raw};
+  stage.clear_halo();
+  // [walker][boundary between groups][parity of chunk][row][column][lane]
+  constexpr int kHanded = M * P * kLanes;
+  float* handed = reinterpret_cast<float*>(raw) +
+                  StageOf::raw_bytes(w, blockDim.x, 1, sizeof(Bits)) / sizeof(float) +
+                  walker * ((G - 1) * 2 * kHanded) + lane;
+  const int walkers = w.column_groups * w.images;
+  const int activation = static_cast<int>(a.p.activation);
 
-  float pivot = 0.f, sum = 0.f, squares = 0.f;
-  int count = 0;
-  const bool stats = a.p.mean != nullptr;
+  Moments moments = {};
+  const int stats = uniform(a.p.mean != nullptr);
 
   const unsigned last_job = (at.job_block + 1) * w.jobs_per_block;
   for (unsigned index = at.job_block * w.jobs_per_block; index < last_job && index < w.jobs; ++index) {
+    NVAE_REGION(1);
     const Job job(w, index);
     const int i0 = job.segment * w.segment_rows;
     const int rows = py.height - i0 < w.segment_rows ? py.height - i0 : w.segment_rows;
     const int j0 = (job.tile * w.column_groups) * P, j_mine = j0 + column_group * P;
     if (rows <= 0 || j0 >= py.width) continue;
-    stage.offset = px.base + job.image * w.x.image + first;
-    stage.images_here = static_cast<int>(a.p.batch - job.image < w.images ? a.p.batch - job.image : w.images);
-    stage.left = S * j0 - pad_columns;
+    stage.begin(job.image, a.p.batch, S * j0);
     // Of the thread's columns, those that exist.
-    const int columns_left = py.width - j_mine, columns_here = columns_left < P ? columns_left : P;
-    const bool stores = exists && image < stage.images_here && columns_here > 0;
-    Bits* out = static_cast<Bits*>(a.p.y) + py.base + (job.image + image) * w.y.image + i0 * w.y.row +
-                j_mine * w.y.column + channel;
+    const int columns_left = stage.inside_batch ? py.width - j_mine : 0;
+    const int columns_here = !exists || columns_left < 0 ? 0 : columns_left < P ? columns_left : P;
+    const bool full = here == kLanes && columns_left >= P;
+    char* out = static_cast<char*>(a.p.y) + py.base + (job.image + image) * w.y.image +
+                static_cast<int64_t>(i0) * w.y.row + static_cast<int64_t>(j_mine) * w.y.column +
+                channel * sizeof(Bits);  // of the row that is complete next
 
     float acc[M][P];
 #pragma unroll
@@ -165,22 +223,36 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 
     const int chunks = (rows + G * M - 1 + M - 1) / M;
     const int top = S * i0 - pad_rows;
+    stage.rewind(top);
     stage.copy(top);
     for (int chunk = 0; chunk < chunks; ++chunk) {
+      NVAE_REGION(1);
+      const int chunk_top = top + chunk * Shape::kRows;
       __syncthreads();  // the tile has been read
-      stage.convert(top + chunk * Shape::kRows, on_load);
-      if (chunk + 1 < chunks) stage.copy(top + (chunk + 1) * Shape::kRows);
+      if (activation == kSwish) {
+        NVAE_REGION(1);
+        stage.template convert<StageOf::kShare>(chunk_top, OnLoad<kSwish>{scale, shift});
+      } else if (activation == kElu) {
+        NVAE_REGION(1);
+        stage.template convert<1>(chunk_top, OnLoad<kElu>{scale, shift});
+      } else {
+        NVAE_REGION(1);
+        stage.template convert<1>(chunk_top, OnLoad<kIdentity>{scale, shift});
+      }
+      if (chunk + 1 < chunks) stage.copy(chunk_top + Shape::kRows);
       __syncthreads();
-      const float* from = tile + (image * Shape::kRows * w.columns + column_group * P * S) * kLanes + lane;
+      const float* from = tile + (image * w.columns + column_group * Shape::kStep) * kLanes + lane;
 #pragma unroll
       for (int t = 0; t < M; ++t) {
+        NVAE_REGION(M);
 #pragma unroll
         for (int phase = 0; phase < S; ++phase) {
-          const int r = top + (chunk * M + t) * S + phase;
-          if (r >= 0 && r < px.height) {
+          if (stage.row_inside(chunk_top + t * S + phase)) {
+            NVAE_REGION(M * S);
             float in[Shape::kInputs];
 #pragma unroll
-            for (int q = 0; q < Shape::kInputs; ++q) in[q] = from[q * kLanes];
+            for (int q = 0; q < Shape::kInputs; ++q)
+              in[q] = from[((t * S + phase) * StageOf::kPitch + q) * kLanes];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
               const int u = S * (group * M + m) + phase;
@@ -196,47 +268,39 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
               }
             }
           }
-          from += w.columns * kLanes;
         }
         // The oldest row of this group's ring is complete.
-        constexpr int kOldest = 1;
-        const int slot = (t + kOldest) % M;
+        const int slot = (t + 1) % M;
         const int o = chunk * M + t - group * M - (M - 1);
         if constexpr (G > 1) {
-          float* here_row = handed + ((chunk & 1) * M + t) * P * walkers * kLanes + walker * kLanes + lane;
-          float* there_row = handed + ((~chunk & 1) * M + t) * P * walkers * kLanes + walker * kLanes + lane;
-          const int boundary = 2 * M * P * walkers * kLanes;
+          float* row = handed + t * P * kLanes;
           if (group > 0 && o >= 0 && o < rows)
 #pragma unroll
             for (int p = 0; p < P; ++p)
-              acc[slot][p] += there_row[(group - 1) * boundary + p * walkers * kLanes];
+              acc[slot][p] += row[((group - 1) * 2 + (~chunk & 1)) * kHanded + p * kLanes];
           if (group < G - 1)
 #pragma unroll
-            for (int p = 0; p < P; ++p) here_row[group * boundary + p * walkers * kLanes] = acc[slot][p];
+            for (int p = 0; p < P; ++p) row[(group * 2 + (chunk & 1)) * kHanded + p * kLanes] = acc[slot][p];
         }
-        if (group == G - 1 && o >= 0 && o < rows && stores) {
-          Bits* to = out + o * w.y.row;
+        if (group == G - 1 && static_cast<unsigned>(o) < static_cast<unsigned>(rows)) {
+          NVAE_REGION(M);
           Bits bits[P];
-          float value[P];
-#pragma unroll
-          for (int p = 0; p < P; p += 2) narrow_two<D>(acc[slot][p], acc[slot][p + 1], bits + p);
-#pragma unroll
-          for (int p = 0; p < P; ++p) {
-            if (p < columns_here) *to = bits[p];
-            to += w.y.column;
-            value[p] = widen<D>(bits[p]);
-          }
-          if (stats) {
-            // Shifted by the thread's own first value, so that little is lost where |mean| >> std.
-            if (count == 0) pivot = value[0];
-            count += columns_here;
-#pragma unroll
-            for (int p = 0; p < P; ++p) {
-              const float d = p < columns_here ? value[p] - pivot : 0.f;
-              sum += d;
-              squares = fmaf(d, d, squares);
+          if (full) {
+            NVAE_REGION(M);
+            store_columns<D, true, P>(out, w.y.column, columns_here, acc[slot], bits);
+            if (stats) {
+              NVAE_REGION(M);
+              moments.template add<D, true, P>(bits, columns_here);
+            }
+          } else {
+            NVAE_REGION(M);
+            store_columns<D, false, P>(out, w.y.column, columns_here, acc[slot], bits);
+            if (stats) {
+              NVAE_REGION(M);
+              moments.template add<D, false, P>(bits, columns_here);
             }
           }
+          out += w.y.row;
         }
 #pragma unroll
         for (int p = 0; p < P; ++p) acc[slot][p] = 0.f;
@@ -244,25 +308,24 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     }
   }
   if (!stats) return;
+  NVAE_REGION(1);
 
   // Chan's merge of the block's warps, in their order.
   __syncthreads();
   float* of_warp = tile;  // [walker][count, mean, m2][lane]
   if (group == G - 1) {
-    const float n = static_cast<float>(count), inverse = count ? 1.f / n : 0.f;
-    float* mine = of_warp + walker * 3 * kLanes + lane;
-    mine[0] = n;
-    mine[kLanes] = pivot + sum * inverse;
-    mine[2 * kLanes] = fmaxf(squares - sum * sum * inverse, 0.f);
-    if (squares != squares) mine[2 * kLanes] = squares;
+    moments.write(of_warp + walker * 3 * kLanes + lane);
   }
   __syncthreads();
   if (warp == 0 && exists) {
+    NVAE_REGION(1);
     float n = 0.f, mean = 0.f, m2 = 0.f;
+#pragma unroll 1
     for (int i = 0; i < walkers; ++i) {
+      NVAE_REGION(1);
       const float* other = of_warp + i * 3 * kLanes + lane;
       if (other[0] == 0.f) continue;
-      const float all = n + other[0], part = other[0] / all, d = other[kLanes] - mean;
+      const float all = n + other[0], part = other[0] * reciprocal(all), d = other[kLanes] - mean;
       mean += d * part;
       m2 += other[2 * kLanes] + d * d * n * part;
       n = all;

@@ -9,6 +9,10 @@ namespace cuda {
 // Grids aim at this many blocks: eight for each of the 132 multiprocessors of an H200, more than are resident
 // at a time. One number for every GPU, so that sums have the same order on all.
 constexpr int64_t kBlocks = 1056;
+// The shared memory of a block that every GPU from sm_80 on has (99 KB: sm_86, sm_89 and sm_120; sm_80 has
+// 163, sm_90 and sm_100 have 227). A launch takes fewer images or columns per block rather than more than
+// this, on every GPU, so that the order of sums does not depend on the GPU either.
+constexpr size_t kSharedMemory = 99 * 1024;
 constexpr int64_t kSegmentRows = 8;  // strips are not cut shorter: each repeats the rows of a kernel
 
 inline int64_t ceil_divide(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -50,51 +54,55 @@ inline Walk common_walk(const DepthwiseConv2d& p) {
   Walk w = {};
   w.channel_groups = static_cast<int>(ceil_divide(p.channels, kLanes));
   w.views = 1;
-  w.x.step = w.y.step = 1;
   if (p.dilation == 2) {
-    if (p.upsample == 1) w.x.step = 2, w.x.phased = p.stride == 1;
-    if (p.stride == 1) w.y.step = 2, w.y.phased = p.upsample == 1;
+    if (p.upsample == 1) w.x.halved = 1, w.x.phased = p.stride == 1;
+    if (p.stride == 1) w.y.halved = 1, w.y.phased = p.upsample == 1;
     if (p.stride == 1 && p.upsample == 1) w.views = 4;
   }
   w.kernel = static_cast<int>(p.kernel);
-  w.vector = p.channels % (16 / (p.dtype == Dtype::f32 ? 4 : 2)) == 0;
+  w.vector = p.channels % kQuad == 0;
   return w;
 }
-inline bool aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+inline bool aligned(const void* data, const DepthwiseConv2d& p) {
+  return reinterpret_cast<uintptr_t>(data) % (kQuad * map_bytes(p)) == 0;
+}
 
 inline void set_strides(Lattice& l, const DepthwiseConv2d& p, int64_t height, int64_t width) {
+  const int64_t pixel = p.channels * map_bytes(p);
   l.full_height = static_cast<int>(height);
   l.full_width = static_cast<int>(width);
-  l.image = height * width * p.channels;
-  l.row = l.step * width * p.channels;
-  l.column = l.step * p.channels;
+  l.image = height * width * pixel;
+  l.row = static_cast<int>(width * pixel << l.halved);
+  l.column = static_cast<int>(pixel << l.halved);
+}
+inline int64_t of_view(const Lattice& l, int64_t extent) { return (extent + l.halved) >> l.halved; }
+
+// The launch that fits into kSharedMemory. height and width: of the map that is dealt out, in its largest
+// view.
+template <class Shape, class Problem>
+Walk fitted(Walk w, const Problem& p, int64_t height, int64_t width) {
+  set_strides(w.x, p, p.height, p.width);
+  set_strides(w.y, p, p.out_height(), p.out_width());
+  for (int warps = Shape::kWarps;; --warps) {
+    cut(w, p.batch, height, width, warps);
+    w.columns = Shape::columns(w.column_groups);
+    if (warps == 1 || Shape::shared(w, p) <= kSharedMemory) return w;
+  }
 }
 
 template <class Shape>
-Walk forward_walk(const DepthwiseForward& p) {
+Walk walk_of(const DepthwiseForward& p) {
   Walk w = common_walk(p);
-  if (p.upsample ==
-      2) {  // the four phases of y: filters of their own, or with dilation 2 four times the same
-    w.y.step = 2, w.y.phased = 1;
-    w.views = 4;
-    w.fold = p.dilation == 1;
-  }
-  w.vector = w.vector && aligned(p.x);
-  cut(w, p.batch, ceil_divide(p.out_height(), w.y.step), ceil_divide(p.out_width(), w.y.step), Shape::kWarps);
-  set_strides(w.x, p, p.height, p.width);
-  set_strides(w.y, p, p.out_height(), p.out_width());
-  w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), p.dtype == Dtype::f32 ? 4 : 2);
-  return w;
+  // The four phases of y: filters of their own, or with dilation 2 four times the same.
+  if (p.upsample == 2) w.y.halved = w.y.phased = 1, w.views = 4, w.fold = p.dilation == 1;
+  w.vector = w.vector && aligned(p.x, p);
+  return fitted<Shape>(w, p, of_view(w.y, p.out_height()), of_view(w.y, p.out_width()));
 }
 template <class Shape>
-Walk backward_walk(const DepthwiseBackward& p) {
+Walk walk_of(const DepthwiseBackward& p) {
   Walk w = common_walk(p);
-  w.vector = w.vector && aligned(p.grad) && aligned(p.out);
-  cut(w, p.batch, ceil_divide(p.height, w.x.step), ceil_divide(p.width, w.x.step), Shape::kWarps);
-  set_strides(w.x, p, p.height, p.width);
-  set_strides(w.y, p, p.out_height(), p.out_width());
-  w.rectangle(Shape::kRows, Shape::columns(w), Shape::threads(w), p.dtype == Dtype::f32 ? 4 : 2);
-  return w;
+  w.vector = w.vector && aligned(p.x, p) && aligned(p.grad, p) && aligned(p.out, p);
+  return fitted<Shape>(w, p, of_view(w.x, p.height), of_view(w.x, p.width));
 }
 
 // Shapes of kernels, K taps each way and a stride in rings of so many rows: what fits into 128 registers, or
@@ -158,35 +166,31 @@ cudaError_t launch_forward(const DepthwiseForward& p, void* stream);
 template <Dtype D>
 cudaError_t launch_backward(const DepthwiseBackward& p, void* stream);
 
+template <class Shape, class Launch, class Problem>
+cudaError_t start(void (*kernel)(Launch), const Problem& p, void* stream) {
+  const Launch a = {p, walk_of<Shape>(p)};
+  const size_t shared = Shape::shared(a.w, p);
+  const cudaError_t error = allow_shared(kernel, shared, p.device);
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(a.w.channel_groups),
+                  static_cast<unsigned>(a.w.views) * static_cast<unsigned>(a.w.job_blocks));
+  NVAE_LAUNCH(kernel, grid, static_cast<unsigned>(Shape::threads(a.w)), shared, stream, a);
+  return cudaGetLastError();
+}
 template <Dtype D>
 cudaError_t start_forward(const DepthwiseForward& p, void* stream) {
   return forward_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
-    using Shape = typename Kind::Shape;
-    ForwardLaunch a = {p, forward_walk<Shape>(p)};
-    auto* kernel = depthwise_forward_kernel<D, Kind::K, Kind::S, Kind::M, Kind::G, Kind::PATTERN>;
-    const size_t shared = Shape::shared(a.w, kBytes<D>);
-    const cudaError_t error = allow_shared(kernel, shared);
-    if (error != cudaSuccess) return error;
-    const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;
-    NVAE_LAUNCH(kernel, grid, Shape::threads(a.w), shared, stream, a);
-    return cudaGetLastError();
+    return start<typename Kind::Shape>(
+        depthwise_forward_kernel<D, Kind::K, Kind::S, Kind::M, Kind::G, Kind::PATTERN>, p, stream);
   });
 }
-
 template <Dtype D>
 cudaError_t start_backward(const DepthwiseBackward& p, void* stream) {
   return backward_kind(p, [&](auto kind) {
     using Kind = decltype(kind);
-    using Shape = typename Kind::Shape;
-    BackwardLaunch a = {p, backward_walk<Shape>(p)};
-    auto* kernel = depthwise_backward_kernel<D, Kind::K, Kind::XS, Kind::DS, Kind::U, Kind::PATTERN>;
-    const size_t shared = Shape::shared(a.w, kBytes<D>, p.out ? 2 : 1);
-    const cudaError_t error = allow_shared(kernel, shared);
-    if (error != cudaSuccess) return error;
-    const unsigned grid = static_cast<unsigned>(a.w.channel_groups) * a.w.views * a.w.job_blocks;
-    NVAE_LAUNCH(kernel, grid, Shape::threads(a.w), shared, stream, a);
-    return cudaGetLastError();
+    return start<typename Kind::Shape>(
+        depthwise_backward_kernel<D, Kind::K, Kind::XS, Kind::DS, Kind::U, Kind::PATTERN>, p, stream);
   });
 }
 

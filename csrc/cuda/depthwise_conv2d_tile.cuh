@@ -1,10 +1,10 @@
-// What the forward and the backward kernel of depthwise_conv2d share: how an image is cut up and how rows of
-// it come into shared memory.
+// What the forward and the backward kernel of depthwise_conv2d share: how an image is partitioned and how its
+// rows come into shared memory.
 //
 // A lane is a channel, a warp a group of kColumns columns of one image, and a block walks down the rows of a
-// strip of columns. So weights live in registers, shared memory is read without bank conflicts, and all
-// control flow is the same for the whole warp. Dilation 2 needs no code of its own: the image then falls
-// apart into interleaved images ("views") of twice the strides, in each of which neighbours are neighbours.
+// strip of columns. So weights are held in registers, shared memory is read without bank conflicts, and
+// control flow is uniform within a warp. Dilation 2 needs no code of its own: the image is then seen as
+// interleaved images ("views") of twice the strides, in each of which neighbours are adjacent.
 #pragma once
 #include "depthwise_conv2d.h"
 #include "elements.cuh"
@@ -12,72 +12,71 @@
 namespace nvae {
 namespace cuda {
 
-constexpr int kLanes = 32;   // channels of a block
-constexpr int kColumns = 4;  // columns of a thread
+constexpr int kLanes = 32;                // channels of a block
+constexpr int kColumns = 4;               // columns of a thread
+constexpr int kQuad = 4;                  // channels that a lane moves at a time
+constexpr int kQuads = kLanes / kQuad;    // of a pixel
+constexpr int kPixels = kLanes / kQuads;  // that a warp moves at a time
 
-// Blocks of a multiprocessor decide how many registers a thread may have. ptxas keeps what is counted here
-// without spilling for sm_90 alone; the others get one block less.
+// Resident blocks per multiprocessor decide how many registers a thread may have. ptxas keeps what is counted
+// here without spilling for sm_90 alone; the others get one block less.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 constexpr int kSpare = 1;
 #else
 constexpr int kSpare = 0;
 #endif
 
-// How one map is seen: every step-th row and column, from the view's phase on.
+inline int map_bytes(const DepthwiseConv2d& p) { return p.dtype == Dtype::f32 ? 4 : 2; }
+
+// How one map is seen: every row and column, or with `halved` every second one, from the view's phase on.
 struct Lattice {
-  int step;    // 1 or 2
+  int halved;  // 0 or 1
   int phased;  // 1: view (p, q) starts at row p and column q; 0: every view starts at 0
   int full_height, full_width;
-  int64_t image, row, column;  // strides in elements
+  int64_t image;    // bytes from one image to the next
+  int row, column;  // bytes from one row or column of the view to the next
 };
 
 // The launch, as data that the host works out (depthwise_conv2d_launch.cuh) and registers need not hold.
 struct Walk {
-  int channel_groups, views, job_blocks;  // blocks of the grid: groups of channels fastest
+  int channel_groups, views, job_blocks;  // the grid: channel groups, then views and ranges of jobs
   int column_groups, images;              // warps of a block (times groups of kernel rows)
   int segments, segment_rows, tiles;      // strips: rows, and columns
   unsigned jobs, jobs_per_block;
   Lattice x, y;
-  int kernel;  // width of the weights
-  int fold;    // forward only: upsampling as four filters of (kernel + 1) / 2 taps
-  int vector;  // 16-byte loads are possible
-  // The rectangle of a chunk in shared memory, and how threads share it: [0] element by element, [1] by 16
-  // bytes. Factors divide: n / d == n * ceil(2^20 / d) >> 20 for the small n that occur.
-  int columns, raw_vectors;
-  int bands[2], band_factor[2], column_factor;
-
-  void rectangle(int rows, int columns_, int threads, int bytes) {
-    columns = columns_;
-    column_factor = ((1 << 20) + columns - 1) / columns;
-    for (int i = 0; i < 2; ++i) {
-      const int positions = images * columns * (i ? kLanes * bytes / 16 : kLanes), fit = threads / positions;
-      bands[i] = fit < 1 ? 1 : fit > rows ? rows : fit;
-      band_factor[i] = ((1 << 20) + positions - 1) / positions;
-    }
-    raw_vectors = images * rows * columns * kLanes * bytes / 16;
-  }
+  int kernel;   // width of the weights
+  int fold;     // forward only: upsampling as four filters of (kernel + 1) / 2 taps
+  int vector;   // quads of channels are aligned
+  int columns;  // of an image in the tile of shared memory, its halo included
 };
+
+// A value that is the same for all lanes of a warp. Read from one of them, so that the compiler knows.
+__device__ __forceinline__ int uniform(int value) {
+#ifdef __CUDA_ARCH__
+  return __shfl_sync(0xffffffffu, value, 0);
+#else
+  return value;
+#endif
+}
 
 // One map of a block's view.
 struct Plane {
-  int64_t base;
+  int64_t base;  // bytes
   int height, width;
   __device__ Plane(const Lattice& l, int view) {
     const int p = l.phased ? view >> 1 : 0, q = l.phased ? view & 1 : 0;
-    base = (p * l.row + q * l.column) / l.step;
-    height = (l.full_height - p + l.step - 1) / l.step;
-    width = (l.full_width - q + l.step - 1) / l.step;
+    base = (p ? l.row >> l.halved : 0) + (q ? l.column >> l.halved : 0);
+    height = (l.full_height - p + l.halved) >> l.halved;
+    width = (l.full_width - q + l.halved) >> l.halved;
   }
 };
 
 struct Position {
   int channel_group, view, job_block;
   __device__ explicit Position(const Walk& w) {
-    unsigned id = blockIdx.x;
-    channel_group = static_cast<int>(id % w.channel_groups);
-    id /= w.channel_groups;
-    view = static_cast<int>(id % w.views);
-    job_block = static_cast<int>(id / w.views);
+    channel_group = static_cast<int>(blockIdx.x);
+    view = w.views == 1 ? 0 : static_cast<int>(blockIdx.y & 3);
+    job_block = static_cast<int>(w.views == 1 ? blockIdx.y : blockIdx.y >> 2);
   }
 };
 
@@ -86,97 +85,282 @@ struct Job {
   int64_t image;  // the first of the group
   int segment, tile;
   __device__ Job(const Walk& w, unsigned index) {
-    tile = static_cast<int>(index % w.tiles);
-    index /= w.tiles;
-    segment = static_cast<int>(index % w.segments);
-    image = static_cast<int64_t>(index / w.segments) * w.images;
+    tile = segment = 0;
+    if (w.tiles > 1) {
+      tile = static_cast<int>(index % w.tiles);
+      index /= w.tiles;
+    }
+    if (w.segments > 1) {
+      segment = static_cast<int>(index % w.segments);
+      index /= w.segments;
+    }
+    image = static_cast<int64_t>(index) * w.images;
   }
 };
 
-// A rectangle of ROWS rows of every image of a block on its way into shared memory: copied raw
-// (asynchronously, each thread its own 16 bytes), then converted by the thread that copied it to floats
-// [image][row][column][lane]. Outside the image, and in channels that do not exist, there are zeros; rows
-// outside are left out altogether, nobody reads them. Without 16-byte alignment the conversion reads global
-// memory itself.
-template <Dtype D, int ROWS, int SOURCES>
+constexpr int kAtOnce = 7;  // weights per thread in flight: with K = 5 all
+
+// The weights of a block's channels, contiguous; with `mask` dead taps are set to 0.
+__device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask, int64_t first, int here,
+                                             int taps, float* to) {
+  const int64_t begin = first * taps;
+  const int count = here * taps, step = static_cast<int>(blockDim.x);
+  NVAE_REGION(1);
+  if (p.weight_dtype == Dtype::f32) {
+    const float* from = static_cast<const float*>(p.weight) + begin;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += kAtOnce * step) {
+      NVAE_REGION(1);
+      float value[kAtOnce];
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n) value[n] = i + n * step < count ? from[i + n * step] : 0.f;
+#pragma unroll
+      for (int n = 0; n < kAtOnce; ++n)
+        if (i + n * step < count) to[i + n * step] = value[n];
+    }
+  } else {
+    NVAE_REGION(1);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += step)
+      to[i] = load_any<float>(p.weight, p.weight_dtype, begin + i);
+  }
+  if (mask && p.masked) {
+    NVAE_REGION(1);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < count; i += step)
+      if (!p.tap_is_live(i % taps)) to[i] = 0.f;
+  }
+  __syncthreads();
+}
+
+// The same value, of which the compiler knows nothing: so it does not merge a rare path with the common one.
+__device__ __forceinline__ int opaque(int value) {
+#ifdef __CUDA_ARCH__
+  asm("" : "+r"(value));
+#endif
+  return value;
+}
+
+// Rounds and stores adjacent columns, those that exist.
+template <Dtype D, bool FULL, int P>
+__device__ __forceinline__ void store_columns(char* to, int column_bytes, int columns, const float* value,
+                                              typename Word<D>::Type* bits) {
+#pragma unroll
+  for (int p = 0; p < P; p += 2) narrow_two<D>(value[p], value[p + 1], bits + p);
+  if (!FULL) column_bytes = opaque(column_bytes);
+#pragma unroll
+  for (int p = 0; p < P; ++p)
+    if (FULL || p < columns)
+      *reinterpret_cast<typename Word<D>::Type*>(
+          to + static_cast<uint64_t>(static_cast<unsigned>(column_bytes)) * p) = bits[p];
+}
+
+// The ROWS rows of a chunk of every image of a block on their way into shared memory: copied raw and
+// asynchronously, then converted by the thread that copied them to floats [row][image][column][lane].
+//
+// A column group brings the STEP columns that are its own, four channels of four pixels per warp at a time,
+// so that only the row changes from one to the next. The HALO columns around them belong to other tiles and
+// are shared out among all warps; where there is one tile they are outside the image and set to zero once.
+// Pixels outside the image and channels that do not exist are zeros. Rows outside the image are left out and
+// never read. Where quads of channels are not aligned the conversion reads global memory itself.
+template <Dtype D, int WARPS, int ROWS, int STEP, int HALO, int GROUPS, int SOURCES>
 struct Stage {
   using Bits = typename Word<D>::Type;
-  static constexpr int kVector = 16 / kBytes<D>;      // channels of 16 bytes
-  static constexpr int kPerPixel = kLanes / kVector;  // vectors of a pixel
+  using Four = typename Word<D>::Four;
+  static constexpr int kBits = static_cast<int>(sizeof(Bits));
+  static constexpr int kPasses = (ROWS * STEP + kPixels - 1) / kPixels;  // of a column group
+  static constexpr int kShare = (kPasses + GROUPS - 1) / GROUPS;         // of a warp
+  static constexpr int kSides = STEP > kPixels ? STEP / kPixels : 1;     // passes of a row
+  static constexpr int kHalo = ROWS * HALO;                              // pixels
+  static constexpr int kPitch = WARPS * (STEP + HALO);  // columns of a row of all images, at most
+  static constexpr int kTile = ROWS * kPitch * kLanes;  // floats
+  static_assert((STEP == 2 || STEP == 4 || STEP == 8) && HALO > 0, "what the kernels use");
+
+  __host__ __device__ static size_t raw_bytes(const Walk& w, int threads, int sources, int bytes) {
+    if (!w.vector) return 0;
+    return static_cast<size_t>(kQuad * bytes * sources) *
+           (kShare * threads + (w.tiles > 1 ? kHalo * kQuads : 0));
+  }
 
   const Walk& w;
   const Lattice& from;
-  const Bits* source[SOURCES];
+  const char* source[SOURCES];  // at the view's first pixel and the block's first channel; null: not there
   int height, width, channels;  // channels: those of this block that exist
   bool vector;
-  uint4* raw;
+  int pad;  // columns of the halo that are on the left
+  int warp, column_group, group, image;
   float* tile;
+  Four* raw;
 
-  // Of the strip at hand.
-  int64_t offset;   // of the first image's pixel (0, 0)
-  int images_here;  // that exist
-  int left;         // column of the rectangle's first
+  // Of the job at hand.
+  const char* next = nullptr;  // in source 0, what the lane brings in the first row of the next chunk
+  int64_t images_at = 0;       // bytes from a source to the first image
+  int64_t own_at = 0;          // to the pixel in row 0 that this lane brings first
+  int first_column = 0;        // of the block's own
+  bool inside_batch = false;   // whether the warp's image exists
+  bool inside = false, inside_second = false;  // whether the lane has something to bring, per side
 
-  // visit(inside, element of the source, slot of raw, element of the tile, channel) for what this thread
-  // moves.
-  template <int PER, class Visit>
-  __device__ __forceinline__ void each(int top, Visit visit) const {
-    constexpr int kind = PER == kLanes ? 0 : 1;
-    const int positions = w.images * w.columns * PER, all = positions * w.bands[kind];
-    for (int i = threadIdx.x; i < all; i += blockDim.x) {
-      const int band = w.bands[kind] > 1 ? i * w.band_factor[kind] >> 20 : 0, position = i - band * positions;
-      const int lane = position % PER * (kLanes / PER), pixel = position / PER;
-      const int b = w.images > 1 ? pixel * w.column_factor >> 20 : 0, j = pixel - b * w.columns;
-      const bool inside = b < images_here && left + j >= 0 && left + j < width && lane < channels;
-      const int64_t corner = offset + b * from.image + (left + j) * from.column + lane;
+  __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
+  __device__ __forceinline__ static int quad() { return threadIdx.x % kQuads * kQuad; }
+  __device__ __forceinline__ static int slot() { return threadIdx.x / kQuads % kPixels; }
+  __device__ __forceinline__ bool brings(int side) const { return side == 0 ? inside : inside_second; }
+  __device__ __forceinline__ bool row_inside(int row) const {
+    return static_cast<unsigned>(row) < static_cast<unsigned>(height);
+  }
+  __device__ __forceinline__ const char* at(int n, int64_t offset, int row) const {
+    return source[n] + offset + static_cast<int64_t>(row) * from.row;
+  }
+
+  // Once, before the first job.
+  __device__ __forceinline__ void clear_halo() const {
+    NVAE_REGION(1);
+    if (w.tiles > 1) return;
 #pragma unroll 1
-      for (int r = band; r < ROWS; r += w.bands[kind]) {
-        if (top + r < 0 || top + r >= height) continue;
-        visit(inside, corner + (top + r) * from.row, r * positions + position,
-              ((b * ROWS + r) * w.columns + j) * kLanes + lane, lane);
-      }
+    for (int i = threadIdx.x; i < w.images * kHalo * kQuads; i += blockDim.x) {
+      NVAE_REGION(1);
+      const int pixel = i / kQuads, r = pixel / HALO, h = pixel - r * HALO, b = r / ROWS;
+      const int j = b * w.columns + (h < pad ? h : h + STEP * w.column_groups);
+      *reinterpret_cast<float4*>(tile + ((r - b * ROWS) * kPitch + j) * kLanes + quad()) =
+          make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
 
-  __device__ __forceinline__ void copy(int top) const {
+  __device__ __forceinline__ void begin(int64_t first_image, int64_t batch, int column) {
+    NVAE_REGION(1);
+    first_column = column;
+    images_at = first_image * from.image;
+    const int mine = column + column_group * STEP + (vector ? slot() % STEP : 0);
+    own_at = images_at + image * from.image + static_cast<int64_t>(mine) * from.column +
+             (vector ? quad() : lane()) * kBits;
+    inside_batch = first_image + image < batch;
+    const bool exists = inside_batch && (vector ? quad() : lane()) < channels;
+    inside = exists && mine < width;
+    inside_second = exists && mine + kPixels < width;
+  }
+
+  // visit(pass's place among the warp's, row of the chunk, first or second side) for each pass of a warp, but
+  // rows outside the image.
+  template <int UNROLL, class Visit>
+  __device__ __forceinline__ void each_pass(int top, Visit visit) const {
+#pragma unroll UNROLL
+    for (int i = 0; i < kShare; ++i) {
+      NVAE_REGION(UNROLL);
+      const int pass = GROUPS == 1 ? i : i * GROUPS + group;
+      const int r = STEP < kPixels ? pass * (kPixels / STEP) + slot() / STEP : pass / kSides;
+      if ((GROUPS == 1 && ROWS * STEP % kPixels == 0) || r < ROWS)
+        if (row_inside(top + r)) visit(i, r, kSides > 1 ? pass % kSides : 0);
+    }
+  }
+  // visit(number, row, inside, bytes from a source, element of the tile, channel), PER to a pixel.
+  template <int PER, class Visit>
+  __device__ __forceinline__ void each_halo(int top, Visit visit) const {
+    NVAE_REGION(1);
+    if (w.tiles == 1) return;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < kHalo * PER; i += blockDim.x) {
+      NVAE_REGION(1);
+      const int pixel = i / PER, r = pixel / HALO, h = pixel - r * HALO, channel = i % PER * (kLanes / PER);
+      const int j = h < pad ? h : h + STEP * w.column_groups, column = first_column - pad + j;
+      if (!row_inside(top + r)) continue;
+      visit(i, top + r, column >= 0 && column < width && channel < channels,
+            images_at + static_cast<int64_t>(column) * from.column + channel * kBits,
+            (r * kPitch + j) * kLanes + channel, channel);
+    }
+  }
+  // Between two sources.
+  __device__ __forceinline__ int raw_stride() const {
+    return kShare * static_cast<int>(blockDim.x) + (w.tiles > 1 ? kHalo * kQuads : 0);
+  }
+  __device__ __forceinline__ Four* raw_own(int n, int i) const {
+    return raw + (n * raw_stride() + (warp * kShare + i) * kLanes + lane());
+  }
+  __device__ __forceinline__ Four* raw_halo(int n, int i) const {
+    return raw + (n * raw_stride() + kShare * static_cast<int>(blockDim.x) + i);
+  }
+
+  // Chunks are copied one after the other, the first of a job from row `top` on.
+  __device__ __forceinline__ void rewind(int top) { next = at(0, own_at, top); }
+  __device__ __forceinline__ void copy(int top) {
+    NVAE_REGION(1);
     if (!vector) return;
-    each<kPerPixel>(top, [&](bool inside, int64_t at, int slot, int, int) {
-      if (!inside) return;
+    each_pass<kShare>(top, [&](int i, int r, int side) {
+      NVAE_REGION(kShare);
+      if (!brings(side)) return;
+      const char* here = next + static_cast<int64_t>(r) * from.row + (side ? kPixels * from.column : 0);
+      copy_async(raw_own(0, i), here);
+      if (SOURCES > 1 && source[SOURCES - 1])
+        copy_async(raw_own(1, i), here + (source[SOURCES - 1] - source[0]));
+    });
+    next += static_cast<int64_t>(ROWS) * from.row;
+    each_halo<kQuads>(top, [&](int i, int row, bool in, int64_t offset, int, int) {
+      NVAE_REGION(1);
+      if (!in) return;
 #pragma unroll
       for (int n = 0; n < SOURCES; ++n)
-        if (source[n]) copy_async(raw + n * w.raw_vectors + slot, source[n] + at);
+        if (n == 0 || source[n]) copy_async(raw_halo(n, i), at(n, offset, row));
     });
   }
 
-  // Map: (channel, values of the sources) for four elements from that channel on, or for one.
-  template <class Map>
+  // Map: of(channel) gives the function of four channels from there on, one(channel, ...) that of one.
+  template <int UNROLL, class Map>
   __device__ __forceinline__ void convert(int top, const Map& map) const {
-    if (vector) {
-      wait_copies();
-      each<kPerPixel>(top, [&](bool inside, int64_t, int slot, int to, int lane) {
-#pragma unroll
-        for (int part = 0; part < kVector / 4; ++part) {
-          float4 v[SOURCES];
-#pragma unroll
-          for (int n = 0; n < SOURCES; ++n) {
-            v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
-            if (inside && source[n]) v[n] = widen_four<D>(raw + n * w.raw_vectors + slot, part);
-          }
-          if (inside) v[0] = map.four(lane + 4 * part, v[0], v[SOURCES - 1]);
-          *reinterpret_cast<float4*>(tile + to + 4 * part) = v[0];
-        }
-      });
-    } else {
-      each<kLanes>(top, [&](bool inside, int64_t at, int, int to, int lane) {
-        float v[SOURCES];
-#pragma unroll
-        for (int n = 0; n < SOURCES; ++n) {
-          v[n] = 0.f;
-          if (inside && source[n]) v[n] = map.template load<D>(source[n] + at);
-        }
-        tile[to] = inside ? map.one(lane, v[0], v[SOURCES - 1]) : 0.f;
-      });
+    NVAE_REGION(1);
+    float* own = tile + (image * w.columns + pad + column_group * STEP) * kLanes;
+    wait_copies();
+    if (!vector) {
+      NVAE_REGION(1);
+      convert_single(top, map, own + lane());
+      return;
     }
+    const auto function = map.of(quad());
+    own += slot() % STEP * kLanes + quad();
+    each_pass<UNROLL>(top, [&](int i, int r, int side) {
+      NVAE_REGION(UNROLL);
+      put_four(brings(side), function, raw_own(0, i), own + (r * kPitch + side * kPixels) * kLanes);
+    });
+    each_halo<kQuads>(top, [&](int i, int, bool in, int64_t, int to, int) {
+      NVAE_REGION(1);
+      put_four(in, function, raw_halo(0, i), tile + to);
+    });
+  }
+
+ private:
+  template <class Function>
+  __device__ __forceinline__ void put_four(bool in, const Function& function, const Four* copied,
+                                           float* to) const {
+    float4 v[SOURCES];
+#pragma unroll
+    for (int n = 0; n < SOURCES; ++n) v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (in) {
+#pragma unroll
+      for (int n = 0; n < SOURCES; ++n)
+        if (n == 0 || source[n]) v[n] = widen_four<D>(copied[n * raw_stride()]);
+      v[0] = function(v[0], v[SOURCES - 1]);
+    }
+    *reinterpret_cast<float4*>(to) = v[0];
+  }
+  template <class Map>
+  __device__ __forceinline__ void convert_single(int top, const Map& map, float* own) const {
+    const auto put = [&](bool in, int64_t offset, int row, int channel, float* to) {
+      float v[SOURCES];
+#pragma unroll
+      for (int n = 0; n < SOURCES; ++n) {
+        v[n] = 0.f;
+        if (in && (n == 0 || source[n]))
+          v[n] = map.template load<D>(reinterpret_cast<const Bits*>(at(n, offset, row)));
+      }
+      *to = in ? map.one(channel, v[0], v[SOURCES - 1]) : 0.f;
+    };
+#pragma unroll 1
+    for (int i = group; i < ROWS * STEP; i += GROUPS) {
+      const int r = i / STEP, c = i % STEP, column = first_column + column_group * STEP + c;
+      if (row_inside(top + r))
+        put(inside && column < width, own_at + c * from.column, top + r, lane(),
+            own + (r * kPitch + c) * kLanes);
+    }
+    each_halo<kLanes>(top, [&](int, int row, bool in, int64_t offset, int to, int channel) {
+      put(in, offset, row, channel, tile + to);
+    });
   }
 };
 

@@ -8,16 +8,26 @@
 
 #include "../types.h"
 
+// Marks what follows in this block as a region of which the compiler emits so many copies, by unrolling, per
+// call of its function; 0: whatever its caller's region has. The stand-in of the tests counts how often
+// threads enter a region, which together with the SASS instructions of its lines gives the issue slots of a
+// kernel. It generates no code for the GPU.
+#ifndef NVAE_REGION
+#define NVAE_REGION(copies)
+#endif
+
 namespace nvae {
 namespace cuda {
 
 template <Dtype D>
 struct Word {
   using Type = unsigned short;
+  using Four = uint2;  // four elements
 };
 template <>
 struct Word<Dtype::f32> {
   using Type = unsigned int;
+  using Four = uint4;
 };
 template <Dtype D>
 constexpr int kBytes = static_cast<int>(sizeof(typename Word<D>::Type));
@@ -55,13 +65,12 @@ __device__ __forceinline__ void narrow_two(float a, float b, typename Word<D>::T
   to[1] = narrow<D>(b);
 }
 
-// Four elements of 16 bytes: the first four, or of 2-byte elements with part = 1 the others.
 template <Dtype D>
-__device__ __forceinline__ float4 widen_four(const uint4* from, int part) {
+__device__ __forceinline__ float4 widen_four(typename Word<D>::Four w) {
   if constexpr (D == Dtype::f32) {
-    return *reinterpret_cast<const float4*>(from);
+    return make_float4(__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z),
+                       __uint_as_float(w.w));
   } else {
-    const uint2 w = reinterpret_cast<const uint2*>(from)[part];
     if constexpr (D == Dtype::bf16)  // in place, which takes no conversion
       return make_float4(__uint_as_float(w.x << 16), __uint_as_float(w.x & 0xffff0000u),
                          __uint_as_float(w.y << 16), __uint_as_float(w.y & 0xffff0000u));
@@ -167,9 +176,11 @@ __device__ __forceinline__ S activate(S u, int activation, S& slope) {
 template <int N>
 __device__ __forceinline__ void activate_all(float* u, int activation) {
   if (activation == kSwish) {
+    NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) u[i] = u[i] * sigmoid(u[i]);
   } else if (activation == kElu) {
+    NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) u[i] = u[i] > 0.f ? u[i] : exp_minus_one(u[i]);
   }
@@ -177,9 +188,11 @@ __device__ __forceinline__ void activate_all(float* u, int activation) {
 template <int N>
 __device__ __forceinline__ void activate_all(float* u, float* slope, int activation) {
   if (activation == kSwish) {
+    NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) u[i] = activate(u[i], kSwish, slope[i]);
   } else if (activation == kElu) {
+    NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float e = exp_minus_one(u[i]);
@@ -187,24 +200,31 @@ __device__ __forceinline__ void activate_all(float* u, float* slope, int activat
       u[i] = u[i] > 0.f ? u[i] : e;
     }
   } else {
+    NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) slope[i] = 1.f;
   }
 }
 
-// 16 bytes from global to shared memory without passing through registers; wait_copies() waits for those of
-// the calling thread, which alone may then read them without a barrier.
-__device__ __forceinline__ void copy_async(uint4* shared, const void* global) {
+// Copies 8 or 16 bytes from global to shared memory without registers. wait_copies() waits for the copies of
+// the calling thread; other threads may read them after a barrier that follows it.
+template <class Four>
+__device__ __forceinline__ void copy_async(Four* shared, const void* global) {
 #ifdef __CUDA_ARCH__
   const unsigned to = static_cast<unsigned>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-#else
-  *shared = *static_cast<const uint4*>(global);
+  if constexpr (sizeof(Four) == 16)
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+  else
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(global) : "memory");
+#elif defined(NVAE_CUDA_SHIM)
+  shim_copy_async(shared, global, sizeof(Four));
 #endif
 }
 __device__ __forceinline__ void wait_copies() {
 #ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_all;" ::: "memory");
+#elif defined(NVAE_CUDA_SHIM)
+  shim_wait_copies();
 #endif
 }
 

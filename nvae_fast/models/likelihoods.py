@@ -161,7 +161,7 @@ class Normal:
         """
         b, channels, h, w = self.params.shape
         _checks.shape("Normal.log_prob", "x", x, (b, channels // 2, h, w), self.params)
-        # The room sums over pixels; one "pixel" per batch entry keeps them apart: (B, 2C, H, W) -> (B H W, 2C, 1, 1).
+        # The operator sums over pixels; one "pixel" per batch entry keeps them apart: (B, 2C, H, W) -> (B H W, 2C, 1, 1).
         value = (
             (2.0 * x.to(self.params.dtype) - 1.0).permute(0, 2, 3, 1).reshape(b * h * w, channels // 2, 1, 1)
         )

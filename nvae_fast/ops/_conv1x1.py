@@ -8,7 +8,7 @@ from torch import Tensor
 
 # oneDNN's convolution lays its weights out anew in every call, which few pixels do not pay back, and its weight gradient is
 # weak at small maps; the matrix product is weak where a number of channels is not a multiple of its tile. Measured in
-# float32 and bfloat16 from 64 to 1536 channels: CONTRIBUTING.md.
+# float32 and bfloat16 from 64 to 1536 channels: docs/benchmarks.md.
 _FEW_PIXELS = {torch.float32: 256, torch.bfloat16: 2048}  # of a batch
 _SMALL_MAP = 64  # pixels of an image
 _TILE = 16

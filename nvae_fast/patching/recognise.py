@@ -26,13 +26,13 @@ def examine(module: nn.Module, repair: bool = False) -> Verdict:
     for fits, judge in _KINDS:
         if not fits(module):
             continue
-        strangers = [
+        foreign = [
             name
             for name, part in module.named_modules()
             if "forward" in part.__dict__ and bound_forward(part) is None
         ]
-        if strangers:
-            where = "it" if strangers == [""] else f"{strangers[0] or 'it'} inside"
+        if foreign:
+            where = "it" if foreign == [""] else f"{foreign[0] or 'it'} inside"
             return f"somebody replaced the forward of the instance ({where})"
         return judge(module, repair)
     return None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,7 +73,6 @@ class Capture:
     """What one capture saw."""
 
     events: list[str] = field(default_factory=list)  # waits and copies, each with its line
-    launches: Counter[str] = field(default_factory=Counter)  # of Triton kernels
     operators: int = 0
     # Storages from before the capture that it used: they must live as long as the graph.
     outside: dict[int, tuple[Any, str]] = field(default_factory=dict)
@@ -121,9 +119,9 @@ class Device(TorchDispatchMode):
                 del self._storages[gone]
             self._bases[first:last] = [base]
             self._storages[base] = (torch.multiprocessing.reductions.StorageWeakRef(storage), size)
-            if self.capture is not None:
+            if capturing():
                 self.capture.inside.add(base)
-        if self.capture is not None:
+        if capturing():
             self.capture.kept.append(memory)
         return DeviceTensor(memory)
 
@@ -136,14 +134,12 @@ class Device(TorchDispatchMode):
         weak, size = self._storages[base]
         return base if address < base + max(size, 1) and not weak.expired() else None
 
-    def use(self, memory: torch.Tensor) -> None:
-        """Note that a capture touches ``memory``."""
-        if self.capture is None:
-            return
-        base = memory.untyped_storage().data_ptr()
-        if base and base not in self.capture.inside and base not in self.capture.outside:
-            weak = torch.multiprocessing.reductions.StorageWeakRef(memory.untyped_storage())
-            self.capture.outside[base] = weak, where()
+    def use(self, address: int) -> bool:
+        """Note that a capture touches ``address``; whether it is memory of the device."""
+        base = self.allocation(address)
+        if base is not None and self.capture is not None and base not in self.capture.inside:
+            self.capture.outside.setdefault(base, (self._storages[base][0], where()))
+        return base is not None
 
     def note(self, what: str) -> None:
         events = self.events if self.capture is None else self.capture.events
@@ -172,7 +168,9 @@ class Device(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         self.look(name, ours, leaves, args, to_host)
         for tensor in ours:
-            self.use(tensor.memory)
+            self.use(tensor.data_ptr())
+        if self.capture is None:
+            self.look_at_pools(func, args, kwargs)
         plain_args, plain_kwargs = pytree.tree_map_only(DeviceTensor, lambda t: t.memory, (args, kwargs))
         if "device" in plain_kwargs:
             plain_kwargs["device"] = torch.device("cpu")
@@ -180,7 +178,8 @@ class Device(TorchDispatchMode):
             plain_kwargs.pop("non_blocking", None)
         if name == "aten.is_pinned.default":
             return False
-        result = func(*plain_args, **plain_kwargs)
+        real = to_host or name.startswith(WAITING) or not ours
+        result = func(*plain_args, **plain_kwargs) if real else _idle(func, plain_args, plain_kwargs)
         if self.capture is not None:
             self.capture.operators += 1
         if to_host:
@@ -191,6 +190,18 @@ class Device(TorchDispatchMode):
     def _wrapper(self, ours: list[DeviceTensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         same = {id(tensor.memory): tensor for tensor in ours}
         return lambda memory: same.get(id(memory)) if id(memory) in same else self.own(memory)
+
+    def look_at_pools(self, func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        """Note a write, outside of a capture, into a graph's pool: earlier in the graph the memory may be another tensor's."""
+        pools = [graph.capture.inside for graph in Graph.made]
+        for i, argument in enumerate(func._schema.arguments if pools else ()):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+            for tensor in pytree.tree_leaves(value):
+                base = tensor.memory.untyped_storage().data_ptr() if isinstance(tensor, DeviceTensor) else 0
+                if any(base in pool for pool in pools):
+                    self.note(f"{func} writes into the pool of a graph")
 
     def look(self, name: str, ours: list[Any], leaves: list[Any], args: Any, to_host: bool) -> None:
         """Note waits of the host for the device, and copies between the two."""
@@ -212,6 +223,33 @@ class Device(TorchDispatchMode):
             )
         elif any(t.dim() for t in host):
             raise RuntimeError(f"{name}: tensors of the host and of the device at {where()}")
+
+
+def _idle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """What ``func`` returns, with nothing computed: fresh memory holds anything, since no Triton kernel has written any."""
+    results = [r.alias_info for r in func._schema.returns]
+    written = [
+        kwargs[a.name] if a.name in kwargs else args[i]
+        for i, a in enumerate(func._schema.arguments)
+        if a.alias_info is not None and a.alias_info.is_write
+    ]
+    if any(alias is not None and not alias.is_write for alias in results) or "set_" in str(func):
+        return func(*args, **kwargs)  # a view, or one that changes what a tensor is
+    if written and all(results):
+        return written[0] if len(results) == 1 else tuple(written) if results else None
+
+    def meta(t: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="meta")
+
+    plain = {**kwargs, "device": torch.device("meta")} if "device" in kwargs else kwargs
+    plain_args, plain = pytree.tree_map_only(torch.Tensor, meta, (args, plain))
+    try:
+        found = func(*plain_args, **plain)
+    except NotImplementedError:  # no meta kernel
+        return func(*args, **kwargs)
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), found
+    )
 
 
 _device: Device | None = None
@@ -271,11 +309,7 @@ class Graph:
         lost = [line for weak, line in self.capture.outside.values() if weak.expired()]
         if lost:
             raise RuntimeError(f"a graph reads memory that is free again, first used at {lost[0]}")
-        for check in Graph.checks:
-            check(self)
         self.replays += 1
-
-    checks: list[Callable[[Graph], None]] = []  # noqa: RUF012  of the process
 
     def reset(self) -> None:
         self.capture = Capture()

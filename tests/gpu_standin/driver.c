@@ -32,9 +32,9 @@ typedef struct {
 static Device device = {90, 232448, 233472, 132};
 
 typedef struct {
-    char* name;
+    char *name, *label;
     void* module;
-    int registers, local, shared_static, max_threads, shared_dynamic;
+    int registers, local, shared_static, max_threads, required, shared_dynamic;
     long launches, launches_in_capture;
 } Function;
 
@@ -55,6 +55,8 @@ void standin_device(int capability, int shared_optin, int shared_per_multiproces
 void standin_capture(int on) { capturing = on; }
 void standin_owns(CUresult (*callback)(CUdeviceptr)) { owns = callback; }
 const char* standin_refusal(void) { return refusal; }
+// Names the function loaded last, whose own name others may have.
+void standin_label(const char* label) { functions[function_count - 1]->label = strdup(label); }
 
 void standin_reset(void) {
     loads = loads_in_capture = launches = launches_in_capture = refused = 0;
@@ -71,7 +73,7 @@ long standin_report(char* out, long size) {
     for (int i = 0; i < function_count; ++i) {
         Function* f = functions[i];
         PUT("%s{\"name\": \"%s\", \"registers\": %d, \"spills\": %d, \"launches\": %ld, \"launches_in_capture\": %ld}",
-            i ? ", " : "", f->name, f->registers, f->local, f->launches, f->launches_in_capture);
+            i ? ", " : "", f->label, f->registers, f->local, f->launches, f->launches_in_capture);
     }
     PUT("]}");
     return used + 1;
@@ -177,16 +179,17 @@ CUresult cuModuleGetFunction(void** function, void* module, const char* name) {
     if (!of || !section(m->image, ".text.", name)) return refuse(NOT_FOUND, "no kernel %s in its module", name, 0, 0);
     const Elf64_Shdr *common = section(m->image, ".nv.info", ""), *own = section(m->image, ".nv.info.", name);
     const Elf64_Shdr* shared = section(m->image, ".nv.shared.", name);
-    long registers = info(m->image, common, 0x2f, of), local = info(m->image, common, 0x23, of);
+    long registers = info(m->image, common, 0x2f, of), local = info(m->image, common, 0x11, of);
     long threads = info(m->image, own, 0x05, 0), required = info(m->image, own, 0x10, 0);
     if (registers < 0 || function_count == (int)(sizeof functions / sizeof *functions))
         return refuse(INVALID_IMAGE, "kernel %s: its module lacks the number of registers", name, 0, 0);
     Function* f = calloc(1, sizeof *f);
-    f->name = strdup(name);
+    f->name = f->label = strdup(name);
     f->module = m;
     f->registers = (int)registers;
     f->local = local > 0 ? (int)local : 0;
     f->max_threads = threads > 0 ? (int)threads : required > 0 ? (int)required : 1024;
+    f->required = required > 0 ? (int)required : 0;
     f->shared_static = shared ? (int)shared->sh_size : 0;
     f->shared_dynamic = 49152;
     functions[function_count++] = f;
@@ -242,6 +245,8 @@ CUresult cuLaunchKernelEx(const Config* c, void* function, void** arguments, voi
     if (!threads || threads > 1024 || threads > f->max_threads || c->block[2] > 64)
         return refuse(threads > 1024 ? INVALID_VALUE : TOO_MANY_RESOURCES, "kernel %s: %ld threads, it takes %ld", f->name,
                       threads, f->max_threads);
+    if (f->required && (long)c->block[0] != f->required)
+        return refuse(INVALID_VALUE, "kernel %s: %ld threads, compiled for %ld", f->name, threads, f->required);
     if (taken > 65536)
         return refuse(TOO_MANY_RESOURCES, "kernel %s: %ld threads of %ld registers", f->name, threads, f->registers);
     if ((long)c->shared > f->shared_dynamic || (long)c->shared + f->shared_static > device.shared_optin)

@@ -47,6 +47,7 @@ class Driver:
         self.library.standin_report.restype = ctypes.c_long
         self.library.standin_report.argtypes = [ctypes.c_char_p, ctypes.c_long]
         self.library.standin_refusal.restype = ctypes.c_char_p
+        import triton
         from triton.backends.compiler import GPUTarget
         from triton.backends.nvidia.driver import CudaDriver
         from triton.runtime.driver import driver
@@ -58,14 +59,44 @@ class Driver:
                 self.get_current_stream = lambda device=0: stream()
                 self.set_current_device = lambda device: None
                 self.get_device_capability = lambda device=0: (9, 0)
+                make, load_binary, names = self.launcher_cls, self.utils.load_binary, []
+
+                def launcher(source: Any, metadata: Any) -> Any:  # made just before its binary is loaded
+                    names.append(f"{source.fn.__module__.rpartition('.')[2]}.{source.fn.__name__}")
+                    launch, name = make(source, metadata), names[-1]
+
+                    def checked(*args: Any) -> None:
+                        for value in args:
+                            if hasattr(value, "data_ptr") and value.data_ptr() % value.element_size():
+                                raise RuntimeError(f"{name}: misaligned address of {value.dtype}")
+                        launch(*args)
+
+                    return checked
+
+                def labelled(*args: Any) -> Any:
+                    loaded = load_binary(*args)
+                    library.standin_label(names[-1].encode())
+                    return loaded
+
+                self.launcher_cls, self.utils.load_binary = launcher, labelled
 
             def get_current_target(self) -> GPUTarget:
                 return GPUTarget("cuda", 90, 32)
 
         self.triton = StandIn()
         driver.set_active(self.triton)
+        self.capturing = False
+        self.compiles = self.compiles_in_capture = 0
+        self.seconds = 0.0  # of the compiler
+        triton.knobs.compilation.listener = self._compiled
+
+    def _compiled(self, *, times: Any, cache_hit: bool, **_: Any) -> None:
+        self.compiles += not cache_hit
+        self.compiles_in_capture += self.capturing
+        self.seconds += 0 if cache_hit else times.total / 1e6
 
     def capture(self, on: bool) -> None:
+        self.capturing = on
         self.library.standin_capture(int(on))
 
     def owns(self, check: Callable[[int], bool]) -> None:
@@ -80,8 +111,12 @@ class Driver:
 
     def reset(self) -> None:
         self.library.standin_reset()
+        self.compiles = self.compiles_in_capture = 0
+        self.seconds = 0.0
 
     def report(self) -> dict[str, Any]:
         text = ctypes.create_string_buffer(self.library.standin_report(None, 0))
         self.library.standin_report(text, len(text))
-        return json.loads(text.value)
+        counts = json.loads(text.value)
+        counts |= {"compiles": self.compiles, "compiles_in_capture": self.compiles_in_capture}
+        return counts | {"compile_seconds": round(self.seconds, 1)}
