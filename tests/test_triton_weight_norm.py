@@ -98,6 +98,9 @@ def compute(case: Case, forward: Any, backward: Any, wide: bool = False) -> dict
     }
 
 
+FEW = 8
+
+
 def run(path: str) -> None:
     """In the process with the interpreter. Fresh memory holds NaN there."""
     from nvae_fast.kernels import weight_norm as kernels
@@ -139,6 +142,11 @@ def test_interpreter(tmp_path: Path) -> None:
             *backward.fake(grads, weights, norms, masks, 1e-5, *case.need),
         ]
         truth = compute(case, *formulas, wide=True)
+        losses = {
+            key: max(relative_error(native[key], t), relative_error(t.to(like.dtype), t))
+            for (key, t), like in zip(truth.items(), shapes, strict=True)
+            if native[key].isfinite().all() and t.to(like.dtype).isfinite().all()
+        }
         for (key, expected), like in zip(truth.items(), shapes, strict=True):
             name = f"{key} | {like.dtype} | {like.stride()}"
             assert name in found, f"{name} is missing; there are {[n for n in found if n.startswith(key)]}"
@@ -147,9 +155,11 @@ def test_interpreter(tmp_path: Path) -> None:
                 assert torch.equal(actual.isnan(), native[key].isnan()), name
                 assert torch.equal(actual.isinf(), native[key].isinf()), name
                 continue
-            lost = max(
-                relative_error(native[key], expected), relative_error(expected.to(like.dtype), expected)
-            )
+            lost = losses[key]
+            if (
+                expected.numel() <= FEW
+            ):  # on a handful of sums PyTorch is right by luck: all of them together are judged
+                lost = max(lost, *(losses[k] for k, t in truth.items() if t.numel() <= FEW and k in losses))
             error = relative_error(actual, expected)
             truncated = 2**-7 if like.dtype == torch.bfloat16 else 0.0  # by the interpreter's stores
             assert error <= max(2.5 * lost, 3e-7, truncated), (
