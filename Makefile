@@ -32,7 +32,7 @@ GPU_SECONDS ?= 200
 
 all: build
 
-$(VENV)/.installed: pyproject.toml Makefile
+$(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) and the tools into $(VENV)"
 	@$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)" numpy setuptools wheel ninja packaging
@@ -62,7 +62,7 @@ lint: $(VENV)/.installed
 	$(PY) -m benchmarks.report --readme --check
 
 # A second environment: CUDA libraries of some 5 GB, importable without a driver.
-$(VENV_CUDA)/.installed: Makefile
+$(VENV_CUDA)/.installed: pyproject.toml
 	@test -x $(CUDA_PY) || $(PYTHON) -m venv $(VENV_CUDA)
 	@echo "installing $(TORCH_CUDA) and the tools into $(VENV_CUDA)"
 	@$(CUDA_PY) -m pip install -q --disable-pip-version-check "$(TORCH_CUDA)" numpy setuptools wheel ninja packaging \

@@ -140,9 +140,10 @@ _loaded: set[torch.device] = set()  # where a graph under capture may launch wri
 
 def _address_table(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """``numbers`` on the device. Weights, and mostly results too, have the addresses of the last step: then nothing is
-    copied."""
+    copied. In a graph they are a constant that its owner fills, or without an owner are written in every replay."""
+    constant = _capture.table(numbers, device)
     if _capture.capturing(device):
-        return _captured(numbers, device)
+        return written(numbers, device) if constant is None else constant
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream, numbers)
     found = _addresses.get(key)
@@ -163,8 +164,8 @@ def _plan_tables(
     found = _plans.get(key)
     if found is None:
         sizes, blocks, _ = _plan(shapes)
-        if _capture.capturing(device):
-            return _captured(sizes, device), _captured(blocks, device)
+        if _capture.capturing(device):  # without a rehearsal
+            return written(sizes, device), written(blocks, device)
         found = _plans[key] = _copied(sizes, device), _copied(blocks, device)
     return found
 
@@ -174,12 +175,6 @@ def _copied(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
         _loaded.add(device)
         written((0,), device)
     return torch.tensor(numbers, dtype=torch.int64).to(device)
-
-
-def _captured(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
-    """``numbers`` for a graph under capture: a constant that its owner fills, or without an owner written in every replay."""
-    constants = _capture.constants(device)
-    return written(numbers, device) if constants is None else constants.table(numbers)
 
 
 def _encoded(number: int) -> int:

@@ -17,36 +17,43 @@ from torch import Tensor
 Stream = tuple[torch.device, int]  # a device and the number of a stream on it
 
 
-class Constants:
-    """Tables of int64 that one graph reads. They live as long as this object, which belongs to whoever replays the graph.
+ALIGNED = 64  # numbers: tables begin at multiples of 512 bytes, as memory of their own would
 
-    They are allocated where ``outside``, a stream that is not captured, allocates: memory of the graph's own pool may hold
-    another tensor earlier in the same graph, and each replay would overwrite the table with it.
+
+class Recording:
+    """Tables of int64 for one graph: a rehearsal counts how much they need, a capture takes them from ``memory``.
+
+    The memory is allocated before the capture. An allocation during it could ask the driver, which refuses outside of the
+    graph's pool; and in the pool the memory may be another tensor's earlier in the same graph, so that each replay would
+    overwrite the table. Tables live as long as this object, which belongs to whoever replays the graph.
     """
 
-    def __init__(self, outside: torch.cuda.Stream) -> None:
-        self._outside = outside
-        self._pending: list[tuple[Tensor, Sequence[int]]] = []
-        self._tensors: list[Tensor] = []
+    def __init__(self, memory: Tensor | None = None) -> None:
+        self.needed = 0
+        self._memory = memory
+        self._pending: list[tuple[int, Sequence[int]]] = []
 
-    def table(self, numbers: Sequence[int]) -> Tensor:
-        """A table that will hold ``numbers`` once :meth:`fill` has run."""
-        with torch.cuda.stream(self._outside):
-            made = torch.empty(len(numbers), dtype=torch.int64, device=self._outside.device)
-        self._pending.append((made, numbers))
-        self._tensors.append(made)
-        return made
+    def table(self, numbers: Sequence[int]) -> Tensor | None:
+        """A table that will hold ``numbers`` once :meth:`fill` has run; None where no memory for it was reserved."""
+        start, self.needed = self.needed, self.needed + -(-len(numbers) // ALIGNED) * ALIGNED
+        if self._memory is None or self.needed > self._memory.numel():
+            return None
+        self._pending.append((start, numbers))
+        return self._memory[start : start + len(numbers)]
 
     def fill(self) -> None:
         """Copy the numbers, after the capture and before the first replay."""
-        for table, numbers in self._pending:
-            table.copy_(torch.tensor(numbers, dtype=torch.int64))
+        if self._memory is None or not self._pending:
+            return
+        values = torch.zeros(self._memory.numel(), dtype=torch.int64)
+        for start, numbers in self._pending:
+            values[start : start + len(numbers)] = torch.tensor(numbers, dtype=torch.int64)
+        self._memory.copy_(values)
         self._pending.clear()
 
 
-# Of the streams that record: the constants of the graph under capture, None while rehearsing. By stream and not by thread,
-# because autograd runs a backward pass in a thread of its own, on the stream of the forward pass.
-_recorders: dict[Stream, Constants | None] = {}
+# By stream and not by thread, because autograd runs a backward pass in a thread of its own, on the stream of the forward pass.
+_recordings: dict[Stream, Recording] = {}
 
 
 def _current(device: torch.device) -> Stream:
@@ -55,14 +62,14 @@ def _current(device: torch.device) -> Stream:
 
 
 @contextlib.contextmanager
-def recording(stream: torch.cuda.Stream, constants: Constants | None = None) -> Iterator[None]:
-    """What runs on ``stream`` is recorded into a graph with ``constants``, or without them rehearses a recording."""
+def recording(stream: torch.cuda.Stream, what: Recording) -> Iterator[None]:
+    """What runs on ``stream`` is recorded into a graph, or rehearses a recording."""
     key = stream.device, stream.cuda_stream
-    _recorders[key] = constants
+    _recordings[key] = what
     try:
         yield
     finally:
-        del _recorders[key]
+        del _recordings[key]
 
 
 def capturing(device: torch.device) -> bool:
@@ -73,9 +80,11 @@ def capturing(device: torch.device) -> bool:
 def recorded(device: torch.device) -> bool:
     """Whether what runs now on ``device`` goes into a graph, or rehearses it: it must compute what a replay shall compute
     anew, and use nothing that others may drop."""
-    return capturing(device) or (device.type == "cuda" and _current(device) in _recorders)
+    return capturing(device) or (device.type == "cuda" and _current(device) in _recordings)
 
 
-def constants(device: torch.device) -> Constants | None:
-    """The constants of the graph under capture; None outside of one, and in one that another recorder captures."""
-    return _recorders.get(_current(device)) if capturing(device) else None
+def table(numbers: Sequence[int], device: torch.device) -> Tensor | None:
+    """``numbers`` as a constant of the graph under capture; None outside of one, where a rehearsal counts them, and in one that
+    another recorder captures."""
+    here = _recordings.get(_current(device)) if device.type == "cuda" else None
+    return None if here is None else here.table(numbers)

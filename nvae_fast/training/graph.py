@@ -37,12 +37,15 @@ class CudaRecorder:
 
     def __init__(self, device: torch.device) -> None:
         self.stream = torch.cuda.Stream(device)
+        self._needed = 0  # numbers in the tables of the rehearsals since the last capture
 
     def warm_up(self, body: Callable[[], Any]) -> Any:
         current = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream), _capture.recording(self.stream):
+        rehearsal = _capture.Recording()
+        with torch.cuda.stream(self.stream), _capture.recording(self.stream, rehearsal):
             result = body()
+        self._needed += rehearsal.needed
         current.wait_stream(self.stream)
         for tensor in _tensors(result):
             tensor.record_stream(current)
@@ -50,12 +53,13 @@ class CudaRecorder:
 
     def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         graph = torch.cuda.CUDAGraph()
-        constants = _capture.Constants(torch.cuda.current_stream(self.stream.device))
-        with _capture.recording(self.stream, constants), torch.cuda.graph(graph, stream=self.stream):
+        memory = torch.empty(self._needed, dtype=torch.int64, device=self.stream.device)
+        recording, self._needed = _capture.Recording(memory), 0
+        with _capture.recording(self.stream, recording), torch.cuda.graph(graph, stream=self.stream):
             result = body()
-        constants.fill()
+        recording.fill()
 
-        def replay(constants: _capture.Constants = constants) -> None:  # which the graph reads and this keeps
+        def replay(recording: _capture.Recording = recording) -> None:  # which the graph reads and this keeps
             graph.replay()
 
         return replay, result

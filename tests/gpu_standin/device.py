@@ -121,6 +121,8 @@ class Device(TorchDispatchMode):
             self._storages[base] = (torch.multiprocessing.reductions.StorageWeakRef(storage), size)
             if capturing():
                 self.capture.inside.add(base)
+            elif self.capture is not None:
+                self.note("an allocation outside of the graph's pool while capturing")
         if capturing():
             self.capture.kept.append(memory)
         return DeviceTensor(memory)

@@ -14,7 +14,7 @@ import traceback
 from collections import Counter
 from typing import Any
 
-from start import driver, jit_functions, nf, stand_in, torch
+from start import device, driver, jit_functions, nf, stand_in, torch
 
 from nvae_fast.kernels import weight_norm
 from nvae_fast.training import Step, TrainingConfig
@@ -106,6 +106,7 @@ def forget() -> None:
         kernel.device_caches.clear()
     for kept in (weight_norm._addresses, weight_norm._plans, weight_norm._loaded):
         kept.clear()
+    device.events.clear()
     driver.reset()
 
 
@@ -122,6 +123,8 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     return {
         "name": case["name"], "failure": failure, "seconds": round(time.time() - started, 1), "graphs": len(graphs),
         "replays": sum(graph.replays for graph in graphs), "events": [e for g in graphs for e in g.capture.events],
+        "pools": [event for event in device.events if "pool of a graph" in event],
+        "filled": sum("ops/_capture.py" in event for event in device.events),
         "operators": sum(graph.capture.operators for graph in graphs),
         **{k: v for k, v in counts.items() if k != "kernels"},
         "in_capture": dict(sum((Counter({k["name"]: k["launches_in_capture"]}) for k in counts["kernels"]), Counter())),

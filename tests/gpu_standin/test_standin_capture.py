@@ -73,10 +73,12 @@ def test_capture(name: str, fused: bool) -> None:
     assert result["failure"] is None, result["stderr"][-6000:]
     assert (result["graphs"], result["replays"]) == (1, 3)
     assert result["events"] == [], "the host waited or copied during the capture"
+    assert result["pools"] == []
     assert result["loads_in_capture"] == result["compiles_in_capture"] == result["refused"] == 0
     written = result["in_capture"].get("weight_norm.write_kernel", 0)
     if not name.startswith("captured by a user"):
         assert written == 0, "the tables of a graph are filled once, not by every replay"
+        assert result["filled"] == 1, "one copy fills all tables"
     else:
         assert written <= 4, "a launch brings the addresses of a hundred layers"
     if name.startswith("step"):  # both passes are in the graph
