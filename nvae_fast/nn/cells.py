@@ -156,7 +156,7 @@ class InvertedResidual(nn.Module):
 
     def is_fusable(self, se: SqueezeExcite | None) -> bool:
         """Whether the cell is what the fused function computes: depthwise, all batch norms alike and in one mode, every part
-        of the type it was made with, and no hooks inside."""
+        of the type it was made with, and no hooks inside; in the gate ``se`` neither, where there is one."""
         norms = self.norms
         types = [BatchNormSwish] * 4 + [PlainConv2d] * 3 + [SqueezeExcite, nn.Linear, nn.Linear]
         parts: tuple[nn.Module, ...] = (
