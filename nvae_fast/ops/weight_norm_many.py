@@ -102,7 +102,7 @@ def _empty_gradients(grads: Tensors, weights: Tensors, norms: Tensors, *args: An
     return of_weights + ([norm.new_empty(norm.shape) for norm in norms] if need_norms else [])
 
 
-_backward_kernel = define_kernel(
+_backward_kernel: Any = define_kernel(
     "weight_norm_many_backward",
     _backward_formula,
     fake=_empty_gradients,
@@ -116,24 +116,20 @@ def _gradients(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:  # fmt: skip
     """Of every weight and every log norm; None where the result was not used or the gradient is not wanted."""
     refuse_double_backward("weight_norm_many")
-    of_weights: list[Tensor | None] = [None] * len(weights)
+    n, used = len(weights), [i for i, grad in enumerate(grads) if grad is not None]
+    of_weights: list[Tensor | None] = [None] * n
     of_norms = of_weights.copy()
-    used = [(i, grad) for i, grad in enumerate(grads) if grad is not None]
-    if used and (need_weights or need_log_weight_norms):
-        found = _backward_kernel(
-            [grad for _, grad in used],
-            [weights[i] for i, _ in used],
-            [log_weight_norms[i] for i, _ in used],
-            [masks[i] for i, _ in used],
-            eps,
-            need_weights,
-            need_log_weight_norms,
-        )
-        for k, (i, _) in enumerate(used):
-            if need_weights:
-                of_weights[i] = found[k]
-            if need_log_weight_norms:
-                of_norms[i] = found[k - len(used)]
+    if not used or not (need_weights or need_log_weight_norms):
+        return of_weights, of_norms
+    layers: list[Any] = [grads, weights, log_weight_norms, masks]
+    if len(used) < n:
+        layers = [[values[i] for i in used] for values in layers]
+    found = _backward_kernel(*layers, eps, need_weights, need_log_weight_norms)
+    for k, i in enumerate(used):
+        if need_weights:
+            of_weights[i] = found[k]
+        if need_log_weight_norms:
+            of_norms[i] = found[k - len(used)]
     return of_weights, of_norms
 
 
