@@ -76,7 +76,7 @@ def a_model() -> None:
     model.likelihood(logits).mean()
 
 
-def rooms() -> None:
+def composed() -> None:
     x = torch.randn(2, 4, 3, 3, requires_grad=True)
     nf.normal_sample(x).sum().backward()
     nf.weight_norm(torch.ones(2, 2, 3, 3, requires_grad=True), torch.zeros(2, 1, 1, 1)).sum().backward()
@@ -92,7 +92,7 @@ WORK: tuple[Callable[[], None], ...] = (
     lambda: cells(torch.contiguous_format),
     lambda: cells(torch.channels_last),
     a_model,
-    rooms,
+    composed,
 )
 
 

@@ -1,5 +1,4 @@
-"""The house is in order: every room has its operator, fake, autograd, tests and benchmark, and says what runs
-it."""
+"""Every operator has its module, fake, autograd, tests and benchmark, and says what runs it."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from nvae_fast.ops import _backend, _extension
 from nvae_fast.ops._op import Operator
 
 ROOT = Path(__file__).parent.parent
-ROOMS = sorted(
+MODULES = sorted(
     path.stem for path in (ROOT / "nvae_fast" / "ops").glob("*.py") if not path.stem.startswith("_")
 )
 OPERATORS = sorted(
@@ -26,16 +25,16 @@ OPERATORS = sorted(
     if schema.name.startswith("nvae_fast::")
 )
 PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: nothing to differentiate
-# Passes that rooms and cells are made of, which see to the gradients.
+# Passes that operators and cells are made of, which see to the gradients.
 PASSES = {
     "affine_activation", "affine_activation_reduce", "affine_activation_grad", "plane_dots",
     "batch_norm_coefficients", "batch_norm_corrections", "merge_planes", "gate_coefficients", "gate_gradients",
     "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine", "adamax",
 }  # fmt: skip
-COMPOSED = {"inverted_residual_cell"}  # a function over the other rooms' operators, no operator itself
+COMPOSED = {"inverted_residual_cell"}  # a function over other operators, no operator itself
 
 
-def rooms_of(name: str) -> list[Operator]:
+def operators_of(name: str) -> list[Operator]:
     return [
         value
         for value in vars(importlib.import_module(f"nvae_fast.ops.{name}")).values()
@@ -43,11 +42,11 @@ def rooms_of(name: str) -> list[Operator]:
     ]
 
 
-EVERY_ROOM = [room for name in ROOMS for room in rooms_of(name)]
+EVERY_OPERATOR = [operator for name in MODULES for operator in operators_of(name)]
 
 
-def test_there_are_rooms() -> None:
-    assert set(ROOMS) >= {
+def test_there_are_operator_modules() -> None:
+    assert set(MODULES) >= {
         "philox",
         "residual_normal",
         "normal_sample",
@@ -63,26 +62,28 @@ def test_there_are_rooms() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ROOMS)
-def test_every_room_is_complete(name: str) -> None:
-    assert name in {"philox", *COMPOSED} or rooms_of(name), f"nvae_fast/ops/{name}.py registers no operator"
+@pytest.mark.parametrize("name", MODULES)
+def test_every_operator_module_is_complete(name: str) -> None:
+    assert name in {"philox", *COMPOSED} or operators_of(name), (
+        f"nvae_fast/ops/{name}.py registers no operator"
+    )
     assert (ROOT / "tests" / f"test_{name}.py").is_file(), f"tests/test_{name}.py is missing"
     assert (ROOT / "benchmarks" / "cases" / f"{name}.py").is_file(), f"benchmarks/cases/{name}.py is missing"
     module = importlib.import_module(f"nvae_fast.ops.{name}")
-    assert module.__doc__, "a room begins with its formula"
+    assert module.__doc__, "a module begins with its formula"
 
 
-def test_every_operator_belongs_to_a_room() -> None:
-    of_rooms = {room.name for room in EVERY_ROOM} | PHILOX | PASSES
-    of_rooms |= {f"{name}_backward" for name in of_rooms}
-    assert set(OPERATORS) <= of_rooms
+def test_every_operator_belongs_to_a_module() -> None:
+    of_modules = {operator.name for operator in EVERY_OPERATOR} | PHILOX | PASSES
+    of_modules |= {f"{name}_backward" for name in of_modules}
+    assert set(OPERATORS) <= of_modules
 
 
-@pytest.mark.parametrize("room", EVERY_ROOM, ids=lambda room: room.name)
-def test_every_operator_is_registered_in_full(room: Operator) -> None:
-    qualified = f"nvae_fast::{room.name}"
-    overload = getattr(torch.ops.nvae_fast, room.name).default
-    assert room.overload is overload
+@pytest.mark.parametrize("operator", EVERY_OPERATOR, ids=lambda operator: operator.name)
+def test_every_operator_is_registered_in_full(operator: Operator) -> None:
+    qualified = f"nvae_fast::{operator.name}"
+    overload = getattr(torch.ops.nvae_fast, operator.name).default
+    assert operator.overload is overload
     schema = overload._schema
     assert not schema.is_mutable, "ops are functional"
     for key in ("CPU", "CUDA"):
@@ -98,7 +99,7 @@ def test_helper_operators_have_a_fake(name: str) -> None:
 
 def test_backends_lists_every_op_with_a_kernel_or_a_reason() -> None:
     table = nf.backends()
-    assert set(table) == {room.name for room in EVERY_ROOM} | {"philox"} | COMPOSED
+    assert set(table) == {operator.name for operator in EVERY_OPERATOR} | {"philox"} | COMPOSED
     for op, row in table.items():
         assert set(row) == {"cpu", "cuda"}, op
         for device, backend in row.items():
@@ -147,8 +148,8 @@ def test_use_backend_works_and_restores() -> None:
 def test_a_call_goes_where_backends_says(monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" runs the operator where a fused kernel is recorded, "reference" never does."""
     calls = []
-    (room,) = rooms_of("weight_norm")
-    monkeypatch.setattr(room, "_kernel", lambda *args: calls.append("operator") or args[0])
+    (operator,) = operators_of("weight_norm")
+    monkeypatch.setattr(operator, "_kernel", lambda *args: calls.append("operator") or args[0])
     monkeypatch.setitem(_backend._fused, ("weight_norm", "cpu"), "cpp")
     weight, norm = torch.ones(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)
     nf.weight_norm(weight, norm)
