@@ -54,9 +54,9 @@ def test_links_lead_somewhere() -> None:
 def test_a_page_in_full(names: dict[str, public.Name]) -> None:
     page = generate.page(names["nvae_fast.normal_sample"], names)
     for part in (
-        "# nvae_fast.normal_sample\n\n```python\nnvae_fast.normal_sample(\n    params: torch.Tensor,\n    *,\n",
-        "\n    seed: int | torch.Tensor | None = None,\n",
-        "\n) -> torch.Tensor\n```\n",
+        "# nvae_fast.normal_sample\n\n```python\nnvae_fast.normal_sample(\n    params: Tensor,\n    *,\n",
+        "\n    seed: int | Tensor | None = None,\n",
+        "\n) -> Tensor\n```\n",
         "**Args**\n\n- `params`: packed raw parameters (B, 2Z, H, W).\n",
         "- `clamp`, `sigma_floor`: as in [`nvae_fast.residual_normal`](nvae_fast.residual_normal.md).\n",
         "**Raises**\n\n- `TypeError`: ",
@@ -107,6 +107,7 @@ def test_the_rules_find_what_is_missing() -> None:
     try:
         module.__doc__ = "Nothing."
         assert _found(op, doc="Takes z, params, clamp, sigma_floor and returns something.") == [
+            ": raises errors that its docstring does not name (Raises)",
             ": names no shape such as (B, C, H, W)",
             ": has no formula",
             ": says nothing about dtypes",
