@@ -17,7 +17,7 @@ from nvae_fast.kernels.planes import (
     plan,
     program,
 )
-from nvae_fast.kernels.pointwise import activate, activation_slope
+from nvae_fast.kernels.pointwise import activate, activation_derivative
 
 
 @triton.jit
@@ -53,7 +53,7 @@ def reduce_kernel(
         at = offsets(b, c, p, channels, pixels, LAST)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         u = value * factor + constant
-        slope = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * activation_slope(u, ACTIVATION)
+        slope = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * activation_derivative(u, ACTIVATION)
         if g is not None:
             tl.store(g + at, slope.to(g.dtype.element_ty), mask=mask)
         if y is not None:
@@ -80,7 +80,7 @@ def gradient_kernel(
     upstream = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
     u = value * coefficient(scale, b, c, 0, channels) + coefficient(shift, b, c, 0, channels)
     linear = value * coefficient(beta, b, c, 0, channels) + coefficient(gamma, b, c, 0, channels)
-    slope = upstream * activation_slope(u, ACTIVATION)
+    slope = upstream * activation_derivative(u, ACTIVATION)
     found = slope * coefficient(alpha, b, c, 0, channels) + linear
     tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
 

@@ -30,7 +30,7 @@ from nvae_fast.kernels.maps import (
     sum_places,
     zero_sums,
 )
-from nvae_fast.kernels.pointwise import LOG_SQRT_2PI, inverse, shared_logs, squash, squash_slopes
+from nvae_fast.kernels.pointwise import LOG_SQRT_2PI, inverse, shared_logs, squash, squash_with_derivatives
 
 
 @triton.jit
@@ -124,7 +124,7 @@ def backward_kernel(
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     for k in tl.static_range(COUNT):
         if parameters is not None:
-            mu, sigma, slope_mu, slope_ls = squash_slopes(raw_mu[k], raw_ls[k], floor, CLAMP)
+            mu, sigma, slope_mu, slope_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
             one_over = inverse(sigma, CLAMP)
             w = (value[k] - mu) * one_over
         else:

@@ -20,7 +20,7 @@ from nvae_fast.kernels.maps import (
     offsets,
     store,
 )
-from nvae_fast.kernels.pointwise import squash, squash_slopes
+from nvae_fast.kernels.pointwise import squash, squash_with_derivatives
 
 
 @triton.jit(do_not_specialize=["seed", "batches", "rows"])
@@ -72,7 +72,7 @@ def backward_kernel(
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     map_at = offsets(b, c, at, map_batch, map_step, TILE)
     for k in tl.static_range(COUNT):
-        _, sigma, slope_mu, slope_ls = squash_slopes(raw_mu[k], raw_ls[k], floor, CLAMP)
+        _, sigma, slope_mu, slope_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
         scaled = g[k] * temperature
         if grad_params is not None:
             store(grad_params, packed_mu, packed_step, k, g[k] * slope_mu, mask, TILE)

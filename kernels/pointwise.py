@@ -110,7 +110,7 @@ def soft_clamp(raw, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def slope(raw, CLAMP: tl.constexpr):
+def soft_clamp_derivative(raw, CLAMP: tl.constexpr):
     """The derivative of :func:`soft_clamp`."""
     if CLAMP == 0:
         return tl.zeros_like(raw) + 1.0
@@ -127,10 +127,15 @@ def squash(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
 
 
 @triton.jit
-def squash_slopes(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
+def squash_with_derivatives(raw_mu, raw_log_sigma, floor, CLAMP: tl.constexpr):
     """Raw parameters -> mu, sigma, d mu / d raw_mu, d sigma / d raw_log_sigma."""
     e = exponential(soft_clamp(raw_log_sigma, CLAMP), CLAMP)
-    return soft_clamp(raw_mu, CLAMP), e + floor, slope(raw_mu, CLAMP), slope(raw_log_sigma, CLAMP) * e
+    return (
+        soft_clamp(raw_mu, CLAMP),
+        e + floor,
+        soft_clamp_derivative(raw_mu, CLAMP),
+        soft_clamp_derivative(raw_log_sigma, CLAMP) * e,
+    )
 
 
 def shared_logs(clamp: float | None, sigma_floor: float) -> bool:
@@ -151,7 +156,7 @@ def activate(u, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def activation_slope(u, ACTIVATION: tl.constexpr):
+def activation_derivative(u, ACTIVATION: tl.constexpr):
     """The derivative of :func:`activate`."""
     if ACTIVATION == "swish":
         s = 1.0 / (1.0 + tl.exp(-u))

@@ -33,7 +33,7 @@ from nvae_fast.kernels.maps import (
     sum_places,
     zero_sums,
 )
-from nvae_fast.kernels.pointwise import LOG_SQRT_2PI, inverse, shared_logs, squash, squash_slopes
+from nvae_fast.kernels.pointwise import LOG_SQRT_2PI, inverse, shared_logs, squash, squash_with_derivatives
 
 
 @triton.jit
@@ -192,12 +192,12 @@ def backward_kernel(
             if RESIDUAL:
                 raw_mu_q = raw_mu_q + p_mu[k]
                 raw_ls_q = raw_ls_q + p_ls[k]
-            mu_p, sigma_p, slope_mu_p, slope_ls_p = squash_slopes(p_mu[k], p_ls[k], floor, CLAMP)
-            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_slopes(raw_mu_q, raw_ls_q, floor, CLAMP)
+            mu_p, sigma_p, slope_mu_p, slope_ls_p = squash_with_derivatives(p_mu[k], p_ls[k], floor, CLAMP)
+            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
             inverse_p = inverse(sigma_p, CLAMP)
             distance = (mu_q - mu_p) * inverse_p
         else:
-            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_slopes(raw_mu_q, raw_ls_q, floor, CLAMP)
+            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
             inverse_p = 1.0 / (1.0 + floor)
             distance = mu_q * inverse_p
         inverse_q = inverse(sigma_q, CLAMP)

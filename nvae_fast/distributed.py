@@ -15,7 +15,7 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 
 
 @contextmanager
-def alone() -> Iterator[None]:
+def single_process() -> Iterator[None]:
     """Inside the block nothing is merged with other processes: each computes what it would compute by itself."""
     global _alone
     before, _alone = _alone, True
@@ -25,7 +25,7 @@ def alone() -> Iterator[None]:
         _alone = before
 
 
-ALONE = "alone"  # in place of a process group: this process, whatever others there are
+SINGLE_PROCESS = "alone"  # in place of a process group: this process, whatever others there are
 
 
 def world_size(group: Any = None) -> int:

@@ -265,9 +265,9 @@ def test_loading_a_state_marks_initialisation_as_done(route: str) -> None:
 
 
 def test_only_the_elu_cells_convolutions_are_data_initialised() -> None:
-    assert not ConvBlock(6, 5).conv.awaits_data
-    assert not ConvBlock(6, 5, activation="elu").conv.awaits_data
-    assert not WeightNormConv2d(6, 5, 1).awaits_data
+    assert not ConvBlock(6, 5).conv.needs_data_init
+    assert not ConvBlock(6, 5, activation="elu").conv.needs_data_init
+    assert not WeightNormConv2d(6, 5, 1).needs_data_init
 
 
 @pytest.mark.parametrize("size", [(0, 6, 10, 10), (1, 6, 1, 1)])

@@ -186,10 +186,10 @@ def test_a_frozen_or_unused_layer_gets_no_gradient() -> None:
 def test_data_dependent_initialisation(computed: list[int]) -> None:
     first, second = Net(data_init=True), Net()
     second.load_state_dict(first.state_dict())
-    second.masked.awaits_data = True
+    second.masked.needs_data_init = True
     y = first(X)
     assert computed == [2], "the layer that awaits data is left out"
-    assert not first.masked.awaits_data
+    assert not first.masked.needs_data_init
     assert torch.equal(y, alone(lambda: second(X)))
     assert_equal(first.state_dict(), second.state_dict())
     first(X)
@@ -415,7 +415,7 @@ def test_checkpointed_cells_share_the_weights(computed: list[int], monkeypatch: 
     torch.manual_seed(1)
     model = nf.NVAE(CONFIG)
     for part in model.modules():
-        part.awaits_data = False
+        part.needs_data_init = False
     x = torch.rand(2, 3, 16, 16)
 
     def run(recompute: bool) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from training_runs import tiny_model
 import nvae_fast as nf
 from nvae_fast.training import Step, TrainingConfig
 from nvae_fast.training.distributed import World
-from nvae_fast.training.graph import WARM_UP, Controls, Replay
+from nvae_fast.training.graph import WARM_UP, CapturedFunction, DeviceScalars
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -159,7 +159,7 @@ def prepared(device: str, changes: dict, options: dict) -> tuple[Step, torch.Ten
     x = images(2, **changes)
     for module in model.modules():
         if getattr(module, "awaits_data", False):
-            module.awaits_data = False
+            module.needs_data_init = False
     step = Step(model.to(device), TrainingConfig(**options), recorder=Again())
     x = x.to(device)
     step.gradients(x)
@@ -244,7 +244,7 @@ def test_optimizer_state_moves_between_modes(capturable):
 
 
 def test_controls_and_replay():
-    controls = Controls(("a", "b"), torch.device("cpu"))
+    controls = DeviceScalars(("a", "b"), torch.device("cpu"))
     for seed in (0, 5, 2**63 - 1, -1, 2**64 - 3):
         controls.write(seed, a=0.1, b=1e300)
         assert int(controls.seed) == (seed + 2**63) % 2**64 - 2**63
@@ -252,7 +252,7 @@ def test_controls_and_replay():
         assert float(controls.numbers["b"]) == 1e300
     controls.write(torch.tensor(17), a=0.0, b=0.0)
     assert int(controls.seed) == 17
-    replay = Replay(Again())
+    replay = CapturedFunction(Again())
     for number in range(WARM_UP):
         assert not replay.ready("key")
         assert replay.warm_up(lambda number=number: number) == number

@@ -319,7 +319,7 @@ def interpreted(group: str) -> dict[str, torch.Tensor]:
 def test_interpreter(group: str) -> None:
     found = interpreted(group)
     if group == "others":
-        check_streams(found)
+        check_per_image(found)
         for setting in HARD_SETTINGS:
             check_extremes(found, setting)
     check_cases(group, {key: value for key, value in found.items() if not key.startswith(("stream", "hard"))})
@@ -349,7 +349,7 @@ def check_cases(group: str, found: dict[str, torch.Tensor]) -> None:
     assert not found, f"not expected: {sorted(found)}"
 
 
-def check_streams(found: dict[str, torch.Tensor]) -> None:
+def check_per_image(found: dict[str, torch.Tensor]) -> None:
     """The draws inside the kernels are the stream of philox_normal, in every layout."""
     for size, seed in STREAMS:
         expected = philox_normal(size, seed)

@@ -25,7 +25,7 @@ def run_on_processes(
 ) -> int:
     """Run `work` on this process, or on each of those torchrun started."""
     world = distributed.start_world(arguments.device)
-    with world.contact(lambda: advice):
+    with world.report_lost_process(lambda: advice):
         code = work(arguments, world)
     world.close()
     return code

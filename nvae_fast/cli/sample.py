@@ -10,7 +10,7 @@ import torch
 
 from nvae_fast.cli.common import check_writable, reporter, run_on_processes, set_threads
 from nvae_fast.data import save_grid
-from nvae_fast.distributed import alone
+from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, pictures
 from nvae_fast.training.progress import Progress
@@ -36,7 +36,7 @@ def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     if getattr(arguments, "readjust", False):
-        with alone():  # the same statistics on every process, and those of a single one
+        with single_process():  # the same statistics on every process, and those of a single one
             readjust(
                 model,
                 Path(facts["path"]),

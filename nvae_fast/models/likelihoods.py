@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from nvae_fast.models.seeds import check_streams, is_streams
+from nvae_fast.models.seeds import check_per_image, is_per_image
 from nvae_fast.ops import _checks
 from nvae_fast.ops._squash import soft_clamp, unpack
 from nvae_fast.ops.mixture_logistic import (
@@ -53,7 +53,7 @@ def _each(
     draw: Callable[[torch.Tensor, torch.Tensor | int], torch.Tensor],
 ) -> torch.Tensor:
     """Images drawn one by one, each from the stream of its own seed."""
-    check_streams("sample", seeds, params.shape[0], params.device)
+    check_per_image("sample", seeds, params.shape[0], params.device)
     images = (
         [draw(part, seed) for part, seed in zip(params.split(1), seeds.unbind(), strict=True)]
         if len(seeds)
@@ -91,7 +91,7 @@ class Bernoulli:
             TypeError, ValueError: ``temperature`` or ``seed`` is something else.
         """
         _checks.temperature("Bernoulli.sample", temperature, zero=False)
-        if is_streams(seed):
+        if is_per_image(seed):
             return _each(self.logits, seed, lambda part, own: Bernoulli(part).sample(temperature, own))
         u = uniform(as_seed(seed, self.logits.device), tuple(self.logits.shape), self.logits.dtype)
         return (u < torch.sigmoid(self.logits / temperature)).to(self.logits.dtype)
@@ -129,7 +129,7 @@ class MixtureLogistic:
         Raises:
             TypeError, ValueError: ``temperature`` or ``seed`` is something else.
         """
-        if is_streams(seed):
+        if is_per_image(seed):
             make = partial(MixtureLogistic, num_mixtures=self.num_mixtures, num_bits=self.num_bits)
             return _each(self.params, seed, lambda part, own: make(part).sample(temperature, own))
         return mixture_logistic_sample(
@@ -174,7 +174,7 @@ class Normal:
         Raises:
             TypeError, ValueError: ``temperature`` or ``seed`` is something else.
         """
-        if is_streams(seed):
+        if is_per_image(seed):
             return _each(self.params, seed, lambda part, own: Normal(part).sample(temperature, own))
         return self._to_image(normal_sample(self.params, temperature=temperature, seed=seed))
 

@@ -21,7 +21,7 @@ from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import is_frozen, refuse
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
-from nvae_fast.models.seeds import check_streams, is_streams, streams_of
+from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
 from nvae_fast.nn import (
     BatchNormSwish,
     DecoderCombiner,
@@ -292,9 +292,9 @@ class NVAE(nn.Module):
                 _checks.shape("NVAE", f"noise[{i}]", eps, (n, *shape), self.top_feature)
         if all(eps is not None for eps in noise):
             return [(eps, None) for eps in noise]
-        if is_streams(seed):
-            check_streams("NVAE", seed, n, device)
-            drawn = streams_of(seed, self.config.z_shapes, self.top_feature.dtype)
+        if is_per_image(seed):
+            check_per_image("NVAE", seed, n, device)
+            drawn = per_image_noise(seed, self.config.z_shapes, self.top_feature.dtype)
             return [(own if eps is None else eps, None) for own, eps in zip(drawn, noise, strict=True)]
         seeds = split_seed(_checks.seed("NVAE", seed, device), groups).unbind()
         return [(None, seeds[i]) if eps is None else (eps, None) for i, eps in enumerate(noise)]

@@ -15,12 +15,12 @@ import torch
 from nvae_fast.ops.philox import philox_normal
 
 
-def is_streams(seed: Any) -> TypeGuard[torch.Tensor]:
+def is_per_image(seed: Any) -> TypeGuard[torch.Tensor]:
     """Whether ``seed`` is one seed an image, a tensor of one dimension."""
     return isinstance(seed, torch.Tensor) and seed.dim() == 1
 
 
-def check_streams(op: str, seeds: torch.Tensor, n: int, device: torch.device) -> None:
+def check_per_image(op: str, seeds: torch.Tensor, n: int, device: torch.device) -> None:
     """Raise unless ``seeds`` is an int64 tensor (n,) on ``device``."""
     if seeds.dtype != torch.int64:
         raise TypeError(f"{op}: a seed tensor must be int64, got {seeds.dtype}")
@@ -30,7 +30,7 @@ def check_streams(op: str, seeds: torch.Tensor, n: int, device: torch.device) ->
         raise ValueError(f"{op}: seed must be on {device}, got {seeds.device}")
 
 
-def streams_of(
+def per_image_noise(
     seeds: torch.Tensor, shapes: Sequence[Sequence[int]], dtype: torch.dtype
 ) -> list[torch.Tensor]:
     """Standard normals (B, *shape) of every shape; those of image b are consecutive draws of the stream ``seeds[b]``."""

@@ -67,7 +67,7 @@ class WeightNormConv2d(WeightNormed):
         masked = plain.weight if mask is None else plain.weight * mask
         norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
         self.log_weight_norm = nn.Parameter(torch.log(norm + 0.01))
-        self.awaits_data = data_init
+        self.needs_data_init = data_init
         self.process_group: Any = None
 
     def normalized_weight(self) -> torch.Tensor:
@@ -80,7 +80,7 @@ class WeightNormConv2d(WeightNormed):
         return weight_norm(self.weight, self.log_weight_norm, self.mask)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.awaits_data = False
+        self.needs_data_init = False
         super()._load_from_state_dict(*args, **kwargs)
 
     @torch.no_grad()
@@ -100,14 +100,14 @@ class WeightNormConv2d(WeightNormed):
         if self.bias is not None:
             self.bias.copy_(-mean / spread)
         self.log_weight_norm.copy_(-torch.log(spread)[:, None, None, None])
-        self.awaits_data = False
+        self.needs_data_init = False
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _checks.channels("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)
-        if self.awaits_data and self.training:
+        if self.needs_data_init and self.training:
             self._initialize_from(x)
         return self._convolve(x, self.normalized_weight(), self.bias)
 

@@ -95,7 +95,7 @@ class _Prepared:
         return layer
 
     def compute(self, mode: Mode) -> dict[Convolution, _Layer]:
-        convs = [conv for conv in self.convolutions if not (conv.awaits_data and conv.training)]
+        convs = [conv for conv in self.convolutions if not (conv.needs_data_init and conv.training)]
         groups: dict[torch.device, list[Convolution]] = {}
         for conv in convs:
             groups.setdefault(conv.weight.device, []).append(conv)
@@ -165,7 +165,7 @@ def prepared_layer(conv: Convolution) -> _Layer | None:
     if torch.compiler.is_compiling():
         return None
     scopes = _state.scopes
-    if not scopes or (conv.awaits_data and conv.training):
+    if not scopes or (conv.needs_data_init and conv.training):
         return None
     weight = conv.weight
     if not _backend.fused(OP, weight.device):

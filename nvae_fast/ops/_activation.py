@@ -16,7 +16,7 @@ def activate(x: Tensor, activation: str | None) -> Tensor:
     return F.elu(x) if activation == "elu" else x
 
 
-def activation_slope(u: Tensor, activation: str | None) -> Tensor:
+def activation_derivative(u: Tensor, activation: str | None) -> Tensor:
     """The derivative of :func:`activate`."""
     if activation == "swish":
         s = torch.sigmoid(u)

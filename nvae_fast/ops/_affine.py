@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._activation import activate, activation_slope
+from nvae_fast.ops._activation import activate, activation_derivative
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import define_kernel
 
@@ -43,7 +43,7 @@ def _reduce(
     need_g: bool, need_y: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     u = _u(x, scale, shift)
-    g = grad.to(u.dtype) * activation_slope(u, activation)
+    g = grad.to(u.dtype) * activation_derivative(u, activation)
     d = x.to(u.dtype) if pivot is None else x.to(u.dtype) - _column(pivot, x)
     return (
         g.sum((0, 2, 3)),
@@ -58,7 +58,7 @@ def _gradient(
     activation: str | None,
 ) -> Tensor:  # fmt: skip
     u = _u(x, scale, shift)
-    g = grad.to(u.dtype) * activation_slope(u, activation)
+    g = grad.to(u.dtype) * activation_derivative(u, activation)
     return _like(x, g * _column(alpha, x) + (x.to(u.dtype) * _column(beta, x) + _column(gamma, x)))
 
 

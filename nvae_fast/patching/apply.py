@@ -10,7 +10,7 @@ from torch import nn
 
 from nvae_fast.patching import cells
 from nvae_fast.patching.bound import BoundForward, bound_forward, remove
-from nvae_fast.patching.recognise import examine
+from nvae_fast.patching.recognise import inspect_module
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -76,7 +76,7 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
     _check("accelerate", model)
     for part in _children_first(model, set()):
         if bound_forward(part) is None:
-            verdict = examine(part, repair)
+            verdict = inspect_module(part, repair)
             if isinstance(verdict, BoundForward):
                 verdict.install()
     return model
@@ -115,7 +115,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
             if note:
                 report.notes.append((name, note))
         elif id(part) not in within:
-            verdict = examine(part)
+            verdict = inspect_module(part)
             if verdict is not None:
                 left = (
                     verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"

@@ -117,14 +117,14 @@ def _unlike_others(norm: Any) -> bool:
 
 
 def _groups(modules: list[Any], plan: Plan) -> list[Any]:
-    """The different groups of processes over which batch norms take statistics; ALONE where that is this one."""
+    """The different groups of processes over which batch norms take statistics; SINGLE_PROCESS where that is this one."""
     if distributed.world_size() == 1:
         return [None]
     found: list[Any] = []
     for place, merged, _ in plan.norms:
-        group = getattr(modules[place], "process_group", None) if merged else distributed.ALONE
+        group = getattr(modules[place], "process_group", None) if merged else distributed.SINGLE_PROCESS
         if distributed.world_size(group) == 1:
-            group = distributed.ALONE
+            group = distributed.SINGLE_PROCESS
         elif group is None:
             group = torch.distributed.group.WORLD
         if not any(group is other for other in found):

@@ -19,7 +19,7 @@ from nvae_fast.patching.verify import disagreement, undisturbed
 Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
 
 
-def examine(module: nn.Module, repair: bool = False) -> Verdict:
+def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
     """What to do with ``module``. Its children come first: a residual cell uses what its gate was found to be."""
     if type(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
         return None

@@ -1,7 +1,7 @@
 """The processes of a run: one, or the several that torchrun started. Only rank 0 writes files and speaks.
 
 When a process dies the others notice at their next exchange, at once on CPUs (the connection is closed), on GPUs as soon as
-torchrun stops them or the exchange times out. `World.contact` turns that into a `ProcessLost` that says what to do.
+torchrun stops them or the exchange times out. `World.report_lost_process` turns that into a `ProcessLost` that says what to do.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class World:
                 )
 
     @contextlib.contextmanager
-    def contact(self, advice: Callable[[], str]) -> Iterator[None]:
+    def report_lost_process(self, advice: Callable[[], str]) -> Iterator[None]:
         """A block whose failures to exchange anything with another process become a `ProcessLost`.
 
         advice: called for the end of its message. Raises ProcessLost; other errors pass.

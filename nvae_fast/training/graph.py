@@ -1,7 +1,7 @@
 """A function of tensors captured once in a CUDA graph and replayed: one launch in place of thousands.
 
 A graph replays kernels on fixed addresses. Whatever changes between two replays therefore lives in device tensors
-that are written before the replay: images in a buffer of their own, numbers in `Controls`. What Python decides while
+that are written before the replay: images in a buffer of their own, numbers in `DeviceScalars`. What Python decides while
 the function is captured is decided for good.
 """
 
@@ -71,7 +71,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for item in value for t in _tensors(item)] if isinstance(value, (tuple, list)) else []
 
 
-class Replay:
+class CapturedFunction:
     """Holds the newest capture of one function, known by a key (shapes, or anything else that was decided for good).
 
     A new key drops the old capture: its memory goes back before the new one takes its own.
@@ -111,7 +111,7 @@ class Replay:
         return self._outputs
 
 
-class Controls:
+class DeviceScalars:
     """A few numbers and a seed on the device, written together in one copy before each run.
 
     `numbers`: 0-d float64 views, in the order of the names; `seed`: a 0-d int64 view.

@@ -26,7 +26,7 @@ from nvae_fast.training.evaluation import bits_per_dim, check_fit
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
-from nvae_fast.training.step import Step, StepResult, await_data, awaiting_data
+from nvae_fast.training.step import Step, StepResult, layers_needing_data_init, mark_needing_data_init
 from nvae_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class Trainer:
         file cannot be written, ProcessLost when another process of the run died. Always the checkpoints on disk are
         whole.
         """
-        with self.world.contact(lambda: run_folder.how_to_continue(self.folder)):
+        with self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder)):
             return self._run()
 
     def _run(self) -> RunResult:
@@ -193,7 +193,7 @@ class Trainer:
             "model_config": self.model.config.to_dict(),
             "training_config": self.config.to_dict(),
             "model": self.model.state_dict(),
-            "awaiting_data": awaiting_data(self.model),
+            "awaiting_data": layers_needing_data_init(self.model),
             "optimizer": self.step_function.optimizer_state(),
             "progress": {
                 "step": self.step,
@@ -234,7 +234,7 @@ class Trainer:
                 f"({progress['world_size']}), or one that makes as many images a step"
             )
         self.model.load_state_dict(state["model"])
-        await_data(self.model, state["awaiting_data"])
+        mark_needing_data_init(self.model, state["awaiting_data"])
         self.step_function.restore(state["optimizer"])
         self.step = progress["step"]
         self.position = progress["position"]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nvae_fast.distributed import alone
+from nvae_fast.distributed import single_process
 from nvae_fast.models.frozen import freeze
 from nvae_fast.training.distributed import World
 from nvae_fast.training.sampler import Sampler
@@ -98,7 +98,7 @@ def write_samples(
     """
     from nvae_fast.data import save_grid
 
-    with evaluation(model, keep_buffers=readjust_passes > 0), alone():
+    with evaluation(model, keep_buffers=readjust_passes > 0), single_process():
         if readjust_passes > 0:
             model.readjust_batch_norm(
                 temperature, passes=readjust_passes, batch=READJUST_BATCH, seed=mix_seed(seed, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
-from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay
+from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder
 from nvae_fast.training.seeds import mix_seed
 
 if TYPE_CHECKING:
@@ -48,12 +48,12 @@ class Sampler:
         self.autocast = autocast
         self.device: torch.device = frozen.top_feature.device
         # Two streams of noise: of the latent variables and of the pixels.
-        self._latent = Controls((), self.device)
-        self._pixel = Controls((), self.device)
-        self._streams: Tensor | None = None  # (2, n): one seed an image, for both
+        self._latent = DeviceScalars((), self.device)
+        self._pixel = DeviceScalars((), self.device)
+        self._image_seeds: Tensor | None = None  # (2, n): one seed an image, for both
         if recorder is None and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
-        self._replay = Replay(recorder) if recorder is not None else None
+        self._replay = CapturedFunction(recorder) if recorder is not None else None
 
     @torch.no_grad()
     def __call__(
@@ -66,11 +66,11 @@ class Sampler:
         stream for the batch, which is faster by a launch or two an image where launches count.
         """
         if first is None:
-            self._streams = None
+            self._image_seeds = None
             self._latent.write(seed)
             self._pixel.write(seed ^ 0x9E3779B97F4A7C15 if pixel_seed is None else pixel_seed)
         else:
-            self._write_streams(n, first, seed, seed if pixel_seed is None else pixel_seed)
+            self._write_image_seeds(n, first, seed, seed if pixel_seed is None else pixel_seed)
         if self._replay is None:
             return self.body(n)
         if not self._replay.ready((n, first is None)):
@@ -83,7 +83,7 @@ class Sampler:
         """What a graph holds: `n` images, from the seeds written last."""
         enabled = self.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
-            seed = self._latent.seed if self._streams is None else self._streams[0]
+            seed = self._latent.seed if self._image_seeds is None else self._image_seeds[0]
             logits = self.model.sample(n, self.temperature, seed=seed)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         if self.pixels == "logits":
@@ -91,14 +91,16 @@ class Sampler:
         likelihood = self.model.likelihood(logits)
         if self.pixels == "mean":
             return likelihood.mean()
-        seed = self._pixel.seed if self._streams is None else self._streams[1]
+        seed = self._pixel.seed if self._image_seeds is None else self._image_seeds[1]
         return likelihood.sample(temperature=self.temperature, seed=seed)
 
-    def _write_streams(self, n: int, first: int, seed: int, pixel_seed: int) -> None:
+    def _write_image_seeds(self, n: int, first: int, seed: int, pixel_seed: int) -> None:
         values = [
             [mix_seed(parent, first + i, purpose) for i in range(n)]
             for purpose, parent in enumerate((seed, pixel_seed))
         ]
-        if self._streams is None or self._streams.shape[1] != n:  # a capture reads them where they are
-            self._streams = torch.empty(2, n, dtype=torch.int64, device=self.device)
-        self._streams.copy_(torch.tensor(values, dtype=torch.int64).view(2, n))
+        if (
+            self._image_seeds is None or self._image_seeds.shape[1] != n
+        ):  # a capture reads them where they are
+            self._image_seeds = torch.empty(2, n, dtype=torch.int64, device=self.device)
+        self._image_seeds.copy_(torch.tensor(values, dtype=torch.int64).view(2, n))

@@ -1,7 +1,7 @@
 """One training step: forward, loss, backward, Adamax; undone as a whole when anything in it is not finite.
 
 On one GPU the whole step is a single CUDA graph: its body is a function of device tensors alone (images, and the
-coefficients, learning rate and seed in `Controls`), never waits for the device and never decides anything on the host.
+coefficients, learning rate and seed in `DeviceScalars`), never waits for the device and never decides anything on the host.
 Everywhere else the same body runs eagerly. Whether a step counts is decided outside of it, from the one vector of
 numbers that the host reads: eagerly before the optimizer moves, after a graph by putting everything back.
 """
@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from nvae_fast.models.seeds import is_streams
+from nvae_fast.models.seeds import is_per_image
 from nvae_fast.ops.philox import split_seed
 from nvae_fast.training.adamax import Adamax
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
-from nvae_fast.training.graph import Controls, CudaRecorder, Recorder, Replay, layout
+from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder, layout
 from nvae_fast.training.loss import Objective
 
 if TYPE_CHECKING:
@@ -82,13 +82,13 @@ class Step:
         if reason and config.cuda_graph:
             raise ValueError(f"Step: cuda_graph asked for, but {reason}")
         self.mode = f"eager: {reason}" if reason else "one CUDA graph"
-        self._replay: Replay | None = None
+        self._replay: CapturedFunction | None = None
         if not reason:
-            self._replay = Replay(recorder or CudaRecorder(self.device))
+            self._replay = CapturedFunction(recorder or CudaRecorder(self.device))
         if config.checkpoint_cells:
             model.checkpoint_cells = True
         self.optimizer = make_optimizer(self.parameters, config, capturable=self._replay is not None)
-        self._controls = Controls(("coefficient", "weight", "learning_rate"), self.device)
+        self._controls = DeviceScalars(("coefficient", "weight", "learning_rate"), self.device)
         self._rate = torch.zeros((), device=self.device)  # what a capturable optimizer reads
         objective: nn.Module = Objective(model, config, self.world)
         if self.world.size > 1:
@@ -104,7 +104,7 @@ class Step:
         # Data-dependent initialisation sets parameters in the first forward, so until one step went well they
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
-        self._streams: Tensor | None = None
+        self._image_seeds: Tensor | None = None
 
     def __call__(
         self, x: Tensor, *, seed: Tensor | int, coefficient: float, weight: float, learning_rate: float
@@ -113,12 +113,12 @@ class Step:
 
         seed: of the noise; an int64 tensor (B,) gives every image its own (not in a CUDA graph: ValueError).
         """
-        self._streams = seed if is_streams(seed) else None
-        if self._streams is not None and self._replay is not None:
+        self._image_seeds = seed if is_per_image(seed) else None
+        if self._image_seeds is not None and self._replay is not None:
             raise ValueError(
                 "Step: one seed an image needs cuda_graph=False, a capture holds one seed a step"
             )
-        plain = 0 if is_streams(seed) else seed
+        plain = 0 if is_per_image(seed) else seed
         self._controls.write(plain, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
@@ -136,7 +136,7 @@ class Step:
             for group in optimizer_state["param_groups"]
         ]
         self.optimizer.load_state_dict({**optimizer_state, "param_groups": groups})
-        self._first = _Beginning(self.model) if awaiting_data(self.model) else None
+        self._first = _Beginning(self.model) if layers_needing_data_init(self.model) else None
         self._moved, self._copies = [], []
         if self._replay is not None:
             self._replay.reset()
@@ -162,7 +162,7 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         return result
 
-    def _captured(self, x: Tensor, replay: Replay) -> StepResult:
+    def _captured(self, x: Tensor, replay: CapturedFunction) -> StepResult:
         """All of it, then the host's decision: a bad step is put back."""
         if self._images is None or self._layout != layout(x):
             self._images, self._layout = torch.empty_like(x), layout(x)
@@ -230,13 +230,13 @@ class Step:
 
     def _pieces(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The parts of a batch with their seeds. Processes with fewer images have as many parts, perhaps empty ones."""
-        seed = self._controls.seed if self._streams is None else self._streams
+        seed = self._controls.seed if self._image_seeds is None else self._image_seeds
         count = self.config.accumulate
         if self.world.size == 1:
             count = max(min(count, x.shape[0]), 1)
         if count == 1:
             return [(x, seed)]
-        seeds = split_seed(seed, count).unbind() if self._streams is None else seed.tensor_split(count)
+        seeds = split_seed(seed, count).unbind() if self._image_seeds is None else seed.tensor_split(count)
         return list(zip(x.tensor_split(count), seeds, strict=True))
 
     def _add_gradients(self, loss: Tensor, *, first: bool) -> None:
@@ -326,7 +326,7 @@ class _Beginning:
     def __init__(self, model: NVAE) -> None:
         self.model = model
         self.parameters = [p.detach().clone() for p in model.parameters()]
-        self.awaiting = awaiting_data(model)
+        self.awaiting = layers_needing_data_init(model)
         self.extra = [(m, copy.deepcopy(m.get_extra_state())) for m in model.modules() if _has_extra_state(m)]
 
     def bring_back(self) -> None:
@@ -334,15 +334,15 @@ class _Beginning:
             parameter.copy_(saved)
         for module, state in self.extra:
             module.set_extra_state(copy.deepcopy(state))
-        await_data(self.model, self.awaiting)
+        mark_needing_data_init(self.model, self.awaiting)
 
 
-def awaiting_data(model: NVAE) -> list[str]:
+def layers_needing_data_init(model: NVAE) -> list[str]:
     """Names of the modules whose data-dependent initialisation is still to come."""
     return [name for name, module in model.named_modules() if getattr(module, "awaits_data", False)]
 
 
-def await_data(model: NVAE, names: list[str]) -> None:
+def mark_needing_data_init(model: NVAE, names: list[str]) -> None:
     """Let these modules be initialised by the next batch. (Loading a state marks all of them as done.)"""
     for name in names:
         setattr(model.get_submodule(name), "awaits_data", True)  # noqa: B010  no attribute of nn.Module

@@ -321,23 +321,23 @@ class Graph:
 
 
 DEFAULT = Stream(number=0)
-_streams = [DEFAULT]  # not of a thread: autograd's thread runs on the stream of the forward pass
+_image_seeds = [DEFAULT]  # not of a thread: autograd's thread runs on the stream of the forward pass
 
 
 @contextlib.contextmanager
 def _on_stream(stream: Stream | None) -> Iterator[None]:
-    _streams.append(stream or _streams[-1])
+    _image_seeds.append(stream or _image_seeds[-1])
     try:
         yield
     finally:
-        _streams.pop()
+        _image_seeds.pop()
 
 
 _capture_stream: Stream | None = None
 
 
 def capturing() -> bool:
-    return _capture_stream is not None and _streams[-1] is _capture_stream
+    return _capture_stream is not None and _image_seeds[-1] is _capture_stream
 
 
 def install(driver: Any, kernels: dict[str, Callable[..., Any]]) -> Device:
@@ -380,7 +380,7 @@ def install(driver: Any, kernels: dict[str, Callable[..., Any]]) -> Device:
         "CUDAGraph": Graph,
         "graph": graph,
         "stream": _on_stream,
-        "current_stream": lambda device=None: _streams[-1],
+        "current_stream": lambda device=None: _image_seeds[-1],
         "default_stream": lambda device=None: DEFAULT,
         "is_current_stream_capturing": capturing,
     }.items():

@@ -26,7 +26,7 @@ import device as stand_in  # noqa: E402  the library must be there before torch 
 import torch  # noqa: E402
 import triton  # noqa: E402, F401  for scripts that must not import it before this
 
-driver = Driver(library, lambda: stand_in._streams[-1].cuda_stream)
+driver = Driver(library, lambda: stand_in._image_seeds[-1].cuda_stream)
 kernels: dict[str, Any] = {}
 _impl = torch.library.Library.impl
 
