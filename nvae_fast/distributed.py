@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_alone = False
+_single_process = False
 # PyTorch 2.13 calls it all_gather_single and warns of the old name.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
@@ -17,20 +17,20 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "al
 @contextmanager
 def single_process() -> Iterator[None]:
     """Inside the block nothing is merged with other processes: each computes what it would compute by itself."""
-    global _alone
-    before, _alone = _alone, True
+    global _single_process
+    before, _single_process = _single_process, True
     try:
         yield
     finally:
-        _alone = before
+        _single_process = before
 
 
 SINGLE_PROCESS = "alone"  # in place of a process group: this process, whatever others there are
 
 
 def world_size(group: Any = None) -> int:
-    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use, or inside :func:`alone`."""
-    if _alone or isinstance(group, str):
+    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use, or inside :func:`single_process`."""
+    if _single_process or isinstance(group, str):
         return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1
 
