@@ -29,7 +29,7 @@ SINGLE_PROCESS = "alone"  # in place of a process group: this process, whatever 
 
 
 def world_size(group: Any = None) -> int:
-    """Number of processes whose statistics are merged; 1 when torch.distributed is not in use, or inside :func:`single_process`."""
+    """Number of processes whose statistics are merged; 1 without torch.distributed, or inside :func:`single_process`."""
     if _single_process or isinstance(group, str):
         return 1
     return dist.get_world_size(group) if dist.is_available() and dist.is_initialized() else 1

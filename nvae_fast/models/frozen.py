@@ -54,23 +54,23 @@ def freeze(module: nn.Module) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"freeze: module must be a torch.nn.Module, got {type(module).__name__}")
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
-    twin = copy.deepcopy(module, _not_copied(module))
+    twin = copy.deepcopy(module, _memo(module))
     with torch.inference_mode(False), torch.no_grad(), _no_autocast():
         frozen = _converted(twin, {})
     frozen.__dict__[_MARK] = True
     return frozen
 
 
-def _not_copied(module: nn.Module) -> dict[int, Any]:
-    """What deepcopy is to take as it is: process groups, which cannot be copied and which inference does not need, and
-    results that a part keeps as attributes (torch.nn.utils.prune), which PyTorch refuses to copy."""
+def _memo(module: nn.Module) -> dict[int, Any]:
+    """What deepcopy is to use instead of a copy of its own. Tensors are cloned without gradients, also results that a part
+    keeps (torch.nn.utils.prune), which PyTorch refuses to copy. Process groups cannot be copied, and inference needs none."""
     memo: dict[int, Any] = {}
     for part in module.modules():
         group = getattr(part, "process_group", None)
         if group is not None:
             memo[id(group)] = group
-        for value in part.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
+        for value in (*part._parameters.values(), *part._buffers.values(), *part.__dict__.values()):
+            if isinstance(value, torch.Tensor) and id(value) not in memo:
                 memo[id(value)] = value.detach().clone()
     return memo
 
