@@ -83,7 +83,7 @@ $(VENV_CUDA)/.installed: pyproject.toml
 gpu-dry: $(VENV_CUDA)/.installed
 	NVAE_FAST_REQUIRE_EXTENSION=1 $(CUDA_PY) setup.py -q build --build-base $(DRY) --build-lib $(DRY)/lib
 	cd $(DRY) && LD_BIND_NOW=1 PYTHONPATH=$$PWD/lib $(CURDIR)/$(CUDA_PY) -m nvae_fast info
-	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) --dist loadfile $(DRY_TESTS)
+	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) --dist loadgroup $(DRY_TESTS)
 
 # Prints sm_90a, sm_80, ...
 ARCH := import torch; c = torch.cuda.get_device_capability(); print('sm_%d%d%s' % (*c, 'a' if c == (9, 0) else ''))

@@ -66,7 +66,13 @@ def found(fused: bool) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in results("steps.py", json.dumps(CASES), fused=fused)}
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["without CUDA sources", "with CUDA sources"])
+@pytest.mark.parametrize(
+    "fused",
+    [
+        pytest.param(False, id="without CUDA sources", marks=pytest.mark.xdist_group("without")),
+        pytest.param(True, id="with CUDA sources", marks=pytest.mark.xdist_group("with")),
+    ],
+)
 @pytest.mark.parametrize("name", [case["name"] for case in CASES])
 def test_capture(name: str, fused: bool) -> None:
     result = found(fused)[name]
