@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import pickle
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -264,3 +267,24 @@ def test_a_compiled_module_is_frozen_without_its_wrapper() -> None:
 
 def test_a_state_that_holds_tensors_only() -> None:
     assert all(isinstance(value, torch.Tensor) for value in nf.freeze(trained()).state_dict().values())
+
+
+def test_a_frozen_cell_is_a_handful_of_calls() -> None:
+    """Calls of this package's Python functions, and how often they move to another file."""
+    cell = nf.freeze(nf.nn.InvertedResidualCell(8, 8, 6, 5, squeeze_excite=True))
+    x = torch.randn(2, 8, 6, 6)
+    cell(x)
+    package = str(Path(nf.__file__).parent)
+    files: list[str] = []
+
+    def count(frame: Any, event: str, argument: Any) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(package):
+            files.append(frame.f_code.co_filename)
+
+    sys.setprofile(count)
+    try:
+        cell(x)
+    finally:
+        sys.setprofile(None)
+    assert len(files) <= 8
+    assert sum(a != b for a, b in itertools.pairwise(files)) <= 3

@@ -20,13 +20,11 @@ from nvae_fast.nn.cells import RESIDUAL_SCALE, InvertedResidual, InvertedResidua
 from nvae_fast.nn.conv import WeightNormConv2d
 from nvae_fast.nn.hooks import has_hooks
 from nvae_fast.ops import _affine, _backend, _checks
-from nvae_fast.ops._activation import activate
 from nvae_fast.ops._conv1x1 import PackedMatrix
-from nvae_fast.ops._folded_cell import affine_of, fold, residual_branch
+from nvae_fast.ops._folded_cell import affine_of, depthwise_affine, fold
 from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
-from nvae_fast.ops.inverted_residual_cell import available
-from nvae_fast.ops.squeeze_excite import gated_sum, squeeze_excite
+from nvae_fast.ops.squeeze_excite import squeeze_excite, without_grad
 
 _MARK = "_nvae_fast_frozen"
 
@@ -130,14 +128,6 @@ class FrozenModule(nn.Module):
         for name, value in tensors.items():
             self.register_buffer(name, None if value is None else value.detach().clone())
 
-    def _matrix(self, weight: str, bias: str) -> PackedMatrix:
-        found: PackedMatrix | None = self._derived.get(weight)
-        if found is None:
-            found = self._derived[weight] = PackedMatrix(
-                getattr(self, weight).flatten(1), getattr(self, bias)
-            )
-        return found
-
     def _check(self, x: torch.Tensor, channels: int) -> None:
         _checks.channels(self.NAME, "x", x, channels)
         if x.requires_grad and torch.is_grad_enabled():
@@ -170,10 +160,18 @@ class FrozenConv2d(FrozenModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check(x, self.weight.shape[1] * self.groups)
         if self.is_matrix and x.is_contiguous(memory_format=torch.channels_last):
-            return self._matrix("weight", "bias")(x)
+            return self._matrix()(x)
         return F.conv2d(
             x, self._weight_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups
         )
+
+    def _matrix(self) -> PackedMatrix:
+        found: PackedMatrix | None = self._derived.get("matrix")
+        if found is None:
+            found = PackedMatrix(self.weight.flatten(1), self.bias)
+            if not torch.compiler.is_compiling():
+                self._derived["matrix"] = found
+        return found
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
         """The weight, under autocast in the dtype that it computes in: it would be converted in every call."""
@@ -229,14 +227,14 @@ def affine_activation(
 
 
 class FrozenResidualCell(FrozenModule):
-    """An inverted residual cell (:class:`nvae_fast.nn.InvertedResidualCell`) with given statistics::
+    """An inverted residual cell (:class:`nvae_fast.nn.InvertedResidualCell`) with given statistics.
 
-    h = swish(W1 x + b1)                        1x1, the first two batch norms folded in
-    d = swish(scale depthwise(h) + shift)       the third batch norm
-    y = skip(x) + 0.1 gate (W3 d + b3)          1x1, the last batch norm folded in
+    ``y = skip(x) + 0.1 gate (W3 swish(scale depthwise(swish(W1 x + b1)) + shift) + b3)``, with the first two batch norms in W1,
+    the third in scale and shift, and the last in W3.
     """
 
     NAME = "inverted_residual_cell"
+    GATE = ("reduce_weight", "reduce_bias", "gate_weight", "gate_bias")
     expand: torch.Tensor
     expand_bias: torch.Tensor
     depthwise: torch.Tensor
@@ -251,41 +249,49 @@ class FrozenResidualCell(FrozenModule):
         parameters, running = op.cell_parameters(cell.se), op.running_statistics()
         f = fold(parameters, running, eps=op.norm.eps, residual_scale=RESIDUAL_SCALE)
         self._keep(**f._asdict(), depthwise=parameters.depthwise)
-        names = ("reduce_weight", "reduce_bias", "gate_weight", "gate_bias")
-        self._keep(**{name: getattr(parameters, name) for name in names})
-        self.stride = -1 if op.upsample else op.depthwise.stride[0]
+        self._keep(**{name: getattr(parameters, name) for name in self.GATE})
+        self.gated = cell.se is not None
+        self.stride, self.upsample = op.depthwise.stride[0], 2 if op.upsample else 1
         self.skip = skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check(x, self.expand.shape[1])
+        # Few calls: between two kernels the processor's caches forget what Python needs.
+        plain = isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_floating_point() and not x.requires_grad
+        if not plain or x.shape[1] != self.expand.shape[1]:
+            self._check(x, self.expand.shape[1])
         skip = x if self.skip is None else self.skip(x)
-        expand, project = self._matrix("expand", "expand_bias"), self._matrix("project", "project_bias")
-        if not available(x.device):
-            return self._reference(expand(x), skip, project)
-        s = residual_branch(x, expand, self.depthwise, self.scale, self.shift, project, self.stride)
-        if (gate := self._gate()) is None:
-            return skip + s
-        if torch.compiler.is_compiling():
-            return squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
-        reduce_weight, reduce_bias, gate_weight, gate_bias = gate
-        return gated_sum(s, reduce_weight, reduce_bias, gate_weight, gate_bias, skip, RESIDUAL_SCALE)
-
-    def _gate(self) -> Any:
-        """The four tensors of the gate, or None without one."""
-        if self.reduce_weight is None:
-            return None
-        return self.reduce_weight, self.reduce_bias, self.gate_weight, self.gate_bias
-
-    def _reference(self, h: torch.Tensor, skip: torch.Tensor, project: PackedMatrix) -> torch.Tensor:
-        """The same in operators that choose their own kernels."""
-        h = activate(h, "swish")
-        upsample = 2 if self.stride == -1 else 1
-        d = depthwise_conv2d(h, self.depthwise.to(h.dtype), stride=max(self.stride, 1), upsample=upsample)
-        s = project(affine_activation(d, self.scale, self.shift, "swish"))
-        gate = self._gate()
-        return (
-            skip + s if gate is None else squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
+        expand, project, gate = self._derived.get("cell") or self._prepare()
+        if torch.compiler.is_compiling() or not _backend.fused(self.NAME, x.device):
+            return self._composed(x, skip, expand, project, gate)
+        h = expand(x.contiguous(memory_format=torch.channels_last))
+        h = depthwise_affine(
+            h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
         )
+        s = project(h)
+        return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
+
+    def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:
+        gate = tuple(getattr(self, name) for name in self.GATE) if self.gated else None
+        made = (
+            PackedMatrix(self.expand, self.expand_bias),
+            PackedMatrix(self.project, self.project_bias),
+            gate,
+        )
+        if not torch.compiler.is_compiling():
+            self._derived["cell"] = made
+        return made
+
+    def _composed(
+        self, x: torch.Tensor, skip: torch.Tensor, expand: PackedMatrix, project: PackedMatrix, gate: Any
+    ) -> torch.Tensor:
+        """The same in operators that choose their own kernels, which a compiler can trace."""
+        h = expand(x.contiguous(memory_format=torch.channels_last))
+        weight = self.depthwise.to(h.dtype)
+        d = depthwise_conv2d(h, weight, stride=self.stride, upsample=self.upsample, activation="swish")
+        s = project(affine_activation(d, self.scale, self.shift, "swish"))
+        if gate is None:
+            return skip + s
+        return squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
 
 
 def _is_plain(module: nn.Module) -> bool:

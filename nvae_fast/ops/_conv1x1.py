@@ -70,13 +70,15 @@ class PackedMatrix:
         )
         self._packed: dict[int, Tensor] = {}
 
-    def _usable(self, x: Tensor) -> bool:
-        if not self._packs or x.dtype != torch.float32 or x.numel() == 0 or torch.compiler.is_compiling():
-            return False
-        return bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
-
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._usable(x):
+        if (
+            not self._packs
+            or x.dtype != torch.float32
+            or x.numel() == 0
+            or torch.compiler.is_compiling()
+            or torch.is_autocast_enabled("cpu")
+            or not torch._C._get_mkldnn_enabled()
+        ):
             return conv1x1(x, self.weight, self.bias)
         b, c, h, w = x.shape
         pixels = b * h * w

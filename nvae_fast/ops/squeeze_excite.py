@@ -61,21 +61,6 @@ def squeeze_excite(
     return _op(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, float(residual_scale))[0]
 
 
-def gated_sum(
-    x: Tensor,
-    reduce_weight: Tensor,
-    reduce_bias: Tensor,
-    expand_weight: Tensor,
-    expand_bias: Tensor,
-    skip: Tensor,
-    residual_scale: float,
-) -> Tensor:
-    """:func:`squeeze_excite` without gradients, where the cell's kernels are (it needs no others); arguments are trusted."""
-    return _op.without_grad(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, residual_scale)[
-        0
-    ]
-
-
 def _reference(
     x: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor, expand_bias: Tensor,
     skip: Tensor | None, residual_scale: float,
@@ -161,3 +146,6 @@ _op = define_op(
     saves={1: None},
     constant_outputs={1: None},
 )
+
+# y and what is saved for the backward pass, without gradients, where the kernels are; arguments are trusted.
+without_grad = _op.without_grad
