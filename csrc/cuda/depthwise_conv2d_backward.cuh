@@ -51,12 +51,13 @@ struct OnLoadGradient {
   }
 };
 
-// What a thread knows of scale and shift, and its sums of their gradients.
+// What a thread knows of scale and shift, and its sums of their gradients. Of swish scale, shift, h and slope are
+// times kSwishUnit; with dh divided by its square the gradients of x are right and the sums divided by the unit.
 struct Affine {
   float scale, pivot, shift_sum, scale_sum;
   // Of a row of x: h, and what add() needs of it later.
   template <Dtype D, int ACTIVATION, int P>
-  __device__ __forceinline__ void enter(const typename Word<D>::Type* x, float shift, float* h,
+  __device__ __forceinline__ void enter(const typename Word<D>::Type* x, float shift, float* h, bool keeps,
                                         float2* keep) const {
     float value[P], slope[P];
 #pragma unroll
@@ -64,8 +65,17 @@ struct Affine {
       value[p] = widen<D>(x[p * kLanes]);
       h[p] = fmaf(scale, value[p], shift);
     }
-    activate_all<P>(h, slope, ACTIVATION);
-    if (keep == nullptr) return;
+    if (ACTIVATION == kSwish) {
+#pragma unroll
+      for (int p = 0; p < P; ++p) {
+        const float sigmoid = reciprocal(1.f + power_of_two(h[p]));
+        h[p] *= sigmoid;
+        slope[p] = fmaf(kSwishUnit, sigmoid, fmaf(-h[p], sigmoid, h[p]));
+      }
+    } else {
+      activate_all<P>(h, slope, ACTIVATION);
+    }
+    if (!keeps) return;
 #pragma unroll
     for (int p = 0; p < P; ++p) keep[p * kLanes] = make_float2(value[p], slope[p]);
   }
@@ -104,6 +114,7 @@ struct BackwardShape {
   static constexpr int kPad = XS == 2 ? (K / 2 - kOdd) / 2 : K / 2;  // of the halo, columns on the left
   static constexpr int kWarps = kGroups > 4 ? 2 : 4;
   static constexpr int kThreads = kWarps * kGroups * kLanes;
+  static constexpr int kResident = 3;  // blocks of a multiprocessor, at most
   // Blocks of a multiprocessor: three leave a thread 168 registers, of which other things than these take 60.
   static constexpr int kHeld = 2 * U * DS * kTaps + (2 * U + XS) * kColumns + kInputs;
   static constexpr int kBlocks = kGroups > 1 ? 1 : kHeld <= 108 ? 2 + kSpare : 2;
@@ -124,8 +135,8 @@ struct BackwardShape {
     const size_t walkers = w.column_groups * w.images;
     const size_t rings = walkers * kColumns * (2 * U + (kGroups - 1) * 2 * U) * kLanes * sizeof(float);
     const size_t x = static_cast<size_t>(2 * U * kColumns) * threads(w) * map_bytes(p);
-    const size_t walking = AnyStage::kTile * sizeof(float) + rings + x +
-                           AnyStage::raw_bytes(w, threads(w), p.out ? 2 : 1, map_bytes(p));
+    const size_t walking =
+        AnyStage::kTile * sizeof(float) + rings + x + AnyStage::raw_bytes(w, threads(w), map_bytes(p));
     const size_t weights = kLanes * K * K * sizeof(float);
     const size_t sums = walkers * kSums * kLanes * sizeof(float);
     const size_t most = walking > weights ? walking : weights;
@@ -171,11 +182,14 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     beta[lane] = vector(a.p.beta, 0.f);
     gamma[lane] = vector(a.p.gamma, 0.f) * (pooled ? 4.f : 1.f);  // of four pixels
   }
-  const float scale = vector(a.p.scale, 1.f), shift = vector(a.p.shift, 0.f), pivot = vector(a.p.pivot, 0.f);
   const int activation = uniform(static_cast<int>(a.p.activation));
+  const float unit = activation == kSwish ? kSwishUnit : 1.f,
+              of_unit = activation == kSwish ? 1.f / kSwishUnit : 1.f;
+  const float scale = vector(a.p.scale, 1.f) * unit, shift = vector(a.p.shift, 0.f) * unit;
+  const float pivot = vector(a.p.pivot, 0.f);
 
   constexpr int taps = K * K;
-  load_weights(a.p, PATTERN == 0, first, here, taps, tile);
+  load_weights(a.p, PATTERN == 0, first, here, taps, of_unit * of_unit, tile);
   // Row s of tap rows, in the order in which a step meets them: s = ring row * DS + row of dy.
   float weight[R][T], weight_sum[R][T];
 #pragma unroll
@@ -215,11 +229,11 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   Bits* x_all = reinterpret_cast<Bits*>(handed_all + walkers * ((G - 1) * 2 * U * kRow));
   Bits* x_rows = x_all + warp * (2 * U * kRow);
   Four* raw = reinterpret_cast<Four*>(x_all + static_cast<int>(blockDim.x) * (2 * U * P));
-  const char* out_source = static_cast<const char*>(a.p.out);
   StageOf stage = {w,
                    w.y,
                    {static_cast<const char*>(a.p.grad) + py.base + first * sizeof(Bits),
-                    out_source ? out_source + py.base + first * sizeof(Bits) : nullptr},
+                    static_cast<const char*>(a.p.out) + py.base + first * sizeof(Bits)},
+                   uniform(a.p.out != nullptr),
                    pooled ? px.height : py.height,
                    pooled ? px.width : py.width,
                    here,
@@ -259,11 +273,12 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
     // Of the thread's columns, those that exist.
     const int columns_left = stage.inside_batch ? px.width - b_mine : 0;
     const int columns_here = columns_left < P ? columns_left : P;
-    const bool full = here == kLanes && columns_left >= P;
+    const bool full = w.vector && here == kLanes && columns_left >= P;
     const int64_t corner = px.base + w.x.bytes(job.image + image) +
                            static_cast<int64_t>(b_mine) * w.x.column + first * sizeof(Bits);
 
-    char* grad_x = static_cast<char*>(a.p.grad_x) + corner + lane * sizeof(Bits);
+    char* grad_x = static_cast<char*>(a.p.grad_x) + corner + lane * sizeof(Bits) +
+                   (full ? full_offset<D>(w.x.column) : 0);
     float h[U][P], dh[U][P];
 #pragma unroll
     for (int k = 0; k < U; ++k)
@@ -331,16 +346,16 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
           if (row_here(entering(chunk, i))) {
             NVAE_REGION(U);
             const Bits* x = x_of + i * kRow;
-            float2* keep = group == 0 ? kept + slot * kRow : nullptr;
+            float2* keep = kept + slot * kRow;
             if (activation == kSwish) {
               NVAE_REGION(U);
-              affine.template enter<D, kSwish, P>(x, shift, h[slot], keep);
+              affine.template enter<D, kSwish, P>(x, shift, h[slot], group == 0, keep);
             } else if (activation == kElu) {
               NVAE_REGION(U);
-              affine.template enter<D, kElu, P>(x, shift, h[slot], keep);
+              affine.template enter<D, kElu, P>(x, shift, h[slot], group == 0, keep);
             } else {
               NVAE_REGION(U);
-              affine.template enter<D, kIdentity, P>(x, shift, h[slot], keep);
+              affine.template enter<D, kIdentity, P>(x, shift, h[slot], group == 0, keep);
             }
             if (!full) {
               NVAE_REGION(U);
@@ -438,6 +453,8 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   }
   __syncthreads();
   if (!exists) return;
+  const float weight_unit = activation == kSwish ? 1.f / kSwishUnit : 1.f;
+  const float affine_unit = activation == kSwish ? kSwishUnit : 1.f;
   float* partial = static_cast<float*>(a.p.workspace) +
                    static_cast<int64_t>(at.job_block * w.views + at.view) * Shape::kSums * channels + channel;
   for (int i = warp + (need_weight ? 0 : T * T); i < Shape::kSums;
@@ -449,7 +466,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
       NVAE_REGION(1);
       sum += tile[(n * Shape::kSums + i) * kLanes + lane];
     }
-    partial[i * channels] = sum;
+    partial[i * channels] = sum * (i < T * T ? weight_unit : affine_unit);
   }
 }
 

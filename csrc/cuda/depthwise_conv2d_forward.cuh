@@ -24,7 +24,7 @@ __host__ __device__ constexpr bool tap_exists(int pattern, int u, int v) {
 __host__ __device__ constexpr int folded(int phase, int offset) { return (phase + offset + 1024) / 2 - 512; }
 __host__ __device__ constexpr int folded_pad(int phase, int kernel) { return -folded(phase, -(kernel / 2)); }
 
-// activation(scale * x + shift).
+// activation(scale * x + shift). Of swish scale and shift are times kSwishUnit, and so is the result.
 template <int ACTIVATION>
 struct OnLoad {
   const float* scale;  // in shared memory
@@ -33,7 +33,12 @@ struct OnLoad {
     float4 k, b;
     __device__ __forceinline__ float4 operator()(float4 x, float4) const {
       float u[4] = {fmaf(k.x, x.x, b.x), fmaf(k.y, x.y, b.y), fmaf(k.z, x.z, b.z), fmaf(k.w, x.w, b.w)};
-      activate_all<4>(u, ACTIVATION);
+      if (ACTIVATION == kSwish) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) u[i] = swish_of_units(u[i]);
+      } else {
+        activate_all<4>(u, ACTIVATION);
+      }
       return make_float4(u[0], u[1], u[2], u[3]);
     }
   };
@@ -42,7 +47,8 @@ struct OnLoad {
             *reinterpret_cast<const float4*>(shift + channel)};
   }
   __device__ __forceinline__ float one(int channel, float x, float) const {
-    return activate(fmaf(scale[channel], x, shift[channel]), ACTIVATION);
+    const float u = fmaf(scale[channel], x, shift[channel]);
+    return ACTIVATION == kSwish ? swish_of_units(u) : activate(u, ACTIVATION);
   }
   template <Dtype D>
   __device__ float load(const typename Word<D>::Type* from) const {
@@ -55,10 +61,10 @@ struct OnLoad {
 struct Moments {
   float pivot, sum, squares;
   int count;
+  // The caller counts them when the job is done.
   template <Dtype D, bool FULL, int P>
-  __device__ __forceinline__ void add(const typename Word<D>::Type* bits, int columns) {
-    if (count == 0) pivot = widen<D>(bits[0]);
-    count += FULL ? P : columns;
+  __device__ __forceinline__ void add(const typename Word<D>::Type* bits, int columns, bool first_row) {
+    if (first_row && count == 0) pivot = widen<D>(bits[0]);
 #pragma unroll
     for (int p = 0; p < P; ++p)
       if (FULL || p < columns) {
@@ -80,7 +86,8 @@ template <int K, int S, int M, int G>
 struct ForwardShape {
   static constexpr int kRows = M * S;  // input rows of a chunk
   static constexpr int kInputs = S * (kColumns - 1) + K;
-  static constexpr int kWarps = 4;  // column groups x images, at most
+  static constexpr int kWarps = 4;     // column groups x images, at most
+  static constexpr int kResident = 5;  // blocks of a multiprocessor, at most
   static constexpr int kThreads = kWarps * G * kLanes;
   static constexpr int kStep = S * kColumns, kHalo = K - S;
   template <Dtype D>
@@ -92,7 +99,7 @@ struct ForwardShape {
     using AnyStage = StageOf<Dtype::f32>;
     const size_t handed = (G - 1) * 2 * M * kColumns * w.column_groups * w.images * kLanes * sizeof(float);
     const size_t walking =
-        AnyStage::kTile * sizeof(float) + AnyStage::raw_bytes(w, threads(w), 1, map_bytes(p)) + handed;
+        AnyStage::kTile * sizeof(float) + AnyStage::raw_bytes(w, threads(w), map_bytes(p)) + handed;
     const size_t taps = w.kernel * w.kernel + (w.fold ? (K * K | 1) : 0);
     const size_t weights = taps * kLanes * sizeof(float);
     return 2 * kLanes * sizeof(float) + (walking > weights ? walking : weights);
@@ -128,15 +135,17 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
   float* scale = reinterpret_cast<float*>(nvae_shared);
   float* shift = scale + kLanes;
   float* tile = shift + kLanes;
+  const int activation = static_cast<int>(a.p.activation);
+  const float unit = activation == kSwish ? kSwishUnit : 1.f;
   if (warp == 0) {
     const bool affine = a.p.scale != nullptr && exists;
-    scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] : 1.f;
-    shift[lane] = affine ? static_cast<const float*>(a.p.shift)[channel] : 0.f;
+    scale[lane] = affine ? static_cast<const float*>(a.p.scale)[channel] * unit : unit;
+    shift[lane] = affine ? static_cast<const float*>(a.p.shift)[channel] * unit : 0.f;
   }
 
   // Weights: contiguous into shared memory, from there into registers (K^2 is odd: no bank conflicts).
   const int kernel = w.fold ? w.kernel : K, taps = kernel * kernel;
-  load_weights(a.p, PATTERN == 0, first, here, taps, tile);
+  load_weights(a.p, PATTERN == 0, first, here, taps, activation == kSwish ? 1.f / kSwishUnit : 1.f, tile);
   int pad_rows = K / 2, pad_columns = K / 2, pitch = taps;
   const float* weights = tile;
   if (w.fold) {
@@ -172,28 +181,18 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
 
   using StageOf = typename Shape::template StageOf<D>;
   Four* raw = reinterpret_cast<Four*>(tile + StageOf::kTile);
-  StageOf stage = {w,
-                   w.x,
-                   {static_cast<const char*>(a.p.x) + px.base + first * sizeof(Bits)},
-                   px.height,
-                   px.width,
-                   here,
-                   w.vector != 0,
-                   pad_columns,
-                   warp,
-                   column_group,
-                   group,
-                   image,
-                   tile,
-                   raw};
+  StageOf stage = {w,     w.x,           {static_cast<const char*>(a.p.x) + px.base + first * sizeof(Bits)},
+                   0,     px.height,     px.width,
+                   here,  w.vector != 0, pad_columns,
+                   warp,  column_group,  group,
+                   image, tile,          raw};
   stage.clear_halo();
   // [walker][boundary between groups][parity of chunk][row][column][lane]
   constexpr int kHanded = M * P * kLanes;
   float* handed = reinterpret_cast<float*>(raw) +
-                  StageOf::raw_bytes(w, blockDim.x, 1, sizeof(Bits)) / sizeof(float) +
+                  StageOf::raw_bytes(w, blockDim.x, sizeof(Bits)) / sizeof(float) +
                   walker * ((G - 1) * 2 * kHanded) + lane;
   const int walkers = w.column_groups * w.images;
-  const int activation = static_cast<int>(a.p.activation);
 
   Moments moments = {};
   const int stats = uniform(a.p.mean != nullptr);
@@ -210,10 +209,11 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
     // Of the thread's columns, those that exist.
     const int columns_left = stage.inside_batch ? py.width - j_mine : 0;
     const int columns_here = !exists || columns_left < 0 ? 0 : columns_left < P ? columns_left : P;
-    const bool full = here == kLanes && columns_left >= P;
+    const bool full = w.vector && here == kLanes && columns_left >= P;
     char* out = static_cast<char*>(a.p.y) + py.base + w.y.bytes(job.image + image) +
                 static_cast<int64_t>(i0) * w.y.row + static_cast<int64_t>(j_mine) * w.y.column +
                 channel * sizeof(Bits);  // of the row that is complete next
+    if (full) out += full_offset<D>(w.y.column);
 
     float acc[M][P];
 #pragma unroll
@@ -290,14 +290,14 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
             store_columns<D, true, P>(out, w.y.column, columns_here, acc[slot], bits);
             if (stats) {
               NVAE_REGION(M);
-              moments.template add<D, true, P>(bits, columns_here);
+              moments.template add<D, true, P>(bits, columns_here, t == M - 1 && o == 0);
             }
           } else {
             NVAE_REGION(M);
             store_columns<D, false, P>(out, w.y.column, columns_here, acc[slot], bits);
             if (stats) {
               NVAE_REGION(M);
-              moments.template add<D, false, P>(bits, columns_here);
+              moments.template add<D, false, P>(bits, columns_here, t == M - 1 && o == 0);
             }
           }
           out += w.y.row;
@@ -306,6 +306,7 @@ __global__ void __launch_bounds__((ForwardShape<K, S, M, G>::kThreads), (G > 1  
         for (int p = 0; p < P; ++p) acc[slot][p] = 0.f;
       }
     }
+    moments.count += rows * columns_here;
   }
   if (!stats) return;
   NVAE_REGION(1);

@@ -9,6 +9,7 @@ namespace cuda {
 // Grids aim at this many blocks: eight for each of the 132 multiprocessors of an H200, more than are resident
 // at a time. One number for every GPU, so that sums have the same order on all.
 constexpr int64_t kBlocks = 1056;
+constexpr int64_t kMultiprocessors = 132;
 // The shared memory of a block that every GPU from sm_80 on has (99 KB: sm_86, sm_89 and sm_120; sm_80 has
 // 163, sm_90 and sm_100 have 227). A launch takes fewer images or columns per block rather than more than
 // this, on every GPU, so that the order of sums does not depend on the GPU either.
@@ -28,7 +29,7 @@ inline int pattern(const DepthwiseConv2d& p) {
 }
 
 // height and width: of the map whose pixels are dealt out (y forward, x backward) in its largest view.
-inline void cut(Walk& w, int64_t batch, int64_t height, int64_t width, int most_warps) {
+inline void cut(Walk& w, int64_t batch, int64_t height, int64_t width, int most_warps, int resident) {
   const int64_t wanted = ceil_divide(width, kColumns);
   w.tiles = static_cast<int>(ceil_divide(wanted, most_warps));
   w.column_groups = w.tiles ? static_cast<int>(ceil_divide(wanted, w.tiles)) : 1;
@@ -43,9 +44,19 @@ inline void cut(Walk& w, int64_t batch, int64_t height, int64_t width, int most_
   w.segments = w.segment_rows ? static_cast<int>(ceil_divide(height, w.segment_rows)) : 0;
   const int64_t jobs = ceil_divide(batch, w.images) * w.tiles * w.segments;  // far fewer than pixels / 32
   w.jobs = static_cast<unsigned>(jobs);
-  const int64_t share = kBlocks / (static_cast<int64_t>(w.channel_groups) * w.views);
-  w.jobs_per_block = static_cast<unsigned>(ceil_divide(jobs, share < 1 ? 1 : share));
-  if (w.jobs_per_block < 1) w.jobs_per_block = 1;
+  const int64_t columns = static_cast<int64_t>(w.channel_groups) * w.views;
+  const int64_t share = kBlocks / columns;
+  int64_t most = ceil_divide(jobs, share < 1 ? 1 : share), least_time = 0;
+  if (most < 1) most = 1;
+  // Blocks of more jobs, as long as every multiprocessor has as many as it can hold, where that takes less time: to
+  // start and to end a block takes as long as one or two rows.
+  for (int64_t count = most; count <= jobs || count == most; ++count) {
+    const int64_t blocks = ceil_divide(ceil_divide(jobs, count) * columns, kMultiprocessors);
+    if (count > most && blocks < resident) break;
+    const int64_t time = blocks * (2 * count * w.segment_rows + 3);
+    if (least_time == 0 || time < least_time)
+      least_time = time, w.jobs_per_block = static_cast<unsigned>(count);
+  }
   w.job_blocks = static_cast<int>(ceil_divide(jobs, w.jobs_per_block));
   if (w.job_blocks < 1) w.job_blocks = 1;  // an empty batch has sums, too
 }
@@ -84,7 +95,7 @@ Walk fitted(Walk w, const Problem& p, int64_t height, int64_t width) {
   set_strides(w.x, p, p.height, p.width);
   set_strides(w.y, p, p.out_height(), p.out_width());
   for (int warps = Shape::kWarps;; --warps) {
-    cut(w, p.batch, height, width, warps);
+    cut(w, p.batch, height, width, warps, Shape::kResident);
     w.columns = Shape::columns(w.column_groups);
     if (warps == 1 || Shape::shared(w, p) <= kSharedMemory) return w;
   }
@@ -95,13 +106,13 @@ Walk walk_of(const DepthwiseForward& p) {
   Walk w = common_walk(p);
   // The four phases of y: filters of their own, or with dilation 2 four times the same.
   if (p.upsample == 2) w.y.halved = w.y.phased = 1, w.views = 4, w.fold = p.dilation == 1;
-  w.vector = w.vector && aligned(p.x, p);
+  w.vector = w.vector && aligned(p.x, p) && aligned(p.y, p);
   return fitted<Shape>(w, p, of_view(w.y, p.out_height()), of_view(w.y, p.out_width()));
 }
 template <class Shape>
 Walk walk_of(const DepthwiseBackward& p) {
   Walk w = common_walk(p);
-  w.vector = w.vector && aligned(p.x, p) && aligned(p.grad, p) && aligned(p.out, p);
+  w.vector = w.vector && aligned(p.x, p) && aligned(p.grad, p) && aligned(p.out, p) && aligned(p.grad_x, p);
   return fitted<Shape>(w, p, of_view(w.x, p.height), of_view(w.x, p.width));
 }
 

@@ -101,9 +101,9 @@ struct Job {
   }
 };
 
-// The weights of a block's channels, contiguous; with `mask` dead taps are set to 0.
+// The weights of a block's channels times `factor`, contiguous; with `mask` dead taps are set to 0.
 __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask, int64_t first, int here,
-                                             int taps, float* to) {
+                                             int taps, float factor, float* to) {
   const int64_t begin = first * taps;
   const int count = here * taps, step = static_cast<int>(blockDim.x);
   NVAE_REGION(1);
@@ -116,13 +116,16 @@ __device__ __forceinline__ void load_weights(const DepthwiseConv2d& p, bool mask
       NVAE_REGION(1);
       const bool two = i + step < fours;
       const float4 one = from[i], other = two ? from[i + step] : one;
-      reinterpret_cast<float4*>(to)[i] = one;
-      if (two) reinterpret_cast<float4*>(to)[i + step] = other;
+      reinterpret_cast<float4*>(to)[i] =
+          make_float4(one.x * factor, one.y * factor, one.z * factor, one.w * factor);
+      if (two)
+        reinterpret_cast<float4*>(to)[i + step] =
+            make_float4(other.x * factor, other.y * factor, other.z * factor, other.w * factor);
     }
   } else {
     NVAE_REGION(1);
     for (int i = threadIdx.x; i < count; i += step)
-      to[i] = load_any<float>(p.weight, p.weight_dtype, begin + i);
+      to[i] = load_any<float>(p.weight, p.weight_dtype, begin + i) * factor;
   }
   __syncthreads();
   if (mask && p.masked) {
@@ -142,18 +145,39 @@ __device__ __forceinline__ int opaque(int value) {
   return value;
 }
 
-// Rounds and stores adjacent columns, those that exist.
+// Of full columns of 16-bit elements two lanes store their two channels together: the even lane the left half of the
+// columns, the odd lane the right half. Bytes from where a lane's own elements begin to where it stores.
+template <Dtype D>
+__device__ __forceinline__ int full_offset(int column_bytes) {
+  if constexpr (D == Dtype::f32) return 0;
+  return threadIdx.x & 1 ? kColumns / 2 * column_bytes - 2 : 0;
+}
+
+// Rounds and stores adjacent columns, those that exist. FULL: at full_offset; all lanes of the warp.
 template <Dtype D, bool FULL, int P>
 __device__ __forceinline__ void store_columns(char* to, int column_bytes, int columns, const float* value,
                                               typename Word<D>::Type* bits) {
+  static_assert(P == 4, "two pairs");
+  if constexpr (FULL && D != Dtype::f32) {
+    const unsigned left = narrow_pair<D>(value[0], value[1]), right = narrow_pair<D>(value[2], value[3]);
+    const bool odd = threadIdx.x & 1;
+    const unsigned mine = odd ? right : left, other = __shfl_xor_sync(0xffffffffu, odd ? left : right, 1);
+    const unsigned even_channel = odd ? other : mine, odd_channel = odd ? mine : other;
+    *reinterpret_cast<unsigned*>(to) = (even_channel & 0xffffu) | odd_channel << 16;
+    *reinterpret_cast<unsigned*>(to + static_cast<unsigned>(column_bytes)) =
+        even_channel >> 16 | (odd_channel & 0xffff0000u);
+    bits[0] = static_cast<unsigned short>(left), bits[1] = static_cast<unsigned short>(left >> 16);
+    bits[2] = static_cast<unsigned short>(right), bits[3] = static_cast<unsigned short>(right >> 16);
+  } else {
 #pragma unroll
-  for (int p = 0; p < P; p += 2) narrow_two<D>(value[p], value[p + 1], bits + p);
-  if (!FULL) column_bytes = opaque(column_bytes);
+    for (int p = 0; p < P; p += 2) narrow_two<D>(value[p], value[p + 1], bits + p);
+    if (!FULL) column_bytes = opaque(column_bytes);
 #pragma unroll
-  for (int p = 0; p < P; ++p)
-    if (FULL || p < columns)
-      *reinterpret_cast<typename Word<D>::Type*>(
-          to + static_cast<uint64_t>(static_cast<unsigned>(column_bytes)) * p) = bits[p];
+    for (int p = 0; p < P; ++p)
+      if (FULL || p < columns)
+        *reinterpret_cast<typename Word<D>::Type*>(
+            to + static_cast<uint64_t>(static_cast<unsigned>(column_bytes)) * p) = bits[p];
+  }
 }
 
 // The ROWS rows of a chunk of every image of a block on their way into shared memory: copied raw and
@@ -177,15 +201,16 @@ struct Stage {
   static constexpr int kTile = ROWS * kPitch * kLanes;  // floats
   static_assert((STEP == 2 || STEP == 4 || STEP == 8) && HALO > 0, "what the kernels use");
 
-  __host__ __device__ static size_t raw_bytes(const Walk& w, int threads, int sources, int bytes) {
+  __host__ __device__ static size_t raw_bytes(const Walk& w, int threads, int bytes) {
     if (!w.vector) return 0;
-    return static_cast<size_t>(kQuad * bytes * sources) *
+    return static_cast<size_t>(kQuad * bytes * SOURCES) *
            (kShare * threads + (w.tiles > 1 ? kHalo * kQuads : 0));
   }
 
   const Walk& w;
   const Lattice& from;
-  const char* source[SOURCES];  // at the view's first pixel and the block's first channel; null: not there
+  const char* source[SOURCES];  // at the view's first pixel and the block's first channel
+  int both;                     // whether there is a second source
   int height, width, channels;  // channels: those of this block that exist
   bool vector;
   int pad;  // columns of the halo that are on the left
@@ -194,11 +219,14 @@ struct Stage {
   Four* raw;
 
   // Of the job at hand.
-  const char* next = nullptr;  // in source 0, what the lane brings in the first row of the next chunk
-  int64_t images_at = 0;       // bytes from a source to the first image
-  int64_t own_at = 0;          // to the pixel in row 0 that this lane brings first
-  int first_column = 0;        // of the block's own
-  bool inside_batch = false;   // whether the warp's image exists
+  // In each source, what the lane brings in the first row of the next chunk.
+  const char* next = nullptr;
+  const char* second = nullptr;
+  int64_t images_at = 0;                       // bytes from a source to the first image
+  int64_t own_at = 0;                          // to the pixel in row 0 that this lane brings first
+  int first_column = 0;                        // of the block's own
+  bool inside_batch = false;                   // whether the warp's image exists
+  bool whole = false;                          // whether every lane of the warp has something to bring
   bool inside = false, inside_second = false;  // whether the lane has something to bring, per side
 
   __device__ __forceinline__ static int lane() { return threadIdx.x % kLanes; }
@@ -234,6 +262,7 @@ struct Stage {
     own_at = from.bytes(first_image + image) + static_cast<int64_t>(mine) * from.column +
              (vector ? quad() : lane()) * kBits;
     inside_batch = first_image + image < batch;
+    whole = inside_batch && channels == kLanes && column + (column_group + 1) * STEP <= width;
     const bool exists = inside_batch && (vector ? quad() : lane()) < channels;
     inside = exists && mine < width;
     inside_second = exists && mine + kPixels < width;
@@ -268,37 +297,37 @@ struct Stage {
             (r * kPitch + j) * kLanes + channel, channel);
     }
   }
-  // Between two sources.
-  __device__ __forceinline__ int raw_stride() const {
-    return kShare * static_cast<int>(blockDim.x) + (w.tiles > 1 ? kHalo * kQuads : 0);
-  }
+  // A thread's copies, of one source after the other: at distances that the compiler knows.
   __device__ __forceinline__ Four* raw_own(int n, int i) const {
-    return raw + (n * raw_stride() + (warp * kShare + i) * kLanes + lane());
+    return raw + warp * (SOURCES * kShare * kLanes) + lane() + (n * kShare + i) * kLanes;
   }
   __device__ __forceinline__ Four* raw_halo(int n, int i) const {
-    return raw + (n * raw_stride() + kShare * static_cast<int>(blockDim.x) + i);
+    return raw + SOURCES * kShare * static_cast<int>(blockDim.x) + n * (kHalo * kQuads) + i;
   }
 
   // Chunks are copied one after the other, the first of a job from row `top` on.
-  __device__ __forceinline__ void rewind(int top) { next = at(0, own_at, top); }
+  __device__ __forceinline__ void rewind(int top) {
+    next = at(0, own_at, top);
+    if (SOURCES > 1) second = at(SOURCES - 1, own_at, top);
+  }
   __device__ __forceinline__ void copy(int top) {
     NVAE_REGION(1);
     if (!vector) return;
     each_pass<kShare>(top, [&](int i, int r, int side) {
       NVAE_REGION(kShare);
       if (!brings(side)) return;
-      const char* here = next + static_cast<int64_t>(r) * from.row + (side ? kPixels * from.column : 0);
-      copy_async(raw_own(0, i), here);
-      if (SOURCES > 1 && source[SOURCES - 1])
-        copy_async(raw_own(1, i), here + (source[SOURCES - 1] - source[0]));
+      const int64_t offset = static_cast<int64_t>(r) * from.row + (side ? kPixels * from.column : 0);
+      copy_async(raw_own(0, i), next + offset);
+      if (SOURCES > 1 && both) copy_async(raw_own(1, i), second + offset);
     });
     next += static_cast<int64_t>(ROWS) * from.row;
+    if (SOURCES > 1) second += static_cast<int64_t>(ROWS) * from.row;
     each_halo<kQuads>(top, [&](int i, int row, bool in, int64_t offset, int, int) {
       NVAE_REGION(1);
       if (!in) return;
 #pragma unroll
       for (int n = 0; n < SOURCES; ++n)
-        if (n == 0 || source[n]) copy_async(raw_halo(n, i), at(n, offset, row));
+        if (n == 0 || both) copy_async(raw_halo(n, i), at(n, offset, row));
     });
   }
 
@@ -315,30 +344,34 @@ struct Stage {
     }
     const auto function = map.of(quad());
     own += slot() % STEP * kLanes + quad();
-    each_pass<UNROLL>(top, [&](int i, int r, int side) {
-      NVAE_REGION(UNROLL);
-      put_four(brings(side), function, raw_own(0, i), own + (r * kPitch + side * kPixels) * kLanes);
-    });
+    if (whole) {
+      NVAE_REGION(1);
+      each_pass<UNROLL>(top, [&](int i, int r, int side) {
+        NVAE_REGION(UNROLL);
+        put_four(true, function, raw_own(0, i), raw_own(SOURCES - 1, i),
+                 own + (r * kPitch + side * kPixels) * kLanes);
+      });
+    } else {
+      NVAE_REGION(1);
+      each_pass<1>(top, [&](int i, int r, int side) {
+        NVAE_REGION(1);
+        put_four(brings(side), function, raw_own(0, i), raw_own(SOURCES - 1, i),
+                 own + (r * kPitch + side * kPixels) * kLanes);
+      });
+    }
     each_halo<kQuads>(top, [&](int i, int, bool in, int64_t, int to, int) {
       NVAE_REGION(1);
-      put_four(in, function, raw_halo(0, i), tile + to);
+      put_four(in, function, raw_halo(0, i), raw_halo(SOURCES - 1, i), tile + to);
     });
   }
 
  private:
   template <class Function>
   __device__ __forceinline__ void put_four(bool in, const Function& function, const Four* copied,
-                                           float* to) const {
-    float4 v[SOURCES];
-#pragma unroll
-    for (int n = 0; n < SOURCES; ++n) v[n] = make_float4(0.f, 0.f, 0.f, 0.f);
-    if (in) {
-#pragma unroll
-      for (int n = 0; n < SOURCES; ++n)
-        if (n == 0 || source[n]) v[n] = widen_four<D>(copied[n * raw_stride()]);
-      v[0] = function(v[0], v[SOURCES - 1]);
-    }
-    *reinterpret_cast<float4*>(to) = v[0];
+                                           const Four* second_copied, float* to) const {
+    float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+    if (in) v = function(widen_four<D>(*copied), SOURCES > 1 && both ? widen_four<D>(*second_copied) : v);
+    *reinterpret_cast<float4*>(to) = v;
   }
   template <class Map>
   __device__ __forceinline__ void convert_single(int top, const Map& map, float* own) const {
@@ -347,7 +380,7 @@ struct Stage {
 #pragma unroll
       for (int n = 0; n < SOURCES; ++n) {
         v[n] = 0.f;
-        if (in && (n == 0 || source[n]))
+        if (in && (n == 0 || both))
           v[n] = map.template load<D>(reinterpret_cast<const Bits*>(at(n, offset, row)));
       }
       *to = in ? map.one(channel, v[0], v[SOURCES - 1]) : 0.f;
