@@ -6,7 +6,6 @@ from the cache, and writes them once. Arithmetic is float32; two runs are equal 
 
 from __future__ import annotations
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from nvae_fast.kernels.launch import launch
 from nvae_fast.ops import _capture
 
 # A tile, 8 elements a thread. Predicted: rows of 20 to 2304 elements, nearly all bytes in those of some hundred.
@@ -22,7 +22,6 @@ ROWS, COLUMNS, WARPS = 4, 256, 4
 TABLES = 64  # tables of addresses that are kept
 WRITTEN = 480  # numbers that a launch of write_kernel brings; the arguments of a kernel fill 4 KB at most
 _OFFSET = 2**62
-_OPTIONS = {"enable_fp_fusion": True, "num_warps": WARPS}
 _TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -127,11 +126,6 @@ def write_kernel(table, values, OFFSET: tl.constexpr):
         tl.store(table + i, (values[i] - OFFSET) >> 1)
 
 
-def _on(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    # Triton launches on the current device.
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
 _addresses: OrderedDict[tuple[object, ...], torch.Tensor] = OrderedDict()
 # By device and shapes of the layers. Never dropped, because a graph that anybody captured may read them.
 _plans: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
@@ -188,9 +182,8 @@ def written(numbers: Sequence[int], device: torch.device) -> torch.Tensor:
     padded = -(-len(numbers) // WRITTEN) * WRITTEN
     table = torch.empty(padded, dtype=torch.int64, device=device)
     values = [_encoded(n) for n in (*numbers, *[0] * (padded - len(numbers)))]
-    with _on(device):
-        for i in range(0, padded, WRITTEN):
-            write_kernel[(1,)](table[i:], tuple(values[i : i + WRITTEN]), _OFFSET, num_warps=1)
+    for i in range(0, padded, WRITTEN):
+        launch(write_kernel, 1, device, table[i:], tuple(values[i : i + WRITTEN]), _OFFSET, warps=1)
     return table
 
 
@@ -266,12 +259,10 @@ def _launch(kernel: object, layers: Sequence[_Layer], addresses: Sequence[tuple[
         device = layers[0].weight.device
         pointers = tuple(0 if t is None else t.data_ptr() for i in chosen for t in addresses[i])
         tables = _address_table(pointers, device), *_plan_tables(shapes, device)
-        with _on(device):
-            kernel[(programs,)](  # type: ignore[index]
-                *tables, float(eps), TYPE=_TYPES[kind[0]], OUT=_TYPES[kind[1]],
-                HAS_MASK=any(layers[i].mask is not None for i in chosen), ROWS=ROWS, COLUMNS=COLUMNS,
-                **constants, **_OPTIONS,
-            )  # fmt: skip
+        launch(
+            kernel, programs, device, *tables, float(eps), warps=WARPS, TYPE=_TYPES[kind[0]], OUT=_TYPES[kind[1]],
+            HAS_MASK=any(layers[i].mask is not None for i in chosen), ROWS=ROWS, COLUMNS=COLUMNS, **constants,
+        )  # fmt: skip
 
 
 def weight_norm(
