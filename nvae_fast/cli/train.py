@@ -33,7 +33,7 @@ _RESUME_FREE = {
     "sample_readjust_passes",
     "tensorboard",
 }
-# What may change but changes what comes out, so that the user is told.
+# What may change but changes the result: a message says so.
 _RESUME_TOLD = {
     "epochs",
     "max_steps",

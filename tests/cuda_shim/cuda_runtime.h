@@ -1,4 +1,4 @@
-// Stands in for CUDA's header where kernels are compiled for the CPU and run there by the tests. See
+// Replaces CUDA's header where kernels are compiled for the CPU and run there by the tests. See
 // __init__.py for what the stand-in checks. Only what csrc/cuda uses or may soon use.
 #pragma once
 #define NVAE_CUDA_SHIM
