@@ -37,8 +37,10 @@ def first(out: Any) -> torch.Tensor:
 
 
 # Name -> (function of one map, the size of a sample of that map). What else it takes is the same for every sample.
-PARAMETERS = [normal(C), positive(C), normal(C), positive(C)]
-LAYERS = (normal(2, C), normal(2), normal(C, 2), normal(C))
+with torch.random.fork_rng(devices=[]):
+    torch.manual_seed(5)
+    PARAMETERS = [normal(C), positive(C), normal(C), positive(C)]
+    LAYERS = (normal(2, C), 3 + positive(2), normal(C, 2), normal(C))  # the gate's hidden units are active
 FUNCTIONS: dict[str, tuple[Callable[[torch.Tensor], Any], tuple[int, ...]]] = {
     "residual_normal": (lambda x: sum(t.sum() for t in nf.residual_normal(x, 0.5 * x, seed=3)), (C, H, W)),
     "normal_sample": (lambda x: nf.normal_sample(x, seed=3), (C, H, W)),

@@ -158,7 +158,7 @@ def prepared(device: str, changes: dict, options: dict) -> tuple[Step, torch.Ten
         model.regularization()  # the first power iterations are made
     x = images(2, **changes)
     for module in model.modules():
-        if getattr(module, "awaits_data", False):
+        if getattr(module, "needs_data_init", False):
             module.needs_data_init = False
     step = Step(model.to(device), TrainingConfig(**options), recorder=Again())
     x = x.to(device)

@@ -339,13 +339,13 @@ class _Beginning:
 
 def layers_needing_data_init(model: NVAE) -> list[str]:
     """Names of the modules whose data-dependent initialisation is still to come."""
-    return [name for name, module in model.named_modules() if getattr(module, "awaits_data", False)]
+    return [name for name, module in model.named_modules() if getattr(module, "needs_data_init", False)]
 
 
 def mark_needing_data_init(model: NVAE, names: list[str]) -> None:
     """Let these modules be initialised by the next batch. (Loading a state marks all of them as done.)"""
     for name in names:
-        setattr(model.get_submodule(name), "awaits_data", True)  # noqa: B010  no attribute of nn.Module
+        setattr(model.get_submodule(name), "needs_data_init", True)  # noqa: B010  no attribute of nn.Module
 
 
 def _has_extra_state(module: nn.Module) -> bool:
