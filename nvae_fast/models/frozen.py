@@ -7,6 +7,7 @@ shares no tensor with the module that it was made from, so nothing can become st
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -53,7 +54,11 @@ def freeze(module: nn.Module) -> nn.Module:
         raise TypeError(f"freeze: module must be a torch.nn.Module, got {type(module).__name__}")
     module = getattr(module, "_orig_mod", module)  # what torch.compile wraps
     twin = copy.deepcopy(module, _memo(module))
-    with torch.inference_mode(False), torch.no_grad(), _no_autocast():
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.no_grad()):
+            stack.enter_context(context)
+        for device in _backend.DEVICES:
+            stack.enter_context(torch.autocast(device, enabled=False))
         frozen = _converted(twin, {})
     frozen.__dict__[_MARK] = True
     return frozen
@@ -83,19 +88,6 @@ def refuse(what: str) -> NoReturn:
     raise RuntimeError(
         f"{what}: the module is frozen, an inference-only copy; use the module that nvae_fast.freeze was given"
     )
-
-
-class _no_autocast:
-    """Autocast off on every device type that may hold parameters."""
-
-    def __enter__(self) -> None:
-        self._contexts = [torch.autocast(device, enabled=False) for device in _backend.DEVICES]
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
 
 
 class FrozenModule(nn.Module):

@@ -1,9 +1,9 @@
-"""CUDA graphs, seen from the code that runs inside them: is this run recorded, and where do its numbers come from?
+"""State of CUDA graph capture, and tables of numbers that a captured graph reads.
 
-A graph under capture can neither copy from the host nor read what others may free. The recorder of this package
-(:class:`nvae_fast.training.graph.CudaRecorder`) therefore announces its stream here: while it rehearses, so that what runs
-takes the way that it will take under capture and loads every kernel of it; and while it captures, so that tables of numbers
-become constants of the graph, which the host fills once before the first replay.
+Code under capture can neither copy from the host nor read memory that may be freed before a replay. The recorder of this
+package (:class:`nvae_fast.training.graph.CudaRecorder`) registers its stream here. During warm-up the same code path runs as under
+capture, so that every kernel is loaded by then. During capture, tables of numbers are placed in memory that the graph's owner
+keeps; the host fills them once, before the first replay.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _current(device: torch.device) -> Stream:
 
 @contextlib.contextmanager
 def recording(stream: torch.cuda.Stream, what: Recording) -> Iterator[None]:
-    """What runs on ``stream`` is recorded into a graph, or rehearses a recording."""
+    """Register ``stream``: what runs on it is captured into a graph, or is the warm-up of a capture."""
     key = stream.device, stream.cuda_stream
     _recordings[key] = what
     try:
@@ -78,8 +78,8 @@ def capturing(device: torch.device) -> bool:
 
 
 def recorded(device: torch.device) -> bool:
-    """Whether what runs now on ``device`` goes into a graph, or rehearses it: it must compute what a replay shall compute
-    anew, and use nothing that others may drop."""
+    """Whether what runs now on ``device`` is captured, or is the warm-up of a capture. It must then use no cached tensor that
+    may be freed, and compute everything that a replay is to compute again."""
     return capturing(device) or (device.type == "cuda" and _current(device) in _recordings)
 
 
