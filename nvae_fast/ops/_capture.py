@@ -1,9 +1,9 @@
 """State of CUDA graph capture, and tables of numbers that a captured graph reads.
 
 Code under capture can neither copy from the host nor read memory that may be freed before a replay. The recorder of this
-package (:class:`nvae_fast.training.graph.CudaRecorder`) registers its stream here. During warm-up the same code path runs as under
-capture, so that every kernel is loaded by then. During capture, tables of numbers are placed in memory that the graph's owner
-keeps; the host fills them once, before the first replay.
+package (:class:`nvae_fast.training.graph.CudaRecorder`) registers its stream here. During warm-up the same code path runs as
+under capture, so that every kernel is loaded by then. During capture, tables of numbers are placed in memory that the graph's
+owner keeps; the host fills them once, before the first replay.
 """
 
 from __future__ import annotations
