@@ -51,7 +51,7 @@ test: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 FAST := layout registration dispatch residual_normal normal_sample normal_log_prob mixture_logistic_kernels depthwise_conv2d \
-	batch_norm_swish squeeze_excite weight_norm_many philox inverted_residual_cell models freeze step
+	batch_norm_swish squeeze_excite weight_norm_many philox inverted_residual models freeze step
 test-fast: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) $(FAST:%=tests/test_%.py)
 

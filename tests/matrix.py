@@ -36,7 +36,7 @@ SPACE = 15e9  # bytes: an environment with a CUDA PyTorch takes 5, and the downl
 # What depends on versions: loading and dispatch, torch.compile, autograd, autocast, Triton, a whole training step. What takes
 # the compiler of a GPU asks nothing of Python or PyTorch.
 TESTS = (
-    "extension", "registration", "devices", "residual_normal", "depthwise_conv2d", "inverted_residual_cell", "weight_norm",
+    "extension", "registration", "devices", "residual_normal", "depthwise_conv2d", "inverted_residual", "weight_norm",
     "nn", "step", "sampler", "triton_weight_norm",
 )  # fmt: skip
 DESELECTED = "not spills"

@@ -19,7 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nvae_fast as nf
 from nvae_fast import cli
-from nvae_fast.ops import _backend, _devices, _extension, depthwise_conv2d, inverted_residual_cell, philox
+from nvae_fast.ops import _backend, _devices, _extension, depthwise_conv2d, philox
+from nvae_fast.ops.inverted_residual import train as inverted_residual
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHS = ["sm_80", "sm_90a", "sm_100", "compute_100"]
@@ -111,7 +112,7 @@ def test_kinds_of_kernels_by_capability(
         warnings.simplefilter("ignore")
         assert _backend.fused("residual_normal", cuda(0)) is triton
         assert _backend.fused("depthwise_conv2d", cuda(0)) is compiled
-        assert inverted_residual_cell.available(cuda(0)) is (triton and compiled)
+        assert inverted_residual.available(cuda(0)) is (triton and compiled)
 
 
 def test_unlike_gpus_each_asked_once_and_said_once(machine: Machine) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import nvae_fast as nf
 from nvae_fast import distributed
 from nvae_fast.nn import BatchNormSwish, ConvBlock, InvertedResidualCell
-from nvae_fast.ops import inverted_residual_cell as fused
+from nvae_fast.ops.inverted_residual import train as fused
 
 # Where BN1's variance comes from in each of two processes: sizes decide, which processes with shares of their own need not
 # agree about.

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvae_fast as nf
 from nvae_fast.ops import _extension
-from nvae_fast.ops.inverted_residual_cell import NAME as CELL
+from nvae_fast.ops.inverted_residual.train import NAME as CELL
 from nvae_fast.training.adamax import Adamax
 
 pytestmark = pytest.mark.usefixtures("one_thread")

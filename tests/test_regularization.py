@@ -20,7 +20,7 @@ from nvae_fast.models.regularization import (
     convolutions,
 )
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
-from nvae_fast.ops import _spectral
+from nvae_fast.ops import spectral_norm
 
 
 class Net(nn.Module):
@@ -155,18 +155,18 @@ def test_spectral_operators_against_their_formula(dtype: torch.dtype) -> None:
     weights[2] = weights[2].transpose(2, 3)
     weights[-1] = weights[-1].contiguous(memory_format=torch.channels_last)
     u = [torch.randn(len(group), group[0][0], dtype=dtype) for group in shapes]
-    found = _spectral.lengths(weights, u, 4, 1e-3)
-    truth = _spectral._lengths([w.double() for w in weights], [x.double() for x in u], 4, 1e-3)
+    found = spectral_norm.lengths(weights, u, 4, 1e-3)
+    truth = spectral_norm._lengths([w.double() for w in weights], [x.double() for x in u], 4, 1e-3)
     tolerance = 2e-6 if dtype == torch.float32 else 1e-13
     for actual, expected in zip(
         (found[0], *found[1], *found[2]), (truth[0], *truth[1], *truth[2]), strict=True
     ):
         assert_close(actual, expected, tolerance)
     grad = torch.tensor(0.75, dtype=dtype)
-    gradients = _spectral.gradients(grad, weights, *found[1:])
-    for actual, expected in zip(gradients, _spectral._gradients(grad, weights, *found[1:]), strict=True):
+    gradients = spectral_norm.gradients(grad, weights, *found[1:])
+    for actual, expected in zip(gradients, spectral_norm._gradients(grad, weights, *found[1:]), strict=True):
         assert_close(actual, expected, tolerance)
-    again = _spectral.lengths(weights, u, 4, 1e-3)
+    again = spectral_norm.lengths(weights, u, 4, 1e-3)
     assert all(
         torch.equal(a, b)
         for a, b in zip((again[0], *again[1], *again[2]), (found[0], *found[1], *found[2]), strict=True)

@@ -56,7 +56,7 @@ def mixture_cases() -> Iterator[Case]:
 
 
 def plane_cases() -> Iterator[Case]:
-    bn = importlib.import_module("nvae_fast.kernels.batch_norm_swish")
+    bn = importlib.import_module("nvae_fast.kernels.affine_activation")
     cs = importlib.import_module("nvae_fast.kernels.channel_statistics")
     pa = importlib.import_module("nvae_fast.kernels.plane_affine")
     for dtype in (torch.float32, torch.bfloat16):

@@ -108,7 +108,7 @@ def on_cpu(op: str, args: list[Any]) -> list[torch.Tensor]:
 
 def run_cases(path: str) -> None:
     """In the process with the interpreter: results to ``path``. Fresh memory holds NaN there."""
-    from nvae_fast.kernels import batch_norm_swish as bn
+    from nvae_fast.kernels import affine_activation as bn
     from nvae_fast.kernels import channel_statistics as cs
     from nvae_fast.kernels import plane_affine as pa
     from nvae_fast.kernels import planes

@@ -1,126 +1,12 @@
-// nvae_fast::batch_norm_swish and the passes it is made of on the CPU: layouts, threads, and what is computed
-// once a channel, in float64; the arithmetic over maps is in batch_norm_swish.vec.cpp.
-#include "batch_norm_swish.h"
-
+// nvae_fast::batch_norm_swish on the CPU: what is computed once per channel, in float64. The maps go through
+// affine_activation.
 #include <cmath>
 #include <tuple>
 
+#include "affine_activation_pass.h"
 #include "statistics.h"
 
 namespace nvae {
-
-using Name = std::optional<Text>;
-
-// Arguments of every pass that describe the map.
-static AffineActivationArgs describe(const char* op, const Tensor& x, const Name& activation,
-                                     std::vector<Tensor>& keep_alive) {
-  check_feature_map(op, "x", x);
-  AffineActivationArgs a;
-  static_cast<MapShape&>(a) = folded(planes_of(x));
-  a.dtype = dtype_of(op, x.scalar_type());
-  a.activation = activation_of(op, activation);
-  a.x = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
-  return a;
-}
-
-static void set_grad(const char* op, AffineActivationArgs& a, const Tensor& grad, const Tensor& x,
-                     std::vector<Tensor>& keep_alive) {
-  check_same_shape(op, "grad", grad, x);
-  a.grad = dense_like(x, grad, keep_alive).const_data_ptr();
-}
-
-static void run_forward(const AffineActivationArgs& a) {
-  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_forward, a, begin, end); });
-}
-static void run_gradient(const AffineActivationArgs& a) {
-  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_gradient, a, begin, end); });
-}
-// The sums of g and of g (x - pivot), (C).
-static std::pair<std::vector<double>, std::vector<double>> run_sums(AffineActivationArgs& a) {
-  Partials partial(a, 2);
-  a.sum_g = partial.data(0);
-  a.sum_gx = partial.data(1);
-  for_planes(a, [&](int64_t begin, int64_t end) { NVAE_CALL(affine_activation_sums, a, begin, end); });
-  const int64_t parts = parts_of(a);
-  const auto total = [&](int kind) {
-    if (parts == 0) return std::vector<double>(static_cast<size_t>(a.channels), 0.0);
-    const double* sums = partial.total(kind, 0, parts);
-    return std::vector<double>(sums, sums + a.channels);
-  };
-  return {total(0), total(1)};
-}
-
-static Tensor vector_of(const Tensor& like, Dtype dtype, const std::vector<double>& values) {
-  const Tensor out = empty_vector(like, dtype, {static_cast<int64_t>(values.size())});
-  write(out, dtype, 0, values.data(), static_cast<int64_t>(values.size()));
-  return out;
-}
-
-// A tensor (C) as the kernels read it.
-static Coefficients coefficients(const char* op, const char* name, Dtype dtype, const Tensor& t, int64_t n) {
-  return Coefficients(dtype, doubles_of(op, name, t, n));
-}
-
-static Tensor affine_activation(const Tensor& x, const Tensor& scale, const Tensor& shift,
-                                const Name& activation) {
-  const char* op = "affine_activation";
-  std::vector<Tensor> keep_alive;
-  AffineActivationArgs a = describe(op, x, activation, keep_alive);
-  const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
-                     shifts = coefficients(op, "shift", a.dtype, shift, a.channels);
-  a.scale = scales.data();
-  a.shift = shifts.data();
-  const Tensor y = empty_map_like(x);
-  a.y = y.mutable_data_ptr();
-  run_forward(a);
-  return y;
-}
-
-static std::tuple<Tensor, Tensor, Tensor, Tensor> affine_activation_reduce(
-    const Tensor& grad, const Tensor& x, const Tensor& scale, const Tensor& shift,
-    const std::optional<Tensor>& pivot, const Name& activation, bool need_g, bool need_y) {
-  const char* op = "affine_activation_reduce";
-  std::vector<Tensor> keep_alive;
-  AffineActivationArgs a = describe(op, x, activation, keep_alive);
-  set_grad(op, a, grad, x, keep_alive);
-  const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
-                     shifts = coefficients(op, "shift", a.dtype, shift, a.channels);
-  std::optional<Coefficients> pivots;
-  if (pivot) pivots = coefficients(op, "pivot", a.dtype, *pivot, a.channels);
-  a.scale = scales.data();
-  a.shift = shifts.data();
-  a.pivot = pivots ? pivots->data() : nullptr;
-  const bool last = is_channels_last(x);
-  const Tensor g = empty_unless(need_g, x, a.channels, x.scalar_type(), last),
-               y = empty_unless(need_y, x, a.channels, x.scalar_type(), last);
-  if (need_g) a.g = g.mutable_data_ptr();
-  if (need_y) a.y = y.mutable_data_ptr();
-  const auto sums = run_sums(a);
-  return {vector_of(x, a.dtype, sums.first), vector_of(x, a.dtype, sums.second), g, y};
-}
-
-static Tensor affine_activation_grad(const Tensor& grad, const Tensor& x, const Tensor& scale,
-                                     const Tensor& shift, const Tensor& alpha, const Tensor& beta,
-                                     const Tensor& gamma, const Name& activation) {
-  const char* op = "affine_activation_grad";
-  std::vector<Tensor> keep_alive;
-  AffineActivationArgs a = describe(op, x, activation, keep_alive);
-  set_grad(op, a, grad, x, keep_alive);
-  const Coefficients scales = coefficients(op, "scale", a.dtype, scale, a.channels),
-                     shifts = coefficients(op, "shift", a.dtype, shift, a.channels),
-                     alphas = coefficients(op, "alpha", a.dtype, alpha, a.channels),
-                     betas = coefficients(op, "beta", a.dtype, beta, a.channels),
-                     gammas = coefficients(op, "gamma", a.dtype, gamma, a.channels);
-  a.scale = scales.data();
-  a.shift = shifts.data();
-  a.alpha = alphas.data();
-  a.beta = betas.data();
-  a.gamma = gammas.data();
-  const Tensor out = empty_map_like(x);
-  a.grad_x = out.mutable_data_ptr();
-  run_gradient(a);
-  return out;
-}
 
 // weight / sqrt(var + eps) and bias - mean * that, per channel.
 struct Folded {
@@ -196,9 +82,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_swish_backw
       grad_bias[c] = sum_g;
       grad_mean[c] = -sum_g * f.scale[c];
       grad_var[c] = -0.5 * sum_gx * f.scale[c] * square;
-      const double slope = -f.scale[c] * square * sum_gx * share;
-      beta.set(c, slope);
-      gamma.set(c, -f.scale[c] * sum_g * share - slope * means[c]);
+      const double coefficient = -f.scale[c] * square * sum_gx * share;
+      beta.set(c, coefficient);
+      gamma.set(c, -f.scale[c] * sum_g * share - coefficient * means[c]);
     }
   }
   const Tensor grad_x = empty_unless(need_x, x, channels, x.scalar_type(), is_channels_last(x));
@@ -219,9 +105,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_swish_backw
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("affine_activation", TORCH_BOX(&nvae::affine_activation));
-  m.impl("affine_activation_reduce", TORCH_BOX(&nvae::affine_activation_reduce));
-  m.impl("affine_activation_grad", TORCH_BOX(&nvae::affine_activation_grad));
   m.impl("batch_norm_swish", TORCH_BOX(&nvae::batch_norm_swish));
   m.impl("batch_norm_swish_backward", TORCH_BOX(&nvae::batch_norm_swish_backward));
 }

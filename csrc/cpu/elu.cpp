@@ -1,6 +1,6 @@
-// nvae_fast::elu and its gradient on the CPU: the pass of batch_norm_swish.vec.cpp over one long row,
+// nvae_fast::elu and its gradient on the CPU: the pass of affine_activation.vec.cpp over one long row,
 // whatever the layout, with scale 1 and shift 0.
-#include "batch_norm_swish.h"
+#include "affine_activation.h"
 #include "planes.h"
 
 namespace nvae {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from nvae_fast.ops import _checks
-from nvae_fast.ops._halves import pack
+from nvae_fast.ops._layout import pack
 from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
 

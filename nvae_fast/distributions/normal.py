@@ -14,7 +14,7 @@ from nvae_fast.distributions.gaussian_pair import (
 )
 from nvae_fast.distributions.lazy import Lazy
 from nvae_fast.ops import _checks
-from nvae_fast.ops._halves import pack
+from nvae_fast.ops._layout import pack
 from nvae_fast.ops._squash import LOG_SQRT_2PI, draw_like, soft_clamp
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample

@@ -20,11 +20,12 @@ from nvae_fast.nn.batch_norm import BatchNormSwish
 from nvae_fast.nn.cells import RESIDUAL_SCALE, InvertedResidual, InvertedResidualCell, ResidualCell
 from nvae_fast.nn.conv import WeightNormConv2d
 from nvae_fast.nn.hooks import has_hooks
-from nvae_fast.ops import _affine, _backend, _checks
-from nvae_fast.ops._conv1x1 import PackedMatrix
-from nvae_fast.ops._folded_cell import affine_of, depthwise_affine, fold
+from nvae_fast.ops import _backend, _checks
+from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
+from nvae_fast.ops.inverted_residual.conv1x1 import PackedMatrix
+from nvae_fast.ops.inverted_residual.eval import affine_of, depthwise_affine, fold
 from nvae_fast.ops.squeeze_excite import squeeze_excite, without_grad
 
 _MARK = "_nvae_fast_frozen"
@@ -213,7 +214,7 @@ def affine_activation(
     x: torch.Tensor, scale: torch.Tensor, shift: torch.Tensor, activation: str | None
 ) -> torch.Tensor:
     """``act(scale x + shift)`` in the dtype of x."""
-    operator = DEFINITIONS["affine_activation"].formula if _backend.forced_reference() else _affine.forward
+    operator = DEFINITIONS["affine_activation"].formula if _backend.forced_reference() else affine.forward
     y: torch.Tensor = operator(x, scale, shift, activation)
     return y
 

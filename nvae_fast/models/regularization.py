@@ -15,7 +15,7 @@ from torch import nn
 
 from nvae_fast.models.frozen import MAKERS
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
-from nvae_fast.ops import _checks, _spectral
+from nvae_fast.ops import _checks, spectral_norm
 
 ITERATIONS = 4
 FIRST_ITERATIONS = 40
@@ -80,7 +80,7 @@ class _Values(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, iterations: int, start: list[torch.Tensor], *weights: torch.Tensor) -> Any:
-        lengths, u, v = _spectral.lengths(list(weights), start, iterations, NORMALIZE_EPS)
+        lengths, u, v = spectral_norm.lengths(list(weights), start, iterations, NORMALIZE_EPS)
         ctx.save_for_backward(*weights, *u, *v)
         ctx.groups = len(u)
         ctx.mark_non_differentiable(*u, *v)
@@ -91,7 +91,7 @@ class _Values(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, *unused: Any) -> Any:
         saved, groups = list(ctx.saved_tensors), ctx.groups
         weights, u, v = saved[: -2 * groups], saved[-2 * groups : -groups], saved[-groups:]
-        return None, None, *_spectral.gradients(grad, weights, u, v)
+        return None, None, *spectral_norm.gradients(grad, weights, u, v)
 
 
 # A frozen model has no regularisers.

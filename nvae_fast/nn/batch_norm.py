@@ -10,8 +10,8 @@ from torch import nn
 
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS
-from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.ops.sync_batch_norm_swish import sync_batch_norm_swish
 
 # mean, biased variance, and the number of values
 Statistics = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
@@ -80,7 +80,7 @@ class BatchNormSwish(nn.Module):
                 activation=self.activation,
             ).y
         count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
-        merged = merged_batch_norm_swish(
+        merged = sync_batch_norm_swish(
             x, self.weight, self.bias, eps=self.eps, activation=self.activation, group=self.process_group
         )
         if merged is None:

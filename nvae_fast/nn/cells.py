@@ -15,10 +15,10 @@ from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
 from nvae_fast.nn.hooks import has_hooks
 from nvae_fast.nn.squeeze_excite import SqueezeExcite
 from nvae_fast.ops import _checks
-from nvae_fast.ops import _folded_cell as folded_cell
-from nvae_fast.ops import inverted_residual_cell as fused_cell
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.elu import elu
+from nvae_fast.ops.inverted_residual import eval as evaluation
+from nvae_fast.ops.inverted_residual import train as fused_cell
 
 RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
@@ -195,7 +195,7 @@ class InvertedResidual(nn.Module):
         parameters, eps = self.cell_parameters(se), self.norm.eps
         stride = -1 if self.upsample else self.depthwise.stride[0]
         if not self.norm.training:
-            return folded_cell.inverted_residual_cell_evaluation(
+            return evaluation.inverted_residual_cell_evaluation(
                 x,
                 skip,
                 parameters,

@@ -5,27 +5,27 @@ from __future__ import annotations
 import torch
 
 from nvae_fast.ops import (  # noqa: F401
-    _adamax,
     _backend,
     _extension,
-    _folded_cell,
     _op,
-    _spectral,
+    adamax,
+    affine_activation,
     batch_norm_swish,
     channel_statistics,
     depthwise_conv2d,
     elu,
-    inverted_residual_cell,
     mixture_logistic,
     normal_log_prob,
     normal_sample,
     philox,
     plane_affine,
     residual_normal,
+    spectral_norm,
     squeeze_excite,
     weight_norm,
     weight_norm_many,
 )
+from nvae_fast.ops.inverted_residual import coefficients, eval, train  # noqa: F401
 
 
 def _record(operator: str, row: str, key: str) -> None:

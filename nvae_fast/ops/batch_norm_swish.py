@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast.ops import _affine as affine
 from nvae_fast.ops import _backend, _checks
+from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op

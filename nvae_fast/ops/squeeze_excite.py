@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast.ops import _checks, _coefficients
+from nvae_fast.ops import _checks
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
+from nvae_fast.ops.inverted_residual.coefficients import gate_backward, gate_coefficients
 
 
 def squeeze_excite(
@@ -103,7 +104,7 @@ def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     with _no_autocast(x):
         pooled = ops.channel_statistics(x, True)[0]
         w1, b1, w2, b2 = _layers(pooled, *layers)
-        factor = _coefficients.gate(pooled, None, None, w1, b1, w2, b2, residual_scale)[3]
+        factor = gate_coefficients(pooled, None, None, w1, b1, w2, b2, residual_scale)[3]
         if skip is not None:
             skip = skip.to(torch.promote_types(x.dtype, skip.dtype))
         return ops.plane_affine(x, factor, skip, None, None), pooled
@@ -122,9 +123,9 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     layers = [getattr(a, name) for name in names]
     with _no_autocast(x):
         w1, b1, w2, b2 = _layers(pooled, *layers)
-        _, hidden, gate, _, _ = _coefficients.gate(pooled, None, None, w1, b1, w2, b2, a.residual_scale)
+        _, hidden, gate, _, _ = gate_coefficients(pooled, None, None, w1, b1, w2, b2, a.residual_scale)
         sum_x, sum_xp = ops.plane_dots(grad, x, None)
-        *of_layers, through, _, _, factor = _coefficients.gate_backward(
+        *of_layers, through, _, _, factor = gate_backward(
             sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, w1, w2, a.residual_scale,
         )  # fmt: skip
         if "x" in wanted:

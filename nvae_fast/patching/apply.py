@@ -50,7 +50,7 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
     depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too: taps that the mask leaves in no channel are
     not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
     BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in
-    one call (:mod:`nvae_fast.ops.inverted_residual_cell`). Of timm- and torchvision-style inverted residuals the parts are
+    one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are
     replaced.
 
     Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in

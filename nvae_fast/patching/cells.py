@@ -16,8 +16,8 @@ from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import update_running
 from nvae_fast.nn.cells import RESIDUAL_SCALE
 from nvae_fast.nn.hooks import has_hooks
-from nvae_fast.ops import _folded_cell as folded_cell
-from nvae_fast.ops import inverted_residual_cell as fused_cell
+from nvae_fast.ops.inverted_residual import eval as evaluation
+from nvae_fast.ops.inverted_residual import train as fused_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.patching.bound import FORWARDS, bound_forward
 from nvae_fast.patching.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
@@ -175,7 +175,7 @@ def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tenso
     )  # fmt: skip
     if not n0.training:
         running = [(norm.running_mean, norm.running_var) for norm in norms]
-        return folded_cell.inverted_residual_cell_evaluation(
+        return evaluation.inverted_residual_cell_evaluation(
             x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE
         )
     y, seen = fused_cell.inverted_residual_cell(

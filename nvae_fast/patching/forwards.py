@@ -16,10 +16,10 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import update_running
 from nvae_fast.nn.hooks import has_hooks
-from nvae_fast.ops._merged_norm import merged_batch_norm_swish
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
+from nvae_fast.ops.sync_batch_norm_swish import sync_batch_norm_swish
 from nvae_fast.ops.weight_norm import weight_norm
 from nvae_fast.patching.bound import FORWARDS, original
 from nvae_fast.patching.taps import live_taps
@@ -63,7 +63,7 @@ def batch_norm(
     count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
     group = getattr(norm, "process_group", None)
     everyone = (
-        merged_batch_norm_swish(x, weight, bias, eps=eps, activation=activation, group=group)
+        sync_batch_norm_swish(x, weight, bias, eps=eps, activation=activation, group=group)
         if merged
         else None
     )

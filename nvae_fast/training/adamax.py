@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae_fast.ops import _adamax, _backend
+from nvae_fast.ops import _backend
+from nvae_fast.ops import adamax as op
 
 
 class Adamax(torch.optim.Adamax):
@@ -43,19 +44,19 @@ class Adamax(torch.optim.Adamax):
                 self._checked = None
                 return super().step()
             self._checked = names
-            self._fits = _adamax.fits(parameters, averages, norms)
+            self._fits = op.fits(parameters, averages, norms)
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, torch.ones(()), alpha=1.0)
         rate = float(group["lr"]) / (1 - beta1 ** float(steps[0]))
         constants = (rate, beta1, beta2, group["eps"], group["weight_decay"])
         if not self._fits or _backend.forced_reference():
-            _adamax._formula(parameters, grads, averages, norms, *constants)
+            op.formula(parameters, grads, averages, norms, *constants)
             return None
         grads = [
-            g if g.stride() == p.stride() or _adamax.alike(g, p) else torch.empty_like(p).copy_(g)
+            g if g.stride() == p.stride() or op.alike(g, p) else torch.empty_like(p).copy_(g)
             for p, g in zip(parameters, grads, strict=True)
         ]
-        _adamax.adamax(parameters, grads, averages, norms, *constants)
+        op.adamax(parameters, grads, averages, norms, *constants)
         torch.autograd.graph.increment_version([*parameters, *averages, *norms])
         return None
 

@@ -17,7 +17,7 @@ from typing import Any
 from start import called, device, driver, jit_functions, kernels, nf, torch
 
 from nvae_fast.models.presets import MODEL_PRESETS
-from nvae_fast.ops import _affine
+from nvae_fast.ops import affine_activation
 from nvae_fast.ops.channel_statistics import channel_statistics
 from nvae_fast.ops.philox import philox_words, split_seed
 from nvae_fast.ops.plane_affine import plane_affine, plane_dots
@@ -125,10 +125,10 @@ def feature_operators(make: Maker, shape: Shape) -> Iterator[Callable[[], None]]
     def affine(activation: str | None) -> None:
         x, grad = make.map(shape, grad=False), make.map(shape, grad=False)
         rows = [make.row(c, grad=False) for _ in range(6)]
-        _affine.forward(x, *rows[:2], activation)
-        _affine.reduce(grad, x, *rows[:3], activation, True, True)
-        _affine.reduce(grad, x, *rows[:2], None, activation, False, False)
-        _affine.gradient(grad, x, *rows[:5], activation)
+        affine_activation.forward(x, *rows[:2], activation)
+        affine_activation.reduce(grad, x, *rows[:3], activation, True, True)
+        affine_activation.reduce(grad, x, *rows[:2], None, activation, False, False)
+        affine_activation.gradient(grad, x, *rows[:5], activation)
 
     yield lambda: affine("swish")
     yield lambda: affine(None)

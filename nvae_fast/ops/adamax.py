@@ -19,7 +19,7 @@ from nvae_fast.ops._op import NAMESPACE, define_kernel
 Tensors = list[Tensor]
 
 
-def _formula(
+def formula(
     parameters: Tensors, grads: Tensors, averages: Tensors, norms: Tensors, rate: float, beta1: float,
     beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
@@ -37,12 +37,12 @@ def _formula(
     torch._foreach_addcdiv_(parameters, averages, norms, value=-rate)
 
 
-adamax = define_kernel("adamax", _formula, fake=lambda *_: None, mutates=("parameters", "averages", "norms"))
+adamax = define_kernel("adamax", formula, fake=lambda *_: None, mutates=("parameters", "averages", "norms"))
 
 
 def alike(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape lie in memory alike: dimensions of size 1 may have any stride, and the weights of 1x1
-    and of depthwise convolutions are dense in both formats."""
+    """Whether two tensors of one shape are dense in the same memory format. Dimensions of size 1 may have any stride, and the
+    weights of 1x1 and of depthwise convolutions are dense in both formats."""
     return any(
         a.is_contiguous(memory_format=layout) and b.is_contiguous(memory_format=layout)
         for layout in (torch.contiguous_format, *((torch.channels_last,) if a.dim() == 4 else ()))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from harness import assert_close
 
-from nvae_fast.ops._conv1x1 import PackedMatrix, conv1x1, weight_gradient
+from nvae_fast.ops.inverted_residual.conv1x1 import PackedMatrix, conv1x1, weight_gradient
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

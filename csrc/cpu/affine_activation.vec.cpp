@@ -1,6 +1,6 @@
 // The passes of batch_norm_swish, compiled once per capability: act(scale x + shift) in one pass, and two for
 // its gradient, of which the first makes the sums over pixels.
-#include "batch_norm_swish.h"
+#include "affine_activation.h"
 
 #include "../activation.h"
 #include "plane_loops.h"

@@ -31,11 +31,16 @@ import torch
 from torch import Tensor
 
 from nvae_fast import distributed
-from nvae_fast.ops import _affine, _backend, _checks, _coefficients, depthwise_conv2d
-from nvae_fast.ops._conv1x1 import as_matrix, conv1x1, weight_gradient
-from nvae_fast.ops._merged_norm import coefficients_of as _coefficients_of
-from nvae_fast.ops._merged_norm import corrections_of as _corrections_of
+from nvae_fast.ops import _backend, _checks, affine_activation, depthwise_conv2d
 from nvae_fast.ops._op import compose, refuse_double_backward
+from nvae_fast.ops.inverted_residual.coefficients import (
+    coefficients_of,
+    corrections_of,
+    gate_backward,
+    gate_coefficients,
+    merge_planes,
+)
+from nvae_fast.ops.inverted_residual.conv1x1 import as_matrix, conv1x1, weight_gradient
 
 NAME = "inverted_residual_cell"
 _OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
@@ -197,8 +202,8 @@ class _Cell(torch.autograd.Function):
             b, _, h, w = xl.shape
             mean0, m2 = _OPS.channel_statistics(xl, False)
             mean0, m2, n_in = distributed.merge(mean0, m2, b * h * w, group)
-            var0, rstd0, _, shift0 = _coefficients_of(mean0, m2, n_in, None, None, eps)
-            xhat = _affine.forward(xl, rstd0, shift0, None)
+            var0, rstd0, _, shift0 = coefficients_of(mean0, m2, n_in, None, None, eps)
+            xhat = affine_activation.forward(xl, rstd0, shift0, None)
             weights = q.expand.flatten(1)
             expand = weights * q.norm_weight
             a = conv1x1(xhat, expand)
@@ -213,22 +218,22 @@ class _Cell(torch.autograd.Function):
                     squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
             m2 = distributed.total(squares, group)
             mean1 = weights @ q.norm_bias
-            var1, rstd1, scale1, _ = _coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
+            var1, rstd1, scale1, _ = coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
 
             d, mean2, m2 = depthwise_conv2d.kernels(a.device)[0](
                 a, q.depthwise, scale1, q.expand_norm_bias, max(stride, 1), 1, 2 if stride == -1 else 1, "swish", True, None,
             )  # fmt: skip
             pixels = d.shape[2] * d.shape[3]
             mean2, m2, n_out = distributed.merge(mean2, m2, b * pixels, group)
-            var2, rstd2, scale2, shift2 = _coefficients_of(
+            var2, rstd2, scale2, shift2 = coefficients_of(
                 mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
             )
-            p = conv1x1(_affine.forward(d, scale2, shift2, "swish"), q.project)
+            p = conv1x1(affine_activation.forward(d, scale2, shift2, "swish"), q.project)
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
-            mean3, m2 = _coefficients.merge_planes(plane_mean, m2, pixels)
+            mean3, m2 = merge_planes(plane_mean, m2, pixels)
             mean3, m2, _ = distributed.merge(mean3, m2, b * pixels, group)
-            var3, rstd3, scale3, shift3 = _coefficients_of(
+            var3, rstd3, scale3, shift3 = coefficients_of(
                 mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
             )
             pooled = hidden = gate = None
@@ -236,7 +241,7 @@ class _Cell(torch.autograd.Function):
                 factor, offset = (residual_scale * scale3)[None], (residual_scale * shift3)[None]
             else:
                 w1, b1, w2, b2 = q.gate
-                computed = _coefficients.gate(plane_mean, scale3, shift3, w1, b1, w2, b2, residual_scale)
+                computed = gate_coefficients(plane_mean, scale3, shift3, w1, b1, w2, b2, residual_scale)
                 pooled, hidden, gate, factor, offset = computed
             y = _OPS.plane_affine(p, factor, skip, None, offset)
 
@@ -272,16 +277,16 @@ class _Cell(torch.autograd.Function):
             to_gate: Sequence[Tensor | None] = (None,) * 4
             if gate is None:
                 sum3, dot3 = residual_scale * sum_grad.sum(0), residual_scale * sum_grad_p.sum(0)
-                _, beta3, gamma3 = _corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
+                _, beta3, gamma3 = corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
                 to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
                 factor = (residual_scale * scale3)[None]
             else:
                 w1, _, w2, _ = q.gate
-                *to_gate, through, to_bias3, to_weight3, factor = _coefficients.gate_backward(
+                *to_gate, through, to_bias3, to_weight3, factor = gate_backward(
                     sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
                     hidden, gate, w1, w2, residual_scale,
                 )  # fmt: skip
-                _, beta3, gamma3 = _corrections_of(
+                _, beta3, gamma3 = corrections_of(
                     to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group
                 )
                 offset = torch.addcmul(gamma3, scale3, through, value=1.0 / (p.shape[2] * p.shape[3]))
@@ -289,11 +294,13 @@ class _Cell(torch.autograd.Function):
             to_p = _OPS.plane_affine(grad, factor, p, beta3[None], offset)
 
             to_h3 = conv1x1(to_p, q.project.transpose(0, 1))
-            to_bias2, dot2, g, h3 = _affine.reduce(to_h3, d, scale2, shift2, mean2, "swish", True, True)
+            to_bias2, dot2, g, h3 = affine_activation.reduce(
+                to_h3, d, scale2, shift2, mean2, "swish", True, True
+            )
             del to_h3
             to_project = weight_gradient(to_p, h3)
             del h3, to_p
-            to_weight2, beta2, gamma2 = _corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
+            to_weight2, beta2, gamma2 = corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
             to_a, to_depthwise, dot1, to_bias1 = depthwise_conv2d.kernels(a.device)[1](
                 g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
                 max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
@@ -301,7 +308,7 @@ class _Cell(torch.autograd.Function):
             del g
 
             # da = to_a + beta1 a + gamma1, written only where the Gram matrix does not pay.
-            to_weight1, beta1, gamma1 = _corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
+            to_weight1, beta1, gamma1 = corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
             if gram is None:
                 to_a = _OPS.plane_affine(a, beta1[None], to_a, None, gamma1[None])

@@ -1,4 +1,4 @@
-// The per-capability kernels of batch_norm_swish.vec.cpp and their arguments.
+// The per-capability kernels of affine_activation.vec.cpp and their arguments.
 #pragma once
 #include "../capability.h"
 #include "../maps.h"

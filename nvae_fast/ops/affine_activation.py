@@ -69,14 +69,14 @@ def _empty_sums_and_maps(grad: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, .
 
 
 forward = define_kernel(
-    "affine_activation", _forward, fake=lambda x, *_: empty_map(x, x.shape[1]), triton="batch_norm_swish"
+    "affine_activation", _forward, fake=lambda x, *_: empty_map(x, x.shape[1]), triton="affine_activation"
 )
 reduce = define_kernel(
-    "affine_activation_reduce", _reduce, fake=_empty_sums_and_maps, triton="batch_norm_swish"
+    "affine_activation_reduce", _reduce, fake=_empty_sums_and_maps, triton="affine_activation"
 )
 gradient = define_kernel(
     "affine_activation_grad",
     _gradient,
     fake=lambda grad, x, *_: empty_map(x, x.shape[1]),
-    triton="batch_norm_swish",
+    triton="affine_activation",
 )

@@ -1,4 +1,4 @@
-// The small arithmetic of the inverted residual cell on the CPU; formulas in nvae_fast/ops/_coefficients.py.
+// The small arithmetic of the inverted residual cell on the CPU; formulas in nvae_fast/ops/inverted_residual/coefficients.py.
 // Vectors of a few hundred numbers: plain loops, one thread. Sums over samples in double, in order.
 #include <cmath>
 #include <tuple>

@@ -1,7 +1,8 @@
-"""The small arithmetic between the passes of the inverted residual cell: from sums to coefficients. On vectors (C,) and
-(B, C) one operator stands for five to twenty calls, whose dispatch would cost more than their work. Not differentiable;
-arguments are trusted: contiguous, float32 or float64, all of one dtype. A missing mean or
-bias counts as 0, a missing weight as 1; a gate without scale and shift stands on the maps themselves, without a BN3.
+"""The arithmetic between the kernels of the inverted residual cell: from sums over maps to coefficients of affine maps.
+
+On vectors (C,) and (B, C), one operator replaces five to twenty calls, whose dispatch would take longer than their work. None
+is differentiable. Arguments are float32 or float64, all of one dtype. A missing mean or bias counts as 0, a missing weight
+as 1. A gate without scale and shift is computed from the maps themselves, without BN3.
 
 ::
 
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nvae_fast import distributed
 from nvae_fast.ops._op import define_kernel
 
 
@@ -97,7 +99,7 @@ merge_planes = define_kernel(
     _merge_planes,
     fake=lambda mean, m2, pixels: (mean.new_empty(mean.shape[1]), mean.new_empty(mean.shape[1])),
 )
-gate = define_kernel(
+gate_coefficients = define_kernel(
     "gate_coefficients",
     _gate,
     fake=lambda mean, scale, shift, w1, *_: (
@@ -112,3 +114,23 @@ gate_backward = define_kernel(
         torch.empty_like(sum_x), gate.new_empty(gate.shape[1]), gate.new_empty(gate.shape[1]), torch.empty_like(sum_x),
     ),
 )  # fmt: skip
+
+
+def coefficients_of(
+    mean: Tensor | None, m2: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
+    if isinstance(count, int):
+        return coefficients(mean, m2, weight, bias, float(count), eps)
+    return coefficients(mean, m2 / count, weight, bias, 1.0, eps)
+
+
+def corrections_of(
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: int | Tensor, group: Any
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
+    if isinstance(count, int):
+        return corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
+    g, gx = (t / count for t in distributed.totals((sum_g, sum_gx), group))
+    _, beta, gamma = corrections(g, gx, mean, rstd, scale, 1.0)
+    return rstd * sum_gx, beta, gamma

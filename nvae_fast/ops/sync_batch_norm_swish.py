@@ -1,6 +1,6 @@
 """Batch norm with an activation whose batch statistics are those of every process of a group.
 
-With the sums over the batches of all processes, n values a channel together, and ``u``, ``g`` as in :mod:`._affine`::
+With the sums over the batches of all processes, n values a channel together, and ``u``, ``g`` as in :mod:`.affine_activation`::
 
     y  = act(scale x + shift)                        scale = weight rstd,  shift = bias - mean scale
     dx = scale g + beta x + gamma                    beta = -scale rstd^2 (sum g (x - mean)) / n
@@ -19,12 +19,13 @@ import torch
 from torch import Tensor
 
 from nvae_fast import distributed
-from nvae_fast.ops import _backend, _checks, _coefficients
+from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops import batch_norm_swish as batch_norm
 from nvae_fast.ops._op import DEFINITIONS, refuse_double_backward
+from nvae_fast.ops.inverted_residual.coefficients import coefficients_of, corrections_of
 
 
-class MergedNorm(NamedTuple):
+class SyncBatchNormOutput(NamedTuple):
     """``y`` like x; ``mean`` and biased ``var`` (C,) of all processes, detached, and of how many values (0-d, at least 1)."""
 
     y: Tensor
@@ -33,7 +34,7 @@ class MergedNorm(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # tuple.count gives way
 
 
-def merged_batch_norm_swish(
+def sync_batch_norm_swish(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -41,7 +42,7 @@ def merged_batch_norm_swish(
     eps: float = 1e-5,
     activation: str | None = "swish",
     group: Any = None,
-) -> MergedNorm | None:
+) -> SyncBatchNormOutput | None:
     """:func:`nvae_fast.batch_norm_swish` with the statistics of every process of ``group``; None where there is only one.
 
     Every process must call it, also one whose x is empty: batches may differ in size. Differentiable once in x, weight and
@@ -58,27 +59,7 @@ def merged_batch_norm_swish(
             "forward-mode differentiation; take those of one process, or the running ones"
         )
     batch_norm.check_batch_norm(x, weight, bias, eps, activation)  # a process may have no values at all
-    return MergedNorm(*_Merged.apply(x, weight, bias, eps, activation, group))
-
-
-def coefficients_of(
-    mean: Tensor | None, m2: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
-    if isinstance(count, int):
-        return _coefficients.coefficients(mean, m2, weight, bias, float(count), eps)
-    return _coefficients.coefficients(mean, m2 / count, weight, bias, 1.0, eps)
-
-
-def corrections_of(
-    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: int | Tensor, group: Any
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
-    if isinstance(count, int):
-        return _coefficients.corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
-    g, gx = (t / count for t in distributed.totals((sum_g, sum_gx), group))
-    _, beta, gamma = _coefficients.corrections(g, gx, mean, rstd, scale, 1.0)
-    return rstd * sum_gx, beta, gamma
+    return SyncBatchNormOutput(*_Merged.apply(x, weight, bias, eps, activation, group))
 
 
 def _run(x: Tensor, *names: str) -> list[Callable[..., Any]]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from harness import assert_close
 
 import nvae_fast as nf
-from nvae_fast.ops._folded_cell import depthwise_affine
+from nvae_fast.ops.inverted_residual.eval import depthwise_affine
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}

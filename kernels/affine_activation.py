@@ -1,4 +1,4 @@
-"""The passes of batch_norm_swish in Triton; formulas are the docstring of nvae_fast/ops/_affine.py."""
+"""The passes of batch_norm_swish in Triton; formulas are the docstring of nvae_fast/ops/affine_activation.py."""
 
 from __future__ import annotations
 

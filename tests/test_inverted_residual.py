@@ -11,7 +11,7 @@ from harness import assert_close, relative_error
 
 import nvae_fast as nf
 from nvae_fast.nn import BatchNormSwish, InvertedResidualCell
-from nvae_fast.ops import inverted_residual_cell as fused
+from nvae_fast.ops.inverted_residual import train as fused
 
 STRIDES = [(1, 6), (2, 8), (-1, 4)]
 pytestmark = pytest.mark.skipif(

@@ -1,5 +1,5 @@
 """The inverted residual cell in evaluation: batch norms with given statistics, folded where they are affine maps beside a 1x1
-convolution; formulas in :mod:`nvae_fast.ops.inverted_residual_cell`, of which this is the other half."""
+convolution; formulas in :mod:`nvae_fast.ops.inverted_residual.train`, of which this is the other half."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nvae_fast.ops import _affine
-from nvae_fast.ops._conv1x1 import conv1x1
+from nvae_fast.ops import affine_activation
 from nvae_fast.ops._op import define_kernel
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.depthwise_conv2d import kernels as _depthwise_kernels
-from nvae_fast.ops.inverted_residual_cell import CellParameters, check_cell
+from nvae_fast.ops.inverted_residual.conv1x1 import conv1x1
+from nvae_fast.ops.inverted_residual.train import CellParameters, check_cell
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 
 
@@ -26,7 +26,7 @@ def _depthwise_affine(
 ) -> Tensor:  # fmt: skip
     convolve = _depthwise_kernels(x.device)[0]
     y = convolve(x, weight, None, None, stride, 1, upsample, activation, False, None)[0]
-    return _affine.forward(y, out_scale, out_shift, out_activation)
+    return affine_activation.forward(y, out_scale, out_shift, out_activation)
 
 
 # out_act(out_scale * conv(act(x)) + out_shift): where the statistics of the convolution are given, the batch norm behind it
