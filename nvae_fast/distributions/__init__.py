@@ -1,10 +1,10 @@
 """Distributions for models built elsewhere: the classes of NVAE-type models, on this package's kernels.
 
 :class:`Normal`, :class:`DiscMixLogistic` and :class:`Bernoulli` take the raw tensors a network emits and the arguments such
-code uses already. Constructing one checks its arguments and computes nothing; a value is computed when it is first asked for.
+code already uses. The constructor checks its arguments and computes nothing; a value is computed on first use.
 
-What code asks for element by element (``mu``, ``sigma``, ``kl``, ``log_p``) is plain PyTorch. What it then sums over pixels
-has a method that is one kernel: :meth:`Normal.kl_per_channel`, :meth:`Normal.log_p_per_channel`, and
+Elementwise values (``mu``, ``sigma``, ``kl``, ``log_p``) are plain PyTorch. Their sums over pixels are methods that run one
+kernel each: :meth:`Normal.kl_per_channel`, :meth:`Normal.log_p_per_channel`, and
 :meth:`Normal.sample_with_kl`, which samples as well. Raw mu and raw log sigma are usually the two halves of one convolution's
 output: the kernels then read that tensor where it is. Arithmetic and every result but samples are float32 for half-precision
 parameters.

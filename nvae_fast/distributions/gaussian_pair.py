@@ -1,5 +1,5 @@
 """The plain Gaussian pair of very deep VAEs (arXiv 2011.10650): no clamp, no floor. Public as part of
-:mod:`nvae_fast.distributions`, which shares what is at the top."""
+:mod:`nvae_fast.distributions`."""
 
 from __future__ import annotations
 

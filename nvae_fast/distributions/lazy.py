@@ -1,4 +1,4 @@
-"""What the classes of :mod:`nvae_fast.distributions` share: a value is computed when it is first asked for."""
+"""Lazy evaluation, shared by the classes of :mod:`nvae_fast.distributions`: a value is computed on first use."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Lazy:
         if known is not None:
             wants_graph = torch.is_grad_enabled() and any(t.requires_grad for t in self._raw.values())
             usable = (
-                torch.compiler.is_compiling()  # cannot trace the question
+                torch.compiler.is_compiling()  # cannot trace is_inference()
                 or not known.is_inference()
                 or torch.is_inference_mode_enabled()
             )

@@ -22,7 +22,7 @@ DEVICES = ("cpu", "cuda")
 
 _in_transform = torch._C._are_functorch_transforms_active
 _choice: str = "auto"
-# (op, device type) -> name of the fused kernel. Filled when an op is registered, so that asking is a dictionary
+# (op, device type) -> name of the fused kernel. Filled when an op is registered: the query is then a dictionary
 # look-up that torch.compile can trace and guard on.
 _fused: dict[tuple[str, str], str] = {}
 # Op -> the kinds of kernels a call of it on a GPU launches. Not every GPU runs every kind.
@@ -48,7 +48,8 @@ def forced_reference() -> bool:
 
 
 def transforms_active() -> bool:
-    """Inside torch.func.grad, jvp, vmap or jacrev, or a level of forward-mode differentiation: no kernel can follow them."""
+    """True inside torch.func.grad, jvp, vmap or jacrev, or a level of forward-mode differentiation. Kernels support none of
+    them."""
     return _in_transform() or forward_ad._current_level >= 0
 
 
@@ -112,7 +113,7 @@ def triton_reason() -> str | None:
 
 
 def missing() -> dict[str, str]:
-    """What this installation lacks and what is lost without it: ``{part: sentence}``, empty when it is complete."""
+    """What this installation lacks and the effect of each missing part: ``{part: sentence}``, empty when it is complete."""
     from nvae_fast.ops import _extension
 
     lost = {}

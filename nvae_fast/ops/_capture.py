@@ -21,11 +21,11 @@ ALIGNED = 64  # numbers: tables begin at multiples of 512 bytes, as memory of th
 
 
 class Recording:
-    """Tables of int64 for one graph: a rehearsal counts how much they need, a capture takes them from ``memory``.
+    """Tables of int64 for one graph: the warm-up counts how much they need, a capture takes them from ``memory``.
 
     The memory is allocated before the capture. An allocation during it could ask the driver, which refuses outside of the
     graph's pool; and in the pool the memory may be another tensor's earlier in the same graph, so that each replay would
-    overwrite the table. Tables live as long as this object, which belongs to whoever replays the graph.
+    overwrite the table. Tables exist as long as this object, which the owner of the graph keeps.
     """
 
     def __init__(self, memory: Tensor | None = None) -> None:
@@ -73,7 +73,7 @@ def recording(stream: torch.cuda.Stream, what: Recording) -> Iterator[None]:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what runs now on ``device`` goes into a graph, whoever captures it."""
+    """Whether what runs now on ``device`` goes into a graph, by any recorder."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
@@ -84,7 +84,7 @@ def recorded(device: torch.device) -> bool:
 
 
 def table(numbers: Sequence[int], device: torch.device) -> Tensor | None:
-    """``numbers`` as a constant of the graph under capture; None outside of one, where a rehearsal counts them, and in one that
+    """``numbers`` as a constant of the graph under capture; None outside of one, where the warm-up counts them, and in one that
     another recorder captures."""
     here = _recordings.get(_current(device)) if device.type == "cuda" else None
     return None if here is None else here.table(numbers)

@@ -1,5 +1,5 @@
-"""The checks that operators share. Each raises an error that names the operator, the argument, what was expected and what
-came, before any output exists. Each is one call where nothing is wrong: a model makes thousands a step."""
+"""Argument checks that operators share. Each raises an error that names the operator, the argument, what was expected and
+what was given, before any output exists. A check that passes costs one Python call: a model makes thousands per step."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def seed(op: str, value: Any, device: torch.device | str | None) -> Tensor:
 
 
 def whole(op: str, name: str, value: Any) -> int:
-    """``value`` as an int, of which NumPy's integers are some; a bool or a float is none."""
+    """``value`` as an int. NumPy integers are accepted; a bool or a float is not."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return value  # type: ignore[return-value]
     if not isinstance(value, (bool, Tensor)):

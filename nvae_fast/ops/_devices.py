@@ -1,9 +1,9 @@
 """Which GPUs the fused kernels run on.
 
-Triton supports NVIDIA GPUs of compute capability 8.0 and newer; on older ones it may work at times, and no fault there is
-fixed (triton issue 10918). The CUDA C++ kernels run where the extension holds machine code for the GPU, or PTX that its driver
-can compile. Every other GPU computes with the references. The answer is kept for each device, because a machine may hold
-unlike GPUs; it is asked for when something on that device is first computed, so that an import does not initialise CUDA.
+Triton supports NVIDIA GPUs of compute capability 8.0 and newer (triton issue 10918). The CUDA C++ kernels run where the
+extension holds machine code for the GPU, or PTX that its driver can compile. Other GPUs run the formulas. The result is kept
+per device, because the GPUs of a machine may differ. It is computed on the first call on that device, so that importing the
+package does not initialise CUDA.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ def refusals(index: int) -> dict[str, str]:
     """``{kind of kernel: why GPU number index does not run it}``. The first call for a GPU initialises CUDA."""
     known = _refusals.get(index)
     if known is None:
-        known = _refusals[index] = _examine(cuda.get_device_capability(index))
+        known = _refusals[index] = _unsupported(cuda.get_device_capability(index))
     return known
 
 
-def _examine(capability: tuple[int, int]) -> dict[str, str]:
+def _unsupported(capability: tuple[int, int]) -> dict[str, str]:
     from nvae_fast.ops import _extension
 
     found = {}

@@ -1,9 +1,9 @@
-"""Loads the compiled extension ``nvae_fast._C``, and remembers why when there is none.
+"""Loads the compiled extension ``nvae_fast._C``, and keeps the reason where there is none.
 
 Importing ``nvae_fast._C`` registers the C++ kernels with PyTorch's dispatcher; the schemas are defined in
 Python. A binary made for other schemas is not loaded: its kernels would crash. Without the extension every
-operator runs its formula, so nothing here ever raises; unless it was asked for, that is said once, in a
-warning.
+operator runs its formula, so nothing here raises. A missing extension is reported once, in a warning, unless it
+was disabled on purpose.
 
 Environment:
     NVAE_FAST_DISABLE_EXTENSION=1: behave as if the extension had not been built.
@@ -37,7 +37,7 @@ LOST = (
     "instead: the same results, slower and with more memory"
 )
 
-# setup.py leaves this file beside the package when it had to do without the extension.
+# setup.py writes this file beside the package when it could not build the extension.
 _BUILD_REPORT = Path(__file__).resolve().parent.parent / "_build.json"
 
 _module: ModuleType | None = None

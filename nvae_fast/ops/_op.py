@@ -24,7 +24,7 @@ A call goes, for every operator, where :func:`nvae_fast.ops._backend.fused` says
 else to the formula. The formula also takes over under functional transforms and forward-mode differentiation, which a kernel
 cannot follow; and float64 on a GPU, where kernels compute in float32.
 
-:func:`define_kernel` registers an operator of the inside: without gradients, called with the schema's arguments as they are.
+:func:`define_kernel` registers an internal operator: without gradients, called with the arguments of its schema as they are.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ _AUTOGRAD = torch._C.DispatchKey.AutogradFunctionality
 
 @dataclass(frozen=True)
 class Definition:
-    """What ``torch.ops.nvae_fast.<name>`` was made of."""
+    """The parts of ``torch.ops.nvae_fast.<name>``."""
 
     formula: Callable[..., Any]
     fake: Callable[..., Any]
@@ -79,7 +79,8 @@ def refuse_double_backward(
 
 
 def schema_of(formula: Callable[..., Any], mutates: Sequence[str] = (), symbolic_sizes: bool = False) -> str:
-    """The schema that the annotations of ``formula`` say. An int is a constant of the compiled graph, unless it is a size."""
+    """The schema that follows from the annotations of ``formula``. An int is a constant of a compiled graph, unless it is a
+    size."""
     hints = typing.get_type_hints(formula)  # not every PyTorch resolves annotations that are strings
     formula.__annotations__ = {**hints, "return": None} if hints["return"] is type(None) else hints
     schema = torch.library.infer_schema(formula, mutates_args=mutates)
@@ -113,7 +114,8 @@ def kernels(module: str) -> Any:
 def _launcher(
     name: str, triton: str | Callable[..., Any], formula: Callable[..., Any], float64: bool
 ) -> Callable[..., Any]:
-    """The function that launches Triton kernels. They compute in float32: unless they know ``float64``, it is the formula's."""
+    """The function that launches Triton kernels. They compute in float32: unless they support ``float64``, the formula
+    computes it."""
 
     def launch(*args: Any) -> Any:
         if not float64 and any(map(_is_float64, args)):
@@ -189,7 +191,7 @@ def define_op(
         triton: as for :func:`define_kernel`.
         backward: gradients by name where a composition of operators computes them; by default the formula's
             vector-Jacobian product.
-        fused_backward: ``<name>_backward``, an operator that is derived from this one, has kernels of its own; or the
+        fused_backward: ``<name>_backward``, an operator derived from this one, has its own kernels; or the
             function that launches those in Triton.
         gradient: ``gradient(args, name)``, uninitialised: dtype and layout of what these kernels return. By default the
             argument's dtype and the memory format of the first argument.
@@ -198,8 +200,8 @@ def define_op(
         constant_outputs: positions of the results that carry no gradient, each with the argument that gives it one where it
             is true or given, or None.
         backend: the row of :func:`nvae_fast.backends` that says what runs it; by default its own.
-        float64: the Triton kernels know float64.
-        opaque: a compiler is given the operator, never its formula, and may leave ints open (they are sizes).
+        float64: the Triton kernels support float64.
+        opaque: torch.compile sees the operator, never its formula, and ints may be symbolic (they are sizes).
     """
     schema = schema_of(formula, symbolic_sizes=opaque)
     overload = _register(name, schema, formula, fake, triton, float64)

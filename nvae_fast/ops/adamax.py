@@ -1,4 +1,4 @@
-"""One step of Adamax over all parameters in one pass (Kingma and Ba, arXiv 1412.6980, algorithm 2), as an operator.
+"""One step of Adamax over all parameters in one loop over memory (Kingma and Ba, arXiv 1412.6980, algorithm 2).
 
 ::
 

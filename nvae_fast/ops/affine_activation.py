@@ -1,5 +1,6 @@
-"""The passes over maps that batch norm with an activation is made of, as operators of their own: the residual cell uses
-them too. None of them is differentiable; their arguments are trusted. Coefficients are (C,).
+"""The kernels over maps that batch norm with an activation and the residual cell share, as internal operators.
+
+None of them is differentiable. Coefficients are (C,).
 
 ::
 

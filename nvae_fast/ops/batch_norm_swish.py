@@ -1,4 +1,4 @@
-"""Batch normalisation and activation in one op, functional: batch statistics come back, nothing is mutated.
+"""Batch normalisation and activation in one functional operator: it returns the batch statistics and mutates nothing.
 
 ::
 
@@ -46,7 +46,7 @@ def batch_norm_swish(
     Args:
         x: (B, C, H, W).
         weight, bias: (C,), gamma and beta.
-        mean, var: (C,) statistics to use (evaluation, or merged over processes); None for both: the batch's own.
+        mean, var: (C,) statistics to use (evaluation, or merged over processes); None for both: those of the batch.
         eps: added to the variance.
         activation: "swish", "elu" or None.
 
@@ -74,7 +74,7 @@ def batch_norm_swish(
 
 
 def check_batch_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: str | None) -> None:
-    """All that is checked whose statistics they are."""
+    """The checks that do not depend on where the statistics come from."""
     op = "batch_norm_swish"
     _checks.feature_map(op, "x", x)
     _checks.shape(op, "weight", weight, x.shape[1:2], x)

@@ -1,13 +1,13 @@
-"""Mean and spread of the channels of a map, in one pass.
+"""Mean and sum of squared deviations of the channels of a map, in one pass.
 
 ::
 
     mean[c] = sum_bp x[b,c,p] / n        m2[c] = sum_bp (x[b,c,p] - mean[c])^2        n = B*H*W
 
-or with ``per_sample`` the same of every (b, c), n = H*W. Batch norm and squeeze-and-excitation are made of these. Parts of
+or with ``per_sample`` the same of every (b, c), n = H*W. Batch norm and squeeze-and-excitation use these. Parts of
 the map are summed as deviations from a value of their own and merged by Chan's formula (Chan, Golub, LeVeque 1979,
 "Updating formulae and a pairwise algorithm for computing sample variances"), so that \\|mean\\| far above the spread loses
-no digits. PyTorch's nearest: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
+no digits. PyTorch equivalent: ``torch.var_mean(x, (0, 2, 3), correction=0)``.
 """
 
 from __future__ import annotations
@@ -73,9 +73,11 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     constant = torch.zeros_like(mean) if grad_mean is None else grad_mean / max(_count(x, a.per_sample), 1)
     if grad_m2 is None:
         return {"x": constant.to(x.dtype).reshape(column).expand_as(x)}
-    slope = 2 * grad_m2
-    constant = torch.addcmul(constant, slope, mean, value=-1)
-    return {"x": torch.addcmul(constant.reshape(column), slope.reshape(column), x.to(mean.dtype)).to(x.dtype)}
+    factor = 2 * grad_m2
+    constant = torch.addcmul(constant, factor, mean, value=-1)
+    return {
+        "x": torch.addcmul(constant.reshape(column), factor.reshape(column), x.to(mean.dtype)).to(x.dtype)
+    }
 
 
 _op = define_op(

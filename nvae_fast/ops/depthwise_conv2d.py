@@ -1,4 +1,4 @@
-"""Depthwise convolution with an affine map and an activation on load and statistics on the way out.
+"""Depthwise convolution with an affine map and an activation on load, and statistics of the output.
 
 ::
 
@@ -119,11 +119,11 @@ def _runs(taps: Sequence[int]) -> list[tuple[int, int]]:
 
 
 def _masked(weight: Tensor, taps: Sequence[int] | None) -> Tensor:
-    """``weight`` with zeros where no tap is; what it has there, be it NaN, does not get through."""
+    """``weight`` with zeros where no tap is. Values there, NaN included, have no effect."""
     if taps is None:
         return weight
     live = torch.zeros(weight.shape[-1] ** 2, dtype=torch.bool, device=weight.device)
-    # One fill a run of neighbours: a list of positions would be copied from the host, which a CUDA graph cannot hold.
+    # One fill per run of neighbours: a list of positions would be copied from the host, which a CUDA graph cannot record.
     for start, stop in _runs(taps):
         live[start:stop] = True
     return torch.where(live.view(weight.shape[-2:]), weight, weight.new_zeros(()))
@@ -135,7 +135,7 @@ def _convolve(
     if upsample == 2:
         h = F.interpolate(h, scale_factor=2, mode="nearest")
     padding, kind = weight.shape[-1] // 2 * dilation, h.device.type
-    # y follows h, as the kernels' does; autocast would make it half precision behind a float32 map.
+    # y has the dtype of h, as in the kernels; autocast would make it half precision after a float32 map.
     with torch.autocast(kind, enabled=False) if kind in _backend.DEVICES else nullcontext():
         return F.conv2d(
             h, _masked(weight, taps).to(h.dtype), None, stride, padding, dilation, weight.shape[0]

@@ -31,7 +31,7 @@ def elu(x: Tensor) -> Tensor:
         TypeError, ValueError: x is no floating map.
     """
     _checks.feature_map("elu", "x", x)
-    if torch.compiler.is_compiling():  # which makes one loop of it and its neighbours
+    if torch.compiler.is_compiling():  # the compiler fuses it with its neighbours
         return F.elu(x)
     return _op(x)
 

@@ -1,12 +1,12 @@
-"""Affine maps with one coefficient a plane (b, c), and the sums that their gradients need.
+"""Affine maps with one coefficient per plane (b, c), and the sums that their gradients need.
 
 ::
 
     out[b,c,p] = a[b,c] x[b,c,p] + b[b,c] y[b,c,p] + c[b,c]            b missing: 1;  c missing: 0
     sum_x[b,c] = sum_p x[b,c,p]        sum_xy[b,c] = sum_p x[b,c,p] (y[b,c,p] - pivot[c])
 
-"Batch norm, gate, 0.1 and skip" is one such pass, ``skip + 0.1 gate (scale p + shift)``; so is its gradient with respect
-to p. PyTorch equivalent: broadcasting over (B, C, 1, 1), one pass an operation.
+Batch norm, gate, residual scale and skip are one such map, ``skip + 0.1 gate (scale p + shift)``; so is its gradient with
+respect to p. PyTorch equivalent: broadcasting over (B, C, 1, 1), which reads and writes the map once per operation.
 """
 
 from __future__ import annotations

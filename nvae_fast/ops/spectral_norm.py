@@ -1,5 +1,6 @@
-"""Power iteration of many matrices at once, as two operators: what the spectral regulariser is made of. Not differentiable;
-arguments are trusted. Weights of one matrix shape form a group; ``weights`` holds them group after group, ``u`` and ``v``
+"""Power iteration of many matrices at once, as two internal operators of the spectral regulariser. Not differentiable.
+
+Weights of one matrix shape form a group; ``weights`` holds them group after group, ``u`` and ``v``
 hold a group's vectors, (n, rows) and (n, columns).
 
 ::

@@ -2,7 +2,7 @@
 
 ``w_i = exp(log_weight_norm_i) * weight_i * mask_i / (|| weight_i * mask_i ||_2 + eps)`` for every layer i, the norm over each
 output channel, as in :mod:`nvae_fast.ops.weight_norm` (arXiv 1602.07868), with whose kernels it is computed. A model has
-some hundred layers: what one call costs besides arithmetic counts once instead of that often, forward and backward.
+hundreds of layers: the fixed cost of a call is paid once instead of once per layer, forward and backward.
 """
 
 from __future__ import annotations
