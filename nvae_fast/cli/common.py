@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from nvae_fast.data import open_dataset
+from nvae_fast.data.lazy import MAX_SKIPPED
 from nvae_fast.training import distributed
 from nvae_fast.version import __version__
 
@@ -31,7 +32,9 @@ def run_on_processes(
     return code
 
 
-def open_images(data: str, kind: str | None, split: str, model_config: Any) -> Any:
+def open_images(
+    data: str, kind: str | None, split: str, model_config: Any, max_skipped: float = MAX_SKIPPED
+) -> Any:
     """The dataset of ``data``, its images as the model takes them."""
     return open_dataset(
         data,
@@ -40,6 +43,8 @@ def open_images(data: str, kind: str | None, split: str, model_config: Any) -> A
         channels=model_config.channels,
         num_bits=model_config.num_x_bits,
         kind=kind,
+        likelihood=model_config.likelihood_name,
+        max_skipped=max_skipped,
     )
 
 

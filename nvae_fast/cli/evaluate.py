@@ -29,7 +29,7 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
         data, kind = trained.get("source"), kind or trained.get("kind")
         if data is None:
             raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
-    dataset = open_images(data, kind, arguments.split, model.config)
+    dataset = open_images(data, kind, arguments.split, model.config, arguments.max_skipped_images)
     total = min(len(dataset), arguments.max_images or len(dataset))
     progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
     try:

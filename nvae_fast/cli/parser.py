@@ -62,6 +62,17 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse
     return parser
 
 
+def _max_skipped(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--max-skipped-images",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of a folder's or LMDB's images that may be damaged and are skipped; more are an error, and so is a "
+        "file that cannot be reached (default: 0.01; 0 skips none)",
+    )
+
+
 def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -109,6 +120,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
+    _max_skipped(run)
     run.add_argument(
         "--out", default=None, metavar="FOLDER", help="run folder to write (default: runs/<preset>)"
     )
@@ -139,6 +151,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
+    _max_skipped(parser)
     parser.add_argument(
         "--split", choices=["train", "test"], default="test", help="which part of the data (default: test)"
     )

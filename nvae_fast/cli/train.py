@@ -82,7 +82,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
         if data is None:
             raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
         folder = Path(arguments.out or f"runs/{chosen.name}")
-    dataset = open_images(data, kind, "train", model_config)
+    dataset = open_images(data, kind, "train", model_config, arguments.max_skipped_images)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -109,7 +109,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
             f"{folder / checkpoint.NAME}, continue with --resume --out {folder}"
         )
         return 128 + result.signal
-    _final_pictures(trainer, data, kind)
+    _final_pictures(trainer, data, kind, arguments.max_skipped_images)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
@@ -169,7 +169,7 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
     return config
 
 
-def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
+def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: float) -> None:
     config, model = trainer.config, trainer.model
     own = trainer.folder / "samples.png" if trainer.world.is_main else None
     with run_folder.writing(trainer.folder / "samples.png"):
@@ -183,7 +183,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None) -> None:
     if not trainer.world.is_main:
         return
     try:
-        dataset = open_images(data, kind, "test", model.config)
+        dataset = open_images(data, kind, "test", model.config, max_skipped)
     except (ValueError, OSError):
         # Plain folders and arrays may have no test part; its training images show as much.
         dataset = trainer.dataset

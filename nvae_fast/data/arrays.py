@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
-import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import contents
 from .dataset import MemoryImages
-from .fit import fit_pixels, to_nchw
+from .fit import array_source, check_dtype, to_nchw
+from .retry import is_io_error, retry
 
 _KEYS = {
     "train": ("train", "x_train", "train_images", "train_x"),
     "test": ("test", "x_test", "test_images", "test_x", "val", "x_val", "val_images", "validation"),
 }
 _COMMON_KEYS = ("images", "x", "data", "arr_0")
-_MEMORY_MAP_FROM = (
-    1 << 30
-)  # bytes; larger .npy files are mapped, so that processes of one machine share the pages
+_IN_MEMORY = 1 << 28  # bytes; a larger .npy file stays on disk, its images are read when they are asked for
 SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+# Images do not compress like this; a file made to fill the memory does. Below so many bytes it does not matter.
+_LARGEST_RATIO = 200
+_RATIO_FROM = 1 << 26
 
 
 def find_file(folder: Path, split: str) -> Path | None:
@@ -31,22 +36,126 @@ def find_file(folder: Path, split: str) -> Path | None:
     return None
 
 
+def check_expansion(size: int, compressed: int, where: str) -> None:
+    """Raise ValueError when `compressed` bytes would become so many that they cannot be images."""
+    if size > _RATIO_FROM and size > _LARGEST_RATIO * compressed:
+        raise ValueError(
+            f"{where}: {compressed} compressed bytes would become {size}, more than {_LARGEST_RATIO} times as many; "
+            "images do not compress like that, so it is not read"
+        )
+
+
+def read_into(file: Any, out: np.ndarray, where: str) -> None:
+    """Fill a contiguous array from a file. ValueError when the file ends before it is full."""
+    view, done = memoryview(out.data).cast("B"), 0
+    while done < len(view):
+        part = file.readinto(view[done : done + (1 << 24)])
+        if not part:
+            raise ValueError(f"{where}: truncated, its header needs {len(view)} bytes of pixels, got {done}")
+        done += part
+
+
+class _Header:
+    """The header of a .npy file that `file` is at the start of, checked: shape, fortran_order, dtype, and its length."""
+
+    def __init__(self, file: Any, size: int, where: str) -> None:
+        version = np.lib.format.read_magic(file)
+        if version not in ((1, 0), (2, 0), (3, 0)):
+            raise ValueError(f".npy format version {version}, expected 1.0, 2.0 or 3.0")
+        first = version == (1, 0)
+        read = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+        self.shape, self.fortran, self.dtype = read(file)
+        if self.dtype.hasobject:
+            raise ValueError(
+                f"an array of Python objects (dtype {self.dtype}), which needs allow_pickle and could run any "
+                "program: it is not read; save the images as one uint8 array"
+            )
+        if any(length < 0 for length in self.shape):
+            raise ValueError(f"its header gives the shape {self.shape}, which has a negative length")
+        check_dtype(self.dtype, self.shape, where)
+        self.bytes = math.prod(self.shape) * self.dtype.itemsize
+        self.offset = file.tell()
+        if self.offset + self.bytes > size:
+            raise ValueError(
+                f"truncated, or its header is wrong: the shape {self.shape} needs {self.offset + self.bytes} "
+                f"bytes, the file has {size}"
+            )
+
+    def read(self, file: Any, where: str) -> np.ndarray:
+        """The array."""
+        shape = self.shape[::-1] if self.fortran else self.shape
+        out = np.empty(shape, dtype=self.dtype)
+        if out.size:
+            read_into(file, out, where)
+        return out.T if self.fortran else out
+
+
+class FileArray:
+    """The pixels of a large .npy file as uint8 (N,C,H,W), read when indexed.
+
+    Unlike a memory map it reports a file that cannot be reached as an error; the system's cache is shared as well.
+    """
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, path: Path, header: _Header, channels: int | None) -> None:
+        self._path, self._channels, self._offset = os.fspath(path), channels, header.offset
+        self._image = header.shape[1:]
+        empty = to_nchw(np.empty((0, *self._image), self.dtype), self._path, channels)
+        self.shape = (header.shape[0], *empty.shape[1:])
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        rows = np.empty((len(indices), *self._image), self.dtype)
+
+        def read() -> None:
+            with open(self._path, "rb", buffering=0) as file:
+                for row, index in zip(rows, indices.tolist(), strict=True):
+                    file.seek(self._offset + index * row.nbytes)
+                    read_into(file, row, self._path)
+
+        retry(read, self._path)
+        return to_nchw(rows, self._path, self._channels)
+
+
+def _read_npy(path: Path, channels: int | None) -> tuple[Any, bool]:
+    """The pixels (N,C,H,W) of a .npy file, and whether they are bool."""
+    with open(path, "rb") as file:
+        header = _Header(file, contents.check_regular(path), str(path))
+        is_bool = header.dtype == np.bool_
+        if header.bytes > _IN_MEMORY and not header.fortran:
+            return FileArray(path, header, channels), is_bool
+        return to_nchw(header.read(file, str(path)), str(path), channels), is_bool
+
+
+def _choose(names: list[str], path: Path, split: str) -> tuple[str, bool]:
+    """The array of a .npz that holds the split's images, and whether it is named after the split."""
+    wanted = [name for name in _KEYS[split] if name in names]
+    if wanted:
+        return wanted[0], True
+    other = [name for name in names if name in _KEYS["test" if split == "train" else "train"]]
+    if other:
+        raise ValueError(f"{path}: no {split} images; looked for {', '.join(_KEYS[split])}, found {names}")
+    wanted = [name for name in _COMMON_KEYS if name in names] or (names if len(names) == 1 else [])
+    if not wanted:
+        keys = ", ".join(_KEYS[split] + _COMMON_KEYS)
+        raise ValueError(f"{path}: which array holds the images? Looked for {keys}, found {names}")
+    return wanted[0], False
+
+
 def _read_npz(path: Path, split: str) -> tuple[np.ndarray, bool]:
-    with np.load(path, allow_pickle=False) as archive:
-        names = list(archive.files)
-        wanted = [name for name in _KEYS[split] if name in names]
-        if not wanted:
-            other = [name for name in names if name in _KEYS["test" if split == "train" else "train"]]
-            if other:
-                raise ValueError(
-                    f"{path}: no {split} images; looked for {', '.join(_KEYS[split])}, found {names}"
-                )
-            wanted = [name for name in _COMMON_KEYS if name in names] or (names if len(names) == 1 else [])
-            if not wanted:
-                keys = ", ".join(_KEYS[split] + _COMMON_KEYS)
-                raise ValueError(f"{path}: which array holds the images? Looked for {keys}, found {names}")
-            return archive[wanted[0]], False
-        return archive[wanted[0]], True
+    with zipfile.ZipFile(path) as archive:
+        arrays = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in arrays}
+        if not entries:
+            found = [entry.filename for entry in archive.infolist()[:4]]
+            raise ValueError(f"a zip archive without .npy arrays, so not a .npz; it holds {found}")
+        name, named = _choose(list(entries), path, split)
+        entry, where = entries[name], f"{path}, array {name!r}"
+        if entry.flag_bits & 1:
+            raise ValueError(f"array {name!r} is encrypted; unpack it and save a plain .npz")
+        check_expansion(entry.file_size, entry.compress_size, where)
+        with archive.open(entry) as file:
+            return _Header(file, entry.file_size, where).read(file, where), named
 
 
 def open_array(
@@ -56,7 +165,7 @@ def open_array(
 
     A .npz gives the array named after the split (train, x_train, train_images; test, x_test, test_images,
     ...), else images, x, data or arr_0, else its only array. Layouts and sizes: `fit.to_nchw` and
-    `fit.fit_pixels`.
+    `fit.array_source`.
     """
     own_split = False
     if path.is_dir():
@@ -68,20 +177,20 @@ def open_array(
         path, own_split = found, True
     try:
         with open(path, "rb") as file:
-            magic = file.read(6)
-        if magic == b"\x93NUMPY":
-            mapped = path.stat().st_size >= _MEMORY_MAP_FROM
-            pixels = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
-        elif magic[:2] == b"PK":
-            pixels, named = _read_npz(path, split)
-            own_split = own_split or named
+            head = file.read(contents.HEAD)
+        if head.startswith(b"\x93NUMPY"):
+            pixels, is_bool = _read_npy(path, channels)
+        elif head.startswith(b"PK"):
+            array, named = _read_npz(path, split)
+            own_split, is_bool = own_split or named, array.dtype == np.bool_
+            pixels = to_nchw(array, str(path), channels)
         else:
             raise ValueError(
-                f"wrong magic number {magic.hex() or '(empty file)'}, expected a .npy or .npz file"
+                f"wrong magic number {head[:6].hex() or '(empty file)'}, expected a .npy or .npz file"
+                + contents.but_it_is(head)
             )
-    except (ValueError, EOFError, OSError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        if isinstance(error, FileNotFoundError) or str(error).startswith(str(path)):
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise many kinds
+        if isinstance(error, MemoryError) or is_io_error(error) or str(error).startswith(str(path)):
             raise
         raise ValueError(f"{path}: cannot be read as a numpy file: {error}") from error
-    pixels = fit_pixels(to_nchw(pixels, str(path), channels), str(path), image_size, channels)
-    return MemoryImages(str(path), pixels), own_split
+    return array_source(pixels, str(path), image_size, channels, is_bool=is_bool), own_split

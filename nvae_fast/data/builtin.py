@@ -45,7 +45,9 @@ def digits(split: str, image_size: int | None, channels: int | None) -> MemoryIm
     smooth = matrix @ density @ matrix.T
     steep = np.clip((smooth - 0.45) * 2.5 + 0.5, 0.0, 1.0)
     pixels = np.floor(steep * 255.0 + 0.5).astype(np.uint8)
-    return MemoryImages("digits", np.ascontiguousarray(pixels[:, None]))
+    source = MemoryImages("digits", np.ascontiguousarray(pixels[:, None]))
+    source.binary_format = True
+    return source
 
 
 def photos(split: str, image_size: int | None, channels: int | None) -> MemoryImages:

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from . import contents
 from .dataset import MemoryImages
-from .fit import fit_pixels
+from .fit import array_source
 
 logger = logging.getLogger("nvae_fast.data")
 
@@ -26,12 +27,14 @@ def find_folder(path: Path) -> Path | None:
 
 def read_batch(path: Path) -> np.ndarray:
     """uint8 (N,3,32,32) of one batch file. ValueError names the file and what is wrong with it."""
+    contents.check_regular(path)
     data = np.fromfile(path, dtype=np.uint8)
     if data.size == 0 or data.size % RECORD:
         hint = " (3074 a record: CIFAR-100?)" if data.size and data.size % (RECORD + 1) == 0 else ""
         raise ValueError(
             f"{path}: expected records of {RECORD} bytes (label, 3x32x32), got {data.size} bytes, "
             f"which is {data.size // RECORD} records and {data.size % RECORD} bytes over{hint}"
+            + contents.but_it_is(data[: contents.HEAD].tobytes())
         )
     records = data.reshape(-1, RECORD)
     if records[:, 0].max() > 9:
@@ -59,4 +62,4 @@ def open_cifar10(
         if split == "train" and len(files) != 5:
             logger.warning("%s: found %d of the 5 training batches of CIFAR-10", folder, len(files))
     pixels = np.concatenate([read_batch(file) for file in files])
-    return MemoryImages(str(path), fit_pixels(pixels, str(path), image_size, channels)), path.is_dir()
+    return array_source(pixels, str(path), image_size, channels), path.is_dir()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import warnings
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,7 +22,9 @@ class Source(Protocol):
 
     name: str
     shape: tuple[int, int, int]
-    skipped: list[tuple[str, str]]
+
+    @property
+    def skipped(self) -> list[tuple[str, str]]: ...
 
     def __len__(self) -> int: ...
 
@@ -28,23 +32,40 @@ class Source(Protocol):
 
 
 class MemoryImages:
-    """Images held in memory as one uint8 array (N,C,H,W)."""
+    """Images held as one uint8 array (N,C,H,W), or as an object that is indexed like one.
 
-    def __init__(self, name: str, pixels: np.ndarray) -> None:
-        if pixels.dtype != np.uint8 or pixels.ndim != 4:
+    pad: pixels of zeros added on each side. binary: the values are 0 and 1, given as 0 and 255.
+    """
+
+    def __init__(self, name: str, pixels: Any, *, pad: int = 0, binary: bool = False) -> None:
+        if pixels.dtype != np.uint8 or len(pixels.shape) != 4:
             raise ValueError(f"{name}: expected uint8 (N,C,H,W), got {pixels.dtype} {pixels.shape}")
         if pixels.shape[0] == 0:
             raise ValueError(f"{name}: holds no images, shape {pixels.shape}")
         self.name = name
         self.pixels = pixels
-        self.shape: tuple[int, int, int] = (pixels.shape[1], pixels.shape[2], pixels.shape[3])
+        self.pad = pad
+        self.binary = binary
+        _, channels, height, width = pixels.shape
+        self.shape: tuple[int, int, int] = (channels, height + 2 * pad, width + 2 * pad)
         self.skipped: list[tuple[str, str]] = []
+        self.binary_format = False  # one-channel images that are published for a Bernoulli likelihood
 
     def __len__(self) -> int:
         return int(self.pixels.shape[0])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        return self.pixels[indices]
+        part = self.pixels[indices]
+        if self.binary:
+            if part.max(initial=0) > 1:
+                raise ValueError(
+                    f"{self.name}: most pixels are 0 and 1 only, some are greater (up to {part.max()}): save all "
+                    "images with the same range, 0 to 255"
+                )
+            part = part * np.uint8(255)
+        if self.pad:
+            part = np.pad(part, ((0, 0), (0, 0), (self.pad, self.pad), (self.pad, self.pad)))
+        return part
 
 
 def reduce_bits(pixels: np.ndarray, num_bits: int) -> np.ndarray:
@@ -66,12 +87,17 @@ class ImageDataset:
     With `binarize` a pixel of stored value v becomes 1 with probability v/255, else 0. Fewer bits leave 0
     and 1 as they are, so `num_bits` has no effect then.
 
-    source: where the images come from; :func:`open_dataset` makes one. Raises ValueError for images that are not square, of
-    another number of channels than 1 or 3, or another `num_bits`.
+    source: where the images come from; :func:`open_dataset` makes one. num_bits, binarize: None leaves them to the model,
+    see :meth:`for_model`; until then they are 8 bits, and binarised when there is one channel. Raises ValueError for
+    images that are not square, of another number of channels than 1 or 3, or another `num_bits`.
     """
 
-    def __init__(self, source: Source, *, split: str, num_bits: int = 8, binarize: bool = False) -> None:
-        if isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8:
+    def __init__(
+        self, source: Source, *, split: str, num_bits: int | None = None, binarize: bool | None = False
+    ) -> None:
+        if num_bits is not None and (
+            isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8
+        ):
             raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
         channels, height, width = source.shape
         if channels not in (1, 3) or height != width:
@@ -83,8 +109,51 @@ class ImageDataset:
         self.split = split
         self.image_size = height
         self.channels = channels
-        self.num_bits = num_bits
-        self.binarize = binarize
+        self.num_bits = 8 if num_bits is None else num_bits
+        self.binarize = channels == 1 if binarize is None else bool(binarize)
+        self._bits_given = num_bits is not None
+        self._binarize_given = binarize is not None
+        self._announce = binarize is None and channels == 1 and not getattr(source, "binary_format", False)
+
+    def for_model(self, likelihood: str, num_bits: int) -> ImageDataset:
+        """The images as a model with this likelihood and bits per colour takes them; the source is shared.
+
+        A Bernoulli likelihood takes binarised images, any other takes them as they are. What was given when the
+        dataset was made is kept, with a warning where it does not fit the likelihood.
+
+        Raises:
+            ValueError: ``num_bits`` was given, and a mixture of logistics takes another number of bits.
+        """
+        result = copy.copy(self)
+        result._announce = False
+        binarize = likelihood == "bernoulli"
+        if not self._binarize_given:
+            result.binarize = binarize
+        elif self.binarize and not binarize:
+            warnings.warn(
+                f"{self.name}: binarize=True, but the likelihood is {likelihood}, not bernoulli: the model learns "
+                "black and white noise; leave binarize out to follow the likelihood",
+                stacklevel=3,
+            )
+        elif binarize and not self.binarize and self._has_gray():
+            warnings.warn(
+                f"{self.name}: binarize=False, but the likelihood is bernoulli: gray values are no data of "
+                "that likelihood, and its numbers are cross-entropies, not log-probabilities",
+                stacklevel=3,
+            )
+        if not self._bits_given:
+            result.num_bits = num_bits
+        elif likelihood == "mixture_logistic" and num_bits != self.num_bits:
+            raise ValueError(
+                f"{self.name}: num_bits={self.num_bits}, but the model has num_x_bits={num_bits}: leave num_bits out "
+                "to follow the model"
+            )
+        return result
+
+    def _has_gray(self) -> bool:
+        """Whether the first images have values between black and white."""
+        pixels = self.source.read(np.arange(min(len(self), 8)))
+        return bool(((pixels > 0) & (pixels < 255)).any())
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -109,6 +178,14 @@ class ImageDataset:
         index = self._check_indices(indices)
         seed = hashing.as_seed(seed)
         pixels = self.source.read(index)
+        if self._announce:
+            self._announce = False
+            if ((pixels > 0) & (pixels < 255)).any():
+                warnings.warn(
+                    f"{self.name}: gray images are binarised at every load, as one-channel images are where neither "
+                    "binarize nor likelihood is given; binarize=False keeps them gray",
+                    stacklevel=2,
+                )
         if not self.binarize:
             return torch.from_numpy(reduce_bits(pixels, self.num_bits))
         flat = pixels.reshape(len(index), self.channels * self.image_size**2)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import contents
 from .arrays import SPLIT_NAMES
-from .decode import LazyImages, fit_image, looks_encoded, open_image
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
+from .decode import (
+    MAX_FILE_BYTES,
+    SUFFIXES,
+    DamagedImage,
+    PixelRange,
+    find_range,
+    fit_image,
+    looks_encoded,
+    open_image,
+)
+from .lazy import MAX_SKIPPED, SAMPLED, LazyImages, Skipped
+from .retry import is_io_error, retry
 
 
 def split_folder(path: Path, split: str) -> tuple[Path, bool]:
@@ -28,24 +41,75 @@ def split_folder(path: Path, split: str) -> tuple[Path, bool]:
     return path, False
 
 
-def walk_images(path: Path) -> Iterator[Path]:
-    """Image files below `path` by their ending, hidden ones left out, links followed."""
-    seen: set[str] = set()
-    for folder, subfolders, names in os.walk(path, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link back up
-            subfolders.clear()
-            continue
-        seen.add(real)
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                yield Path(folder, name)
+def walk_images(path: Path) -> Iterator[str]:
+    """Image files below `path` by their ending, hidden ones left out, links followed. OSError names a folder that
+    cannot be listed: its images would be missing without a word."""
+    seen: set[tuple[int, int]] = set()
+    waiting = [os.fspath(path)]
+    while waiting:
+        folder = waiting.pop()
+        files, folders, own = retry(lambda folder=folder: _list(folder), folder)  # type: ignore[misc]
+        if own not in seen:  # else a link back up
+            seen.add(own)
+            waiting.extend(reversed(folders))
+            yield from files
+
+
+def _list(folder: str) -> tuple[list[str], list[str], tuple[int, int]]:
+    """Image files, subfolders, and (device, inode) of a folder."""
+    found = os.stat(folder)
+    files, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(".") or entry.name == "lost+found":
+                continue
+            if _is_folder(entry):
+                folders.append(entry.path)
+            elif entry.name.lower().endswith(SUFFIXES):
+                files.append(entry.path)
+    return sorted(files), sorted(folders), (found.st_dev, found.st_ino)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself: its name decides, and opening it is an error
+            return False
+        raise
 
 
 def has_images(path: Path) -> bool:
     """Whether there is any image file below `path`; stops at the first."""
     return next(walk_images(path), None) is not None
+
+
+def _head(file: str) -> tuple[bytes, str]:
+    """The first bytes of a file, or why it is none."""
+    mode = os.stat(file).st_mode
+    if not stat.S_ISREG(mode):
+        return b"", f"{contents.irregular(mode) or 'a folder'}, not a file"
+    with open(file, "rb") as opened:
+        head = opened.read(contents.HEAD)
+    if looks_encoded(head):
+        return head, ""
+    if not head:
+        return head, "empty file"
+    what = contents.describe(head)
+    return head, "not an image file" + (f" but {what}" if what else "")
+
+
+def read_file(file: str) -> bytes:
+    """The bytes of an image file. DamagedImage when they are too many, OSError when it cannot be reached."""
+
+    def read() -> bytes:
+        with open(file, "rb") as opened:
+            size = os.fstat(opened.fileno()).st_size
+            if size > MAX_FILE_BYTES:
+                raise DamagedImage(f"{size} bytes, more than the {MAX_FILE_BYTES} that are read")
+            return opened.read()
+
+    return retry(read, file)
 
 
 class FolderImages(LazyImages):
@@ -54,68 +118,76 @@ class FolderImages(LazyImages):
     Opening looks at the first bytes of every file: those that are not an image at all are skipped there and
     then and take no index. What fails later, when decoded, keeps its index and is replaced (see
     LazyImages). `image_size` None: the short side of the first readable image; `channels` None: 1 when that
-    image is gray, else 3.
+    image is gray, else 3. max_skipped: the share of the files that may be damaged.
     """
 
-    def __init__(self, path: Path, image_size: int | None, channels: int | None) -> None:
-        files = sorted(walk_images(path), key=lambda file: file.relative_to(path).parts)
+    def __init__(
+        self, path: Path, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+    ) -> None:
+        root = os.fspath(path)
+        files = sorted(walk_images(path), key=lambda file: file[len(root) :].split(os.sep))
         if not files:
             raise FileNotFoundError(
                 f"{path}: no image files; looked for {', '.join(SUFFIXES)} in it and below"
             )
-        readable, broken = [], []
+        skipped = Skipped(root, len(files), max_skipped)
+        self.files = []
         for file in files:
-            try:
-                with open(file, "rb") as opened:
-                    head = opened.read(16)
-                reason = "" if looks_encoded(head) else ("empty file" if not head else "not an image file")
-            except OSError as error:
-                reason = f"{type(error).__name__}: {error}"
+            _, reason = retry(lambda file=file: _head(file), file)  # type: ignore[misc]
             if reason:
-                broken.append((str(file), reason))
+                skipped.add(file, reason)
             else:
-                readable.append(file)
-        self.files = readable
-        size, bands = (
-            self._first(path, broken) if image_size is None or channels is None else (image_size, channels)
-        )
-        size, bands = image_size or size, channels or bands
-        super().__init__(str(path), len(readable), (bands, size, size))
-        for label, reason in broken:
-            self.record_skipped(label, reason)
-        if readable:
-            self._one(0)  # raises when not a single file can be decoded
-        else:
+                self.files.append(file)
+        if not self.files:
             raise ValueError(
-                f"{path}: none of the {len(files)} image files can be read; the first: {self.skipped[0]}"
+                f"{path}: none of the {len(files)} image files can be read; the first: {skipped.items[0]}"
             )
+        skipped.check()
+        if image_size is None or channels is None:
+            size, bands = self._first(path, skipped.most)
+            image_size, channels = image_size or size, channels or bands
+        self.values = PixelRange()
+        super().__init__(root, len(self.files), (channels, image_size, image_size), skipped)
+        self.values = find_range(self._sample(), root)
+        self._one(0)  # raises when not a single file can be decoded
 
-    def _first(self, path: Path, broken: list[tuple[str, str]]) -> tuple[int, int]:
-        for file in self.files:
+    def _first(self, path: Path, most_skipped: int) -> tuple[int, int]:
+        """The short side and the channels of the first sound image."""
+        reasons = []
+        for file in self.files[: most_skipped + 1]:
             try:
-                with open_image(file) as picture:
-                    return min(picture.size), 1 if picture.mode in ("1", "L", "LA") or picture.mode[
-                        0
-                    ] in "IF" else 3
+                with open_image(read_file(file)) as picture:
+                    gray = picture.mode in ("1", "L", "LA") or picture.mode[0] in "IF"
+                    return min(picture.size), 1 if gray else 3
+            except DamagedImage as error:  # counted when it is decoded
+                reasons.append(f"{file}: {error}")
+        raise ValueError(
+            f"{path}: none of its first {len(reasons)} image file(s) can be read; the first: {reasons[0]}"
+        )
+
+    def _sample(self) -> Iterator[Any]:
+        for index in np.unique(np.linspace(0, len(self.files) - 1, SAMPLED).astype(int)):
+            try:
+                with open_image(read_file(self.files[index])) as picture:
+                    picture.load()
+                    yield picture
             except ModuleNotFoundError:
                 raise
-            except Exception:  # counted when it is decoded
-                continue
-        raise ValueError(
-            f"{path}: none of its image files can be read; the first: {(broken or self.files)[0]}"
-        )
+            except Exception as error:  # counted when it is decoded
+                if is_io_error(error):
+                    raise
 
     def decode(self, index: int) -> np.ndarray:
-        with open_image(self.files[index]) as picture:
-            return fit_image(picture, self.shape[1], self.shape[0])
+        with open_image(read_file(self.files[index])) as picture:
+            return fit_image(picture, self.shape[1], self.shape[0], self.values)
 
     def label(self, index: int) -> str:
-        return str(self.files[index])
+        return self.files[index]
 
 
 def open_folder(
-    path: Path, split: str, image_size: int | None, channels: int | None
+    path: Path, split: str, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
 ) -> tuple[FolderImages, bool]:
     """The images and whether they come from a subfolder named after the split."""
     folder, own_split = split_folder(path, split)
-    return FolderImages(folder, image_size, channels), own_split
+    return FolderImages(folder, image_size, channels, max_skipped), own_split

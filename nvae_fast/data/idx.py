@@ -7,14 +7,18 @@ the values.
 from __future__ import annotations
 
 import gzip
+import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from . import contents
+from .arrays import check_expansion, read_into
 from .dataset import MemoryImages
-from .fit import fit_pixels
+from .fit import array_source
 
 _PREFIX = {"train": "train", "test": "t10k"}
 FILE_NAMES = "train-images-idx3-ubyte and t10k-images-idx3-ubyte, with or without .gz"
@@ -32,33 +36,49 @@ def find_file(folder: Path, split: str) -> Path | None:
 
 def read_idx(path: Path) -> np.ndarray:
     """uint8 (N,H,W) of an IDX file of images. ValueError names the file and what is wrong with it."""
+    size = contents.check_regular(path)
     with open(path, "rb") as raw:
-        data = raw.read()
-    if data[:2] == b"\x1f\x8b":
+        if raw.read(2) != b"\x1f\x8b":
+            raw.seek(0)
+            return _read_pixels(raw, path, size, compressed=False)
+        raw.seek(0)
         try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
+            with gzip.GzipFile(fileobj=raw) as file:
+                return _read_pixels(file, path, size, compressed=True)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error}); download it again") from error
-    if len(data) < 4 or data[:2] != b"\0\0":
+
+
+def _read_pixels(file: Any, path: Path, size: int, *, compressed: bool) -> np.ndarray:
+    head = file.read(16)
+    if len(head) < 4 or head[:2] != b"\0\0":
         raise ValueError(
-            f"{path}: wrong magic number {data[:4].hex() or '(empty file)'}, expected 00000803 (IDX images)"
+            f"{path}: wrong magic number {head[:4].hex() or '(empty file)'}, expected 00000803 (IDX images)"
+            + (contents.but_it_is(head + file.read(contents.HEAD)) if head else "")
         )
-    kind, dimensions = data[2], data[3]
+    kind, dimensions = head[2], head[3]
     if kind != 8:
         raise ValueError(f"{path}: wrong data type 0x{kind:02x} in the IDX header, expected 0x08 (uint8)")
     if dimensions != 3:
         hint = " (a file of labels?)" if dimensions == 1 else ""
         raise ValueError(f"{path}: {dimensions} dimension(s) in the IDX header, expected 3 (N,H,W){hint}")
-    if len(data) < 16:
-        raise ValueError(f"{path}: truncated, the IDX header needs 16 bytes, got {len(data)}")
-    shape = struct.unpack(">3I", data[4:16])
-    expected = 16 + shape[0] * shape[1] * shape[2]
-    if len(data) != expected:
-        what = "truncated" if len(data) < expected else "too long"
+    if len(head) < 16:
+        raise ValueError(f"{path}: truncated, the IDX header needs 16 bytes, got {len(head)}")
+    shape = struct.unpack(">3I", head[4:16])
+    expected = 16 + math.prod(shape)
+    if compressed:
+        check_expansion(expected, size, str(path))
+    elif size != expected:
+        what = "truncated" if size < expected else "too long"
         raise ValueError(
-            f"{path}: {what}, its header {shape} needs {expected} bytes, got {len(data)}; download it again"
+            f"{path}: {what}, its header {shape} needs {expected} bytes, got {size}; download it again"
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=16).reshape(shape)
+    pixels = np.empty(shape, dtype=np.uint8)
+    if pixels.size:
+        read_into(file, pixels, str(path))
+    if file.read(1):
+        raise ValueError(f"{path}: too long, its header {shape} needs {expected} bytes; download it again")
+    return pixels
 
 
 def open_idx(
@@ -72,5 +92,6 @@ def open_idx(
         if file is None:
             raise FileNotFoundError(f"{path}: no {split} images; looked for {FILE_NAMES}")
     assert file is not None
-    pixels = fit_pixels(read_idx(file)[:, None], str(file), image_size, channels)
-    return MemoryImages(str(file), pixels), path.is_dir()
+    source = array_source(read_idx(file)[:, None], str(file), image_size, channels)
+    source.binary_format = True
+    return source, path.is_dir()

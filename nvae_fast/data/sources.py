@@ -7,13 +7,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from . import arrays, builtin, cifar, folder, idx, lmdb_images
+from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images
 from .dataset import ImageDataset, Source
-from .decode import looks_encoded
+from .decode import SUFFIXES, looks_encoded
+from .lazy import MAX_SKIPPED, check_max_skipped
 
 logger = logging.getLogger("nvae_fast.data")
 
-Opener = Callable[[Path, str, "int | None", "int | None"], "tuple[Source, bool]"]
+Opener = Callable[..., "tuple[Source, bool]"]
 _BUILTIN = {"digits": builtin.digits, "photos": builtin.photos}
 _OPENERS: dict[str, Opener] = {
     "folder": folder.open_folder,
@@ -22,6 +23,7 @@ _OPENERS: dict[str, Opener] = {
     "cifar10": cifar.open_cifar10,
     "lmdb": lmdb_images.open_lmdb,
 }
+_LAZY = ("folder", "lmdb")  # sources whose images are decoded one by one, so that one may be damaged
 KINDS = (*_BUILTIN, *_OPENERS)
 """What :func:`open_dataset` knows to open: the values of its ``kind``."""
 
@@ -32,15 +34,17 @@ def open_dataset(
     split: str = "train",
     image_size: int | None = None,
     channels: int | None = None,
-    num_bits: int = 8,
+    num_bits: int | None = None,
     kind: str | None = None,
     binarize: bool | None = None,
+    likelihood: str | None = None,
+    max_skipped: float = MAX_SKIPPED,
 ) -> ImageDataset:
     """Open a built-in set by name or images from a path.
 
     name_or_path: "digits", "photos" (built in; write "./digits" for a folder of that name), or a path to
         "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
-        "npy"      a .npy or .npz of uint8 (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
+        "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
         "idx"      MNIST's IDX files, raw or .gz, one file or their folder
         "cifar10"  CIFAR-10's binary version, its folder or one batch
         "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
@@ -48,9 +52,14 @@ def open_dataset(
     log for "test".
     image_size: pixels a side; None: what the source has. channels: 1 or 3; None: what the source has.
     num_bits: 1..8 bits a pixel. kind: None detects it from the content.
-    binarize: a Bernoulli draw at every load; None: for one-channel images, whose likelihood is Bernoulli.
+    binarize: a Bernoulli draw at every load. likelihood: that of the model, "bernoulli" binarises and any other does not.
+    What is not given here follows from the model in `Trainer` and `evaluate`; in a loop of your own, num_bits is
+    8, and one-channel images are binarised.
+    max_skipped: the share of images of a folder or LMDB that may be damaged. Those are skipped and named; more of them
+    are an error, and so is a file that cannot be reached.
 
-    One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Raises FileNotFoundError or
+    One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Pixels that are 0 and 1 only become 0 and
+    255, with a warning. Other types than uint8 and bool in arrays are refused. Raises FileNotFoundError or
     ValueError that names the file, what was expected and what came; ModuleNotFoundError that says what to
     install when a needed package is missing.
     """
@@ -61,10 +70,16 @@ def open_dataset(
             raise ValueError(f"{argument}: expected a positive integer or None, got {value!r}")
     if channels not in (None, 1, 3):
         raise ValueError(f"channels: expected 1, 3 or None, got {channels}")
-    if isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8:
+    if num_bits is not None and (
+        isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8
+    ):
         raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
     if kind is not None and kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)} or None, got {kind!r}")
+
+    if binarize is None and likelihood is not None:
+        binarize = likelihood == "bernoulli"
+    max_skipped = check_max_skipped(max_skipped)
 
     name = os.fspath(name_or_path)
     source: Source
@@ -77,7 +92,11 @@ def open_dataset(
             raise FileNotFoundError(
                 f"name_or_path (--data): no file or folder {name!r}; built in are {', '.join(_BUILTIN)}"
             )
-        source, own_split = _OPENERS[kind or detect(path)](path, split, image_size, channels)
+        if not path.is_dir():
+            contents.check_regular(path)
+        kind = kind or detect(path)
+        options = {"max_skipped": max_skipped} if kind in _LAZY else {}
+        source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
     if split == "test" and not own_split:
         logger.warning(
             "%s has no splits: all of its %d images are given as the test split; "
@@ -85,8 +104,6 @@ def open_dataset(
             name,
             len(source),
         )
-    if binarize is None:
-        binarize = source.shape[0] == 1
     return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
 
 
@@ -114,13 +131,13 @@ def _detect_folder(path: Path) -> str:
         f"{path}: nothing recognised in this folder. Looked for an LMDB (data.mdb, "
         f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR-10 ({cifar.FILE_NAMES}), "
         f"numpy files (train.npy, test.npy, or .npz) and images "
-        f"({', '.join(folder.SUFFIXES)}), these also in folders below"
+        f"({', '.join(SUFFIXES)}), these also in folders below"
     )
 
 
 def _detect_file(path: Path) -> str:
     with open(path, "rb") as file:
-        head = file.read(32)
+        head = file.read(contents.HEAD)
     if head.startswith((b"\x93NUMPY", b"PK")):
         return "npy"
     if head.startswith((b"\0\0\x08", b"\x1f\x8b")) or "idx3-ubyte" in path.name:
@@ -135,5 +152,5 @@ def _detect_file(path: Path) -> str:
     raise ValueError(
         f"{path}: not recognised{hint}. Looked for the first bytes of a .npy or .npz, an IDX file (raw or "
         f".gz), an LMDB file, or the name of a CIFAR-10 batch (.bin); "
-        f"it starts with {head[:8].hex() or 'nothing: the file is empty'}"
+        f"it starts with {head[:8].hex() or 'nothing: the file is empty'}{contents.but_it_is(head) if head else ''}"
     )

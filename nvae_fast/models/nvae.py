@@ -20,6 +20,7 @@ from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import is_frozen, refuse
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
+from nvae_fast.models.pixels import can_read, check_unit_range
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
 from nvae_fast.nn import (
@@ -139,6 +140,7 @@ class NVAE(nn.Module):
         self.spectral = SpectralEstimate(self)
         # Keep a cell's input only and compute the cell again in the backward pass.
         self.checkpoint_cells = False
+        self._checked: set[tuple[str, bool]] = set()
 
     def train(self, mode: bool = True) -> NVAE:
         """As torch.nn.Module.train; RuntimeError for ``mode`` True when the model is frozen."""
@@ -161,7 +163,7 @@ class NVAE(nn.Module):
         """Encode, sample every group, decode.
 
         Args:
-            x: images (B, C, H, W) in [0, 1].
+            x: images (B, C, H, W) in [0, 1]. Other ranges are refused.
             noise: per group a standard normal tensor (B, Z, H, W) or None to draw; None draws all.
             seed: int or 0-d int64 tensor; None takes one from the device's default generator. An int64 tensor (B,) is one
                 seed an image: its noise then depends on neither batch nor process.
@@ -198,6 +200,14 @@ class NVAE(nn.Module):
                     "NVAE: batch norm needs more than one value per channel while training and the coarsest scale has one "
                     f"pixel: x must hold at least 2 images, got {tuple(x.shape)}"
                 )
+        self._check_range("NVAE", x)
+
+    def _check_range(self, op: str, x: torch.Tensor) -> None:
+        """ValueError unless x is in [0, 1]. On a GPU only the first images of each mode are looked at, for it waits."""
+        if not can_read(x) or (x.is_cuda and (op, self.training) in self._checked):
+            return
+        check_unit_range(op, "x", x)
+        self._checked.add((op, self.training))
 
     def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:
         c = self.config
@@ -368,6 +378,7 @@ class NVAE(nn.Module):
         op = "NVAE.reconstruction_loss"
         for name, value in (("logits", logits), ("x", x)):
             _checks.feature_map(op, name, value)
+        self._check_range(op, x)
         border = self.config.reconstruction_border
         if border:
             inner = (..., slice(border, -border), slice(border, -border))

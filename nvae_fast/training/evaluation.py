@@ -157,7 +157,7 @@ def evaluate(
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
             raise ValueError(f"evaluate: {name} must be at least 1, got {value}")
-    check_fit(model.config, dataset)
+    dataset = fitted(model.config, dataset)
     total = len(dataset) if max_images is None else min(max_images, len(dataset))
     if total == 0:
         raise ValueError(f"evaluate: {dataset.name} has no images")
@@ -214,6 +214,14 @@ def check_fit(model_config: Any, dataset: Any) -> None:
             f"the model takes images of (channels, height, width) {wanted}, {dataset.name} has {got}: choose "
             "a preset or --dataset of that size, or set --image-size and --image-channels"
         )
+
+
+def fitted(model_config: Any, dataset: Any) -> Any:
+    """`dataset` as the model takes its images: binarised or not, with its bits per colour. Raises as :func:`check_fit`."""
+    check_fit(model_config, dataset)
+    if not hasattr(dataset, "for_model"):  # a dataset of the user's own class
+        return dataset
+    return dataset.for_model(model_config.likelihood_name, model_config.num_x_bits)
 
 
 def bits_per_dim(nats: float, dims: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
-from nvae_fast.training.evaluation import bits_per_dim, check_fit
+from nvae_fast.training.evaluation import bits_per_dim, fitted
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
@@ -79,11 +79,10 @@ class Trainer:
 
         self.world = world or World()
         self.config = config
-        self.dataset = dataset
+        self.dataset = dataset = fitted(model.config, dataset)
         self.folder = folder
         self.data = data
         self.quiet = quiet or not self.world.is_main
-        check_fit(model.config, dataset)
         self.world.agree(
             {
                 "--data (number of images)": len(dataset),

@@ -1,0 +1,41 @@
+"""The check that images are in [0, 1] before a model takes them for something else."""
+
+from __future__ import annotations
+
+import torch
+
+from nvae_fast.ops import _backend
+
+# Dequantisation noise of a grey level (1/256) and the rounding of half precision stay within it.
+TOLERANCE = 0.01
+
+
+def can_read(x: torch.Tensor) -> bool:
+    """Whether the values of x can be looked at: not while compiling, tracing or transforming, nor on the meta device."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _backend.transforms_active()
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or x.is_meta
+        or x.numel() == 0
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def check_unit_range(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless the values of x are in [0, 1]. NaN passes; on a GPU this waits for the device."""
+    if not can_read(x):
+        return
+    low, high = torch.stack(torch.aminmax(x.detach())).tolist()
+    if low < -TOLERANCE or high > 1 + TOLERANCE:
+        advice = (
+            f"divide by 255 ({name} / 255)"
+            if low >= 0 and high <= 255.5
+            else f"use ({name} + 1) / 2"
+            if low >= -1 - TOLERANCE and high <= 1 + TOLERANCE
+            else "undo the normalisation of the images"
+        )
+        raise ValueError(
+            f"{op}: {name} must hold images in [0, 1], got values from {low:.4g} to {high:.4g}: {advice}"
+        )
