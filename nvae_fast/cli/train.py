@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,9 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     if arguments.resume:
         folder = Path(arguments.out or f"runs/{arguments.preset or 'digits_demo'}")
         if world.is_main:
-            run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
+            _, note = run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
+            if note:
+                print(note, file=sys.stderr)  # a damaged checkpoint is worth a line even with --quiet
         world.barrier()
         state = checkpoint.load_training(folder)
         config = _resumed_config(state, training_given, say, world)

@@ -6,9 +6,12 @@ NVAE (arXiv 2007.03898), table 6 and appendix A; specification sections 3, 4 and
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy
 
 from nvae_fast.models.architectures import ARCHITECTURES
 
@@ -193,6 +196,18 @@ class NVAEConfig:
         return sum(self.groups_per_scale)
 
     @property
+    def num_cells(self) -> int:
+        """Cells of the model, those of the flows included, without combiners."""
+        outside = self.num_preprocess_blocks * self.num_preprocess_cells
+        outside += self.num_postprocess_blocks * self.num_postprocess_cells
+        if self.is_vanilla:
+            return outside + self.num_nf
+        encoder = self.num_groups * self.num_cell_per_cond_enc
+        decoder = (self.num_groups - 1) * self.num_cell_per_cond_dec
+        between = 2 * (self.num_latent_scales - 1)
+        return outside + encoder + decoder + between + self.num_groups * self.num_nf
+
+    @property
     def is_vanilla(self) -> bool:
         """One scale, one group: no towers."""
         return self.num_latent_scales == 1 and self.num_groups_per_scale == 1
@@ -219,14 +234,19 @@ class NVAEConfig:
             types: dict[str, tuple[type, ...]] = {"int": (int,), "bool": (bool, int), "str": (str,)}
             expected = types[kind]
             optional = "None" in str(field.type)
+            if isinstance(value, numpy.generic):
+                value = value.item()
+                object.__setattr__(self, field.name, value)
             wrong = not isinstance(value, expected) or (kind == "int" and isinstance(value, bool))
             if wrong and not (optional and value is None):
-                raise TypeError(f"NVAEConfig: {field.name} must be {field.type}, got {value!r}")
+                raise TypeError(f"NVAEConfig: {field.name} must be {field.type}, got {reprlib.repr(value)}")
             if kind == "bool":
                 object.__setattr__(self, field.name, bool(value))
             lowest = 0 if field.name in ("num_nf", "num_preprocess_blocks", "num_postprocess_blocks") else 1
             if kind == "int" and value is not None and value < lowest:
                 raise ValueError(f"NVAEConfig: {field.name} must be >= {lowest}, got {value}")
+            if kind == "int" and value is not None and value >= 2**31:
+                raise ValueError(f"NVAEConfig: {field.name} must be < 2^31, got {reprlib.repr(value)}")
         self._validate()
 
     def _validate(self) -> None:
@@ -238,18 +258,23 @@ class NVAEConfig:
         known = (
             f"one of {sorted(DATASETS)}, or 'custom' together with image_size, image_channels and likelihood"
         )
-        require(custom or self.dataset in DATASETS, f"dataset must be {known}, got {self.dataset!r}")
+        require(custom or self.dataset in DATASETS, f"dataset must be {known}, got {reprlib.repr(self.dataset)}")
         if custom:
             given = {n: getattr(self, n) for n in ("image_size", "image_channels", "likelihood")}
             missing = [n for n, value in given.items() if value is None]
             require(not missing, f"dataset 'custom' also needs {', '.join(missing)}")
         require(
             self.arch_instance in ARCHITECTURES,
-            f"arch_instance must be one of {sorted(ARCHITECTURES)}, got {self.arch_instance!r}",
+            f"arch_instance must be one of {sorted(ARCHITECTURES)}, got {reprlib.repr(self.arch_instance)}",
         )
         require(
             self.likelihood is None or self.likelihood in LIKELIHOODS,
-            f"likelihood must be one of {list(LIKELIHOODS)} or None, got {self.likelihood!r}",
+            f"likelihood must be one of {list(LIKELIHOODS)} or None, got {reprlib.repr(self.likelihood)}",
+        )
+        halvings = self.num_preprocess_blocks + self.num_latent_scales - 1
+        require(
+            halvings < 32,  # before anything is computed from two to that power
+            f"num_preprocess_blocks + num_latent_scales - 1, the halvings of an image, must be < 32, got {halvings}",
         )
         require(
             self.likelihood_name != "mixture_logistic" or self.channels == 3,

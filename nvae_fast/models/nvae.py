@@ -6,6 +6,7 @@ on a CPU, one GPU or many processes; nothing is global. Specification sections 4
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic,
 from nvae_fast.models.pixels import can_read, check_unit_range
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
+from nvae_fast.models.states import check_values, plain_name, plain_names
 from nvae_fast.nn import (
     BatchNormSwish,
     DecoderCombiner,
@@ -260,8 +262,12 @@ class NVAE(nn.Module):
         Raises:
             ValueError, TypeError: ``n``, ``temperature`` or ``noise`` has the wrong value, shape or type.
         """
-        if not isinstance(n, int) or isinstance(n, bool) or n < 0:
-            raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}")
+        try:
+            n = _checks.whole("NVAE.sample", "n", n)
+        except TypeError:
+            raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}") from None
+        if n < 0:
+            raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n}")
         draws = self._draws(noise, seed, n, self.top_feature.device)
         with prepare_weights(self):
             return self._generate(n, temperature, draws)
@@ -430,6 +436,30 @@ class NVAE(nn.Module):
         finally:
             for module, training in modes.items():
                 module.training = training
+
+    # ----------------------------------------------------------------------------------------- state dicts
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch.nn.Module.load_state_dict, also for a ``state_dict`` of a wrapped model (torch.compile, data parallelism,
+        averaging), whose names have prefixes such as ``_orig_mod.`` and ``module.``.
+
+        Raises:
+            TypeError: ``state_dict`` is no mapping of names to tensors, or a value is not floating where a weight is.
+            ValueError: a name is there twice, with and without a prefix. RuntimeError: names or shapes do not fit.
+        """
+        op = "NVAE.load_state_dict"
+        state = plain_names(op, state_dict)
+        own = self.state_dict()
+        names = {plain_name(name): name for name in own}
+        tensors = {names.get(key, key): value for key, value in state.items()}
+        check_values(op, {key: value for key, value in tensors.items() if key in own}, own)
+        metadata = getattr(state_dict, "_metadata", None)
+        state = OrderedDict(tensors)
+        if metadata is not None:
+            state._metadata = metadata  # type: ignore[attr-defined]
+        return super().load_state_dict(state, strict=strict, assign=assign)
 
     # ----------------------------------------------------------------------------------- official checkpoints
 

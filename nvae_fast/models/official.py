@@ -6,10 +6,7 @@ The files; the names of their keys are in :mod:`nvae_fast.models.official_keys`.
 from __future__ import annotations
 
 import argparse
-import collections
 import os
-import pickle
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,18 +14,11 @@ from typing import Any
 import torch
 
 from nvae_fast.io import atomic_file
+from nvae_fast.models import torch_files
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.models.official_keys import state_dict
-
-
-# Globals that an official checkpoint may name besides tensors: its arguments, and NumPy scalars among its counters.
-def _allowed_globals() -> list[Any]:
-    import numpy
-
-    scalar = numpy.float64(0).__reduce__()[0]
-    dtypes = [type(numpy.dtype(name)) for name in ("float64", "float32", "int64", "int32", "bool")]
-    return [argparse.Namespace, collections.OrderedDict, scalar, numpy.dtype, *dtypes]
+from nvae_fast.models.states import build
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -39,35 +29,33 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ValueError: it is damaged, is no official checkpoint, or names objects that are not data.
     """
     file = Path(path)
-    if not file.is_file():
+    if not file.exists() or file.is_dir():
         advice = ": it is a folder; a run is opened by nf.training.load_model" if file.is_dir() else ""
         raise FileNotFoundError(f"load_official: there is no file {file}{advice}")
     try:
-        with torch.serialization.safe_globals(_allowed_globals()):
-            document = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        # PyTorch's own text advises weights_only=False, which would run the file's code: only the name is taken from it.
-        foreign = re.search(r"\bGLOBAL ([\w.]+)", str(error))
-        if foreign is None:
-            reason = str(error).partition("WeightsUnpickler error:")[2].strip().partition("\n")[0]
-            raise ValueError(
-                f"load_official: {file} is damaged or no checkpoint: {reason or 'not a pickle'}"
-            ) from None
-        raise ValueError(
-            f"load_official: {file} holds objects that are not plain data ({foreign[1]}), so it was not opened: "
-            "a checkpoint needs tensors, numbers and an argparse.Namespace only"
-        ) from None
-    except Exception as error:  # torch.load has no error of its own: damage shows as whatever breaks first
-        raise ValueError(f"load_official: {file} is damaged or no checkpoint: {error}") from error
+        document = torch_files.read(file)
+    except torch_files.UnreadableFile as error:
+        raise ValueError(f"load_official: {file} {error}") from error
+    _check_document(document, file)
+    return document
+
+
+def _check_document(document: Any, file: Path) -> None:
     needed = ("state_dict", "args")
     if not isinstance(document, dict) or any(key not in document for key in needed):
-        found = sorted(map(str, document)) if isinstance(document, dict) else type(document).__name__
+        keys = sorted(f"{key!s:.40}" for key in document) if isinstance(document, dict) else []
+        found = keys[:12] if isinstance(document, dict) else type(document).__name__
         ours = isinstance(document, dict) and "nvae_fast" in document
         advice = ": it is a checkpoint of nvae_fast, which nf.training.load_model opens" if ours else ""
         raise ValueError(
             f"load_official: {file} must hold a dict with the keys {list(needed)}, found {found}{advice}"
         )
-    return document
+    for key, kinds in (("state_dict", (dict,)), ("args", (dict, argparse.Namespace))):
+        if not isinstance(document[key], kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(
+                f"load_official: {key!r} of {file} must be a {names}, got {type(document[key]).__name__}"
+            )
 
 
 def load_official(path: str | os.PathLike[str]) -> NVAE:
@@ -76,13 +64,18 @@ def load_official(path: str | os.PathLike[str]) -> NVAE:
     Raises:
         FileNotFoundError, ValueError: as :func:`read_checkpoint`, or its keys do not fit its arguments.
     """
-    document = read_checkpoint(path)
-    model = NVAE(NVAEConfig.from_official(document["args"]))
+    return model_from(read_checkpoint(path), path)
+
+
+def model_from(document: dict[str, Any], path: str | os.PathLike[str]) -> NVAE:
+    """The model of what :func:`read_checkpoint` returned for the file ``path``, as :func:`load_official`."""
+    _check_document(document, Path(path))
+    state = document["state_dict"]
     try:
-        model.load_official_state_dict(document["state_dict"])
-    except (ValueError, TypeError) as error:
+        config = NVAEConfig.from_official(document["args"])
+        return build(config, state, lambda model: model.load_official_state_dict(state)).eval()
+    except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"load_official: {path}: {error}") from error
-    return model.eval()
 
 
 def save_official(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from nvae_fast.models.states import check_values, plain_name, plain_names, some
 from nvae_fast.nn import (
     AutoregressiveTransform,
     ConvBlock,
@@ -126,23 +127,17 @@ def named_parameters(model: NVAE) -> Iterator[tuple[str, nn.Parameter]]:
 def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
     """Load a state dict with official keys into ``model``; nothing is written unless everything fits.
 
-    A prefix ``module.`` common to all keys (data-parallel wrappers) is dropped.
+    Prefixes of wrappers (``module.`` of data parallelism, ``_orig_mod.`` of torch.compile) are dropped.
 
     Raises:
         ValueError: keys are missing or surplus, or shapes differ; they are named.
-        TypeError: not a mapping of names to tensors.
+        TypeError: not a mapping of names to tensors, or a value is not floating where a weight is.
     """
-    keys = _keys(model)
-    if not isinstance(official, Mapping):
-        raise TypeError(
-            f"load_official_state_dict: state_dict must be a mapping, got {type(official).__name__}"
-        )
-    if official and all(key.startswith("module.") for key in official):
-        official = {key.removeprefix("module."): value for key, value in official.items()}
-    not_tensors = [key for key, value in official.items() if not isinstance(value, torch.Tensor)]
-    if not_tensors:
-        raise TypeError(f"load_official_state_dict: these entries are not tensors: {_some(not_tensors)}")
+    op = "load_official_state_dict"
+    official = plain_names(op, official)
     own = model.state_dict()
+    keys = {plain_name(theirs): names for theirs, names in _keys(model).items()}
+    check_values(op, official, {theirs: own[ours] for theirs, (ours, _) in keys.items()})
     missing = [key for key, (_, alias) in keys.items() if not alias and key not in official]
     surplus = [key for key in official if key not in keys]
     wrong = [
@@ -151,7 +146,7 @@ def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
         if key in official and official[key].shape != own[ours].shape
     ]
     problems = [
-        f"{what}: {_some(found)}"
+        f"{what}: {some(found)}"
         for what, found in (
             ("missing keys", missing),
             ("surplus keys", surplus),
@@ -160,14 +155,7 @@ def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
         if found
     ]
     if problems:
-        raise ValueError(
-            "load_official_state_dict: the state dict does not fit this configuration; " + "; ".join(problems)
-        )
+        raise ValueError(f"{op}: the state dict does not fit this configuration; " + "; ".join(problems))
     model.load_state_dict(
         {ours: official[key] for key, (ours, alias) in keys.items() if not alias}, strict=False
     )
-
-
-def _some(names: list[str], most: int = 12) -> str:
-    rest = len(names) - most
-    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -30,7 +30,7 @@ def convolutions(model: nn.Module) -> dict[str, WeightNormConv2d | PlainConv2d]:
 class SpectralEstimate(nn.Module):
     """Power iteration with persistent vectors ``u`` and ``v``, one pair of buffers per weight shape.
 
-    The estimate lies below the exact value by up to 1e-3 (relative) after the first 40 iterations; gradients flow through
+    ``v`` is zero until the first estimate, which takes more iterations: state dicts need no flag for it. The estimate lies below the exact value by up to 1e-3 (relative) after the first 40 iterations; gradients flow through
     ``u^T W v`` only.
     """
 
@@ -46,15 +46,22 @@ class SpectralEstimate(nn.Module):
             self.register_buffer(
                 f"u_{rows}x{columns}", F.normalize(torch.randn(len(names), rows), dim=1, eps=NORMALIZE_EPS)
             )
-            self.register_buffer(
-                f"v_{rows}x{columns}", F.normalize(torch.randn(len(names), columns), dim=1, eps=NORMALIZE_EPS)
-            )
+            self.register_buffer(f"v_{rows}x{columns}", torch.zeros(len(names), columns))
 
-    def get_extra_state(self) -> dict[str, bool]:
-        return {"warm": self.warm}
-
-    def set_extra_state(self, state: dict[str, bool]) -> None:
-        self.warm = state["warm"]
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        # Files of version 0.1.0 have a flag, and a random v before the first estimate.
+        flag = state_dict.pop(f"{prefix}_extra_state", None)
+        found = {
+            key: value
+            for key, value in state_dict.items()
+            if key.startswith(f"{prefix}v_") and isinstance(value, torch.Tensor)
+        }
+        if flag is not None and not (isinstance(flag, dict) and flag.get("warm")):
+            found = {key: torch.zeros_like(value) for key, value in found.items()}
+            state_dict.update(found)
+        if found:
+            self.warm = any(not v.is_meta and bool(v.any()) for v in found.values())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """Sum of the estimated largest singular values of ``weights`` (normalised, by layer name)."""

@@ -3,7 +3,7 @@
 A run folder holds `checkpoint.pt` (the newest) and `checkpoint-previous.pt` (the one before). Writing goes to
 a temporary file in the same folder, is forced to disk, and only then takes the name: a crash, a full disk or
 a power cut at any moment leaves at least one complete checkpoint. Files are plain `torch.save` dictionaries
-of tensors, numbers, strings and lists, read with `weights_only=True`.
+of tensors, numbers, strings and lists, with a checksum of the whole file, read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -11,28 +11,50 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nvae_fast.io import atomic_file, keep_as
+from nvae_fast.io import atomic_file, keep_as, sync_folder
+from nvae_fast.models import official, torch_files
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
-from nvae_fast.models.official import load_official
+from nvae_fast.models.states import build, not_finite
+from nvae_fast.training.config import TrainingConfig
 
 FORMAT = "nvae_fast.checkpoint"
 VERSION = 1
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
 
-_REQUIRED = ("format", "version", "model_config", "model")
+# What a checkpoint must hold: a type, or the entries of a dict.
+_MODEL: dict[str, Any] = {"format": str, "version": int, "model_config": dict, "model": dict}
+_TRAINING: dict[str, Any] = {
+    "training_config": dict,
+    "awaiting_data": list,
+    "optimizer": {"state": dict, "param_groups": list},
+    "progress": {
+        "step": int,
+        "position": float,
+        "steps_per_epoch": int,
+        "elapsed": float,
+        "bad_in_a_row": int,
+        "skipped": int,
+        "world_size": int,
+    },
+    "metrics": {"sums": dict, "steps": int, "skipped": int},
+    "data": {"images": int, "name": str},
+    "rng": {"torch": torch.Tensor},
+}
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message names the file and says what to do."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint is truncated, or not what was written."""
 
 
 def save(
@@ -58,7 +80,7 @@ def save(
 
     try:
         with atomic_file(target) as handle:
-            torch.save(document, handle)
+            torch_files.write(document, handle)
             # On disk before the old one gives up its name: with a delayed write error both would be lost.
             handle.flush()
             os.fsync(handle.fileno())
@@ -77,27 +99,47 @@ def save(
 def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
     """Read a checkpoint written by `save`; `path` may be the file or its run folder.
 
-    Raises CheckpointError naming the file when it is missing, truncated, damaged or not one of ours. Nothing
-    in the file can run code: it is read with `weights_only=True`.
+    Raises CheckpointError naming the file when it is missing, not one of ours or lacks a part, DamagedCheckpoint when it is
+    truncated or not what was written. Nothing in the file can run code: it is read with `weights_only=True`.
     """
     file = resolve(path)
-    advice = _advice(file)
-    kind = sniff(file)
-    if kind == "damaged":
-        raise CheckpointError(f"checkpoint {file} is truncated or damaged{advice}")
-    if kind != "nvae_fast":
-        raise CheckpointError(f"{file} is not a checkpoint of nvae_fast")
-    try:
-        document = torch.load(file, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    return _ours(_read(file, map_location), file)
+
+
+def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """As `load`, for a checkpoint to resume from. Raises CheckpointError when it holds a model only, or lacks a part."""
+    file = resolve(path)
+    document = load(file)
+    if "optimizer" not in document:
         raise CheckpointError(
-            f"checkpoint {file} holds more than tensors and plain values, which could run code: refused"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise CheckpointError(f"checkpoint {file} cannot be read: {_reason(error)}{advice}") from error
-    missing = [key for key in _REQUIRED if key not in document] if isinstance(document, dict) else _REQUIRED
-    if missing:
-        raise CheckpointError(f"checkpoint {file} lacks {', '.join(missing)}{advice}")
+            f"checkpoint {file} holds a model only (from convert): evaluate and sample take it, "
+            "resuming needs one that training wrote"
+        )
+    _require(document, _TRAINING, f"checkpoint {file}")
+    try:
+        TrainingConfig.from_dict(document["training_config"])
+        NVAEConfig(**document["model_config"])
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {file} does not fit this nvae_fast: {error}") from error
+    return document
+
+
+def _read(file: Path, map_location: str | torch.device = "cpu") -> Any:
+    try:
+        return torch_files.read(file, map_location=map_location)
+    except torch_files.DamagedFile as error:
+        raise DamagedCheckpoint(f"checkpoint {file} {error}{_advice(file)}") from error
+    except torch_files.UnreadableFile as error:
+        raise CheckpointError(f"checkpoint {file} {error}{_advice(file)}") from error
+    except OSError as error:
+        raise CheckpointError(f"checkpoint {file} cannot be read: {_reason(error)}{_advice(file)}") from error
+
+
+def _ours(document: Any, file: Path) -> dict[str, Any]:
+    """`document`, read from `file`, when it is one of ours and holds a model."""
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a checkpoint of nvae_fast")
+    _require(document, _MODEL, f"checkpoint {file}")
     if document["version"] > VERSION:
         raise CheckpointError(
             f"checkpoint {file} has format version {document['version']}, this nvae_fast reads up to "
@@ -106,15 +148,20 @@ def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
     return document
 
 
-def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """As `load`, for a checkpoint to resume from. Raises CheckpointError when it holds a model only."""
-    document = load(path)
-    if "optimizer" not in document:
-        raise CheckpointError(
-            f"checkpoint {resolve(path)} holds a model only (from convert): evaluate and sample take it, "
-            "resuming needs one that training wrote"
-        )
-    return document
+def _require(found: Any, wanted: Any, where: str) -> None:
+    """Raise CheckpointError unless `found` is of the type `wanted`, or has its entries, of their types."""
+    kind = dict if isinstance(wanted, dict) else wanted
+    fits = isinstance(found, (int, float) if kind is float else kind)
+    if not fits or (isinstance(found, bool) and kind in (int, float)):
+        raise CheckpointError(f"{where} must be of type {kind.__name__}, got {type(found).__name__}")
+    if kind is int and found < 0:
+        raise CheckpointError(f"{where} must be >= 0, got {found}")
+    if isinstance(wanted, dict):
+        missing = [key for key in wanted if key not in found]
+        if missing:
+            raise CheckpointError(f"{where} lacks {', '.join(missing)}")
+        for key, part in wanted.items():
+            _require(found[key], part, f"{where}: {key}" if ":" not in where else f"{where}[{key!r}]")
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -131,23 +178,16 @@ def resolve(path: str | os.PathLike[str]) -> Path:
 
 
 def sniff(path: str | os.PathLike[str]) -> str:
-    """What a file is, without unpickling anything: "nvae_fast", "other" (perhaps official), or "damaged"."""
+    """What a file is: "nvae_fast", "other" (perhaps official), or "damaged". No code of the file runs."""
     try:
-        with open(path, "rb") as handle:
-            head = handle.read(4)
-        if not head:
-            return "damaged"
-        if head[:2] != b"PK":
-            return "other"
-        with zipfile.ZipFile(path) as archive:
-            pickled = next((n for n in archive.namelist() if n.endswith("data.pkl")), None)
-            if pickled is None:
-                return "other"
-            return "nvae_fast" if FORMAT.encode() in archive.read(pickled) else "other"
-    except (zipfile.BadZipFile, EOFError):
+        document = _read(Path(path))
+    except DamagedCheckpoint:
         return "damaged"
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {_reason(error)}") from error
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError):
+            raise
+        return "other"
+    return "nvae_fast" if isinstance(document, dict) and document.get("format") == FORMAT else "other"
 
 
 def remove_leftovers(folder: str | os.PathLike[str]) -> None:
@@ -174,33 +214,62 @@ def load_model(
     Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official") and, for ours,
     "data" (what it was trained on), "step" and "epoch".
 
-    path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError,
-    FileNotFoundError or ValueError for a file that is missing, damaged or something else; the message says which.
+    path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError or
+    ValueError for a file that is missing, damaged or something else, or whose weights are not finite; the message says which.
     """
     file = resolve(path)
-    if sniff(file) == "other":
-        model = load_official(file)
-        return to_format(model.to(map_location), torch.channels_last).eval(), {
-            "path": str(file),
-            "kind": "official",
-        }
-    document = load(file, map_location="cpu")
-    model = model_from(document, file)
-    progress = document.get("progress", {})
+    document = _read(file)
     facts: dict[str, Any] = {"path": str(file), "kind": "nvae_fast"}
-    facts.update({key: progress[key] for key in ("step", "epoch") if key in progress})
-    facts["data"] = document.get("data", {})
+    if isinstance(document, dict) and document.get("format") == FORMAT:
+        model = model_from(_ours(document, file), file)
+        for key, kind in (("progress", dict), ("data", dict)):
+            _require(document.get(key, {}), kind, f"checkpoint {file}: {key}")
+        progress = document.get("progress", {})
+        facts.update({key: progress[key] for key in ("step", "epoch") if key in progress})
+        facts["data"] = document.get("data", {})
+    else:
+        model = official.model_from(document, file)
+        facts["kind"] = "official"
+    problem = not_finite(model.state_dict().items())
+    if problem is not None:
+        raise CheckpointError(f"checkpoint {file}: {problem}, so nothing can be computed with it{_advice(file)}")
     return to_format(model.to(map_location), torch.channels_last).eval(), facts
 
 
 def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
     """The model a checkpoint describes, its state loaded. Raises CheckpointError naming what differs."""
     try:
-        model = NVAE(NVAEConfig(**document["model_config"]))
-        model.load_state_dict(document["model"])
+        state = document["model"]
+        return build(
+            NVAEConfig(**document["model_config"]), state, lambda model: model.load_state_dict(state)
+        )
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         raise CheckpointError(f"checkpoint {file} does not fit this nvae_fast: {error}") from error
-    return model
+
+
+def check_optimizer(state: dict[str, Any], parameters: list[torch.nn.Parameter]) -> None:
+    """Raise CheckpointError unless the optimizer's `state` is that of Adamax for `parameters`."""
+    groups = state["param_groups"]
+    places = groups[0].get("params") if len(groups) == 1 and isinstance(groups[0], dict) else None
+    if places != list(range(len(parameters))):
+        raise CheckpointError("its optimizer state is not of this model's parameters")
+    for place, entry in state["state"].items():
+        known = isinstance(place, int) and 0 <= place < len(parameters) and isinstance(entry, dict)
+        if not known or entry.keys() != {"step", "exp_avg", "exp_inf"}:
+            raise CheckpointError(f"its optimizer state has an unknown entry {place!r:.40}")
+        for name, value in entry.items():
+            shape = () if name == "step" else parameters[place].shape
+            if not isinstance(value, torch.Tensor) or value.shape != shape or not value.is_floating_point():
+                raise CheckpointError(
+                    f"its optimizer state has a {name} for parameter {place} that does not fit: expected a floating "
+                    f"tensor of shape {tuple(shape)}, got {_summary(value)}"
+                )
+
+
+def _summary(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{value.dtype} {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def to_format(model: NVAE, memory: torch.memory_format) -> NVAE:
@@ -220,6 +289,39 @@ def _check_plain(value: Any, where: str) -> None:
             _check_plain(item, f"{where}[{index}]")
     elif value is not None and type(value) not in (bool, int, float, str, torch.Tensor, torch.nn.Parameter):
         raise TypeError(f"{where} must be a tensor or a plain value, got {type(value).__name__}")
+
+
+def set_aside(folder: Path, label: str) -> Path:
+    """Make the previous checkpoint of a run folder the newest; the newest one is kept as `checkpoint-<label>.pt`.
+
+    Returns where it is kept. A crash in between leaves the previous checkpoint, which `resolve` then finds.
+    """
+    count, kept = 1, folder / f"checkpoint-{label}.pt"
+    while kept.exists():
+        count += 1
+        kept = folder / f"checkpoint-{label}-{count}.pt"
+    os.replace(folder / NAME, kept)
+    keep_as(folder / PREVIOUS, folder / NAME)
+    sync_folder(folder)
+    return kept
+
+
+def recover(folder: Path) -> str | None:
+    """Make sure that the newest checkpoint of a run folder is whole: where it is damaged and the previous one is not, the
+    previous one takes its place. Returns what was done, None when nothing was."""
+    try:
+        load(folder / NAME)
+        return None
+    except DamagedCheckpoint as error:
+        problem = str(error).removesuffix(_advice(folder / NAME))
+    except CheckpointError:
+        return None
+    try:
+        step = load(folder / PREVIOUS).get("progress", {}).get("step")
+    except CheckpointError:
+        return None
+    kept = set_aside(folder, "damaged")
+    return f"{problem}; it is kept as {kept}, and {folder / PREVIOUS} (step {step}) takes its place"
 
 
 def _advice(file: Path) -> str:

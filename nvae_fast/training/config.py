@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import numpy
 
 
 def _option(default: Any, text: str, *, unit: str = "") -> Any:
@@ -92,6 +95,9 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, numpy.generic):
+                object.__setattr__(self, field.name, value.item())
             self._check_type(field.name, getattr(self, field.name), str(field.type))
         for name in (
             "epochs",
@@ -189,7 +195,7 @@ class TrainingConfig:
         wrong_bool = isinstance(value, bool) and kind != "bool"
         if wrong_bool or not isinstance(value, kinds[kind]):
             raise TypeError(
-                f"TrainingConfig: {name} must be {annotation}, got {type(value).__name__} ({value!r})"
+                f"TrainingConfig: {name} must be {annotation}, got {type(value).__name__} ({reprlib.repr(value)})"
             )
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"TrainingConfig: {name} must be finite, got {value!r}")

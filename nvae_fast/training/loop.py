@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nvae_fast.models.states import not_finite
 from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
@@ -36,10 +37,12 @@ if TYPE_CHECKING:
 # when steps are slower than later on.
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
+# Options on which it depends whether a step is finite.
+_DECIDES_STEPS = ("learning_rate", "learning_rate_min", "warmup_epochs", "grad_clip", "autocast", "accumulate")
 
 
 class TrainingDiverged(RuntimeError):
-    """Too many steps in a row were not finite; the message gives advice and the last good checkpoint."""
+    """Too many steps in a row, or the weights, were not finite; the message gives advice and the last good checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,8 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._last_saved = self.step if state is not None else -1
+        # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
+        self._proven = False
 
     def run(self) -> RunResult:
         """Train to the end, or until a signal asks to stop; the last thing it does is to write a checkpoint.
@@ -155,7 +160,7 @@ class Trainer:
             with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
                 if self._last_saved < 0:
                     self.save()
-                stopping = False
+                stopping = due = False
                 while not stopping and self.position < self.total_steps:
                     begun = time.perf_counter()
                     result, facts = self._take_step(next(batches))
@@ -167,9 +172,12 @@ class Trainer:
                     if self.config.sample_every and self.step % self.config.sample_every == 0:
                         self._pictures(f"samples-{self.step:07d}.png")
                     stopping = bool(self.world.largest(float(stop.signal is not None))[0])
-                    if done or stopping or self.step % self.config.checkpoint_every == 0:
+                    due = due or self.step % self.config.checkpoint_every == 0
+                    # Between bad steps nothing is written: both checkpoints would soon be of weights that diverge.
+                    if done or stopping or (due and not self.bad_in_a_row):
                         self.save()
                         pace.clear()
+                        due = False
                 signal = stop.signal if stopping else None
         finally:
             progress.close()
@@ -178,11 +186,18 @@ class Trainer:
         return RunResult(self.step, self.skipped, signal, self.elapsed)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment (rank 0 only). Raises CheckpointError when it cannot."""
-        if self.step == self._last_saved or not self.world.is_main:
+        """Write a checkpoint of this moment (rank 0 only).
+
+        Raises CheckpointError when it cannot, TrainingDiverged when the weights are not finite: nothing is written then.
+        """
+        if self.step == self._last_saved:
             return
-        checkpoint.save(self.state(), self.folder)
-        self._last_saved = self.step
+        problem = not_finite(self.model.state_dict().items())
+        if problem is not None:
+            raise TrainingDiverged(self._advice(problem))
+        if self.world.is_main:
+            checkpoint.save(self.state(), self.folder)
+        self._last_saved, self._proven = self.step, False
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
@@ -232,16 +247,25 @@ class Trainer:
                 f"{self.steps_per_epoch}: use the same --batch-size with the same number of processes "
                 f"({progress['world_size']}), or one that makes as many images a step"
             )
-        self.model.load_state_dict(state["model"])
-        mark_needing_data_init(self.model, state["awaiting_data"])
-        self.step_function.restore(state["optimizer"])
+        try:
+            self.model.load_state_dict(state["model"])
+            mark_needing_data_init(self.model, state["awaiting_data"])
+            checkpoint.check_optimizer(state["optimizer"], self.step_function.parameters)
+            self.step_function.restore(state["optimizer"])
+            self.averages = metrics.Averages(state["metrics"])
+            torch.set_rng_state(state["rng"]["torch"])
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+            raise checkpoint.CheckpointError(
+                f"the checkpoint to resume from, in {self.folder}, does not fit: {error}"
+            ) from error
         self.step = progress["step"]
         self.position = progress["position"]
         self.elapsed = progress["elapsed"]
-        self.bad_in_a_row = progress["bad_in_a_row"]
+        # With other rates the steps that failed say nothing about those to come.
+        before = TrainingConfig.from_dict(state["training_config"])
+        changed = any(getattr(before, name) != getattr(self.config, name) for name in _DECIDES_STEPS)
+        self.bad_in_a_row = 0 if changed else progress["bad_in_a_row"]
         self.skipped = progress["skipped"]
-        self.averages = metrics.Averages(state["metrics"])
-        torch.set_rng_state(state["rng"]["torch"])
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Images from the current step on, epoch after epoch without end."""
@@ -277,6 +301,7 @@ class Trainer:
         self.averages.add(result)
         if not result.skipped:
             self.bad_in_a_row = 0
+            self._proven = True
             return
         self.bad_in_a_row += 1
         self.skipped += 1
@@ -286,20 +311,32 @@ class Trainer:
                 f"step skipped ({self.bad_in_a_row} in a row, {self.skipped} in all)"
             )
         if self.bad_in_a_row >= self.config.max_bad_steps:
-            raise TrainingDiverged(self._advice())
+            raise TrainingDiverged(
+                self._advice(f"loss or gradient was not finite {self.bad_in_a_row} times in a row")
+            )
 
-    def _advice(self) -> str:
+    def _advice(self, problem: str) -> str:
         advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
         if self.config.autocast:
             advice.append("leave out --autocast")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
-        kept = self.folder / checkpoint.NAME
         return (
-            f"training stopped at step {self.step}: loss or gradient was not finite {self.bad_in_a_row} "
-            f"times in a row. What may help: {', '.join(advice)}. The last good checkpoint is {kept} "
-            f"(step {max(self._last_saved, 0)})"
+            f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
         )
+
+    def _good_checkpoint(self) -> str:
+        """A sentence with the last good checkpoint, which is made the newest one when no step after the newest was finite."""
+        newest, previous = self.folder / checkpoint.NAME, self.folder / checkpoint.PREVIOUS
+        if not self._proven and self._last_saved > 0 and self.world.is_main and previous.exists():
+            with contextlib.suppress(checkpoint.CheckpointError, OSError):
+                step = checkpoint.load_training(previous)["progress"]["step"]
+                kept = checkpoint.set_aside(self.folder, "diverged")
+                return (
+                    f"No step after the newest checkpoint (step {self._last_saved}, kept as {kept}) was finite. The last good "
+                    f"checkpoint is the one before, now {newest} (step {step})"
+                )
+        return f"The last good checkpoint is {newest} (step {max(self._last_saved, 0)})"
 
     def _advance(self, elapsed: float, pace: float) -> None:
         limit = self.config.time_limit * 60 if self.config.time_limit is not None else None

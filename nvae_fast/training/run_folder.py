@@ -21,7 +21,8 @@ def prepare(
 ) -> tuple[Path, str | None]:
     """Make a run folder ready and return (folder, note), the note saying what was moved aside, or None.
 
-    resume: it must hold a checkpoint. overwrite: what is there is renamed to `<name>.replaced-<time>`,
+    resume: it must hold a checkpoint; where the newest is damaged, the previous one takes its place and the damaged one is
+    kept under another name. overwrite: what is there is renamed to `<name>.replaced-<time>`,
     nothing is deleted. Neither: it must not exist, or be empty. Raises RunFolderError before anything is
     changed.
     """
@@ -38,7 +39,7 @@ def prepare(
             )
         _check_writable(folder)
         checkpoint.remove_leftovers(folder)
-        return folder, None
+        return folder, checkpoint.recover(folder)
     note = None
     if occupied:
         if not overwrite:
@@ -77,7 +78,7 @@ def how_to_continue(folder: Path) -> str:
         file = folder / name
         try:
             step = checkpoint.load(file)["progress"]["step"]
-        except (checkpoint.CheckpointError, KeyError):
+        except (checkpoint.CheckpointError, KeyError, TypeError):
             continue
         copy = f" (copy it over {checkpoint.NAME} first)" if name == checkpoint.PREVIOUS else ""
         return f"The newest whole checkpoint is {file}, step {step}: --resume --out {folder} goes on from it{copy}"

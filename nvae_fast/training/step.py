@@ -9,7 +9,6 @@ numbers that the host reads: eagerly before the optimizer moves, after a graph b
 from __future__ import annotations
 
 import contextlib
-import copy
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -327,13 +326,12 @@ class _Beginning:
         self.model = model
         self.parameters = [p.detach().clone() for p in model.parameters()]
         self.awaiting = layers_needing_data_init(model)
-        self.extra = [(m, copy.deepcopy(m.get_extra_state())) for m in model.modules() if _has_extra_state(m)]
+        self.warm = model.spectral.warm
 
     def bring_back(self) -> None:
         for parameter, saved in zip(self.model.parameters(), self.parameters, strict=True):
             parameter.copy_(saved)
-        for module, state in self.extra:
-            module.set_extra_state(copy.deepcopy(state))
+        self.model.spectral.warm = self.warm
         mark_needing_data_init(self.model, self.awaiting)
 
 
@@ -346,10 +344,6 @@ def mark_needing_data_init(model: NVAE, names: list[str]) -> None:
     """Let these modules be initialised by the next batch. (Loading a state marks all of them as done.)"""
     for name in names:
         setattr(model.get_submodule(name), "needs_data_init", True)  # noqa: B010  no attribute of nn.Module
-
-
-def _has_extra_state(module: nn.Module) -> bool:
-    return type(module).get_extra_state is not nn.Module.get_extra_state
 
 
 def make_optimizer(

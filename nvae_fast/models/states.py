@@ -1,0 +1,141 @@
+"""State dicts as they come: with prefixes of wrappers, with values that are no weights, and larger or smaller than a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from nvae_fast.models.config import NVAEConfig
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
+
+# What wrappers put before the names of the modules inside: torch.compile, data parallelism, recomputation, FSDP.
+_WRAPPERS = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_AVERAGED = "n_averaged"  # the count that torch.optim.swa_utils.AveragedModel adds
+
+
+def plain_name(name: str) -> str:
+    """``name`` without the parts that wrappers add, wherever they are."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def plain_names(op: str, state: Mapping[str, Any]) -> dict[str, Any]:
+    """``state`` by plain names (see :func:`plain_name`), without the counter of an averaged model.
+
+    Raises:
+        TypeError: it is no mapping of names to tensors. ValueError: two names become one.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"{op}: state_dict must be a mapping, got {type(state).__name__}")
+    if any(not isinstance(key, str) for key in state):
+        raise TypeError(f"{op}: the keys of state_dict must be strings")
+    wrapped = any(plain_name(key) != key for key in state)
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        if wrapped and key == _AVERAGED:
+            continue
+        name = plain_name(key)
+        if name in plain:
+            raise ValueError(f"{op}: state_dict has {name} twice, with and without a wrapper's prefix ({key})")
+        plain[name] = value
+    return plain
+
+
+def check_values(op: str, state: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:
+    """The values of ``state`` can be copied into those of ``own`` without changing what they are.
+
+    Raises:
+        TypeError: one is no tensor, no dense one, has no memory of its own, or is not floating where it must be.
+    """
+    not_tensors = [key for key, value in state.items() if not isinstance(value, torch.Tensor)]
+    if not_tensors:
+        raise TypeError(f"{op}: these entries are not tensors: {some(not_tensors)}")
+    wrong = []
+    for key, value in state.items():
+        wanted = own.get(key)
+        if value.layout is not torch.strided or value.is_quantized:
+            wrong.append(f"{key} ({value.layout}, expected a dense tensor)")
+        elif wanted is None:
+            continue
+        elif value.is_floating_point() != wanted.is_floating_point() or value.is_complex():
+            kind = "a floating tensor" if wanted.is_floating_point() else str(wanted.dtype)
+            wrong.append(f"{key} ({value.dtype}, expected {kind})")
+    if wrong:
+        raise TypeError(f"{op}: these entries have the wrong type: {some(wrong)}")
+
+
+def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The first of ``tensors`` (name, value) that holds a NaN or an infinity, with which of them; None when all are finite."""
+    named = [(name, value) for name, value in tensors if value.is_floating_point() and value.numel()]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for _, value in named:
+        by_device.setdefault(value.device, []).append(value.detach())
+    # NaN and infinity survive in the largest absolute value. One wait for each device.
+    for values in by_device.values():
+        peaks = torch._foreach_norm(values, torch.inf)
+        if not bool(torch.isfinite(torch.stack([peak.double() for peak in peaks])).all()):
+            break
+    else:
+        return None
+    for name, value in named:
+        if not bool(torch.isfinite(value).all()):
+            return f"{name} holds {'NaN' if bool(value.isnan().any()) else 'an infinity'}"
+    return None
+
+
+def build(config: NVAEConfig, state: Mapping[str, Any], load: Callable[[NVAE], object]) -> NVAE:
+    """A model of ``config`` into which ``load`` loads ``state``; building it takes memory in proportion to ``state``.
+
+    Raises:
+        ValueError: ``config`` asks for a larger model than ``state`` is of. Whatever ``load`` raises.
+    """
+    from nvae_fast.models.nvae import NVAE
+
+    cells = config.num_cells
+    if cells > max(len(state), 1000):
+        raise ValueError(f"its options ask for {cells} cells, its state has {len(state)} entries")
+    with _Budget(state):
+        model = NVAE(config)
+    load(model)
+    return model
+
+
+class _Budget(TorchFunctionMode):
+    """Refuses to make many more tensors, or larger ones, than a state dict has. Models of common size can always be made, so
+    that what is missing in the state dict can be named."""
+
+    _SIZED = (torch.empty, torch.zeros, torch.ones, torch.rand, torch.randn)
+
+    def __init__(self, state: Mapping[str, Any]) -> None:
+        super().__init__()
+        tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and not value.is_sparse]
+        # Elements in memory: an expanded tensor shows many more.
+        elements = {
+            value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() // value.itemsize
+            for value in tensors
+        }
+        # Twice as much, because initialisation makes temporary tensors.
+        self.elements = max(2 * sum(elements.values()), 1 << 25)
+        self.count = max(2 * len(tensors), 20_000)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._SIZED:
+            size = args[0] if args and isinstance(args[0], (tuple, list)) else args
+            elements = 1
+            for side in size:
+                elements *= int(side)
+            self.elements -= elements
+            self.count -= 1
+            if self.elements < 0 or self.count < 0:
+                raise ValueError("its options ask for a larger model than its state is of")
+        return func(*args, **(kwargs or {}))
+
+
+def some(names: list[str], most: int = 12) -> str:
+    """The first of ``names``, and how many more there are."""
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
