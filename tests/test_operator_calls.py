@@ -4,7 +4,6 @@ its fake (shapes, dtypes, strides), on the arguments that a model, its regularis
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from nvae_fast.ops.inverted_residual_cell import NAME as CELL
 from nvae_fast.training.adamax import Adamax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def cells(layout: torch.memory_format) -> None:
     for stride, c_out, se in ((1, 4, True), (2, 8, False), (-1, 4, True)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -100,7 +99,12 @@ def test_values_and_gradients(
     )
     for found, expected in zip(outputs(function(**tensors)), of.results, strict=False):
         assert found.dtype == (dtype if expected is INPUT else expected)
-        if of.keeps_format and found.dim() == 4 and found.shape[1] > 1 and found.shape[2] * found.shape[3] > 1:
+        if (
+            of.keeps_format
+            and found.dim() == 4
+            and found.shape[1] > 1
+            and found.shape[2] * found.shape[3] > 1
+        ):
             assert found.is_contiguous(memory_format=memory_format), "the memory format is kept"
 
 
@@ -180,7 +184,9 @@ def test_strided_inputs(of: Description, sample: Sample, route: str, device: tor
 
 
 @with_samples("layouts")
-def test_inputs_of_both_memory_formats(of: Description, sample: Sample, route: str, device: torch.device) -> None:
+def test_inputs_of_both_memory_formats(
+    of: Description, sample: Sample, route: str, device: torch.device
+) -> None:
     """In turn: each of the maps may have a format of its own."""
     tensors = in_float32(sample, device)
     maps = [name for name, t in tensors.items() if t.dim() == 4]

@@ -38,9 +38,13 @@ class Sample:
     cancels: float = 1.0
 
 
-def sample(label: Any, tensors: Tensors, differentiable: tuple[str, ...] | None = None, **options: Any) -> Sample:
+def sample(
+    label: Any, tensors: Tensors, differentiable: tuple[str, ...] | None = None, **options: Any
+) -> Sample:
     """A sample of these tensors."""
-    return Sample(str(label), lambda: {name: t.clone() for name, t in tensors.items()}, options, differentiable)
+    return Sample(
+        str(label), lambda: {name: t.clone() for name, t in tensors.items()}, options, differentiable
+    )
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 BATCH = ("x", "weight", "bias")
 GIVEN = (*BATCH, "mean", "var")
@@ -19,7 +19,9 @@ SIZES = [(4, 6, 5, 7), (1, 1, 13, 1), (3, 17, 8, 8)]
 TWO = (2, 3, 1, 1)
 
 
-def inputs(size: tuple[int, int, int, int] = (4, 6, 5, 7), given: bool = False, offset: float = 0.5) -> Tensors:
+def inputs(
+    size: tuple[int, int, int, int] = (4, 6, 5, 7), given: bool = False, offset: float = 0.5
+) -> Tensors:
     """Half of the gammas are negative."""
     generator = torch.Generator().manual_seed(5)
 

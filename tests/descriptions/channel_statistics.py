@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import Description, sample
 from harness import Tensors
 
+from descriptions import Description, sample
 from nvae_fast.ops.channel_statistics import channel_statistics
 
 # One pixel, one channel, rows shorter and longer than a task, tails of vectors, more channels than a block.

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from descriptions import INPUT, Description, Sample, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, Sample, sample
 
 AFFINE = ("x", "weight", "scale", "shift")
 PLAIN = ("x", "weight")
@@ -126,7 +126,11 @@ ERRORS = [
     ({"weight": torch.zeros(3, 1, 5, 5, device="meta")}, ValueError, "weight must be on cpu .*got meta"),
     ({"scale": torch.ones(3)}, ValueError, "scale and shift must be given together, got only scale"),
     ({"shift": torch.ones(3)}, ValueError, "scale and shift must be given together, got only shift"),
-    ({"scale": torch.ones(2), "shift": torch.ones(3)}, ValueError, r"scale must have shape \(3,\), got \(2,\)"),
+    (
+        {"scale": torch.ones(2), "shift": torch.ones(3)},
+        ValueError,
+        r"scale must have shape \(3,\), got \(2,\)",
+    ),
     ({"stride": 3}, ValueError, r"stride must be one of \[1, 2\], got 3"),
     ({"stride": 1.0}, TypeError, "stride must be an int, got 1.0"),
     ({"dilation": 2.0}, TypeError, "dilation must be an int, got 2.0"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import torch
-from descriptions import INPUT, Description, sample
 
+from descriptions import INPUT, Description, sample
 from nvae_fast.ops.elu import elu
 
 # One pixel, one channel, lengths with and without tails, longer than a task.

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 M = 3
 SIZES = [(2, 4, 5), (1, 7, 1), (3, 1, 1), (1, 11, 13)]
@@ -114,7 +114,11 @@ SAMPLE_ERRORS = [
 MEAN_ERRORS = [
     ({"num_mixtures": 3.0}, TypeError, "num_mixtures must be an int, got 3.0"),
     ({"params": P.long()}, TypeError, "params must have one of the dtypes .*got torch.int64"),
-    ({"num_mixtures": 2}, ValueError, r"params must have 10 \* num_mixtures = 20 .*got shape \(2, 30, 4, 4\)"),
+    (
+        {"num_mixtures": 2},
+        ValueError,
+        r"params must have 10 \* num_mixtures = 20 .*got shape \(2, 30, 4, 4\)",
+    ),
 ]
 PIXELS = torch.full((1, 3, 2, 2), 0.2, dtype=torch.float64)
 

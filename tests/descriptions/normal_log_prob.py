@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import Description, sample
 from harness import Tensors
 from torch.distributions import Normal
 
 import nvae_fast as nf
+from descriptions import Description, sample
 
 
 def inputs(size: tuple[int, int, int, int] = (2, 3, 4, 5)) -> Tensors:
@@ -39,7 +39,11 @@ ERRORS = [
         ValueError,
         r"params must have shape \(1, 4, 3, 3\), got \(1, 2, 3, 3\)",
     ),
-    ({"params": torch.zeros(1, 4, 3, 3).long()}, TypeError, "params must have one of the dtypes .*got torch.int64"),
+    (
+        {"params": torch.zeros(1, 4, 3, 3).long()},
+        TypeError,
+        "params must have one of the dtypes .*got torch.int64",
+    ),
     ({"params": torch.zeros(1, 4, 3, 3, device="meta")}, ValueError, "params must be on cpu .*got meta"),
     ({"clamp": 0}, ValueError, "clamp must be None or a finite number > 0, got 0"),
     ({"sigma_floor": -1.0}, ValueError, "sigma_floor must be a finite number >= 0, got -1.0"),
@@ -51,7 +55,10 @@ DESCRIPTIONS = [
         "normal_log_prob",
         op,
         formula,
-        samples=[sample(size, inputs(size)) for size in [(2, 3, 4, 4), (61, 1, 1, 1), (61, 5, 7, 11), (1, 2, 1, 13)]],
+        samples=[
+            sample(size, inputs(size))
+            for size in [(2, 3, 4, 4), (61, 1, 1, 1), (61, 5, 7, 11), (1, 2, 1, 13)]
+        ],
         small=[
             sample("params", ONE),
             sample("standard prior", {"z": ONE["z"]}),

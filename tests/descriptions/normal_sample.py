@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 NAMES = ("params", "noise")
 
@@ -35,7 +35,11 @@ def op(params: Any, noise: Any = None, **options: Any) -> torch.Tensor:
 PARAMS, NOISE = torch.zeros(1, 4, 2, 2), torch.zeros(1, 2, 2, 2)
 ERRORS = [
     ({"params": None}, TypeError, "params must be a torch.Tensor, got NoneType"),
-    ({"params": torch.zeros(1, 3, 2, 2)}, ValueError, "params must have an even number of channels 2Z .*got 3"),
+    (
+        {"params": torch.zeros(1, 3, 2, 2)},
+        ValueError,
+        "params must have an even number of channels 2Z .*got 3",
+    ),
     ({"params": torch.zeros(4, 2, 2)}, ValueError, r"params must have shape \(B, C, H, W\), got \(4, 2, 2\)"),
     ({"noise": PARAMS}, ValueError, r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)"),
     ({"noise": NOISE, "seed": 1}, ValueError, "give either noise or seed, not both"),

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
+from descriptions import INPUT, Description, sample
 from nvae_fast.ops.plane_affine import plane_affine, plane_dots
 
 EVERY = ("x", "a", "y", "b", "c")

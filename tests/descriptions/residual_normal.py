@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 from torch.distributions import Normal, kl_divergence
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 SIZES = [(2, 3, 4, 4), (61, 1, 1, 1), (3, 5, 7, 11), (1, 2, 13, 1)]
 NAMES = ("posterior", "prior", "noise")
@@ -20,7 +20,8 @@ def inputs(size: tuple[int, int, int, int] = (2, 3, 4, 5), spread: float = 1.0) 
     generator = torch.Generator().manual_seed(1)
     shapes = {"posterior": (b, 2 * z, h, w), "prior": (b, 2 * z, h, w), "noise": (b, z, h, w)}
     return {
-        name: torch.randn(shape, generator=generator, dtype=torch.float64) * (1 if name == "noise" else spread)
+        name: torch.randn(shape, generator=generator, dtype=torch.float64)
+        * (1 if name == "noise" else spread)
         for name, shape in shapes.items()
     }
 
@@ -61,9 +62,17 @@ ERRORS = [
         ValueError,
         "posterior must have an even number of channels 2Z .*got 3",
     ),
-    ({"prior": torch.zeros(1, 4, 2, 3)}, ValueError, r"prior must have shape \(1, 4, 2, 2\), got \(1, 4, 2, 3\)"),
+    (
+        {"prior": torch.zeros(1, 4, 2, 3)},
+        ValueError,
+        r"prior must have shape \(1, 4, 2, 2\), got \(1, 4, 2, 3\)",
+    ),
     ({"prior": torch.zeros(1, 4, 2, 2, device="meta")}, ValueError, "prior must be on cpu .*got meta"),
-    ({"noise": torch.zeros(1, 4, 2, 2)}, ValueError, r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)"),
+    (
+        {"noise": torch.zeros(1, 4, 2, 2)},
+        ValueError,
+        r"noise must have shape \(1, 2, 2, 2\), got \(1, 4, 2, 2\)",
+    ),
     ({"noise": torch.zeros(1, 2, 2, 2), "seed": 1}, ValueError, "give either noise or seed, not both"),
     ({"seed": 1.5}, TypeError, "seed must be an int or a 0-d int64 tensor, got float"),
     ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, r"a seed tensor must be 0-d, got shape \(2,\)"),

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 NAMES = ("x", "reduce_weight", "reduce_bias", "expand_weight", "expand_bias", "skip")
 # Above 64 channels the hidden width C // 16 exceeds the minimum of 4.
@@ -53,13 +53,25 @@ GOOD = inputs((2, 6, 3, 3))
 ERRORS = [
     ({"x": 0}, TypeError, "x must be a torch.Tensor, got int"),
     ({"x": torch.zeros(2, 6)}, ValueError, r"x must have shape \(B, C, H, W\), got \(2, 6\)"),
-    ({"reduce_weight": torch.zeros(4, 5)}, ValueError, r"reduce_weight must have shape \(4, 6\), got \(4, 5\)"),
+    (
+        {"reduce_weight": torch.zeros(4, 5)},
+        ValueError,
+        r"reduce_weight must have shape \(4, 6\), got \(4, 5\)",
+    ),
     ({"reduce_weight": torch.tensor(0.0)}, ValueError, r"reduce_weight must have shape \(0, 6\), got \(\)"),
     ({"reduce_bias": torch.zeros(6)}, ValueError, r"reduce_bias must have shape \(4,\), got \(6,\)"),
-    ({"expand_weight": torch.zeros(4, 6)}, ValueError, r"expand_weight must have shape \(6, 4\), got \(4, 6\)"),
+    (
+        {"expand_weight": torch.zeros(4, 6)},
+        ValueError,
+        r"expand_weight must have shape \(6, 4\), got \(4, 6\)",
+    ),
     ({"expand_bias": torch.zeros(4)}, ValueError, r"expand_bias must have shape \(6,\), got \(4,\)"),
     ({"expand_bias": torch.zeros(6, device="meta")}, ValueError, "expand_bias must be on cpu .*got meta"),
-    ({"skip": torch.zeros(2, 6, 3, 4)}, ValueError, r"skip must have shape \(2, 6, 3, 3\), got \(2, 6, 3, 4\)"),
+    (
+        {"skip": torch.zeros(2, 6, 3, 4)},
+        ValueError,
+        r"skip must have shape \(2, 6, 3, 3\), got \(2, 6, 3, 4\)",
+    ),
     ({"residual_scale": None}, TypeError, "residual_scale must be a number, got None"),
     ({"residual_scale": "a"}, TypeError, "residual_scale must be a number, got 'a'"),
 ]

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from descriptions import INPUT, Description, sample
 from harness import Tensors
 
 import nvae_fast as nf
+from descriptions import INPUT, Description, sample
 
 SIZES = [(4, 3, 3, 3), (1, 1, 1, 1), (7, 5, 1, 1), (17, 1, 5, 5), (3, 130, 3, 3)]
 
@@ -46,7 +46,11 @@ ERRORS = [
         r"log_weight_norm must have shape \(4, 1, 1, 1\), got \(4,\)",
     ),
     ({"log_weight_norm": N.to("meta")}, ValueError, "log_weight_norm must be on cpu .*got meta"),
-    ({"mask": torch.ones(4, 3, 3, 1)}, ValueError, r"mask must have shape \(4, 3, 3, 3\), got \(4, 3, 3, 1\)"),
+    (
+        {"mask": torch.ones(4, 3, 3, 1)},
+        ValueError,
+        r"mask must have shape \(4, 3, 3, 3\), got \(4, 3, 3, 1\)",
+    ),
     ({"mask": W.bool()}, TypeError, "mask must have one of the dtypes .*got torch.bool"),
     ({"eps": "small"}, ValueError, "eps must be >= 0, got 'small'"),
     ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
@@ -61,7 +65,9 @@ PARTS = {"weight": "weights", "log_weight_norm": "log_weight_norms", "mask": "ma
 
 def layers(sizes: list[tuple[int, ...]], masked: tuple[int, ...] = ()) -> Tensors:
     return {
-        f"{part}_{i}": t for i, size in enumerate(sizes) for part, t in inputs(size, masked=i in masked).items()
+        f"{part}_{i}": t
+        for i, size in enumerate(sizes)
+        for part, t in inputs(size, masked=i in masked).items()
     }
 
 
@@ -89,7 +95,11 @@ MANY_ERRORS = [
         ValueError,
         r"layer 1: weight must have shape \(C_out, C_in, K, K\), got \(3, 3, 3\)",
     ),
-    ({"log_weight_norms": [N, N[:3]]}, ValueError, r"layer 1: log_weight_norm must have shape \(4, 1, 1, 1\)"),
+    (
+        {"log_weight_norms": [N, N[:3]]},
+        ValueError,
+        r"layer 1: log_weight_norm must have shape \(4, 1, 1, 1\)",
+    ),
     ({"masks": [None, W.bool()]}, TypeError, "layer 1: mask must have one of the dtypes .*got torch.bool"),
     (
         {"weights": [W, W.to("meta")], "log_weight_norms": [N, N.to("meta")]},
