@@ -1,6 +1,6 @@
 # Every target but `gpu` and its stages does its own set-up: a virtual environment in .venv, the pinned packages, the C++ extension.
 #   make demo     train a small NVAE on real images for about two minutes, leave pictures in runs/demo/
-#   make test     the whole test suite, no GPU needed
+#   make test     the whole test suite, no GPU needed; a second run has Triton's interpreter
 #   make test-fast  the operators, the model and a training step, in two minutes on two cores
 #   make build    environment and extension only
 #   make bench    benchmarks of this machine -> benchmarks/results/
@@ -24,8 +24,8 @@ VENV_CUDA := .venv-cuda
 CUDA_PY := $(VENV_CUDA)/bin/python
 DRY := build/gpu-dry
 # On that PyTorch: the stand-in driver, what depends on versions, and the operators, model and step of test-fast.
-DRY_TESTS = tests/gpu_standin $(wildcard tests/test_triton_*.py) \
-	$(patsubst %,tests/test_%.py,extension devices capture sampler $(FAST))
+DRY_TESTS = tests/gpu_standin $(patsubst %,tests/test_%.py,triton_compiled triton_normal_compiled triton_launch \
+	extension devices capture sampler $(FAST))
 # The stages of `make gpu`: results and logs go to OUT, tests run in GPU_JOBS processes, benchmarks take GPU_SECONDS.
 OUT ?= build/gpu
 GPU_JOBS ?= 8
@@ -49,9 +49,11 @@ build: $(VENV)/.installed
 
 test: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) tests/triton
 
-FAST := layout registration dispatch residual_normal normal_sample normal_log_prob mixture_logistic_kernels depthwise_conv2d \
-	batch_norm_swish squeeze_excite weight_norm_many philox inverted_residual models freeze step
+FAST := layout registration dispatch ops residual_normal normal_sample normal_log_prob mixture_logistic \
+	mixture_logistic_kernels depthwise_conv2d batch_norm_swish squeeze_excite weight_norm weight_norm_many elu \
+	plane_affine channel_statistics affine_activation philox inverted_residual models freeze step
 test-fast: build
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(JOBS) $(FAST:%=tests/test_%.py)
 
@@ -84,6 +86,7 @@ gpu-dry: $(VENV_CUDA)/.installed
 	NVAE_FAST_REQUIRE_EXTENSION=1 $(CUDA_PY) setup.py -q build --build-base $(DRY) --build-lib $(DRY)/lib
 	cd $(DRY) && LD_BIND_NOW=1 PYTHONPATH=$$PWD/lib $(CURDIR)/$(CUDA_PY) -m nvae_fast info
 	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) --dist loadgroup $(DRY_TESTS)
+	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) tests/triton
 
 # Prints sm_90a, sm_80, ...
 ARCH := import torch; c = torch.cuda.get_device_capability(); print('sm_%d%d%s' % (*c, 'a' if c == (9, 0) else ''))

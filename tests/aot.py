@@ -1,6 +1,5 @@
-"""Ahead-of-time compilation of GPU kernels on a machine without a GPU: what a kernel would use of each
-architecture.
-"""
+"""Ahead-of-time compilation of CUDA sources on a machine without a GPU: what a kernel would use of each architecture. For
+Triton kernels see launches.py."""
 
 from __future__ import annotations
 
@@ -10,12 +9,10 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TRITON_CAPABILITIES = (80, 90, 100)
 CUDA_ARCHS = ("sm_80", "sm_90a", "sm_100")
 
 
@@ -39,44 +36,6 @@ def _usages(ptxas_output: str) -> list[Usage]:
         Usage(int(r), int(stores) + int(loads), int(stack))
         for r, (stack, stores, loads) in zip(registers, frames, strict=True)
     ]
-
-
-def triton_usage(
-    kernel: Any, signature: dict[str, str], constants: dict[str, Any], capability: int
-) -> tuple[Usage, str]:
-    """Compile a ``@triton.jit`` kernel for an NVIDIA capability (80, 90, ...); returns its usage and its PTX.
-
-    ``signature`` gives the type of each argument that is no constant ("*fp32", "i32", ...). Pointers and
-    integers are taken to be divisible by 16, as Triton finds most of them when it launches.
-    """
-    triton = pytest.importorskip("triton")
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    if not hasattr(kernel, "src"):
-        pytest.skip("triton was imported with TRITON_INTERPRET=1, which replaces its compiler")
-    names = list(kernel.arg_names)
-    types = {name: signature.get(name, "constexpr") for name in names}
-    divisible = {(names.index(name),): [["tt.divisibility", 16]] for name in signature}
-    source = ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=divisible)
-    compiled = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"enable_fp_fusion": True}
-    )
-    ptx = compiled.asm["ptx"]
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    ptxas = tools / "ptxas-blackwell"  # the newer of the two where there are two
-    if not ptxas.exists():
-        ptxas = tools / "ptxas"
-    target = re.search(r"^\.target (\S+?),?\s", ptx, re.MULTILINE)
-    assert target is not None
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "kernel.ptx").write_text(ptx, encoding="utf-8")
-        command = [str(ptxas), "-v", f"-arch={target[1]}", "kernel.ptx", "-o", "kernel.cubin"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    usages = _usages(done.stdout + done.stderr)
-    assert len(usages) == 1
-    return usages[0], ptx
 
 
 def nvcc(source: Path, arch: str, flags: list[str]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,11 @@ import nvae_fast as nf
 from nvae_fast.ops import _backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+# Where Triton is not installed, the folder tests/triton is no substitute: Python would take it for a namespace package.
+_triton = importlib.util.find_spec("triton")
+if _triton is not None and _triton.origin is None:
+    sys.modules["triton"] = None  # type: ignore[assignment]
 
 # Two test processes on two cores: more threads than that only get in each other's way.
 if os.environ.get("PYTEST_XDIST_WORKER"):

@@ -6,7 +6,8 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,18 @@ def ranks(
         )
         for rank in range(size)
     ]  # fmt: skip
+
+
+def wait_until(condition: Callable[[], Any], running: Sequence[subprocess.Popen], limit: float = 300) -> None:
+    """Wait for ``condition`` while the processes run. It is an error if one of them ends, or after ``limit`` seconds."""
+    deadline = time.monotonic() + limit
+    while not condition():
+        ended = [process for process in running if process.poll() is not None]
+        if ended:
+            raise RuntimeError(f"a process ended too early: {ended[0].communicate()}")
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"still waiting after {limit:g} seconds")
+        time.sleep(0.02)
 
 
 def part_of(shares: tuple[int, ...], rank: int) -> slice:

@@ -55,7 +55,9 @@ def test_the_page_shows_the_runs() -> None:
 
 
 def test_the_essential_tests_are_there() -> None:
-    assert not [name for name in matrix.TESTS if not (ROOT / "tests" / f"test_{name}.py").is_file()]
+    assert not [
+        name for name in (*matrix.TESTS, *matrix.INTERPRETED) if not (ROOT / "tests" / f"{name}.py").is_file()
+    ]
 
 
 def test_cells_are_validated() -> None:

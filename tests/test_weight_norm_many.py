@@ -1,4 +1,4 @@
-"""weight_norm_many: every layer is what weight_norm gives it, whatever stands beside it; everything an op must do."""
+"""weight_norm_many: every layer gets what weight_norm gives it, whatever the other layers are."""
 
 from __future__ import annotations
 
@@ -6,13 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from harness import DTYPES, assert_close, assert_no_double_backward, relative_error, strided
-from test_weight_norm import formula
+from descriptions import weight_norm
+from descriptions.weight_norm import MANY_SIZES, MASKED, formula, lists
+from harness import DTYPES, assert_close, place, relative_error
 
 import nvae_fast as nf
 
-SIZES = [(4, 3, 3, 3), (9, 2, 1, 1), (7, 5, 1, 1), (17, 1, 5, 5), (3, 130, 3, 3), (40, 33, 1, 1)]
-MASKED = (1, 3, 4)  # positions in SIZES
 Layers = tuple[list[torch.Tensor], list[torch.Tensor], list[torch.Tensor | None]]
 
 
@@ -24,16 +23,10 @@ def layers(
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Layers:
     """Weights, log norms and masks; leaves where they are differentiable."""
-    generator = torch.Generator().manual_seed(7)
-    weights, norms, masks = [], [], []
-    for i, size in enumerate(SIZES if sizes is None else sizes):
-        weight = torch.randn(size, generator=generator, dtype=torch.float64)
-        norm = 0.5 * torch.randn((size[0], 1, 1, 1), generator=generator, dtype=torch.float64)
-        mask = (torch.rand(size, generator=generator) < 0.6).to(device, dtype)
-        mask[:, :1, :1, :1] = 1
-        weights.append(weight.to(device, dtype).contiguous(memory_format=memory_format).requires_grad_())
-        norms.append(norm.to(device, dtype).requires_grad_())
-        masks.append(mask.contiguous(memory_format=memory_format) if i in MASKED else None)
+    tensors = weight_norm.layers(MANY_SIZES if sizes is None else sizes, MASKED)
+    weights, norms, masks = lists(place(tensors, dtype, memory_format, device)).values()
+    for leaf in (*weights, *norms):
+        leaf.requires_grad_()
     return weights, norms, masks
 
 
@@ -44,29 +37,6 @@ def upstream(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 def gradients(outputs: list[torch.Tensor], weights: Any, norms: Any) -> list[torch.Tensor]:
     return list(torch.autograd.grad(outputs, [*weights, *norms], upstream(outputs)))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_accuracy(
-    dtype: torch.dtype, route: str, memory_format: torch.memory_format, device: torch.device
-) -> None:
-    """Against float64, each result as near as rounding allows or plain PyTorch comes."""
-    weights, norms, masks = layers(dtype, device=device, memory_format=memory_format)
-    outputs = nf.weight_norm_many(weights, norms, masks)
-    native = [formula(*layer) for layer in zip(weights, norms, masks, strict=True)]
-    wide = [[None if t is None else t.detach().double() for t in ts] for ts in (weights, norms, masks)]
-    leaves = [[t.requires_grad_() for t in ts] for ts in wide[:2]]
-    truth = [formula(*layer) for layer in zip(*leaves, wide[2], strict=True)]
-    for y, e in zip(outputs, truth, strict=True):
-        assert y.dtype == dtype
-        assert_close(y, e, 1.05 * relative_error(e.to(dtype), e) + 5e-7)
-    actual, plain, expected = (
-        gradients(ys, *ts)
-        for ys, ts in ((outputs, (weights, norms)), (native, (weights, norms)), (truth, leaves))
-    )
-    for a, p, e in zip(actual, plain, expected, strict=True):
-        lost = relative_error(p, e) if torch.isfinite(p).all() else 0.0
-        assert_close(a, e, 2.5 * max(lost, relative_error(e.to(dtype), e), 1.2e-7))
 
 
 def test_equals_single_layers(route: str, device: torch.device) -> None:
@@ -112,41 +82,6 @@ def test_float64_and_mixed_dtypes(route: str) -> None:
         assert_close(y, formula(w.double(), g, m), 1e-2 if w.dtype != torch.float32 else 1e-6)
 
 
-def test_gradcheck(route: str) -> None:
-    weights, norms, masks = layers(sizes=[(2, 3, 1, 1), (3, 2, 3, 1), (2, 1, 2, 2), (1, 2, 2, 1)])
-    n = len(weights)
-    assert torch.autograd.gradcheck(
-        lambda *t: tuple(nf.weight_norm_many(t[:n], t[n:], masks)), (*weights, *norms)
-    )
-
-
-@pytest.mark.parametrize("masked", ["none", "some", "all"])
-def test_opcheck(masked: str, device: torch.device) -> None:
-    weights, norms, masks = layers(
-        torch.float32, sizes=[(3, 2, 3, 3), (2, 4, 1, 1)], device=device, memory_format=torch.channels_last
-    )
-    ones = [torch.ones_like(w).detach() for w in weights]
-    masks = {"none": [None, None], "some": [None, ones[1]], "all": ones}[masked]
-    operator = torch.ops.nvae_fast.weight_norm_many
-    torch.library.opcheck(operator, (weights, norms, masks, 1e-5, None))
-    torch.library.opcheck(operator, (weights, [g.detach() for g in norms], masks, 1e-5, torch.bfloat16))
-
-
-def test_compiles(device: torch.device) -> None:
-    torch._dynamo.reset()
-    weights, norms, masks = layers(torch.float32, device=device)
-    compiled = torch.compile(
-        lambda w, g: nf.weight_norm_many(w, g, masks), fullgraph=True, backend="aot_eager"
-    )
-    outputs, expected = compiled(weights, norms), nf.weight_norm_many(weights, norms, masks)
-    for a, e in zip(
-        outputs + gradients(outputs, weights, norms),
-        expected + gradients(expected, weights, norms),
-        strict=True,
-    ):
-        assert_close(a, e, 1e-6)
-
-
 def test_unused_results_get_no_gradient(route: str) -> None:
     """None, not zeros: an optimizer with weight decay would move such a weight."""
     weights, norms, masks = layers(torch.float32)
@@ -174,17 +109,10 @@ def test_only_some_gradients(route: str) -> None:
         assert torch.equal(a, e)
 
 
-def test_strided_repeats_and_empty(route: str, device: torch.device) -> None:
+def test_empty_layers_and_gradients_of_another_format(route: str, device: torch.device) -> None:
     weights, norms, masks = layers(torch.float32, device=device)
-    first, second = (
-        (outputs := nf.weight_norm_many(weights, norms, masks)) + gradients(outputs, weights, norms)
-        for _ in range(2)
-    )
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    gaps = [[strided(t.detach()).requires_grad_() for t in ts] for ts in (weights, norms)]
-    outputs = nf.weight_norm_many(*gaps, [None if m is None else strided(m) for m in masks])
-    for a, e in zip(outputs + gradients(outputs, *gaps), first, strict=True):
-        assert_close(a, e, 1e-6)
+    outputs = nf.weight_norm_many(weights, norms, masks)
+    first = outputs + gradients(outputs, weights, norms)
     # Upstream gradients in another order than the weight.
     outputs = nf.weight_norm_many(weights, norms, masks)
     other = [g.contiguous(memory_format=torch.channels_last) for g in upstream(outputs)]
@@ -200,6 +128,21 @@ def test_strided_repeats_and_empty(route: str, device: torch.device) -> None:
     assert not gradients(outputs, weights, norms)[4].any()
 
 
+def test_opcheck_of_another_dtype() -> None:
+    weights, norms, masks = layers(torch.float32, sizes=[(3, 2, 3, 3), (2, 4, 1, 1)])
+    norms = [g.detach() for g in norms]
+    torch.library.opcheck(torch.ops.nvae_fast.weight_norm_many, (weights, norms, masks, 1e-5, torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rounded_once(dtype: torch.dtype, route: str, memory_format: torch.memory_format) -> None:
+    weights, norms, masks = layers(dtype, memory_format=memory_format)
+    wide = [[None if t is None else t.detach().double() for t in ts] for ts in (weights, norms, masks)]
+    for y, *layer in zip(nf.weight_norm_many(weights, norms, masks), *wide, strict=True):
+        truth = formula(*layer)
+        assert_close(y, truth, 1.05 * relative_error(truth.to(dtype), truth) + 5e-7)
+
+
 def test_many_threads_give_the_same() -> None:
     sizes = [(64, 300, 3, 3), (5, 3, 3, 3), (200, 200, 1, 1), (100, 1, 5, 5)] * 2
     weights, norms, masks = layers(torch.float32, sizes=sizes)
@@ -213,51 +156,3 @@ def test_many_threads_give_the_same() -> None:
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-
-
-def test_no_double_backward() -> None:
-    weights, norms, masks = layers()
-    for out in (
-        torch.ops.nvae_fast.weight_norm_many(weights, norms, masks, 1e-5, None)[0],
-        *(
-            [nf.weight_norm_many(weights, norms, masks)[0]]
-            if nf.backends()["weight_norm"]["cpu"] == "cpp"
-            else []
-        ),
-    ):
-        assert_no_double_backward("weight_norm_many", out, weights[0])
-
-
-W, N = torch.ones(4, 3, 3, 3), torch.zeros(4, 1, 1, 1)
-ERRORS = [
-    ({"log_weight_norms": [N]}, ValueError, r"log_weight_norms must have one entry per weight \(2\), got 1"),
-    ({"masks": [None]}, ValueError, r"masks must have one entry per weight \(2\), got 1"),
-    ({"weights": [W, None]}, TypeError, "layer 1: weight must be a torch.Tensor, got NoneType"),
-    (
-        {"weights": [W, W[0]]},
-        ValueError,
-        r"layer 1: weight must have shape \(C_out, C_in, K, K\), got \(3, 3, 3\)",
-    ),
-    (
-        {"log_weight_norms": [N, N[:3]]},
-        ValueError,
-        r"layer 1: log_weight_norm must have shape \(4, 1, 1, 1\)",
-    ),
-    ({"masks": [None, W.bool()]}, TypeError, "layer 1: mask must have one of the dtypes .*got torch.bool"),
-    (
-        {"weights": [W, W.to("meta")], "log_weight_norms": [N, N.to("meta")]},
-        ValueError,
-        "layer 1: weight must be on cpu like the first argument, got meta",
-    ),
-    ({"weights": None}, TypeError, "weights must be a sequence with one entry a layer, got NoneType"),
-    ({"masks": 3}, TypeError, "masks must be a sequence with one entry a layer, got int"),
-    ({"eps": None}, ValueError, "eps must be >= 0, got None"),
-    ({"eps": -1e-5}, ValueError, "eps must be >= 0, got -1e-05"),
-    ({"dtype": torch.int32}, TypeError, r"dtype must be None or one of .*got torch.int32"),
-]
-
-
-@pytest.mark.parametrize("bad, kind, message", ERRORS)
-def test_errors(bad: dict, kind: type, message: str, route: str) -> None:
-    with pytest.raises(kind, match=f"^weight_norm_many: {message}"):
-        nf.weight_norm_many(**{"weights": [W, W], "log_weight_norms": [N, N], **bad})

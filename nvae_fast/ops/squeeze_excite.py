@@ -69,8 +69,9 @@ def _reference(
     """y, and the pooled x (B, C), which the backward pass needs."""
     acc_dtype = _checks.accumulate_dtype(x.dtype)
     pooled = x.mean((2, 3), dtype=acc_dtype)
-    hidden = F.relu(F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
-    gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
+    with _no_autocast(x):
+        hidden = F.relu(F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
+        gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
     y = x * gate
     if skip is not None:
         y = skip + residual_scale * y

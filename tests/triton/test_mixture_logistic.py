@@ -1,28 +1,19 @@
-"""The Triton kernels of the mixture of logistics: run in Triton's interpreter against the reference in float64. As in
-test_triton_normal.py, the interpreter runs in a process of its own: this file, started with the file to write to.
-"""
+"""The Triton kernels of the mixture of logistics against the reference in float64."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import tempfile
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
-import interpreter
-import numpy as np
 import pytest
 import torch
 from harness import relative_error, strided
 
 import nvae_fast as nf
+from nvae_fast.kernels import mixture_logistic as kernels
 from nvae_fast.ops._op import DEFINITIONS
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
 SEED = 2**40 + 12345
 
@@ -99,11 +90,7 @@ OPERATORS = [DEFINITIONS[f"mixture_logistic_{name}"] for name in NAMES]
 REFERENCES = tuple(operator.formula for operator in OPERATORS)
 
 
-def launchers() -> tuple[Any, ...]:
-    from nvae_fast.kernels import mixture_logistic as kernels
-
-    return tuple(getattr(kernels, f"mixture_logistic_{name}") for name in NAMES)
-
+KERNELS = tuple(operator.launch for operator in OPERATORS)
 
 HARD = torch.tensor([0.0, -0.0, 1e-30, 1e4, -1e4, 88.0, -9.0, 9.0, -1e30, float("nan")])
 
@@ -123,73 +110,33 @@ def hard(functions: Any) -> dict[str, torch.Tensor]:
     }
 
 
-def run_cases(path: str) -> None:
-    """In the process with the interpreter. Fresh memory holds NaN there."""
-    from test_triton_normal import fused
-    from triton.runtime import interpreter
-
-    from nvae_fast.kernels import mixture_logistic as kernels
-
-    if hasattr(interpreter.InterpreterBuilder, "create_fma"):
-        interpreter.InterpreterBuilder.create_fma = fused
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    found: dict[str, torch.Tensor] = {}
-    limit = kernels._INT32_LIMIT
-    for number, case in enumerate(CASES):
-        kernels._INT32_LIMIT = 0 if case.wide else limit
-        found |= {
-            f"{number} | {name} | {value.dtype} {value.stride()}": value.float()
-            for name, value in compute(case, launchers()).items()
-        }
-    found |= {f"hard | {name}": value for name, value in hard(launchers()).items()}
-    np.savez(path, **{key: value.numpy() for key, value in found.items()})
-
-
-@pytest.fixture(scope="module")
-def found() -> dict[str, torch.Tensor]:
-    pytest.importorskip("triton")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.npz"
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-            "PYTHONWARNINGS": "ignore",
-        }
-        command = [sys.executable, __file__, str(path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return {key: torch.from_numpy(value) for key, value in np.load(path).items()}
-
-
-@pytest.mark.parametrize("number", range(len(CASES)))
-def test_interpreter(number: int, found: dict[str, torch.Tensor]) -> None:
-    """Values, dtypes and strides."""
-    case = CASES[number]
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_values_and_gradients(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their dtypes and strides too."""
+    if case.wide:
+        monkeypatch.setattr(kernels, "_INT32_LIMIT", 0)
+    found = compute(case, KERNELS)
     with nf.use_backend("reference"):
         truth = compute(case, REFERENCES, torch.float64)
         native = compute(case, REFERENCES)
         fakes = compute(case, [operator.fake for operator in OPERATORS]).values()
     for (name, expected), like in zip(truth.items(), fakes, strict=True):
-        key = f"{number} | {name} | {like.dtype} {like.stride()}"
-        assert key in found, f"{key} is missing; there are {[k for k in found if k.startswith(f'{number} ')]}"
+        assert (found[name].dtype, found[name].stride()) == (like.dtype, like.stride()), name
         unavoidable = relative_error(expected.to(like.dtype), expected)
         lost = relative_error(native[name], expected)
         bound = case.tolerance * max(lost, unavoidable, torch.finfo(torch.float32).eps)
-        error = relative_error(found[key], expected)
+        error = relative_error(found[name], expected)
         assert error <= bound, f"{name}: relative error {error:.3g} exceeds {bound:.3g}"
 
 
-def test_extremes(found: dict[str, torch.Tensor]) -> None:
+def test_extremes() -> None:
     """NaN where the reference has NaN, and the same numbers elsewhere. Where the log-probability is NaN, so are gradients,
     but a log-scale's below the clamp is 0 there for the reference."""
     with nf.use_backend("reference"):
         expected = hard(REFERENCES)
     lost = expected["log_prob"].isnan()[:, None]
-    for name, value in expected.items():
-        actual = found[f"hard | {name}"]
+    for name, actual in hard(KERNELS).items():
+        value = expected[name]
         if name == "gradient":
             assert actual[lost.expand_as(actual)].isnan().all()
             actual, value = actual.masked_fill(lost, 0.0), value.masked_fill(lost, 0.0)
@@ -201,29 +148,22 @@ def test_extremes(found: dict[str, torch.Tensor]) -> None:
 
 
 def test_float64_is_the_references() -> None:
-    pytest.importorskip("triton")
     case = replace(DEFAULT, size=(1, 2, 3))
-    gpu = [operator.launch for operator in OPERATORS]
     expected = compute(case, REFERENCES, torch.float64)
-    for name, value in compute(case, gpu, torch.float64).items():
+    for name, value in compute(case, KERNELS, torch.float64).items():
         assert torch.equal(value, expected[name])
+    direct = [getattr(kernels, f"mixture_logistic_{name}") for name in NAMES]
     with pytest.raises(TypeError, match=r"the GPU kernel computes in float32; .*got torch\.float64"):
-        compute(case, launchers(), torch.float64)
+        compute(case, direct, torch.float64)
 
 
 def test_empty() -> None:
-    pytest.importorskip("triton")
     for size in ((0, 3, 4), (2, 0, 4)):
         case = replace(DEFAULT, size=size)
-        expected = {name: value.shape for name, value in compute(case, launchers()).items()}
+        expected = {name: value.shape for name, value in compute(case, KERNELS).items()}
         assert list(expected.values()) == [
             size,
             (size[0], 20, *size[1:]),
             (size[0], 3, *size[1:]),
             (size[0], 3, *size[1:]),
         ]
-
-
-if __name__ == "__main__":
-    interpreter.prepare()
-    run_cases(sys.argv[1])

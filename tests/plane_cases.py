@@ -1,29 +1,15 @@
-"""The Triton kernels over planes (channel_statistics, batch_norm_swish, plane_affine): run in Triton's interpreter against
-the formulas in float64.
-
-The interpreter must be chosen before triton is imported, so the kernels run in a process of their own: this file, started
-with the file to write to.
-"""
+"""Calls of the operators over planes (channel_statistics, affine_activation, plane_affine), and their truth in float64."""
 
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import interpreter
-import numpy as np
-import pytest
 import torch
 
 from nvae_fast.ops._op import DEFINITIONS
 
-ROOT = Path(__file__).resolve().parent.parent
 FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # One pixel, one channel, prime extents, several parts a plane (in the interpreter a program adds up a few tiles).
@@ -75,11 +61,6 @@ NAMES = (
 TRUTH = {name: DEFINITIONS[name].formula for name in NAMES}
 
 
-def programs_of(case: str) -> tuple[int, ...]:
-    """Launch choices: as they are, and with programs that add up many tiles and have 64-bit offsets."""
-    return (1024, 1) if case.startswith(str(SIZES[3])) else (1024,)
-
-
 def outputs_of(found: Any) -> list[torch.Tensor]:
     return [found] if isinstance(found, torch.Tensor) else list(found)
 
@@ -95,67 +76,5 @@ def assert_near(actual: torch.Tensor, expected: torch.Tensor, unit: float, count
     assert error <= max(4e-7, unit) * scale, f"{name}: {float(error / scale):.3g}"
 
 
-def test_cpu() -> None:
-    """The C++ operators (or the formulas, without the extension) at the same calls."""
-    for case, op, args in calls():
-        for i, (a, e) in enumerate(zip(on_cpu(op, args), truth(op, args), strict=True)):
-            assert_near(a, e, torch.finfo(a.dtype).eps, args[0].numel(), f"{op} | {case} | {i}")
-
-
 def on_cpu(op: str, args: list[Any]) -> list[torch.Tensor]:
     return outputs_of(getattr(torch.ops.nvae_fast, op)(*args))
-
-
-def run_cases(path: str) -> None:
-    """In the process with the interpreter: results to ``path``. Fresh memory holds NaN there."""
-    from nvae_fast.kernels import affine_activation as bn
-    from nvae_fast.kernels import channel_statistics as cs
-    from nvae_fast.kernels import plane_affine as pa
-    from nvae_fast.kernels import planes
-
-    functions = {name: getattr(m, name) for m in (bn, cs, pa) for name in TRUTH if hasattr(m, name)}
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    found: dict[str, torch.Tensor] = {}
-    for programs, wide in ((planes.PROGRAMS, planes._INT32_LIMIT), (1, 0)):
-        planes.PROGRAMS, planes._INT32_LIMIT = programs, wide
-        for case, op, args in calls():
-            if programs not in programs_of(case):
-                continue
-            for i, out in enumerate(outputs_of(functions[op](*args))):
-                found[f"{programs} | {op} | {case} | {i} | {out.dtype} {out.stride()}"] = out.float()
-    np.savez(path, **{key: value.numpy() for key, value in found.items()})
-
-
-def test_interpreter() -> None:
-    """Values, dtypes and strides."""
-    pytest.importorskip("triton")
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "found.npz"
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "TRITON_INTERPRET": "1",
-            "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests"))),
-            "PYTHONWARNINGS": "ignore",
-        }
-        command = [sys.executable, __file__, str(path)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
-        found = {key: torch.from_numpy(value) for key, value in np.load(path).items()}
-    for case, op, args in calls():
-        for i, (expected, like) in enumerate(zip(truth(op, args), on_cpu(op, args), strict=True)):
-            for programs in programs_of(case):
-                name = f"{programs} | {op} | {case} | {i} | {like.dtype} {like.stride()}"
-                assert name in found, (name, [n for n in found if f"| {case} |" in n])
-                # bfloat16 is truncated by the interpreter; the others are rounded.
-                slack = 2 if like.dtype == torch.bfloat16 else 1
-                assert_near(
-                    found.pop(name), expected, slack * torch.finfo(like.dtype).eps, args[0].numel(), name
-                )
-    assert not found, f"not expected: {sorted(found)[:3]}"
-
-
-if __name__ == "__main__":
-    interpreter.prepare()
-    run_cases(sys.argv[1])
