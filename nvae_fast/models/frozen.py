@@ -17,9 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn.batch_norm import BatchNormSwish
-from nvae_fast.nn.cells import RESIDUAL_SCALE, InvertedResidual, InvertedResidualCell, ResidualCell
+from nvae_fast.nn.cells import InvertedResidual, InvertedResidualCell, ResidualCell
 from nvae_fast.nn.conv import WeightNormConv2d
-from nvae_fast.nn.hooks import has_hooks
+from nvae_fast.nn.flow import WEIGHTED
+from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
+from nvae_fast.nn.plain import is_plain
 from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._op import DEFINITIONS
@@ -287,15 +289,10 @@ class FrozenResidualCell(FrozenModule):
         return squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Whether ``module`` computes what its class does: without hooks and without a forward of its own."""
-    return not has_hooks(module) and "forward" not in module.__dict__
-
-
 def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | None:
     """The cell as one call, or None where its parts are frozen one by one."""
     op = cell.ops[0] if len(cell.ops) == 1 else None
-    if type(op) is not InvertedResidual or not _is_plain(op) or not op.is_fusable(cell.se):
+    if not isinstance(op, InvertedResidual) or not op.is_fusable(cell.se):
         return None
     skip = None if type(cell.skip) is nn.Identity else _converted(cell.skip, done)
     return FrozenResidualCell(cell, skip)
@@ -304,10 +301,13 @@ def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | 
 # What takes the place of a module of exactly that class; None: its parts are frozen one by one.
 MAKERS: dict[type, Callable[..., nn.Module | None]] = {
     WeightNormConv2d: lambda conv, done: FrozenConv2d(conv),
-    BatchNormSwish: lambda norm, done: FrozenBatchNorm(norm),
+    BatchNormSwish: lambda norm, done: None if norm.running_mean is None else FrozenBatchNorm(norm),
     ResidualCell: _frozen_cell,
     InvertedResidualCell: _frozen_cell,
 }
+
+
+WEIGHTED.add(FrozenConv2d)
 
 
 def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
@@ -315,7 +315,7 @@ def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     if id(module) in done:
         return done[id(module)]
     make = MAKERS.get(type(module))
-    made = make(module, done) if make is not None and _is_plain(module) else None
+    made = make(module, done) if make is not None and is_plain(module) else None
     if made is None:
         made = module
         for name, child in module._modules.items():

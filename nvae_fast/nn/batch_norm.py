@@ -1,13 +1,17 @@
-"""The batch norm of :mod:`nvae_fast.nn`, and whose statistics it merges."""
+"""The batch norm of :mod:`nvae_fast.nn`, and the processes whose statistics it merges."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from nvae_fast import distributed
+from nvae_fast.nn.state import check_state
 from nvae_fast.ops import _checks
 from nvae_fast.ops._activation import ACTIVATIONS
 from nvae_fast.ops.batch_norm_swish import batch_norm_swish
@@ -18,9 +22,9 @@ Statistics = tuple[torch.Tensor, torch.Tensor, int | torch.Tensor]
 
 
 def set_process_group(module: nn.Module, group: Any) -> nn.Module:
-    """Let every batch norm (and data-dependent initialisation) in ``module`` merge statistics over ``group``.
+    """Set the processes over which every batch norm (and data-dependent initialisation) in ``module`` merges statistics.
 
-    ``group`` is a ``torch.distributed`` process group, or None for the default: the world when initialised.
+    ``group`` is a ``torch.distributed`` process group, or None for the default: all processes, once initialised.
     Returns ``module``.
 
     Raises:
@@ -34,7 +38,7 @@ def set_process_group(module: nn.Module, group: Any) -> nn.Module:
     return module
 
 
-class BatchNormSwish(nn.Module):
+class BatchNormSwish(_BatchNorm):
     """Batch norm and an activation, one operation: ``y = act(weight * (x - mean) / sqrt(var + eps) + bias)``.
 
     Maps (B, C, H, W) to the same shape and dtype. While training, mean and biased variance are those of the batch, merged
@@ -42,22 +46,35 @@ class BatchNormSwish(nn.Module):
     (variance unbiased); in evaluation they are the running ones. NVAE (arXiv 2007.03898), section 3.1.1. The operation
     itself: :func:`nvae_fast.batch_norm_swish`, which raises for maps of another shape.
 
+    ``torch.optim.swa_utils.update_bn`` works. ``torch.nn.SyncBatchNorm.convert_sync_batchnorm`` would drop the activation and
+    is refused; statistics are merged over processes without it.
+
     Args:
         channels: C.
         activation: "swish" (``t * sigmoid(t)``), "elu" or None.
         eps: added to the variance.
-        momentum: share of the newest batch in the running statistics.
+        momentum: weight of the newest batch in the running statistics, from 0 to 1; None makes them the average over all
+            batches since they were reset, as in torch.nn.BatchNorm2d.
 
     Raises:
-        ValueError: another activation.
+        TypeError, ValueError: another activation; eps or momentum (also when it is set later) has the wrong type or value.
     """
 
+    track_running_stats = True
+
     def __init__(
-        self, channels: int, activation: str | None = "swish", *, eps: float = 1e-5, momentum: float = 0.05
+        self,
+        channels: int,
+        activation: str | None = "swish",
+        *,
+        eps: float = 1e-5,
+        momentum: float | None = 0.05,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         _checks.one_of("BatchNormSwish", "activation", activation, ACTIVATIONS)
-        self.activation, self.eps, self.momentum = activation, eps, momentum
+        if not isinstance(eps, (int, float)) or not eps > 0:
+            raise ValueError(f"BatchNormSwish: eps must be > 0, got {eps!r}")
+        self.num_features, self.activation, self.eps, self.momentum = channels, activation, eps, momentum
         self.weight = nn.Parameter(torch.ones(channels))
         self.bias = nn.Parameter(torch.zeros(channels))
         self.running_mean: torch.Tensor
@@ -68,32 +85,68 @@ class BatchNormSwish(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
         self.process_group: Any = None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return batch_norm_swish(
-                x,
-                self.weight,
-                self.bias,
-                self.running_mean,
-                self.running_var,
-                eps=self.eps,
-                activation=self.activation,
-            ).y
-        count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
-        merged = sync_batch_norm_swish(
-            x, self.weight, self.bias, eps=self.eps, activation=self.activation, group=self.process_group
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "momentum" and value is not None:
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise TypeError(f"BatchNormSwish: momentum must be a number or None, got {value!r}")
+            if not 0 <= value <= 1:
+                raise ValueError(f"BatchNormSwish: momentum must be from 0 to 1 or None, got {value!r}")
+        super().__setattr__(name, value)
+
+    @property
+    def affine(self) -> bool:
+        """True; read by ``convert_sync_batchnorm``, which an activation makes impossible."""
+        if self.activation is None:
+            return True
+        raise TypeError(
+            "BatchNormSwish: cannot be converted into a torch.nn.SyncBatchNorm, which has no activation. It merges its "
+            "statistics over processes by itself: leave convert_sync_batchnorm out"
         )
-        if merged is None:
-            y, mean, var = batch_norm_swish(
-                x, self.weight, self.bias, eps=self.eps, activation=self.activation
-            )
-        else:
-            y, mean, var, count = merged
-        update_running([self], [(mean, var, count)])
-        return y
+
+    def reset_parameters(self) -> None:
+        """Set weight, bias and running statistics to their initial values."""
+        self.reset_running_stats()
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)
+        nn.Module._load_from_state_dict(self, state_dict, prefix, *args)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return batch_norm(self, x, self.activation)
 
     def extra_repr(self) -> str:
         return f"{self.weight.numel()}, activation={self.activation!r}"
+
+
+def batch_norm(
+    norm: Any, x: torch.Tensor, activation: str | None, *, merged: bool = True, counts: bool = True
+) -> torch.Tensor:
+    """Batch norm and activation with the parameters and buffers of ``norm``, which are updated as PyTorch's are.
+
+    Args:
+        norm: a module with the attributes of torch.nn.BatchNorm2d.
+        merged: whether statistics are merged over the processes of ``norm.process_group``.
+        counts: whether ``norm.num_batches_tracked`` counts the batch.
+    """
+    weight, bias, eps = norm.weight, norm.bias, norm.eps
+    if not norm.training and norm.running_mean is not None:
+        return batch_norm_swish(
+            x, weight, bias, norm.running_mean, norm.running_var, eps=eps, activation=activation
+        ).y
+    count: int | torch.Tensor
+    group = getattr(norm, "process_group", None)
+    if merged and norm.training and distributed.world_size(group) > 1:
+        y, mean, var, count = sync_batch_norm_swish(
+            x, weight, bias, eps=eps, activation=activation, group=group
+        )
+    else:
+        y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
+        count = x.numel() // max(x.shape[1], 1)
+    if norm.running_mean is not None:
+        update_running([norm], [(mean, var, count)], [counts])
+    return y
 
 
 @torch.no_grad()
@@ -103,16 +156,15 @@ def update_running(
     """``running = (1 - momentum) * running + momentum * batch`` of batch norms, the variance unbiased, in a few calls for all.
 
     Args:
-        norms: what has ``running_mean``, ``running_var``, ``momentum`` and ``num_batches_tracked``.
-        seen: of each, mean and biased variance of the batch, and of how many values. A batch of one or none, on all processes
-            together, changes nothing.
-        counted: of each, whether its batches are counted; None for all.
+        norms: modules with ``running_mean``, ``running_var``, ``momentum`` and ``num_batches_tracked``. A momentum of None is
+            ``1 / num_batches_tracked``, this batch included.
+        seen: for each, mean and biased variance of the batch, and of how many values. A batch of one or none, over all
+            processes, changes nothing.
+        counted: for each, whether its batches are counted; None for all.
     """
     old: list[torch.Tensor] = []
     new: list[torch.Tensor] = []
-    momenta: list[float] = []
-    variances, counters = [], []
-    factors: list[Any] = []
+    updated, momenta, counters, factors = [], [], [], []
     merged = False
     for i, (norm, (mean, var, count)) in enumerate(zip(norms, seen, strict=True)):
         known: torch.Tensor | int = 1
@@ -122,25 +174,30 @@ def update_running(
             var = torch.where(known, var * (count / (count - 1)), norm.running_var.to(var.dtype))
         elif count <= 1:
             continue
+        updated.append(norm)
+        momenta.append(norm.momentum)
         old += norm.running_mean, norm.running_var
         new += mean.to(norm.running_mean.dtype), var
-        momenta.append(norm.momentum)
-        variances.append(var)
         factors.append(count / (count - 1))
         if counted is None or counted[i]:
             counters.append((norm.num_batches_tracked, known))
     if not old:
         return
     if not merged:
-        variances = list(torch._foreach_mul(variances, factors))
-    new[1::2] = [var.to(running.dtype) for var, running in zip(variances, old[1::2], strict=True)]
-    if len(set(momenta)) == 1:
-        torch._foreach_lerp_(old, new, momenta[0])
-    else:
-        for i, momentum in enumerate(momenta):
-            torch._foreach_lerp_(old[2 * i : 2 * i + 2], new[2 * i : 2 * i + 2], momentum)
+        new[1::2] = torch._foreach_mul(new[1::2], factors)
+    for k in range(1, len(old), 2):
+        new[k] = new[k].to(old[k].dtype)
     if merged:
         for counter, known in counters:
             counter += known
     elif counters:
-        torch._foreach_add_([counter for counter, _ in counters], 1)
+        torch._foreach_add_(list(next(zip(*counters, strict=True))), 1)
+    if momenta.count(momenta[0]) == len(momenta) and momenta[0] is not None:
+        torch._foreach_lerp_(old, new, momenta[0])
+        return
+    for i, (norm, momentum) in enumerate(zip(updated, momenta, strict=True)):
+        weight = momentum
+        for running, value in zip(old[2 * i : 2 * i + 2], new[2 * i : 2 * i + 2], strict=True):
+            if momentum is None:  # a tensor: reading the counter would wait for the device
+                weight = norm.num_batches_tracked.clamp_min(1).to(running.dtype).reciprocal()
+            running.lerp_(value, weight)

@@ -10,17 +10,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import distributed
-from nvae_fast.nn.batch_norm import BatchNormSwish, update_running
+from nvae_fast.nn.batch_norm import BatchNormSwish
 from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
-from nvae_fast.nn.hooks import has_hooks
+from nvae_fast.nn.fused_cell import RESIDUAL_SCALE, fused_cell
+from nvae_fast.nn.plain import is_plain
 from nvae_fast.nn.squeeze_excite import SqueezeExcite
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.elu import elu
-from nvae_fast.ops.inverted_residual import eval as evaluation
-from nvae_fast.ops.inverted_residual import train as fused_cell
+from nvae_fast.ops.inverted_residual.train import NAME as CELL
+from nvae_fast.ops.inverted_residual.train import CellParameters
 
-RESIDUAL_SCALE = 0.1
 STRIDES = (1, 2, -1)
 
 
@@ -30,7 +30,8 @@ def _check_stride(name: str, stride: int) -> None:
 
 
 def _check_map(name: str, x: torch.Tensor, channels: int, weight: torch.Tensor) -> None:
-    """``x`` is what convolutions with ``weight`` behind a batch norm will take: said before its running statistics change."""
+    """Raise unless a convolution with ``weight`` behind a batch norm takes ``x``, before running statistics change."""
+    _checks.tensor(name, "weight", weight)
     _checks.channels(name, "x", x, channels)
     if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         raise TypeError(
@@ -129,16 +130,15 @@ class InvertedResidual(nn.Module):
         self._check_count(x)
         if self.upsample:
             x = F.interpolate(x, scale_factor=2, mode="nearest")
-        h = self.expand_norm(self.expand(self.norm(x)))
-        conv = self.depthwise
-        if conv.groups == conv.in_channels and type(conv) is PlainConv2d and not has_hooks(conv):
+        h, conv = self.expand_norm(self.expand(self.norm(x))), self.depthwise
+        if conv.groups == conv.in_channels and type(conv) is PlainConv2d and is_plain(conv):
             h = depthwise_conv2d(h, conv.weight, stride=conv.stride[0])
         else:
             h = conv(h)
         return self.project_norm(self.project(self.depthwise_norm(h)))
 
     def _check_count(self, x: torch.Tensor) -> None:
-        """Behind a stride the last two batch norms see fewer values than the first two, which have counted theirs by then."""
+        """Raise for a batch that has one value per channel behind the stride, before the first batch norms count it."""
         b, _, h, w = x.shape
         stride, norm = self.depthwise.stride[0], self.depthwise_norm
         if stride == 1 or b * -(-h // stride) * -(-w // stride) != 1 or not norm.training:
@@ -155,24 +155,38 @@ class InvertedResidual(nn.Module):
         return self.norm, self.expand_norm, self.depthwise_norm, self.project_norm
 
     def is_fusable(self, se: SqueezeExcite | None) -> bool:
-        """Whether the cell, with the gate ``se`` (or None), is what the fused function computes: depthwise, all batch norms
-        alike and in one mode, every part of the type it was made with, and no hooks inside."""
-        norms = self.norms
-        types = [BatchNormSwish] * 4 + [PlainConv2d] * 3 + [SqueezeExcite, nn.Linear, nn.Linear]
-        parts: tuple[nn.Module, ...] = (
-            *norms,
-            *(self.expand, self.depthwise, self.project),
-            *(() if se is None else (se, se.reduce, se.expand)),
-        )
-        if list(map(type, parts)) != types[: len(parts)] or has_hooks(*parts):
-            return False
-        alike = {(n.training, n.eps, n.process_group) for n in norms}
-        activations = [n.activation for n in norms] == [None, "swish", "swish", None]
-        return self.depthwise.groups == self.depthwise.in_channels and len(alike) == 1 and activations
+        """Return whether this with the gate ``se`` (or None) is what the fused operator computes.
 
-    def cell_parameters(self, se: SqueezeExcite | None) -> fused_cell.CellParameters:
-        """The parameters as the fused function takes them, with those of the gate ``se``."""
-        return fused_cell.CellParameters(
+        It is if the KxK convolution is depthwise, the batch norms are alike and in one mode, and every part is of the type
+        that it was made with and plain: without hooks, pruning or parametrisations.
+        """
+        n0, n1, n2, n3 = norms = self.norms
+        types = [
+            InvertedResidual,
+            *[BatchNormSwish] * 4,
+            *[PlainConv2d] * 3,
+            SqueezeExcite,
+            nn.Linear,
+            nn.Linear,
+        ]
+        parts: tuple[Any, ...] = (self, *norms, self.expand, self.depthwise, self.project)
+        if se is not None:
+            parts += se, se.reduce, se.expand
+        if list(map(type, parts)) != types[: len(parts)] or not is_plain(*parts):
+            return False
+        mode = n0.training, n0.eps, n0.process_group
+        for norm in norms:
+            if norm.running_mean is None or (norm.training, norm.eps, norm.process_group) != mode:
+                return False
+        return (
+            self.depthwise.groups == self.depthwise.in_channels
+            and (n0.activation, n1.activation, n2.activation, n3.activation) == (None, "swish", "swish", None)
+            and (se is None or (se.reduce.bias is not None and se.expand.bias is not None))
+        )
+
+    def cell_parameters(self, se: SqueezeExcite | None) -> CellParameters:
+        """Return the parameters as the fused operator takes them, with those of the gate ``se`` (or None)."""
+        return CellParameters(
             self.norm.weight, self.norm.bias,
             self.expand.weight, self.expand_norm.weight, self.expand_norm.bias,
             self.depthwise.weight, self.depthwise_norm.weight, self.depthwise_norm.bias,
@@ -181,40 +195,19 @@ class InvertedResidual(nn.Module):
         )  # fmt: skip
 
     def running_statistics(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(mean, var) of the four batch norms in order."""
+        """Return (mean, var) of the four batch norms in order."""
         return [(norm.running_mean, norm.running_var) for norm in self.norms]
 
     def residual(self, x: torch.Tensor, skip: torch.Tensor, se: SqueezeExcite | None) -> torch.Tensor:
-        """``skip + 0.1 * [se](self(x))``, fused where the kernels are: depthwise, and all batch norms in one mode.
+        """``skip + 0.1 * [se](self(x))`` in one operator, or layer by layer where :meth:`is_fusable` or the device says so.
 
         ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
         """
-        if not fused_cell.available(x.device) or not self.is_fusable(se):
-            s = self(x)
-            return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
-        parameters, eps = self.cell_parameters(se), self.norm.eps
-        stride = -1 if self.upsample else self.depthwise.stride[0]
-        if not self.norm.training:
-            return evaluation.inverted_residual_cell_evaluation(
-                x,
-                skip,
-                parameters,
-                self.running_statistics(),
-                stride=stride,
-                eps=eps,
-                residual_scale=RESIDUAL_SCALE,
-            )
-        y, statistics = fused_cell.inverted_residual_cell(
-            x,
-            skip,
-            parameters,
-            stride=stride,
-            eps=eps,
-            residual_scale=RESIDUAL_SCALE,
-            group=self.norm.process_group,
-        )
-        update_running(self.norms, statistics)
-        return y
+        if self.is_fusable(se) and _backend.fused(CELL, x.device):
+            parameters, stride = self.cell_parameters(se), -1 if self.upsample else self.depthwise.stride[0]
+            return fused_cell(x, skip, parameters, self.norms, stride=stride, group=self.norm.process_group)
+        s = self(x)
+        return skip + RESIDUAL_SCALE * s if se is None else se(s, skip, RESIDUAL_SCALE)
 
 
 class SkipDown(nn.Module):

@@ -1,4 +1,4 @@
-"""The convolutions of :mod:`nvae_fast.nn`: weight-normed ones, and the plain ones of the inverted residual."""
+"""The convolutions of :mod:`nvae_fast.nn`: with weight norm, and the plain ones of the inverted residual."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast import distributed
+from nvae_fast.nn.plain import full
 from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
+from nvae_fast.nn.state import check_state
 from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
 
 def check_kernel(name: str, kernel_size: Any) -> None:
-    """Raise unless ``kernel_size`` is odd: only then is there "same" padding on both sides."""
+    """Raise unless ``kernel_size`` is an odd int: only then is "same" padding the same on both sides."""
     if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {kernel_size!r}")
 
@@ -32,13 +34,16 @@ class WeightNormConv2d(WeightNormed):
         stride, dilation, groups: as those of torch.nn.Conv2d.
         bias: whether a bias is added.
         mask: zeros and ones, shaped like the weight (C_out, C_in / groups, K, K), make it a masked convolution; the norm
-            is that of the masked weight.
+            is that of the masked weight. It is not in the state dict. In a module made on the meta device it gets its
+            values when the module gets storage, which needs a mask made elsewhere.
         data_init: set ``bias`` and ``log_weight_norm`` from the first training batch so that the output has mean 0 and
             standard deviation 0.2; loading any state marks this as done.
 
     Raises:
         TypeError, ValueError: an even kernel; on the call, x is no floating (B, C_in, H, W).
     """
+
+    _mask_values: torch.Tensor | None = None  # what a mask on the meta device is restored from
 
     def __init__(
         self,
@@ -63,25 +68,53 @@ class WeightNormConv2d(WeightNormed):
         self.stride, self.dilation, self.groups = stride, dilation, groups
         self.padding = kernel_size // 2 * dilation
         self.mask: torch.Tensor | None
-        self.register_buffer("mask", None if mask is None else mask.to(plain.weight.dtype), persistent=False)
-        masked = plain.weight if mask is None else plain.weight * mask
+        self.register_buffer("mask", None if mask is None else mask.to(plain.weight), persistent=False)
+        if mask is not None and plain.weight.is_meta and not mask.is_meta:
+            self._mask_values = mask
+        masked = plain.weight if self.mask is None else plain.weight * self.mask
         norm = torch.linalg.vector_norm(masked.detach(), dim=(1, 2, 3), keepdim=True)
         self.log_weight_norm = nn.Parameter(torch.log(norm + 0.01))
         self.needs_data_init = data_init
         self.process_group: Any = None
 
     def normalized_weight(self) -> torch.Tensor:
-        """That of the scope (``prepare_weights``) it is called in, which under autocast has its dtype; else its own."""
+        """Return the normalised weight (C_out, C_in / groups, K, K).
+
+        Inside ``prepare_weights`` it is the shared one, under autocast in the dtype of autocast; else it is computed.
+        """
         layer = prepared_layer(self)
         return self.own_weight() if layer is None else layer.normalized
 
     def own_weight(self) -> torch.Tensor:
-        """The normalised weight, computed by this call."""
-        return weight_norm(self.weight, self.log_weight_norm, self.mask)
+        """Compute the normalised weight."""
+        return weight_norm(full(self.weight), full(self.log_weight_norm), self.mask)
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def _apply(self, fn: Any, *args: Any, **kwargs: Any) -> Any:
+        before = self.mask
+        super()._apply(fn, *args, **kwargs)
+        if before is not None and self.mask is not None and self.mask is not before:
+            if not before.is_meta:
+                self._mask_values = before if self.mask.is_meta else None
+            self._fill_mask(self.mask, before if self._mask_values is None else self._mask_values)
+        return self
+
+    def _fill_mask(self, mask: torch.Tensor, values: torch.Tensor) -> None:
+        """Write ``values`` to ``mask``, which ``to_empty`` leaves uninitialised and no state dict holds."""
+        if mask.is_meta:
+            return
+        if values.is_meta:
+            raise RuntimeError(
+                "WeightNormConv2d: its mask was made on the meta device and has no values; make it on another device"
+            )
+        mask.copy_(values)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)
         self.needs_data_init = False
-        super()._load_from_state_dict(*args, **kwargs)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if self.mask is not None and self.mask.is_meta and not self.weight.is_meta:  # assign=True
+            values, self.mask = self.mask, torch.empty_like(self.mask, device=self.weight.device)
+            self._fill_mask(self.mask, values if self._mask_values is None else self._mask_values)
 
     @torch.no_grad()
     def _initialize_from(self, x: torch.Tensor) -> None:
@@ -145,5 +178,9 @@ class PlainConv2d(nn.Conv2d):
         )
 
     def normalized_weight(self) -> torch.Tensor:
-        """The weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
-        return self.weight
+        """Return the weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
+        return full(self.weight)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -8,8 +8,12 @@ import torch
 from torch import nn
 
 from nvae_fast.nn.conv import WeightNormConv2d
+from nvae_fast.nn.plain import is_plain
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.elu import elu
+
+# Convolutions that compute with their normalized_weight() and nothing else; models/frozen.py adds its own.
+WEIGHTED: set[type] = {WeightNormConv2d}
 
 
 def causal_mask(
@@ -18,7 +22,7 @@ def causal_mask(
     """Mask of a causal convolution in raster order: zeros and ones, (C_out, C_in, K, K), float32.
 
     Rows above and pixels to the left are visible; at the centre, output channel block i sees input blocks < i (strict)
-    or <= i, where the narrower side has one channel a block. A depthwise kernel sees its own channel unless strict.
+    or <= i, where the narrower side has one channel per block. A depthwise kernel sees its own channel unless strict.
     NVAE (arXiv 2007.03898), section 3.2; the specification's section 5.
 
     Args:
@@ -50,7 +54,7 @@ class AutoregressiveTransform(nn.Module):
 
     Args:
         latent_channels: Z.
-        mirrored: run through rows, columns and pixels from the other end.
+        mirrored: run through rows and columns from the other end.
     """
 
     EXPANSION = 6
@@ -58,22 +62,26 @@ class AutoregressiveTransform(nn.Module):
     def __init__(self, latent_channels: int, *, mirrored: bool) -> None:
         super().__init__()
         z, hidden = latent_channels, latent_channels * self.EXPANSION
-        # With one latent channel a plain mask would look depthwise: the strict centre is then simply dark.
-        first = causal_mask(hidden, z, 3, strict=True, mirrored=mirrored)
-        spatial = causal_mask(hidden, 1, 5, strict=False, mirrored=mirrored)
-        last = causal_mask(z, hidden, 1, strict=False, mirrored=mirrored)
+        with torch.device("cpu"):  # also in a model on the meta device, where masks have no values
+            # With one latent channel the first mask is taken for depthwise, which gives the same: a hidden centre.
+            first = causal_mask(hidden, z, 3, strict=True, mirrored=mirrored)
+            spatial = causal_mask(hidden, 1, 5, strict=False, mirrored=mirrored)
+            last = causal_mask(z, hidden, 1, strict=False, mirrored=mirrored)
         self.expand = WeightNormConv2d(z, hidden, 3, bias=False, mask=first)
         self.depthwise = WeightNormConv2d(hidden, hidden, 5, groups=hidden, bias=False, mask=spatial)
         self.project = WeightNormConv2d(hidden, z, 1, mask=last)
-        # The taps that `spatial` leaves, the same for every channel; the dark ones need not be multiplied.
+        # The taps that `spatial` leaves, the same for every channel: the others need not be multiplied.
         self.spatial_taps = tuple(range(12, 25)) if mirrored else tuple(range(13))
         with torch.no_grad():
             self.project.log_weight_norm.sub_(math.log(10.0))
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        h = self.expand(z)
-        weight = self.depthwise.normalized_weight().to(h.dtype)
-        h = depthwise_conv2d(h, weight, activation="elu", taps=self.spatial_taps)
+        h, conv = self.expand(z), self.depthwise
+        if type(conv) in WEIGHTED and is_plain(conv):
+            weight = conv.normalized_weight().to(h.dtype)
+            h = depthwise_conv2d(h, weight, activation="elu", taps=self.spatial_taps)
+        else:
+            h = conv(elu(h))
         return z - self.project(elu(elu(h)))
 
 

@@ -1,32 +1,32 @@
-"""The normalised weights of all convolutions of a model, computed by one call a step.
+"""The normalised weights of all convolutions of a model, computed by one call per forward pass.
 
 ``with prepare_weights(model):`` opens a scope. The first convolution that asks for its weight inside it has the weights
 of all computed (:func:`nvae_fast.weight_norm_many`), under autocast in the dtype that convolutions compute in; the others
 take theirs. In a scope with gradients they are one node of the graph, whatever uses them: forward passes, regularisers.
-Outside every scope, and wherever sharing could give anything but the same numbers, a convolution computes its own:
+A convolution computes its own weight outside every scope, and where the shared one could differ from it:
 
-- its weight or log norm is another tensor, or was changed, since (data-dependent initialisation, an optimizer step),
-- it awaits data, is not part of the model, or is compiled: a compiler sees calls that it can put into its graph,
+- its weight or log norm is another tensor, or was changed in place since (data-dependent initialisation),
+- it waits for data-dependent initialisation, is not part of the model, or is compiled: the compiler's graph then has it,
+- it, or a module that it is inside of, is not plain (``nn/plain.py``): hooks may change parameters before they are used,
 - it runs under hooks on saved tensors, as activation checkpointing installs them: what is saved must be the same when the
   region runs again after the scope. Checkpointing with ``context_fn=checkpoint_contexts`` keeps the shared weights.
 
 Nothing outlives the scope: every forward pass computes from the parameters as they are. For inference :func:`nvae_fast.freeze`
-computes the weights once. All of it is kept outside the modules: copies, pickles and state dicts know nothing of it.
+computes the weights once. Nothing is kept in the modules: copies, pickles and state dicts hold parameters only.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
+from nvae_fast.nn.plain import is_plain
 from nvae_fast.ops import _backend
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
@@ -36,7 +36,7 @@ Mode = tuple[torch.dtype | None, bool]  # dtype of the weights when not their ow
 
 
 class WeightNormed(nn.Module):
-    """The base of the convolutions whose normalised weights are computed together: of ``nn.WeightNormConv2d``."""
+    """The base class of ``nn.WeightNormConv2d``, whose normalised weights are computed together."""
 
 
 @dataclass
@@ -72,15 +72,14 @@ def _places(sources: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
 class _Prepared:
     """The weights of one scope, by mode. A scope that was opened without gradients offers none with gradients."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, convolutions: dict[Convolution, None]) -> None:
         self.with_gradients = torch.is_grad_enabled()
-        self.convolutions = _convolutions(model)
-        self.model = weakref.ref(model)
+        self.convolutions = convolutions
         self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
 
     def get(self, conv: Convolution, mode: Mode) -> _Layer | None:
         dtype, grad = mode
-        if grad and not self.with_gradients:
+        if conv not in self.convolutions or (grad and not self.with_gradients):
             return None
         layers = self.layers.get(mode)
         if layers is None and not grad:
@@ -88,17 +87,13 @@ class _Prepared:
         if layers is None:
             layers = self.compute(mode)
         layer = layers.get(conv)
-        if layer is not None and not layer.fits(conv):
-            layer = None
-        elif layer is None and (model := self.model()) is not None:
-            _lists.pop(model, None)  # a convolution that came later? The next scope looks again
-        return layer
+        return None if layer is None or not layer.fits(conv) else layer
 
     def compute(self, mode: Mode) -> dict[Convolution, _Layer]:
-        convs = [conv for conv in self.convolutions if not (conv.needs_data_init and conv.training)]
         groups: dict[torch.device, list[Convolution]] = {}
-        for conv in convs:
-            groups.setdefault(conv.weight.device, []).append(conv)
+        for conv in self.convolutions:
+            if not (conv.needs_data_init and conv.training):
+                groups.setdefault(conv.weight.device, []).append(conv)
         layers: dict[Convolution, _Layer] = {}
         with torch.set_grad_enabled(mode[1]):
             for group in groups.values():
@@ -118,30 +113,33 @@ class _State(threading.local):
 
 
 _state = _State()
-_lists: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
 
 
-def _convolutions(model: nn.Module) -> list[Convolution]:
-    """The weight-normed convolutions inside ``model`` that no compiler has taken over; remembered."""
-    found = _lists.get(model)
-    if found is None:
-        found = _lists[model] = list(dict.fromkeys(_walk(model)))
+def _convolutions(model: nn.Module) -> dict[Convolution, None]:
+    """The weight-normed convolutions inside ``model`` whose weights may be computed before they are called.
+
+    What is compiled is left out. So is what is inside a module with hooks or a forward of its own, which may change or
+    replace the parameters inside before it runs: FSDP2 gathers them there.
+    """
+    found: dict[Convolution, None] = {}
+    waiting = list(model._modules.values())
+    while waiting:
+        module = waiting.pop()
+        if module is None or module._compiled_call_impl is not None or not is_plain(module):
+            continue
+        if isinstance(module, WeightNormed):
+            found[module] = None
+        else:
+            waiting += module._modules.values()
     return found
 
 
-def _walk(model: nn.Module) -> Iterator[Convolution]:
-    for child in model.children():
-        if getattr(child, "_compiled_call_impl", None) is not None:
-            continue
-        if isinstance(child, WeightNormed):
-            yield child
-        yield from _walk(child)
-
-
 def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
-    """A scope in which the weight-normed convolutions inside ``model`` share one computation of their weights; see the
-    module's docstring. Scopes nest: an inner one of the same model, or of a part of it, is the outer one. Gradients flow
-    through a scope's weights in one backward pass."""
+    """Open a scope in which the weight-normed convolutions inside ``model`` share one computation of their weights.
+
+    See the module's docstring. Scopes nest: an inner one of the same model, or of a part of it, is the outer one. Gradients
+    flow through the weights of a scope in one backward pass.
+    """
     if torch.compiler.is_compiling() or _backend.forced_reference():
         return nullcontext()
     return _open(model)
@@ -150,10 +148,12 @@ def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
 @contextmanager
 def _open(model: nn.Module) -> Iterator[None]:
     scopes, convs, grad = _state.scopes, _convolutions(model), torch.is_grad_enabled()
-    if not convs or any(convs[0] in s.convolutions and (s.with_gradients or not grad) for s in scopes):
+    if not convs or any(
+        convs.keys() <= s.convolutions.keys() and (s.with_gradients or not grad) for s in scopes
+    ):
         yield
         return
-    scopes.append(_Prepared(model))
+    scopes.append(_Prepared(convs))
     try:
         yield
     finally:
@@ -161,7 +161,7 @@ def _open(model: nn.Module) -> Iterator[None]:
 
 
 def prepared_layer(conv: Convolution) -> _Layer | None:
-    """The weight of ``conv`` in the scope it is called in, or None: then it must compute its own."""
+    """Return the weight of ``conv`` in the current scope, or None where it must compute its own."""
     if torch.compiler.is_compiling():
         return None
     scopes = _state.scopes
@@ -189,14 +189,15 @@ def _mode(device: str, dtype: torch.dtype, grad: bool) -> Mode:
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)`` inside a scope: the
-    region uses the shared weights, now and when it runs again."""
+    """Return the contexts in which a region inside a scope uses the shared weights, also when it is run again.
+
+    For ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False, context_fn=checkpoint_contexts)``.
+    """
     if not _state.scopes:
         return nullcontext(), nullcontext()
     scope = _state.scopes[-1]
-    if scope.convolutions:
-        # Computed here, outside the region, in which nothing but the region's own tensors may be saved.
-        prepared_layer(scope.convolutions[0])
+    # The weights are computed here, outside the region, in which nothing but the region's own tensors may be saved.
+    next(filter(None, map(prepared_layer, scope.convolutions)), None)
     return _inside(scope), _inside(scope)
 
 

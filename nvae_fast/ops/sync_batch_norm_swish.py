@@ -1,6 +1,6 @@
 """Batch norm with an activation whose batch statistics are those of every process of a group.
 
-With the sums over the batches of all processes, n values a channel together, and ``u``, ``g`` as in :mod:`.affine_activation`::
+With sums over the batches of all processes, n values per channel together, and ``u``, ``g`` as in :mod:`.affine_activation`::
 
     y  = act(scale x + shift)                        scale = weight rstd,  shift = bias - mean scale
     dx = scale g + beta x + gamma                    beta = -scale rstd^2 (sum g (x - mean)) / n
@@ -18,20 +18,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nvae_fast import distributed
 from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops import batch_norm_swish as batch_norm
 from nvae_fast.ops._op import DEFINITIONS, refuse_double_backward
-from nvae_fast.ops.inverted_residual.coefficients import coefficients_of, corrections_of
+from nvae_fast.ops.inverted_residual.coefficients import merged_coefficients, merged_corrections
 
 
 class SyncBatchNormOutput(NamedTuple):
-    """``y`` like x; ``mean`` and biased ``var`` (C,) of all processes, detached, and of how many values (0-d, at least 1)."""
+    """``y`` like x; ``mean`` and biased ``var`` (C,) over all processes, detached; ``count`` (0-d, at least 1) of values."""
 
     y: Tensor
     mean: Tensor
     var: Tensor
-    count: Tensor  # type: ignore[assignment]  # tuple.count gives way
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 def sync_batch_norm_swish(
@@ -42,8 +41,8 @@ def sync_batch_norm_swish(
     eps: float = 1e-5,
     activation: str | None = "swish",
     group: Any = None,
-) -> SyncBatchNormOutput | None:
-    """:func:`nvae_fast.batch_norm_swish` with the statistics of every process of ``group``; None where there is only one.
+) -> SyncBatchNormOutput:
+    """:func:`nvae_fast.batch_norm_swish` with the statistics of every process of ``group``, which must have several.
 
     Every process must call it, also one whose x is empty: batches may differ in size. Differentiable once in x, weight and
     bias.
@@ -51,8 +50,6 @@ def sync_batch_norm_swish(
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, device or value.
     """
-    if distributed.world_size(group) == 1:
-        return None
     if _backend.transforms_active():
         raise RuntimeError(
             "batch_norm_swish: statistics over several processes cannot be computed under torch.func transforms or "
@@ -77,10 +74,9 @@ class _Merged(torch.autograd.Function):
         channel_statistics, forward = _run(x, "channel_statistics", "affine_activation")
         acc_dtype = _checks.accumulate_dtype(x.dtype)
         mean, m2 = channel_statistics(x, False)
-        count: Any
-        mean, m2, count = distributed.merge(mean, m2, x.numel() // max(x.shape[1], 1), group)
-        var, rstd, scale, shift = coefficients_of(
-            mean, m2, count, weight.to(acc_dtype), bias.to(acc_dtype), eps
+        seen = x.numel() // max(x.shape[1], 1)
+        mean, count, var, rstd, scale, shift = merged_coefficients(
+            mean, m2, seen, weight.to(acc_dtype), bias.to(acc_dtype), eps, group
         )
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(x, mean, rstd, scale, shift, count)
@@ -100,6 +96,6 @@ class _Merged(torch.autograd.Function):
         to_x = None
         to_weight = rstd * sum_gx
         if ctx.needs_input_grad[0]:
-            _, beta, gamma = corrections_of(sum_g, sum_gx, mean, rstd, scale, count, group)
+            _, beta, gamma = merged_corrections(sum_g, sum_gx, mean, rstd, scale, count, group)
             to_x = gradient(grad, x, scale, shift, scale, beta, gamma, activation)
         return to_x, to_weight.to(weight_dtype), sum_g.to(bias_dtype), None, None, None

@@ -6,18 +6,15 @@ of batch norms, layers, inputs. Where it may not, the cell runs part by part.
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch.nn.modules.module import _has_any_global_hook
 
 from nvae_fast import distributed
-from nvae_fast.nn.batch_norm import update_running
-from nvae_fast.nn.cells import RESIDUAL_SCALE
-from nvae_fast.nn.hooks import has_hooks
-from nvae_fast.ops.inverted_residual import eval as evaluation
-from nvae_fast.ops.inverted_residual import train as fused_cell
+from nvae_fast.nn.fused_cell import RESIDUAL_SCALE, fused_cell
+from nvae_fast.nn.plain import has_hooks
+from nvae_fast.ops.inverted_residual.train import CellParameters, available
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.patching.bound import FORWARDS, bound_forward
 from nvae_fast.patching.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
@@ -134,7 +131,7 @@ def _groups(modules: list[Any], plan: Plan) -> list[Any]:
 
 def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> bool:
     """Whether the kernels take these tensors and would give back what the parts give."""
-    if not is_map(x) or not (strict or fused_cell.available(x.device)):
+    if not is_map(x) or not (strict or available(x.device)):
         return False
     affine = [modules[norm.place].weight for norm in plan.norms]
     weights = [modules[place].weight for place in (*plan.convolutions, *plan.gate)]
@@ -170,32 +167,13 @@ def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tenso
     n0, n1, n2, n3 = norms = [modules[norm.place] for norm in plan.norms]
     expand, depthwise, project = (modules[place].weight for place in plan.convolutions)
     gate = [t for place in plan.gate for t in (modules[place].weight.flatten(1), modules[place].bias)]
-    parameters = fused_cell.CellParameters(
+    parameters = CellParameters(
         n0.weight, n0.bias, expand, n1.weight, n1.bias, depthwise, n2.weight, n2.bias, project, n3.weight, n3.bias, *gate
     )  # fmt: skip
-    if not n0.training:
-        running = [(norm.running_mean, norm.running_var) for norm in norms]
-        return evaluation.inverted_residual_cell_evaluation(
-            x, skip, parameters, running, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE
-        )
-    y, seen = fused_cell.inverted_residual_cell(
-        x, skip, parameters, stride=plan.stride, eps=n0.eps, residual_scale=RESIDUAL_SCALE,
-        group=_groups(modules, plan)[0],
+    return fused_cell(
+        x, skip, parameters, norms, stride=plan.stride, group=_groups(modules, plan)[0] if n0.training else None,
+        early=plan.early, counted=[norm.counts for norm in plan.norms],
     )  # fmt: skip
-    _update(norms, plan, seen)
-    return y
-
-
-def _no_autocast(x: torch.Tensor) -> AbstractContextManager[object]:
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _update(norms: list[Any], plan: Plan, seen: tuple[fused_cell.BatchStatistics, ...]) -> None:
-    """The variance is unbiased by the number of pixels that the batch norm itself would have seen."""
-    early = plan.early if plan.stride == -1 else 0
-    own: list[Any] = [s._replace(count=s.count / 4) if i < early else s for i, s in enumerate(seen)]  # type: ignore[arg-type]
-    update_running(norms, own, [known.counts for known in plan.norms])
 
 
 FORWARDS.update({RESIDUAL_CELL: _residual_cell, WHOLE_CELL: _whole_cell})

@@ -14,12 +14,10 @@ from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from nvae_fast import distributed
-from nvae_fast.nn.batch_norm import update_running
-from nvae_fast.nn.hooks import has_hooks
-from nvae_fast.ops.batch_norm_swish import batch_norm_swish
+from nvae_fast.nn.batch_norm import batch_norm
+from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
-from nvae_fast.ops.sync_batch_norm_swish import sync_batch_norm_swish
 from nvae_fast.ops.weight_norm import weight_norm
 from nvae_fast.patching.bound import FORWARDS, original
 from nvae_fast.patching.taps import live_taps
@@ -49,30 +47,6 @@ def pair(value: Any) -> tuple[int, int] | None:
 
 
 # Batch norm
-
-
-def batch_norm(
-    norm: Any, x: torch.Tensor, activation: str | None, *, merged: bool, counts: bool
-) -> torch.Tensor:
-    """Batch norm and activation with the parameters and buffers of ``norm``, PyTorch's running statistics."""
-    weight, bias, eps = norm.weight, norm.bias, norm.eps
-    if not norm.training:
-        return batch_norm_swish(
-            x, weight, bias, norm.running_mean, norm.running_var, eps=eps, activation=activation
-        ).y
-    count: int | torch.Tensor = x.numel() // max(x.shape[1], 1)
-    group = getattr(norm, "process_group", None)
-    everyone = (
-        sync_batch_norm_swish(x, weight, bias, eps=eps, activation=activation, group=group)
-        if merged
-        else None
-    )
-    if everyone is None:
-        y, mean, var = batch_norm_swish(x, weight, bias, eps=eps, activation=activation)
-    else:
-        y, mean, var, count = everyone
-    update_running([norm], [(mean, var, count)], [counts])
-    return y
 
 
 def is_map(x: Any) -> bool:
@@ -229,8 +203,7 @@ def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) ->
     if log_norm is not None:
         mask = getattr(module, "mask", None)
         if isinstance(mask, torch.Tensor):
-            # DataParallel's replicas have masks of their own at every call: reading them would wait for the device.
-            taps = None if getattr(module, "_is_replica", False) else live_taps(mask, weight)
+            taps = live_taps(mask, weight)
             mask = mask.to(weight.dtype).expand_as(weight)
         else:
             mask = None

@@ -116,21 +116,18 @@ gate_backward = define_kernel(
 )  # fmt: skip
 
 
-def coefficients_of(
-    mean: Tensor | None, m2: Tensor, count: int | Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """var, 1 / std, scale and shift of a batch norm; the count is a tensor where processes merged theirs."""
-    if isinstance(count, int):
-        return coefficients(mean, m2, weight, bias, float(count), eps)
-    return coefficients(mean, m2 / count, weight, bias, 1.0, eps)
+def merged_coefficients(
+    mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+) -> tuple[Any, ...]:  # fmt: skip
+    """Mean, count, var, 1 / std, scale and shift over the processes of ``group``, from this process's mean, m2 and count."""
+    mean, m2, total = distributed.merge(mean, m2, count, group)
+    return mean, total, *coefficients(mean, m2 / total, weight, bias, 1.0, eps)
 
 
-def corrections_of(
-    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: int | Tensor, group: Any
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """This process's gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma over all of them."""
-    if isinstance(count, int):
-        return corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
+def merged_corrections(
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """This process's gradient of gamma; beta and gamma of dx = scale g + beta x + gamma over the processes of ``group``."""
     g, gx = (t / count for t in distributed.totals((sum_g, sum_gx), group))
     _, beta, gamma = corrections(g, gx, mean, rstd, scale, 1.0)
     return rstd * sum_gx, beta, gamma

@@ -34,16 +34,19 @@ from nvae_fast import distributed
 from nvae_fast.ops import _backend, _checks, affine_activation, depthwise_conv2d
 from nvae_fast.ops._op import compose, refuse_double_backward
 from nvae_fast.ops.inverted_residual.coefficients import (
-    coefficients_of,
-    corrections_of,
+    coefficients,
+    corrections,
     gate_backward,
     gate_coefficients,
     merge_planes,
+    merged_coefficients,
+    merged_corrections,
 )
 from nvae_fast.ops.inverted_residual.conv1x1 import as_matrix, conv1x1, weight_gradient
 
 NAME = "inverted_residual_cell"
-_OPS = torch.ops.nvae_fast  # what is passed to them here needs no checks
+_OPS = torch.ops.nvae_fast  # called with arguments that need no checks
+_SINGLE = distributed.SINGLE_PROCESS
 
 
 class CellParameters(NamedTuple):
@@ -117,55 +120,51 @@ def inverted_residual_cell(
         TypeError, ValueError: an argument has the wrong type, shape or device.
     """
     check_cell(x, skip, parameters, stride)
-    if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1 and distributed.world_size(group) == 1:
-        raise ValueError(
-            f"{NAME}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
-        )
+    several = distributed.world_size(group) > 1
+    if not several:
+        group = _SINGLE
+        if skip.shape[0] * skip.shape[2] * skip.shape[3] == 1:
+            raise ValueError(
+                f"{NAME}: expected more than one value per channel to take statistics of, got x {tuple(x.shape)}"
+            )
     y, *flat = _Cell.apply(x, None if skip is x else skip, stride, eps, residual_scale, group, *parameters)
     b, _, h, w = x.shape
     seen, made = b * h * w * (4 if stride == -1 else 1), y.shape[0] * y.shape[2] * y.shape[3]
-    counts: list[int | Tensor] = [seen, seen, made, made]
-    if distributed.world_size(group) > 1:
-        counts = list(flat.pop().unbind())
+    counts: list[int | Tensor] = list(flat.pop().unbind()) if several else [seen, seen, made, made]
     return y, tuple(map(BatchStatistics, flat[::2], flat[1::2], counts))
 
 
 def check_cell(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
+    """Raise unless x, skip and the parameters fit one another."""
+    q = parameters
+    if stride not in (1, 2, -1):
+        raise ValueError(f"{NAME}: stride must be one of [1, 2, -1], got {stride!r}")
     _checks.feature_map(NAME, "x", x)
-    _checks.one_of(NAME, "stride", stride, (1, 2, -1))
-    c = x.shape[1]
-    _checks.feature_map(NAME, "expand", parameters.expand)
-    _checks.feature_map(NAME, "depthwise", parameters.depthwise)
-    _checks.feature_map(NAME, "project", parameters.project)
-    hidden, k, c_out = parameters.expand.shape[0], parameters.depthwise.shape[3], parameters.project.shape[0]
-    takes = parameters.expand.shape[1]
-    if takes != c:
-        raise ValueError(f"{NAME}: x must have {takes} channels, which is what expand takes, got {c}")
+    _checks.feature_map(NAME, "expand", q.expand)
+    _checks.feature_map(NAME, "depthwise", q.depthwise)
+    _checks.feature_map(NAME, "project", q.project)
+    (b, c, h, w), (hidden, narrow), k, c_out = (
+        x.shape,
+        q.expand.shape[:2],
+        q.depthwise.shape[3],
+        q.project.shape[0],
+    )
+    if c != narrow:
+        raise ValueError(f"{NAME}: x must have {narrow} channels, which is what expand takes, got {c}")
     if k % 2 == 0:
         raise ValueError(f"{NAME}: depthwise must have an odd kernel width, got {k}")
     sizes: list[tuple[int, ...]] = [(c,), (c,), (hidden, c, 1, 1), (hidden,), (hidden,), (hidden, 1, k, k)]
     sizes += [(hidden,), (hidden,), (c_out, hidden, 1, 1), (c_out,), (c_out,)]
-    if parameters.reduce_weight is not None:
-        r = parameters.reduce_weight.shape[0]
+    if q.reduce_weight is not None:
+        r = q.reduce_weight.shape[0]
         sizes += [(r, c_out), (r,), (c_out, r), (c_out,)]
-    _checks.shapes(NAME, x, zip(CellParameters._fields, parameters, sizes, strict=False))
-    check_maps(x, skip, parameters, stride)
-
-
-def check_maps(x: Tensor, skip: Tensor, parameters: CellParameters, stride: int) -> None:
-    """What may be wrong about x and skip where the parameters are known to be right."""
-    _checks.feature_map(NAME, "x", x)
-    b, c, h, w = x.shape
-    c_out, narrow = parameters.project.shape[0], parameters.expand.shape[1]
-    if c != narrow:
-        raise ValueError(f"{NAME}: x must have {narrow} channels, got {tuple(x.shape)}")
-    h_out, w_out = (
-        (2 * h, 2 * w) if stride == -1 else ((h + stride - 1) // stride, (w + stride - 1) // stride)
-    )
-    _checks.shape(NAME, "skip", skip, (b, c_out, h_out, w_out), x)
+    out = (2 * h, 2 * w) if stride == -1 else ((h + stride - 1) // stride, (w + stride - 1) // stride)
+    named = zip(CellParameters._fields, q, sizes, strict=False)
+    _checks.shapes(NAME, x, (*named, ("skip", skip, (b, c_out, *out))))
 
 
 def _widened(parameters: CellParameters, dtype: torch.dtype) -> CellParameters:
+    """The parameters in the dtype of the arithmetic."""
     return CellParameters._make([None if t is None else t.to(dtype) for t in parameters])
 
 
@@ -174,6 +173,25 @@ def _gram_pays(pixels: int, expanded: int, narrow: int) -> bool:
     expanded map that they replace (16 bytes an element): 15 multiply-adds are done while 4 bytes move. They do not where
     maps are small and channels many: a third of the products of NVAE's 4x4 cells."""
     return 3 * expanded * narrow**2 + 2 * pixels * narrow**2 < 60 * pixels * expanded
+
+
+def _batch_norm(
+    mean: Tensor, m2: Tensor, count: int, weight: Tensor | None, bias: Tensor | None, eps: float, group: Any
+) -> tuple[Any, ...]:  # fmt: skip
+    """Mean, count, var, 1 / std, scale and shift, with the statistics of every process of ``group``."""
+    if group is not _SINGLE:
+        return merged_coefficients(mean, m2, count, weight, bias, eps, group)
+    count = max(count, 1)
+    return mean, count, *coefficients(mean, m2, weight, bias, float(count), eps)
+
+
+def _corrections(
+    sum_g: Tensor, sum_gx: Tensor, mean: Tensor | None, rstd: Tensor, scale: Tensor, count: Any, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The gradient of gamma, and beta and gamma of dx = scale g + beta x + gamma; ``group`` as in the forward pass."""
+    if group is not _SINGLE:
+        return merged_corrections(sum_g, sum_gx, mean, rstd, scale, count, group)
+    return corrections(sum_g, sum_gx, mean, rstd, scale, float(count))
 
 
 class _Cell(torch.autograd.Function):
@@ -189,11 +207,11 @@ class _Cell(torch.autograd.Function):
         *parameters: Tensor | None,
     ) -> tuple[Tensor, ...]:
         device = x.device.type
-        identity = skip is None
+        identity, single = skip is None, group is _SINGLE
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         if x.dtype == torch.float64:
             dtype = torch.float64  # autocast leaves float64 alone
-        acc_dtype = _checks.accumulate_dtype(dtype)
+        acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
         given = CellParameters._make(parameters)
         q = _widened(given, acc_dtype)
         with torch.autocast(device, enabled=False):
@@ -201,8 +219,7 @@ class _Cell(torch.autograd.Function):
             xl = x.to(dtype).contiguous(memory_format=torch.channels_last)
             b, _, h, w = xl.shape
             mean0, m2 = _OPS.channel_statistics(xl, False)
-            mean0, m2, n_in = distributed.merge(mean0, m2, b * h * w, group)
-            var0, rstd0, _, shift0 = coefficients_of(mean0, m2, n_in, None, None, eps)
+            mean0, n_in, var0, rstd0, _, shift0 = _batch_norm(mean0, m2, b * h * w, None, None, eps, group)
             xhat = affine_activation.forward(xl, rstd0, shift0, None)
             weights = q.expand.flatten(1)
             expand = weights * q.norm_weight
@@ -214,27 +231,28 @@ class _Cell(torch.autograd.Function):
                 squares = ((expand @ gram) * expand).sum(1)
             else:
                 mean1, squares = _OPS.channel_statistics(a, False)
-                if not isinstance(n_in, int):  # of one process alone a has mean 0
+                if not single:  # the mean of a is 0 over all processes together
                     squares = torch.addcmul(squares, mean1, mean1, value=float(b * h * w))
-            m2 = distributed.total(squares, group)
-            mean1 = weights @ q.norm_bias
-            var1, rstd1, scale1, _ = coefficients_of(None, m2, n_in, q.expand_norm_weight, None, eps)
+            mean1, count = weights @ q.norm_bias, float(n_in) if single else 1.0
+            if not single:
+                squares = distributed.total(squares, group) / n_in
+            var1, rstd1, scale1, _ = coefficients(None, squares, q.expand_norm_weight, None, count, eps)
 
-            d, mean2, m2 = depthwise_conv2d.kernels(a.device)[0](
+            # A GPU that has no CUDA code of ours runs the formula.
+            convolve = _OPS.depthwise_conv2d if device == "cpu" else depthwise_conv2d.kernels(a.device)[0]
+            d, mean2, m2 = convolve(
                 a, q.depthwise, scale1, q.expand_norm_bias, max(stride, 1), 1, 2 if stride == -1 else 1, "swish", True, None,
             )  # fmt: skip
             pixels = d.shape[2] * d.shape[3]
-            mean2, m2, n_out = distributed.merge(mean2, m2, b * pixels, group)
-            var2, rstd2, scale2, shift2 = coefficients_of(
-                mean2, m2, n_out, q.depthwise_norm_weight, q.depthwise_norm_bias, eps
+            mean2, n_out, var2, rstd2, scale2, shift2 = _batch_norm(
+                mean2, m2, b * pixels, q.depthwise_norm_weight, q.depthwise_norm_bias, eps, group
             )
             p = conv1x1(affine_activation.forward(d, scale2, shift2, "swish"), q.project)
 
             plane_mean, m2 = _OPS.channel_statistics(p, True)
             mean3, m2 = merge_planes(plane_mean, m2, pixels)
-            mean3, m2, _ = distributed.merge(mean3, m2, b * pixels, group)
-            var3, rstd3, scale3, shift3 = coefficients_of(
-                mean3, m2, n_out, q.project_norm_weight, q.project_norm_bias, eps
+            mean3, _, var3, rstd3, scale3, shift3 = _batch_norm(
+                mean3, m2, b * pixels, q.project_norm_weight, q.project_norm_bias, eps, group
             )
             pooled = hidden = gate = None
             if q.reduce_weight is None:
@@ -252,7 +270,7 @@ class _Cell(torch.autograd.Function):
         )  # fmt: skip
         ctx.constants = (stride, residual_scale, group, n_in, n_out, x.dtype, skip.dtype, identity)
         statistics: tuple[Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
-        if not isinstance(n_in, int):
+        if not single:
             upsampled = n_in * (4 if stride == -1 else 1)
             statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
         ctx.mark_non_differentiable(*statistics)
@@ -269,7 +287,7 @@ class _Cell(torch.autograd.Function):
         ) = ctx.saved_tensors  # fmt: skip
         stride, residual_scale, group, n_in, n_out, x_dtype, skip_dtype, identity = ctx.constants
         kept = CellParameters._make(given)
-        acc_dtype = expand.dtype
+        acc_dtype, single = expand.dtype, group is _SINGLE
         q = _widened(kept, acc_dtype)
         with torch.no_grad(), torch.autocast(grad.device.type, enabled=False):
             # y = skip + residual_scale gate (gamma3 phat + beta3): sums over planes say everything about BN3 and gate.
@@ -277,7 +295,7 @@ class _Cell(torch.autograd.Function):
             to_gate: Sequence[Tensor | None] = (None,) * 4
             if gate is None:
                 sum3, dot3 = residual_scale * sum_grad.sum(0), residual_scale * sum_grad_p.sum(0)
-                _, beta3, gamma3 = corrections_of(sum3, dot3, mean3, rstd3, scale3, n_out, group)
+                _, beta3, gamma3 = _corrections(sum3, dot3, mean3, rstd3, scale3, n_out, group)
                 to_weight3, to_bias3, offset = dot3 * rstd3, sum3, gamma3[None]
                 factor = (residual_scale * scale3)[None]
             else:
@@ -286,7 +304,7 @@ class _Cell(torch.autograd.Function):
                     sum_grad, sum_grad_p, plane_mean, mean3, rstd3, q.project_norm_weight, q.project_norm_bias, pooled,
                     hidden, gate, w1, w2, residual_scale,
                 )  # fmt: skip
-                _, beta3, gamma3 = corrections_of(
+                _, beta3, gamma3 = _corrections(
                     to_bias3, to_weight3 / rstd3, mean3, rstd3, scale3, n_out, group
                 )
                 offset = torch.addcmul(gamma3, scale3, through, value=1.0 / (p.shape[2] * p.shape[3]))
@@ -300,7 +318,7 @@ class _Cell(torch.autograd.Function):
             del to_h3
             to_project = weight_gradient(to_p, h3)
             del h3, to_p
-            to_weight2, beta2, gamma2 = corrections_of(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
+            to_weight2, beta2, gamma2 = _corrections(to_bias2, dot2, mean2, rstd2, scale2, n_out, group)
             to_a, to_depthwise, dot1, to_bias1 = depthwise_conv2d.kernels(a.device)[1](
                 g, d, scale2, beta2, gamma2, None, a, q.depthwise, scale1, q.expand_norm_bias,
                 max(stride, 1), 1, 2 if stride == -1 else 1, "swish", None, True, True, True,
@@ -308,7 +326,7 @@ class _Cell(torch.autograd.Function):
             del g
 
             # da = to_a + beta1 a + gamma1, written only where the Gram matrix does not pay.
-            to_weight1, beta1, gamma1 = corrections_of(to_bias1, dot1, None, rstd1, scale1, n_in, group)
+            to_weight1, beta1, gamma1 = _corrections(to_bias1, dot1, None, rstd1, scale1, n_in, group)
             column = beta1[:, None]
             if gram is None:
                 to_a = _OPS.plane_affine(a, beta1[None], to_a, None, gamma1[None])
@@ -317,11 +335,12 @@ class _Cell(torch.autograd.Function):
                 to_expand = torch.addcmul(
                     weight_gradient(to_a, xhat).flatten(1).to(acc_dtype), column, expand @ gram
                 )
-                if not isinstance(n_in, int):  # of one process alone xhat has mean 0
+                if not single:  # the mean of xhat is 0 over all processes together
                     to_expand += gamma1[:, None] * as_matrix(xhat).to(acc_dtype).sum(0)
             to_x = None
             if ctx.needs_input_grad[0]:
-                dot0 = distributed.total((to_expand * expand).sum(0), group) / n_in
+                dot0 = (to_expand * expand).sum(0)
+                dot0 = (dot0 if single else distributed.total(dot0, group)) / n_in
                 to_x = conv1x1(to_a, (expand * rstd0).t())
                 if gram is None:
                     to_x = _OPS.plane_affine(xhat, -(rstd0 * dot0)[None], to_x, None, None)
