@@ -14,6 +14,7 @@ Environment:
     NVAE_FAST_NO_CUDA=1            leave csrc/cuda out
     NVAE_FAST_FORCE_CUDA=1         compile csrc/cuda although the PyTorch at hand has no CUDA
     NVAE_FAST_CUDA_ARCHS           default "sm_80,sm_90a,sm_100"
+    NVAE_FAST_SANITIZE             for tests: sanitizers of the compiler, such as "address,undefined"
 """
 
 from __future__ import annotations
@@ -318,7 +319,11 @@ class NinjaBuild(build_ext):
         if cuda:
             binding += ["-DNVAE_HAVE_CUDA", f'-DNVAE_CUDA_ARCHS="{",".join(cuda.archs)}"']
             binding.append(f"-isystem{cuda.home / 'include'}")
-        extra = shlex.split(os.environ.get("CXXFLAGS", ""))
+        sanitizers = os.environ.get("NVAE_FAST_SANITIZE")
+        sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if sanitizers else []
+        # Less optimised, but with the names and lines that reports of errors need.
+        extra = [*sanitize, "-O1", "-g1", "-fno-omit-frame-pointer", *QUIET] if sanitize else []
+        extra += shlex.split(os.environ.get("CXXFLAGS", ""))
 
         for source in sorted([*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]):
             if source.name.endswith(".vec.cpp"):
@@ -348,7 +353,7 @@ class NinjaBuild(build_ext):
         if sys.platform == "darwin":
             shared = ["-shared", "-undefined", "dynamic_lookup"]
         else:
-            shared = ["-shared", "-Wl,--as-needed", "-Wl,-z,relro,-z,now", "-s"]
+            shared = ["-shared", "-Wl,--as-needed", "-Wl,-z,relro,-z,now", *(sanitize or ["-s"])]
         out.link(target, shared, libraries)
         return out
 

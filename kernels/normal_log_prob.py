@@ -181,5 +181,5 @@ def normal_log_prob_backward(
         )  # fmt: skip
     return (
         z.new_empty(0) if grad_z is None else grad_z,
-        z.new_empty(0) if grad_params is None else grad_params,
+        z.new_empty(0, dtype=(z if params is None else params).dtype) if grad_params is None else grad_params,
     )

@@ -293,7 +293,7 @@ def residual_normal_backward(
     """Gradients of posterior, prior and noise; an empty tensor for one that is not wanted."""
     space = Map("residual_normal", posterior, packed=True)
     grad_posterior = space.empty(2) if need_posterior else None
-    grad_prior = space.empty(2) if need_prior and prior is not None else None
+    grad_prior = space.empty(2, prior.dtype) if need_prior and prior is not None else None
     grad_noise = space.empty(1, noise.dtype) if need_noise and noise is not None else None
     wanted = (grad_posterior, grad_prior, grad_noise)
     if space.count and any(t is not None for t in wanted):
@@ -310,8 +310,7 @@ def residual_normal_backward(
             *(stride for view in sums for stride in view[1:]),
             RESIDUAL=residual, CLAMP=float(clamp or 0),
         )  # fmt: skip
-    noise_dtype = posterior.dtype if noise is None else noise.dtype
-    nothing = (posterior.dtype, posterior.dtype, noise_dtype)
+    nothing = [posterior.dtype if t is None else t.dtype for t in (posterior, prior, noise)]
     return tuple(
         posterior.new_empty(0, dtype=dtype) if t is None else t
         for t, dtype in zip(wanted, nothing, strict=True)

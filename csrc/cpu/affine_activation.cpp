@@ -11,15 +11,15 @@ AffineActivationArgs describe(const char* op, const Tensor& x, const Name& activ
   check_feature_map(op, "x", x);
   AffineActivationArgs a;
   static_cast<MapShape&>(a) = folded(planes_of(x));
-  a.dtype = dtype_of(op, x.scalar_type());
-  a.activation = activation_of(op, activation);
+  a.dtype = dtype_of(op, "x", x);
+  a.activation = activation_of(op, "activation", activation);
   a.x = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
   return a;
 }
 
 void set_grad(const char* op, AffineActivationArgs& a, const Tensor& grad, const Tensor& x,
               std::vector<Tensor>& keep_alive) {
-  check_same_shape(op, "grad", grad, x);
+  check_floating_like(op, "grad", grad, "x", x);
   a.grad = dense_like(x, grad, keep_alive).const_data_ptr();
 }
 
@@ -118,7 +118,7 @@ static Tensor affine_activation_grad(const Tensor& grad, const Tensor& x, const 
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("affine_activation", TORCH_BOX(&nvae::affine_activation));
-  m.impl("affine_activation_reduce", TORCH_BOX(&nvae::affine_activation_reduce));
-  m.impl("affine_activation_grad", TORCH_BOX(&nvae::affine_activation_grad));
+  NVAE_IMPL(m, "affine_activation", &nvae::affine_activation);
+  NVAE_IMPL(m, "affine_activation_reduce", &nvae::affine_activation_reduce);
+  NVAE_IMPL(m, "affine_activation_grad", &nvae::affine_activation_grad);
 }

@@ -28,7 +28,7 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_swish(const Tensor& x, cons
                                                            const std::optional<Tensor>& var, double eps,
                                                            const Name& activation) {
   const char* op = "batch_norm_swish";
-  STD_TORCH_CHECK(mean.has_value() == var.has_value(), op, ": mean and var must be given together");
+  NVAE_CHECK(mean.has_value() == var.has_value(), op, ": mean and var must be given together");
   std::vector<Tensor> keep_alive;
   AffineActivationArgs a = describe(op, x, activation, keep_alive);
   std::vector<double> means, vars;
@@ -50,7 +50,7 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_swish(const Tensor& x, cons
   const Tensor y = empty_map_like(x);
   a.y = y.mutable_data_ptr();
   run_forward(a);
-  if (mean) return {y, torch::stable::clone(*mean), torch::stable::clone(*var)};
+  if (mean) return {y, copy_of(*mean), copy_of(*var)};
   return {y, vector_of(x, a.dtype, means), vector_of(x, a.dtype, vars)};
 }
 
@@ -105,6 +105,6 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_norm_swish_backw
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("batch_norm_swish", TORCH_BOX(&nvae::batch_norm_swish));
-  m.impl("batch_norm_swish_backward", TORCH_BOX(&nvae::batch_norm_swish_backward));
+  NVAE_IMPL(m, "batch_norm_swish", &nvae::batch_norm_swish);
+  NVAE_IMPL(m, "batch_norm_swish_backward", &nvae::batch_norm_swish_backward);
 }

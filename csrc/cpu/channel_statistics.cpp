@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample) 
   const char* op = "channel_statistics";
   check_feature_map(op, "x", x);
   std::vector<Tensor> keep_alive;
-  const Dtype dtype = dtype_of(op, x.scalar_type());
+  const Dtype dtype = dtype_of(op, "x", x);
   const void* data = dense(x, is_channels_last(x), keep_alive).const_data_ptr();
   const Statistics found = statistics_of(planes_of(x), dtype, data, per_sample);
   const int64_t b = x.size(0), c = x.size(1);
@@ -25,5 +25,5 @@ std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample) 
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("channel_statistics", TORCH_BOX(&nvae::channel_statistics));
+  NVAE_IMPL(m, "channel_statistics", &nvae::channel_statistics);
 }

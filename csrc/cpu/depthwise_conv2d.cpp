@@ -8,6 +8,7 @@
 #include <string>
 #include <tuple>
 
+#include "../depthwise_conv2d_checks.h"
 #include "depthwise_conv2d_plan.h"
 #include "packed.h"
 
@@ -16,7 +17,8 @@ namespace {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Memory of a thread that outlives a call: fresh pages would cost as much as the kernel.
+// Memory of a thread that is kept between calls: pages that are new to the process would take as long as the
+// kernel.
 class Scratch {
  public:
   ~Scratch() { std::free(data_); }
@@ -26,7 +28,7 @@ class Scratch {
       std::free(data_);
       size_ = 0;
       data_ = std::aligned_alloc(64, wanted);
-      if (!data_) throw std::bad_alloc();
+      if (!data_) throw OutOfMemory(static_cast<double>(wanted), "cpu");
       size_ = wanted;
     }
     return data_;
@@ -37,18 +39,14 @@ class Scratch {
   size_t size_ = 0;
 };
 
-ScalarType wide_type(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
-
-Tensor empty_like_sums(const Tensor& like, int64_t n, ScalarType type) {
-  return torch::stable::empty({n}, type, std::nullopt, like.device());
-}
+Tensor empty_like_sums(const Tensor& like, int64_t n, ScalarType type) { return allocate({n}, type, like); }
 
 // A map as it is where the kernels can walk it, else a dense copy.
 DepthwiseMap view(const Tensor& t, std::vector<Tensor>& keep_alive) {
   const bool last = t.stride(1) == 1 || t.size(1) == 1;
-  // (Of no elements PyTorch makes no copy, and every layout will do.)
+  // Without elements every layout will do. A "copy" would be the same tensor, and this function would not end.
   if (!last && t.stride(3) != 1 && t.size(3) != 1 && t.numel() != 0) {
-    keep_alive.push_back(torch::stable::contiguous(t));
+    keep_alive.push_back(as_contiguous(t));
     return view(keep_alive.back(), keep_alive);
   }
   DepthwiseMap m;
@@ -60,7 +58,7 @@ DepthwiseMap view(const Tensor& t, std::vector<Tensor>& keep_alive) {
   m.channels_last = last;
   m.height = t.size(2);
   m.width = t.size(3);
-  keep_alive.push_back(Tensor(t));  // t may be a conversion that nobody else keeps
+  keep_alive.push_back(Tensor(t));  // a copy of the handle: t may be an element of keep_alive
   return m;
 }
 DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
@@ -72,22 +70,15 @@ DepthwiseMap view(const Tensor& t, bool channels_last, std::vector<Tensor>& keep
 const void* channel_values(const char* op, const char* name, const OptionalTensor& t, const Tensor& x,
                            ScalarType type, std::vector<Tensor>& keep_alive) {
   if (!t) return nullptr;
-  STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == x.size(1), op, ": ", name, " must have shape (C,)");
-  keep_alive.push_back(
-      torch::stable::contiguous(t->scalar_type() == type ? *t : torch::stable::to(*t, type)));
+  check_floating(op, name, *t, {x.size(1)});
+  keep_alive.push_back(as_contiguous(to_dtype(*t, type)));
   return keep_alive.back().const_data_ptr();
 }
 
 DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& weight, int64_t stride,
                               int64_t dilation, int64_t upsample,
                               const std::optional<std::vector<int64_t>>& taps) {
-  STD_TORCH_CHECK(x.dim() == 4 && weight.dim() == 4 && weight.size(0) == x.size(1) && weight.size(1) == 1 &&
-                      weight.size(2) == weight.size(3) && weight.size(2) % 2 == 1,
-                  op, ": x must have shape (B, C, H, W) and weight (C, 1, K, K) with odd K");
-  const auto one_or_two = [](int64_t n) { return n == 1 || n == 2; };
-  STD_TORCH_CHECK(one_or_two(stride) && one_or_two(dilation) && one_or_two(upsample), op,
-                  ": stride, dilation and upsample must be 1 or 2");
-  STD_TORCH_CHECK(upsample == 1 || stride == 1, op, ": upsample=2 needs stride=1");
+  check_depthwise(op, x, weight, stride, dilation, upsample, taps);
   DepthwiseGeometry g;
   g.kernel = static_cast<int>(weight.size(2));
   g.stride = static_cast<int>(stride);
@@ -95,17 +86,8 @@ DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& wei
   g.upsample = static_cast<int>(upsample);
   g.live.assign(static_cast<size_t>(g.kernel * g.kernel), !taps.has_value());
   if (taps)
-    for (int64_t tap : *taps) {
-      STD_TORCH_CHECK(tap >= 0 && tap < g.kernel * g.kernel, op, ": taps must lie in the kernel");
-      g.live[static_cast<size_t>(tap)] = true;
-    }
+    for (const int64_t tap : *taps) g.live[static_cast<size_t>(tap)] = true;
   return g;
-}
-
-int activation_of(const char* op, const std::optional<Text>& name) {
-  if (!name) return 0;
-  STD_TORCH_CHECK(*name == "swish" || *name == "elu", op, ": activation must be None, swish or elu");
-  return *name == "swish" ? 1 : 2;
 }
 
 // Taps of the plan as vectors of channels: [vector][tap][lane], folded and zero where dead or no channel is.
@@ -140,11 +122,11 @@ struct Job {
 
   void describe(const char* op, const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift,
                 const std::optional<Text>& activation) {
-    STD_TORCH_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
-    args.dtype = dtype_of(op, x.scalar_type());
-    acc_dtype = wide_type(args.dtype);
+    NVAE_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
+    args.dtype = dtype_of(op, "x", x);
+    acc_dtype = accumulation_type(args.dtype);
     lanes = NVAE_CALL(depthwise_lanes, args.dtype);
-    args.activation = activation_of(op, activation);
+    args.activation = static_cast<int>(activation_of(op, "activation", activation));
     args.batches = x.size(0);
     args.channels = x.size(1);
     args.vectors = (args.channels + lanes - 1) / lanes;
@@ -153,8 +135,8 @@ struct Job {
   }
 
   void plan(bool backward, const DepthwiseMap& scanned, const DepthwiseMap& stationary) {
-    const bool wide_registers = capability() == Capability::avx512;
-    const int columns = wide_registers ? (backward ? 6 : 7) : (backward ? 3 : 6);
+    const bool many_registers = capability() == Capability::avx512;
+    const int columns = many_registers ? (backward ? 6 : 7) : (backward ? 3 : 6);
     planner =
         std::make_unique<DepthwisePlanner>(geometry, backward, columns, scanned.width, stationary.width);
     args.plan = planner->plan;
@@ -185,20 +167,18 @@ struct Job {
   static constexpr int64_t kTasks = 8;  // at least, for the threads, where the map is high enough
 
   void pack(const Tensor& weight) {
-    keep_alive.push_back(torch::stable::contiguous(
-        weight.scalar_type() == acc_dtype ? weight : torch::stable::to(weight, acc_dtype)));
+    keep_alive.push_back(as_contiguous(to_dtype(weight, acc_dtype)));
     const void* from = keep_alive.back().const_data_ptr();
     keep_alive.push_back(empty_like_sums(weight, args.vectors * args.plan.taps * lanes + 1, acc_dtype));
     void* to = keep_alive.back().mutable_data_ptr();
-    torch::stable::parallel_for(0, args.vectors, 4096 / (args.plan.taps * lanes + 1) + 1,
-                                [&](int64_t begin, int64_t end) {
-                                  if (acc_dtype == ScalarType::Double)
-                                    pack_taps(geometry, planner->folds, static_cast<const double*>(from),
-                                              args.channels, lanes, begin, end, static_cast<double*>(to));
-                                  else
-                                    pack_taps(geometry, planner->folds, static_cast<const float*>(from),
-                                              args.channels, lanes, begin, end, static_cast<float*>(to));
-                                });
+    parallel_for(0, args.vectors, 4096 / (args.plan.taps * lanes + 1) + 1, [&](int64_t begin, int64_t end) {
+      if (acc_dtype == ScalarType::Double)
+        pack_taps(geometry, planner->folds, static_cast<const double*>(from), args.channels, lanes, begin,
+                  end, static_cast<double*>(to));
+      else
+        pack_taps(geometry, planner->folds, static_cast<const float*>(from), args.channels, lanes, begin, end,
+                  static_cast<float*>(to));
+    });
     args.taps = to;
   }
 
@@ -215,12 +195,10 @@ struct Job {
 };
 
 Tensor shaped_output(const Tensor& x, int64_t height, int64_t width) {
-  const int64_t size[4] = {x.size(0), x.size(1), height, width};
-  return torch::stable::empty({size, 4}, x.scalar_type(), std::nullopt, x.device(), std::nullopt,
-                              is_channels_last(x) ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return allocate({x.size(0), x.size(1), height, width}, x.scalar_type(), x, is_channels_last(x));
 }
 
-void store_wide(const Tensor& t, int64_t i, double value) {
+void store_sum(const Tensor& t, int64_t i, double value) {
   if (t.scalar_type() == ScalarType::Double)
     static_cast<double*>(t.mutable_data_ptr())[i] = value;
   else
@@ -238,14 +216,14 @@ void merge_statistics(const Job& job, const double* sums, const Tensor& mean, co
       const int64_t first = part % a.bands * a.band, last = std::min(first + a.band, rows);
       const double n = static_cast<double>(
           (std::min(last * a.plan.row_phases, a.y.height) - first * a.plan.row_phases) * a.y.width);
-      const double its_mean = p[2 * lanes] + p[0] / n, its_squares = p[lanes] - p[0] * p[0] / n;
-      const double delta = its_mean - middle, both = count + n;
+      const double part_mean = p[2 * lanes] + p[0] / n, part_squares = p[lanes] - p[0] * p[0] / n;
+      const double delta = part_mean - middle, both = count + n;
       middle += delta * n / both;
-      squares += its_squares + delta * delta * count * n / both;
+      squares += part_squares + delta * delta * count * n / both;
       count = both;
     }
-    store_wide(mean, c, middle);
-    store_wide(m2, c, squares < 0 ? 0 : squares);
+    store_sum(mean, c, middle);
+    store_sum(m2, c, squares < 0 ? 0 : squares);
   }
 }
 
@@ -253,18 +231,18 @@ void merge_statistics(const Job& job, const double* sums, const Tensor& mean, co
 Tensor run_forward(Job& job, const Tensor& x, const Tensor& weight, int64_t stride, int64_t upsample,
                    std::unique_ptr<double[]>* sums) {
   DepthwiseArgs& a = job.args;
-  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
-  const Tensor y = shaped_output(x, extent(x.size(2)), extent(x.size(3)));
+  const Tensor y = shaped_output(x, depthwise_extent(x.size(2), stride, upsample),
+                                 depthwise_extent(x.size(3), stride, upsample));
   a.x = view(x, job.keep_alive);
   a.y = view(y, job.keep_alive);
   job.plan(false, a.x, a.y);
   job.pack(weight);
   if (sums) {
-    sums->reset(new double[static_cast<size_t>(a.tasks() * a.group * 3 * job.lanes) + 1]);
+    *sums = doubles(a.tasks() * a.group * 3 * job.lanes + 1);
     a.sums = sums->get();
   }
   const int64_t bytes = NVAE_CALL(depthwise_forward_scratch, a);
-  torch::stable::parallel_for(0, a.tasks(), job.grain(a.y), [&](int64_t begin, int64_t end) {
+  parallel_for(0, a.tasks(), job.grain(a.y), [&](int64_t begin, int64_t end) {
     static thread_local Scratch scratch;
     NVAE_CALL(depthwise_forward, a, scratch.at_least(bytes), begin, end);
   });
@@ -295,7 +273,7 @@ Tensor depthwise_conv2d_affine(const Tensor& x, const Tensor& weight, const Tens
   Job job;
   job.geometry = geometry_of(op, x, weight, stride, 1, upsample, std::nullopt);
   job.describe(op, x, std::nullopt, std::nullopt, activation);
-  job.args.out_activation = activation_of(op, out_activation);
+  job.args.out_activation = static_cast<int>(activation_of(op, "out_activation", out_activation));
   job.args.out_scale = channel_values(op, "out_scale", out_scale, x, job.acc_dtype, job.keep_alive);
   job.args.out_shift = channel_values(op, "out_shift", out_shift, x, job.acc_dtype, job.keep_alive);
   return run_forward(job, x, weight, stride, upsample, nullptr);
@@ -324,10 +302,10 @@ void total_taps(const Job& job, const S* partial, int64_t begin, int64_t end, co
                 total[i * static_cast<size_t>(lanes) + static_cast<size_t>(lane)];
     for (int64_t lane = 0; lane < lanes && vector * lanes + lane < a.channels; ++lane)
       for (int64_t tap = 0; tap < k * k; ++tap)
-        store_wide(out, (vector * lanes + lane) * k * k + tap,
-                   job.geometry.live[static_cast<size_t>(tap)]
-                       ? gradient[static_cast<size_t>(tap * lanes + lane)]
-                       : 0.0);
+        store_sum(out, (vector * lanes + lane) * k * k + tap,
+                  job.geometry.live[static_cast<size_t>(tap)]
+                      ? gradient[static_cast<size_t>(tap * lanes + lane)]
+                      : 0.0);
   }
 }
 
@@ -342,19 +320,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
   DepthwiseArgs& a = job.args;
   job.geometry = geometry_of(op, x, weight, stride, dilation, upsample, taps);
   job.describe(op, x, scale, shift, activation);
-  const auto extent = [&](int64_t n) { return (n * upsample + stride - 1) / stride; };
-  STD_TORCH_CHECK(grad.dim() == 4 && grad.size(0) == x.size(0) && grad.size(1) == x.size(1) &&
-                      grad.size(2) == extent(x.size(2)) && grad.size(3) == extent(x.size(3)),
-                  op, ": grad must have the shape of the output");
-  STD_TORCH_CHECK(alpha.has_value() == beta.has_value() && alpha.has_value() == gamma.has_value() &&
-                      (!alpha || (out && same_shape(*out, grad))),
-                  op, ": alpha, beta and gamma must be given together, with the output");
+  check_depthwise_backward(op, grad, out, alpha.has_value(), beta.has_value(), gamma.has_value(), x, stride,
+                           upsample);
   a.x = view(x, job.keep_alive);
   // As x is laid out where both are more than a pixel: then no row takes two forms.
   const bool format = a.x.channels_last;
-  a.grad = view(as_dtype_of(x, grad), format, job.keep_alive);
+  a.grad = view(to_dtype(grad, x.scalar_type()), format, job.keep_alive);
   if (alpha) {
-    a.out = view(as_dtype_of(x, *out), a.grad.channels_last, job.keep_alive);
+    a.out = view(to_dtype(*out, x.scalar_type()), a.grad.channels_last, job.keep_alive);
     a.alpha = channel_values(op, "alpha", alpha, x, job.acc_dtype, job.keep_alive);
     a.beta = channel_values(op, "beta", beta, x, job.acc_dtype, job.keep_alive);
     a.gamma = channel_values(op, "gamma", gamma, x, job.acc_dtype, job.keep_alive);
@@ -373,11 +346,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
     a.tap_gradients = partial.mutable_data_ptr();
   }
   std::unique_ptr<double[]> sums;
-  if (need_affine) sums.reset(new double[static_cast<size_t>(parts * 2 * job.lanes) + 1]);
+  if (need_affine) sums = doubles(parts * 2 * job.lanes + 1);
   a.sums = sums.get();
   if (need_x || need_weight || need_affine) {
     const int64_t bytes = NVAE_CALL(depthwise_backward_scratch, a);
-    torch::stable::parallel_for(0, a.tasks(), job.grain(a.x), [&](int64_t begin, int64_t end) {
+    parallel_for(0, a.tasks(), job.grain(a.x), [&](int64_t begin, int64_t end) {
       static thread_local Scratch scratch;
       NVAE_CALL(depthwise_backward, a, scratch.at_least(bytes), begin, end);
     });
@@ -385,14 +358,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
 
   Tensor grad_weight = empty_like_sums(x, 0, weight.scalar_type());
   if (need_weight) {
-    const Tensor total = torch::stable::empty(weight.sizes(), job.acc_dtype, std::nullopt, x.device());
-    torch::stable::parallel_for(0, a.vectors, 1, [&](int64_t begin, int64_t end) {
+    const Tensor total = allocate(weight.sizes(), job.acc_dtype, x);
+    parallel_for(0, a.vectors, 1, [&](int64_t begin, int64_t end) {
       if (job.acc_dtype == ScalarType::Double)
         total_taps(job, static_cast<const double*>(a.tap_gradients), begin, end, total);
       else
         total_taps(job, static_cast<const float*>(a.tap_gradients), begin, end, total);
     });
-    grad_weight = as_dtype_of(weight, total);
+    grad_weight = to_dtype(total, weight.scalar_type());
   }
   const Tensor grad_scale = empty_like_sums(x, need_affine ? a.channels : 0, job.acc_dtype);
   const Tensor grad_shift = empty_like_sums(x, need_affine ? a.channels : 0, job.acc_dtype);
@@ -404,8 +377,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
         by_scale += p[0];
         by_shift += p[job.lanes];
       }
-      store_wide(grad_scale, c, by_scale);
-      store_wide(grad_shift, c, by_shift);
+      store_sum(grad_scale, c, by_scale);
+      store_sum(grad_shift, c, by_shift);
     }
   return {grad_x, grad_weight, grad_scale, grad_shift};
 }
@@ -414,7 +387,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("depthwise_conv2d", TORCH_BOX(&nvae::depthwise_conv2d));
-  m.impl("depthwise_conv2d_affine", TORCH_BOX(&nvae::depthwise_conv2d_affine));
-  m.impl("depthwise_conv2d_backward", TORCH_BOX(&nvae::depthwise_conv2d_backward));
+  NVAE_IMPL(m, "depthwise_conv2d", &nvae::depthwise_conv2d);
+  NVAE_IMPL(m, "depthwise_conv2d_affine", &nvae::depthwise_conv2d_affine);
+  NVAE_IMPL(m, "depthwise_conv2d_backward", &nvae::depthwise_conv2d_backward);
 }

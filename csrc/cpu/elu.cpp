@@ -1,5 +1,5 @@
-// nvae_fast::elu and its gradient on the CPU: the pass of affine_activation.vec.cpp over one long row,
-// whatever the layout, with scale 1 and shift 0.
+// nvae_fast::elu and its gradient on the CPU: the kernels of affine_activation.vec.cpp with scale 1 and shift 0,
+// on the elements in memory order as one row.
 #include "affine_activation.h"
 #include "planes.h"
 
@@ -8,7 +8,7 @@ namespace nvae {
 static AffineActivationArgs as_row(const char* op, const Tensor& x, std::vector<Tensor>& keep_alive) {
   check_feature_map(op, "x", x);
   AffineActivationArgs a;
-  a.dtype = dtype_of(op, x.scalar_type());
+  a.dtype = dtype_of(op, "x", x);
   a.activation = Activation::elu;
   a.batches = a.channels = 1;
   a.pixels = x.numel();
@@ -32,7 +32,7 @@ static Tensor elu_backward(const Tensor& grad, const Tensor& x) {
   const char* op = "elu_backward";
   std::vector<Tensor> keep_alive;
   AffineActivationArgs a = as_row(op, x, keep_alive);
-  check_same_shape(op, "grad", grad, x);
+  check_floating_like(op, "grad", grad, "x", x);
   a.grad = dense_like(x, grad, keep_alive).const_data_ptr();
   const Coefficients one(a.dtype, std::vector<double>{1.0}), zero(a.dtype, std::vector<double>{0.0});
   a.scale = a.alpha = one.data();
@@ -46,6 +46,6 @@ static Tensor elu_backward(const Tensor& grad, const Tensor& x) {
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("elu", TORCH_BOX(&nvae::elu));
-  m.impl("elu_backward", TORCH_BOX(&nvae::elu_backward));
+  NVAE_IMPL(m, "elu", &nvae::elu);
+  NVAE_IMPL(m, "elu_backward", &nvae::elu_backward);
 }

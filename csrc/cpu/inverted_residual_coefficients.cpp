@@ -4,46 +4,59 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../memory.h"
 #include "squeeze_excite.h"
 
 namespace nvae {
 
-static Tensor vector_like(const Tensor& t, int64_t n) {
-  return torch::stable::empty({n}, t.scalar_type(), std::nullopt, t.device());
-}
+static Tensor vector_like(const Tensor& t, int64_t n) { return allocate({n}, t.scalar_type(), t); }
 static Tensor matrix_like(const Tensor& t, int64_t rows, int64_t columns) {
-  return torch::stable::empty({rows, columns}, t.scalar_type(), std::nullopt, t.device());
+  return allocate({rows, columns}, t.scalar_type(), t);
 }
 
-// Arguments as contiguous arrays, null where absent; copies live as long as this.
-struct Arguments {
-  std::vector<Tensor> keep_alive;
-  template <class S>
-  const S* read(const Tensor& t) {
-    if (t.is_contiguous()) return t.const_data_ptr<S>();
-    keep_alive.push_back(torch::stable::contiguous(t));
-    return keep_alive.back().const_data_ptr<S>();
+// Arguments as contiguous arrays of S, null where absent; copies live as long as this. Checks shapes and dtypes.
+template <class S>
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+  const S* read(const char* name, const Tensor& t, std::initializer_list<int64_t> expected) {
+    constexpr ScalarType type = sizeof(S) == 8 ? ScalarType::Double : ScalarType::Float;
+    check_shape(op_, name, t, expected);
+    NVAE_CHECK(t.scalar_type() == type, op_, ": ", name, " must be ", torch::headeronly::toString(type),
+               " like the other arguments, got ", torch::headeronly::toString(t.scalar_type()));
+    if (t.is_contiguous()) return static_cast<const S*>(t.const_data_ptr());
+    keep_alive_.push_back(as_contiguous(t));
+    return static_cast<const S*>(keep_alive_.back().const_data_ptr());
   }
-  template <class S>
-  const S* read(const std::optional<Tensor>& t) {
-    return t ? read<S>(*t) : nullptr;
+  const S* read(const char* name, const std::optional<Tensor>& t, std::initializer_list<int64_t> expected) {
+    return t ? read(name, *t, expected) : nullptr;
   }
+
+ private:
+  const char* op_;
+  std::vector<Tensor> keep_alive_;
 };
 template <class S>
 static S* out(const Tensor& t) {
   return t.mutable_data_ptr<S>();
 }
 
-// Calls run(S()) with the scalar type of t.
+// Calls run(Arguments<S>(op)) with the scalar type S of t.
 template <class F>
-static void by_type(const char* op, const Tensor& t, F run) {
-  if (t.scalar_type() == ScalarType::Double)
-    run(double());
-  else if (t.scalar_type() == ScalarType::Float)
-    run(float());
+static void by_type(const char* op, const char* name, const Tensor& t, F run) {
+  const ScalarType type = t.scalar_type();
+  NVAE_CHECK(type == ScalarType::Double || type == ScalarType::Float, op, ": ", name,
+             " must be float32 or float64, got ", torch::headeronly::toString(type));
+  if (type == ScalarType::Double)
+    run(Arguments<double>(op), double());
   else
-    STD_TORCH_CHECK(false, op, ": expected float32 or float64");
+    run(Arguments<float>(op), float());
+}
+static void check_matrix(const char* op, const char* name, const Tensor& t) {
+  NVAE_CHECK(t.dim() == 2, op, ": ", name, " must have two dimensions, got shape ", shape_text(t));
+}
+static void check_vector(const char* op, const char* name, const Tensor& t) {
+  NVAE_CHECK(t.dim() == 1, op, ": ", name, " must have one dimension, got shape ", shape_text(t));
 }
 
 static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const std::optional<Tensor>& mean,
@@ -52,14 +65,14 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> batch_norm_coefficients(const 
                                                                           const std::optional<Tensor>& bias,
                                                                           double count, double eps) {
   const char* op = "batch_norm_coefficients";
-  const int64_t n = m2.numel();
+  check_vector(op, "m2", m2);
+  const int64_t n = m2.size(0);
   const Tensor var = vector_like(m2, n), rstd = vector_like(m2, n), scale = vector_like(m2, n),
                shift = vector_like(m2, n);
-  by_type(op, m2, [&](auto kind) {
-    using S = decltype(kind);
-    Arguments given;
-    const S *a = given.read<S>(mean), *m = given.read<S>(m2), *w = given.read<S>(weight),
-            *b = given.read<S>(bias);
+  by_type(op, "m2", m2, [&](auto given, auto zero) {
+    using S = decltype(zero);
+    const S *a = given.read("mean", mean, {n}), *m = given.read("m2", m2, {n}),
+            *w = given.read("weight", weight, {n}), *b = given.read("bias", bias, {n});
     S *v = out<S>(var), *r = out<S>(rstd), *s = out<S>(scale), *t = out<S>(shift);
     for (int64_t i = 0; i < n; ++i) {
       v[i] = static_cast<S>(m[i] / count);
@@ -76,20 +89,21 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_corrections(const Tensor& s
                                                                  const Tensor& rstd, const Tensor& scale,
                                                                  double count) {
   const char* op = "batch_norm_corrections";
-  const int64_t n = sum_g.numel();
+  check_vector(op, "sum_g", sum_g);
+  const int64_t n = sum_g.size(0);
   const Tensor grad_weight = vector_like(sum_g, n), beta = vector_like(sum_g, n),
                gamma = vector_like(sum_g, n);
-  by_type(op, sum_g, [&](auto kind) {
-    using S = decltype(kind);
-    Arguments given;
-    const S *g = given.read<S>(sum_g), *gx = given.read<S>(sum_gx), *m = given.read<S>(mean),
-            *r = given.read<S>(rstd), *s = given.read<S>(scale);
+  by_type(op, "sum_g", sum_g, [&](auto given, auto zero) {
+    using S = decltype(zero);
+    const S *g = given.read("sum_g", sum_g, {n}), *gx = given.read("sum_gx", sum_gx, {n}),
+            *m = given.read("mean", mean, {n}), *r = given.read("rstd", rstd, {n}),
+            *s = given.read("scale", scale, {n});
     S *w = out<S>(grad_weight), *b = out<S>(beta), *c = out<S>(gamma);
     for (int64_t i = 0; i < n; ++i) {
       w[i] = r[i] * gx[i];
-      const double slope = -double(s[i]) * r[i] * w[i] / count;
-      b[i] = static_cast<S>(slope);
-      c[i] = static_cast<S>(-double(s[i]) * g[i] / count - (m ? slope * m[i] : 0.0));
+      const double of_x = -double(s[i]) * r[i] * w[i] / count;
+      b[i] = static_cast<S>(of_x);
+      c[i] = static_cast<S>(-double(s[i]) * g[i] / count - (m ? of_x * m[i] : 0.0));
     }
   });
   return {grad_weight, beta, gamma};
@@ -97,12 +111,12 @@ static std::tuple<Tensor, Tensor, Tensor> batch_norm_corrections(const Tensor& s
 
 static std::tuple<Tensor, Tensor> merge_planes(const Tensor& mean, const Tensor& m2, int64_t pixels) {
   const char* op = "merge_planes";
+  check_matrix(op, "mean", mean);
   const int64_t planes = mean.size(0), n = mean.size(1);
   const Tensor merged = vector_like(mean, n), total = vector_like(mean, n);
-  by_type(op, mean, [&](auto kind) {
-    using S = decltype(kind);
-    Arguments given;
-    const S *a = given.read<S>(mean), *m = given.read<S>(m2);
+  by_type(op, "mean", mean, [&](auto given, auto zero) {
+    using S = decltype(zero);
+    const S *a = given.read("mean", mean, {planes, n}), *m = given.read("m2", m2, {planes, n});
     std::vector<double> center(static_cast<size_t>(n)), spread(static_cast<size_t>(n));
     for (int64_t b = 0; b < planes; ++b)
       for (int64_t i = 0; i < n; ++i) center[i] += a[b * n + i];
@@ -125,16 +139,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
     const Tensor& mean, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, double residual_scale) {
   const char* op = "gate_coefficients";
+  check_matrix(op, "mean", mean);
+  check_matrix(op, "w1", w1);
+  NVAE_CHECK(scale.has_value() == shift.has_value(), op, ": scale and shift must be given together");
   const int64_t batch = mean.size(0), n = mean.size(1), units = w1.size(0);
   const Tensor pooled = matrix_like(mean, batch, n), hidden = matrix_like(mean, batch, units),
                gate = matrix_like(mean, batch, n), factor = matrix_like(mean, batch, n),
                offset = matrix_like(mean, batch, n);
-  by_type(op, mean, [&](auto kind) {
-    using S = decltype(kind);
-    Arguments given;
-    const S *m = given.read<S>(mean), *s = given.read<S>(scale), *t = given.read<S>(shift),
-            *u1 = given.read<S>(w1), *c1 = given.read<S>(b1), *u2 = given.read<S>(w2),
-            *c2 = given.read<S>(b2);
+  by_type(op, "mean", mean, [&](auto given, auto zero) {
+    using S = decltype(zero);
+    const S *m = given.read("mean", mean, {batch, n}), *s = given.read("scale", scale, {n}),
+            *t = given.read("shift", shift, {n}), *u1 = given.read("w1", w1, {units, n}),
+            *c1 = given.read("b1", b1, {units}), *u2 = given.read("w2", w2, {n, units}),
+            *c2 = given.read("b2", b2, {n});
     const S rs = static_cast<S>(residual_scale);
     // Transposed, so that the inner loops add to different numbers and the compiler makes vectors of them.
     std::vector<double> w1t(static_cast<size_t>(units * n)), w2t(static_cast<size_t>(units * n)),
@@ -173,18 +190,25 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
     const std::optional<Tensor>& bias, const Tensor& pooled, const Tensor& hidden, const Tensor& gate,
     const Tensor& w1, const Tensor& w2, double residual_scale) {
   const char* op = "gate_gradients";
+  check_matrix(op, "sum_x", sum_x);
+  check_matrix(op, "w1", w1);
+  const bool normed = rstd.has_value();
+  NVAE_CHECK(plane_mean.has_value() == normed && mean.has_value() == normed && weight.has_value() == normed &&
+                 bias.has_value() == normed,
+             op, ": plane_mean, mean, rstd, weight and bias must be given together");
   const int64_t batch = sum_x.size(0), n = sum_x.size(1), units = w1.size(0);
   const Tensor to_w1 = matrix_like(w1, units, n), to_b1 = vector_like(w1, units),
                to_w2 = matrix_like(w2, n, units), to_b2 = vector_like(w2, n),
                through = matrix_like(sum_x, batch, n), sum_y = vector_like(sum_x, n),
                dot_y = vector_like(sum_x, n), factor = matrix_like(sum_x, batch, n);
-  by_type(op, sum_x, [&](auto kind) {
-    using S = decltype(kind);
-    Arguments given;
-    const S *x = given.read<S>(sum_x), *xp = given.read<S>(sum_xp), *pm = given.read<S>(plane_mean),
-            *m = given.read<S>(mean), *r = given.read<S>(rstd), *w = given.read<S>(weight),
-            *c = given.read<S>(bias), *p = given.read<S>(pooled), *h = given.read<S>(hidden),
-            *g = given.read<S>(gate), *u1 = given.read<S>(w1), *u2 = given.read<S>(w2);
+  by_type(op, "sum_x", sum_x, [&](auto given, auto zero) {
+    using S = decltype(zero);
+    const S *x = given.read("sum_x", sum_x, {batch, n}), *xp = given.read("sum_xp", sum_xp, {batch, n}),
+            *pm = given.read("plane_mean", plane_mean, {batch, n}), *m = given.read("mean", mean, {n}),
+            *r = given.read("rstd", rstd, {n}), *w = given.read("weight", weight, {n}),
+            *c = given.read("bias", bias, {n}), *p = given.read("pooled", pooled, {batch, n}),
+            *h = given.read("hidden", hidden, {batch, units}), *g = given.read("gate", gate, {batch, n}),
+            *u1 = given.read("w1", w1, {units, n}), *u2 = given.read("w2", w2, {n, units});
     S *t = out<S>(through), *f = out<S>(factor);
     const S rs = static_cast<S>(residual_scale);
     std::vector<double> d1(static_cast<size_t>(units * n)), d2(static_cast<size_t>(units * n)),
@@ -234,9 +258,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("batch_norm_coefficients", TORCH_BOX(&nvae::batch_norm_coefficients));
-  m.impl("batch_norm_corrections", TORCH_BOX(&nvae::batch_norm_corrections));
-  m.impl("merge_planes", TORCH_BOX(&nvae::merge_planes));
-  m.impl("gate_coefficients", TORCH_BOX(&nvae::gate_coefficients));
-  m.impl("gate_gradients", TORCH_BOX(&nvae::gate_gradients));
+  NVAE_IMPL(m, "batch_norm_coefficients", &nvae::batch_norm_coefficients);
+  NVAE_IMPL(m, "batch_norm_corrections", &nvae::batch_norm_corrections);
+  NVAE_IMPL(m, "merge_planes", &nvae::merge_planes);
+  NVAE_IMPL(m, "gate_coefficients", &nvae::gate_coefficients);
+  NVAE_IMPL(m, "gate_gradients", &nvae::gate_gradients);
 }

@@ -7,20 +7,20 @@
 
 namespace nvae {
 
-static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& params,
+static NormalLogProbArgs describe(const char* op, const Tensor& z, const std::optional<Tensor>& params,
                                   std::optional<double> clamp, double sigma_floor,
                                   std::vector<Tensor>& keep_alive) {
-  const char* op = "normal_log_prob";
-  STD_TORCH_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W)");
+  NVAE_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W), got ", shape_text(z));
   NormalLogProbArgs a;
   static_cast<MapShape&>(a) = shape_of(z, z.size(1));
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
-  a.dtype = dtype_of(op, z.scalar_type());
-  a.z = packed_view(z, a.channels_last, keep_alive);
+  const ScalarType type = common_type(dtype_of(op, "z", z), z, params);
+  a.dtype = dtype_of(op, "z", type);
+  a.z = packed_view(to_dtype(z, type), a.channels_last, keep_alive);
   if (params) {
     check_packed(op, "params", *params);
     check_map(op, "z", z, *params);
-    a.params = packed_view(as_dtype_of(z, *params), a.channels_last, keep_alive);
+    a.params = packed_view(to_dtype(*params, type), a.channels_last, keep_alive);
   }
   return a;
 }
@@ -28,7 +28,7 @@ static NormalLogProbArgs describe(const Tensor& z, const std::optional<Tensor>& 
 static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params,
                               std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> keep_alive;
-  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, keep_alive);
+  NormalLogProbArgs a = describe("normal_log_prob", z, params, clamp, sigma_floor, keep_alive);
   PartialSums sums(a, 1);
   a.partial = sums.data();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_forward, a, begin, end); });
@@ -39,22 +39,25 @@ static std::tuple<Tensor, Tensor> normal_log_prob_backward(const Tensor& grad, c
                                                            const std::optional<Tensor>& params,
                                                            std::optional<double> clamp, double sigma_floor,
                                                            bool need_z, bool need_params) {
+  const char* op = "normal_log_prob_backward";
   std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
-  NormalLogProbArgs a = describe(z, params, clamp, sigma_floor, keep_alive);
-  a.grad = sums_gradient(grad, sums);
+  NormalLogProbArgs a = describe(op, z, params, clamp, sigma_floor, keep_alive);
+  a.grad = sums_gradient(op, "grad", grad, a, sums);
   need_params = need_params && params;
-  const Tensor grad_z = empty_unless(need_z, z, a.channels, z.scalar_type(), a.channels_last);
-  const Tensor grad_params = empty_unless(need_params, z, 2 * a.channels, z.scalar_type(), a.channels_last);
+  const ScalarType type = common_type(dtype_of(op, "z", z), z, params);
+  const Tensor grad_z = empty_unless(need_z, z, a.channels, type, a.channels_last);
+  const Tensor grad_params = empty_unless(need_params, z, 2 * a.channels, type, a.channels_last);
   if (need_z) a.grad_z = grad_z.mutable_data_ptr();
   if (need_params) a.grad_params = grad_params.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_backward, a, begin, end); });
-  return {grad_z, need_params ? as_dtype_of(*params, grad_params) : grad_params};
+  return {to_dtype(grad_z, z.scalar_type()),
+          to_dtype(grad_params, params ? params->scalar_type() : z.scalar_type())};
 }
 
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("normal_log_prob", TORCH_BOX(&nvae::normal_log_prob));
-  m.impl("normal_log_prob_backward", TORCH_BOX(&nvae::normal_log_prob_backward));
+  NVAE_IMPL(m, "normal_log_prob", &nvae::normal_log_prob);
+  NVAE_IMPL(m, "normal_log_prob_backward", &nvae::normal_log_prob_backward);
 }

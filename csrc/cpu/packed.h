@@ -4,20 +4,20 @@
 #include <optional>
 #include <vector>
 
-#include "../checks.h"
 #include "../maps.h"
+#include "../memory.h"
 
 namespace nvae {
 
 inline void check_packed(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(1) % 2 == 0, op, ": ", name, " must have shape (B, 2Z, H, W)");
+  NVAE_CHECK(t.dim() == 4 && t.size(1) % 2 == 0, op, ": ", name, " must have shape (B, 2Z, H, W), got ",
+             shape_text(t));
+  dtype_of(op, name, t);
 }
 
 // A map (B, Z, H, W) that belongs to packed parameters.
 inline void check_map(const char* op, const char* name, const Tensor& t, const Tensor& packed) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.size(0) == packed.size(0) && 2 * t.size(1) == packed.size(1) &&
-                      t.size(2) == packed.size(2) && t.size(3) == packed.size(3),
-                  op, ": ", name, " must have shape (B, Z, H, W) of the packed parameters");
+  check_floating(op, name, t, {packed.size(0), packed.size(1) / 2, packed.size(2), packed.size(3)});
 }
 
 // The rule by which outputs take their memory format (nvae_fast/ops/_squash.py has the same): channels_last
@@ -25,19 +25,18 @@ inline void check_map(const char* op, const char* name, const Tensor& t, const T
 inline bool is_channels_last(const Tensor& t) { return t.stride(1) == 1 && t.size(2) * t.size(3) > 1; }
 
 inline Tensor empty_map(const Tensor& like, int64_t channels, ScalarType type, bool channels_last) {
-  const int64_t size[4] = {like.size(0), channels, like.size(2), like.size(3)};
-  return torch::stable::empty({size, 4}, type, std::nullopt, like.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return allocate({like.size(0), channels, like.size(2), like.size(3)}, type, like, channels_last);
 }
 
-inline Tensor as_dtype_of(const Tensor& like, const Tensor& t) {
-  return t.scalar_type() == like.scalar_type() ? t : torch::stable::to(t, like.scalar_type());
+// The dtype in which a kernel reads maps of two dtypes: it computes in the accumulation type, so converting
+// both to that loses nothing.
+inline ScalarType common_type(Dtype dtype, const Tensor& t, const std::optional<Tensor>& other) {
+  return other && other->scalar_type() != t.scalar_type() ? accumulation_type(dtype) : t.scalar_type();
 }
 
 // t as a dense tensor of the layout asked for; a copy only when it is laid out otherwise.
 inline const Tensor& dense(const Tensor& t, bool channels_last, std::vector<Tensor>& keep_alive) {
-  keep_alive.push_back(
-      torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+  keep_alive.push_back(as_contiguous(t, channels_last));
   return keep_alive.back();
 }
 
@@ -48,14 +47,13 @@ inline Packed packed_view(const Tensor& t, bool channels_last, std::vector<Tenso
   int64_t pixel = w > 1 ? t.stride(3) : t.stride(2);
   if (h * w == 1) pixel = 1;
   const bool one_stride = h <= 1 || w <= 1 || t.stride(2) == w * t.stride(3);
-  // Of no elements every layout is the right one, and PyTorch makes no copy of it to begin again with.
+  // Without elements every layout will do. A "copy" would be the same tensor, and this function would not end.
   const bool empty = t.numel() == 0;
   const bool fits =
       empty || (one_stride && (channels_last ? t.stride(1) == 1 || t.size(1) == 1 : pixel == 1));
   if (fits) {
     const Packed found{t.const_data_ptr(), t.stride(0), t.stride(1), pixel};
-    keep_alive.push_back(
-        Tensor(t));  // t may be a conversion that nobody else keeps, or stand in keep_alive itself
+    keep_alive.push_back(Tensor(t));  // a copy of the handle: t may be an element of keep_alive
     return found;
   }
   return packed_view(dense(t, channels_last, keep_alive), channels_last, keep_alive);
@@ -74,11 +72,12 @@ inline MapShape shape_of(const Tensor& t, int64_t channels) {
 inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<Tensor>& noise,
                       const std::optional<Tensor>& seed, bool channels_last,
                       std::vector<Tensor>& keep_alive) {
-  STD_TORCH_CHECK(noise.has_value() != seed.has_value(), op, ": give either noise or seed");
+  NVAE_CHECK(noise.has_value() != seed.has_value(), op, ": give either noise or seed, got ",
+             noise ? "both" : "neither");
   Noise n;
   if (noise) {
     check_map(op, "noise", *noise, packed);
-    n.dtype = dtype_of(op, noise->scalar_type());
+    n.dtype = dtype_of(op, "noise", *noise);
     n.data = dense(*noise, channels_last, keep_alive).const_data_ptr();
   } else {
     n.seed = seed_of(op, *seed);
@@ -89,17 +88,15 @@ inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<
 // An upstream gradient in the layout and dtype of its map.
 inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last,
                                 std::vector<Tensor>& keep_alive) {
-  return dense(grad.scalar_type() == type ? grad : torch::stable::to(grad, type), channels_last, keep_alive)
-      .const_data_ptr();
+  return dense(to_dtype(grad, type), channels_last, keep_alive).const_data_ptr();
 }
-// An upstream gradient of sums (B, Z) as float64, null when there is none. Read here: it is small, often
-// expanded from one number, and two trips through the dispatcher cost more.
-inline const double* sums_gradient(const std::optional<Tensor>& grad,
-                                   std::vector<std::vector<double>>& keep_alive) {
+// An upstream gradient of sums (B, Z) as float64, null when there is none. Converted here: it is small and
+// often expanded from one number, and two calls of the dispatcher would take longer.
+inline const double* sums_gradient(const char* op, const char* name, const std::optional<Tensor>& grad,
+                                   const MapShape& map, std::vector<std::vector<double>>& keep_alive) {
   if (!grad) return nullptr;
-  STD_TORCH_CHECK(grad->dim() == 2, "gradient of sums: expected shape (B, Z), got ", grad->dim(),
-                  " dimensions");
-  const int64_t rows = grad->size(0), columns = grad->size(1);
+  const int64_t rows = map.batches, columns = map.channels;
+  check_shape(op, name, *grad, {rows, columns});
   std::vector<double> values(static_cast<size_t>(rows * columns) + 1);
   const auto read = [&](auto* data) {
     double* out = values.data();
@@ -111,34 +108,33 @@ inline const double* sums_gradient(const std::optional<Tensor>& grad,
   else if (grad->scalar_type() == ScalarType::Float)
     read(grad->const_data_ptr<float>());
   else
-    STD_TORCH_CHECK(false, "gradient of sums: expected float32 or float64");
+    fail(op, ": ", name, " must be float32 or float64, got ",
+         torch::headeronly::toString(grad->scalar_type()));
   keep_alive.push_back(std::move(values));
   return keep_alive.back().data();
 }
 
 inline Tensor empty_unless(bool need, const Tensor& like, int64_t channels, ScalarType type,
                            bool channels_last) {
-  return need ? empty_map(like, channels, type, channels_last)
-              : torch::stable::empty({0}, type, std::nullopt, like.device());
+  return need ? empty_map(like, channels, type, channels_last) : allocate({0}, type, like);
 }
 
 // Runs kernel(begin, end) over the tasks of a map, in threads that have at least 4096 elements each.
 template <class F>
 void for_tasks(const MapShape& m, F kernel) {
   const int64_t elements = m.span() * m.lanes();
-  torch::stable::parallel_for(0, m.tasks(), 4096 / (elements ? elements : 1) + 1, kernel);
+  parallel_for(0, m.tasks(), 4096 / (elements ? elements : 1) + 1, kernel);
 }
 
 // The second stage of sums: partial[(task * kinds + kind) * lanes + channel] -> one (B, Z) tensor a kind.
-// Spans are added in order, whatever thread made them: two runs agree bit for bit.
+// Spans are added in order, whichever thread computed them: two runs agree bit for bit.
 class PartialSums {
  public:
   PartialSums(const MapShape& m, int kinds)
-      : m_(m), kinds_(kinds), partial_(new double[static_cast<size_t>(m.tasks() * kinds * m.lanes()) + 1]) {}
+      : m_(m), kinds_(kinds), partial_(doubles(m.tasks() * kinds * m.lanes() + 1)) {}
   double* data() { return partial_.get(); }
   Tensor total(int kind, Dtype dtype, const Tensor& like) const {
-    const ScalarType type = dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-    const Tensor out = torch::stable::empty({m_.batches, m_.channels}, type, std::nullopt, like.device());
+    const Tensor out = allocate({m_.batches, m_.channels}, accumulation_type(dtype), like);
     void* data = out.mutable_data_ptr();
     const int64_t lanes = m_.lanes(), spans = m_.spans();
     for (int64_t row = 0; row < m_.rows(); ++row) {

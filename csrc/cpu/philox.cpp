@@ -4,7 +4,7 @@
 
 #include <vector>
 
-#include "../checks.h"
+#include "../memory.h"
 
 namespace nvae {
 
@@ -31,24 +31,20 @@ ChannelsLastTiles::ChannelsLastTiles(int64_t n_, int64_t c_, int64_t pixels_)
 
 static Tensor philox_normal(const std::vector<int64_t>& size, const Tensor& seed, ScalarType type,
                             bool channels_last) {
-  const Dtype dtype = dtype_of("philox_normal", type);
+  const Dtype dtype = dtype_of("philox_normal", "dtype", type);
   const uint64_t key = seed_of("philox_normal", seed);
-  int64_t count = 1;
-  for (int64_t extent : size) {
-    STD_TORCH_CHECK(extent >= 0, "philox_normal: size must keep_alive no negative extent, got ", extent);
-    count *= extent;
-  }
-  STD_TORCH_CHECK(!channels_last || size.size() == 4,
-                  "philox_normal: channels_last needs four dimensions, got ", size.size());
-  Tensor out =
-      torch::stable::empty({size.data(), size.size()}, type, std::nullopt, seed.device(), std::nullopt,
-                           channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  for (const int64_t extent : size)
+    NVAE_CHECK(extent >= 0, "philox_normal: size must have no negative extent, got ", shape_text(size));
+  NVAE_CHECK(!channels_last || size.size() == 4, "philox_normal: channels_last needs four dimensions, got ",
+             size.size());
+  Tensor out = allocate({size.data(), size.size()}, type, seed, channels_last);
+  const int64_t count = out.numel();
   if (count == 0) return out;
   char* data = static_cast<char*>(out.mutable_data_ptr());
   const bool same_order = !channels_last || size[1] == 1 || size[2] * size[3] == 1;
   if (same_order) {
     // Cut at multiples of 64 elements: whole batches for every vector width.
-    torch::stable::parallel_for(0, (count + 63) / 64, kGrain / 64, [&](int64_t begin, int64_t end) {
+    parallel_for(0, (count + 63) / 64, kGrain / 64, [&](int64_t begin, int64_t end) {
       const int64_t first = begin * 64, last = end * 64 < count ? end * 64 : count;
       NVAE_CALL(philox_fill, key, static_cast<uint64_t>(first), last - first, dtype,
                 data + first * bytes_of(dtype));
@@ -56,7 +52,7 @@ static Tensor philox_normal(const std::vector<int64_t>& size, const Tensor& seed
   } else {
     const ChannelsLastTiles tiles(size[0], size[1], size[2] * size[3]);
     const int64_t grain = kGrain / (tiles.group * tiles.span) + 1;
-    torch::stable::parallel_for(0, tiles.count(), grain, [&](int64_t begin, int64_t end) {
+    parallel_for(0, tiles.count(), grain, [&](int64_t begin, int64_t end) {
       NVAE_CALL(philox_tiles, key, tiles, begin, end, dtype, data);
     });
   }
@@ -65,12 +61,13 @@ static Tensor philox_normal(const std::vector<int64_t>& size, const Tensor& seed
 
 static Tensor words(const Tensor& seed, int64_t count, int64_t first, uint32_t stream, const char* op) {
   const uint64_t key = seed_of(op, seed);
-  STD_TORCH_CHECK(count >= 0 && first >= 0, op, ": counts must be >= 0, got ", count, " and ", first);
-  Tensor out = torch::stable::empty({count, 4}, ScalarType::Long, std::nullopt, seed.device());
+  NVAE_CHECK(count >= 0 && first >= 0, op, ": the number of blocks and the first one must be >= 0, got ",
+             count, " and ", first);
+  Tensor out = allocate({count, 4}, ScalarType::Long, seed);
   int64_t* data = out.mutable_data_ptr<int64_t>();
-  torch::stable::parallel_for(0, count, kGrain / 4, [&](int64_t begin, int64_t end) {
-    NVAE_CALL(philox_blocks, key, stream, static_cast<uint64_t>(first + begin), end - begin,
-              data + 4 * begin);
+  parallel_for(0, count, kGrain / 4, [&](int64_t begin, int64_t end) {
+    NVAE_CALL(philox_blocks, key, stream, static_cast<uint64_t>(first) + static_cast<uint64_t>(begin),
+              end - begin, data + 4 * begin);
   });
   return out;
 }
@@ -81,7 +78,7 @@ static Tensor philox_words(const Tensor& seed, int64_t n_blocks, int64_t first_b
 
 static Tensor split_seed(const Tensor& seed, int64_t n) {
   const Tensor from = words(seed, n, 0, kSplit, "split_seed");
-  Tensor out = torch::stable::empty({n}, ScalarType::Long, std::nullopt, seed.device());
+  Tensor out = allocate({n}, ScalarType::Long, seed);
   const int64_t* word = from.const_data_ptr<int64_t>();
   int64_t* data = out.mutable_data_ptr<int64_t>();
   for (int64_t i = 0; i < n; ++i) data[i] = word[4 * i] | ((word[4 * i + 1] & 0x7fffffff) << 32);
@@ -91,7 +88,7 @@ static Tensor split_seed(const Tensor& seed, int64_t n) {
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("philox_normal", TORCH_BOX(&nvae::philox_normal));
-  m.impl("philox_words", TORCH_BOX(&nvae::philox_words));
-  m.impl("split_seed", TORCH_BOX(&nvae::split_seed));
+  NVAE_IMPL(m, "philox_normal", &nvae::philox_normal);
+  NVAE_IMPL(m, "philox_words", &nvae::philox_words);
+  NVAE_IMPL(m, "split_seed", &nvae::split_seed);
 }

@@ -22,10 +22,10 @@ static bool is_dense(const Tensor& t, bool channels_last) {
 
 // x beside a map whose format is `channels_last`: as it is when dense in either format, else a copy in that
 // one; says whether it is the other one.
-static bool beside(const Tensor& x, Dtype dtype, ScalarType type, bool channels_last, const void** data,
+static bool beside(const Tensor& x, ScalarType type, bool channels_last, const void** data,
                    std::vector<Tensor>& keep_alive) {
   keep_alive.push_back(x);
-  if (dtype_of("plane_affine", x.scalar_type()) != dtype) keep_alive.push_back(torch::stable::to(x, type));
+  if (x.scalar_type() != type) keep_alive.push_back(to_dtype(x, type));
   const Tensor& same = keep_alive.back();
   const bool mixed = !is_dense(same, channels_last) && is_dense(same, !channels_last);
   *data = mixed ? same.const_data_ptr() : dense(Tensor(same), channels_last, keep_alive).const_data_ptr();
@@ -35,11 +35,9 @@ static bool beside(const Tensor& x, Dtype dtype, ScalarType type, bool channels_
 // Coefficients (B, C) or (1, C), in the dtype the kernels compute in.
 static PlaneCoefficients planes(const char* name, const Tensor& t, const MapShape& m, Dtype dtype,
                                 std::vector<Tensor>& keep_alive) {
-  STD_TORCH_CHECK(t.dim() == 2 && (t.size(0) == m.batches || t.size(0) == 1) && t.size(1) == m.channels,
-                  "plane_affine: ", name, " must have shape (B, C) or (1, C)");
-  const ScalarType type = wide_type(dtype);
-  keep_alive.push_back(t.scalar_type() == type ? t : torch::stable::to(t, type));
-  keep_alive.push_back(torch::stable::contiguous(Tensor(keep_alive.back())));
+  NVAE_CHECK(t.dim() == 2 && (t.size(0) == m.batches || t.size(0) == 1) && t.size(1) == m.channels,
+             "plane_affine: ", name, " must have shape (B, C) or (1, C)");
+  keep_alive.push_back(as_contiguous(to_dtype(t, accumulation_type(dtype))));
   return {keep_alive.back().const_data_ptr(), t.size(0) == 1 ? 0 : m.channels};
 }
 
@@ -47,16 +45,17 @@ Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor
                     const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
   const char* op = "plane_affine";
   check_feature_map(op, "x", x);
-  STD_TORCH_CHECK(y || !b, op, ": b needs y");
-  if (y) check_same_shape(op, "y", *y, x);
+  NVAE_CHECK(y || !b, op, ": b needs y");
+  dtype_of(op, "x", x);
+  if (y) check_floating_like(op, "y", *y, "x", x);
   const Tensor& like = y ? *y : x;
   const bool last = is_channels_last(like);
   std::vector<Tensor> keep_alive;
   keep_alive.reserve(16);
   PlaneAffineArgs args;
   static_cast<MapShape&>(args) = planes_of(like);
-  args.dtype = dtype_of(op, like.scalar_type());
-  args.mixed = beside(x, args.dtype, like.scalar_type(), last, &args.x, keep_alive);
+  args.dtype = dtype_of(op, "y", like);
+  args.mixed = beside(x, like.scalar_type(), last, &args.x, keep_alive);
   if (y) args.y = dense(*y, last, keep_alive).const_data_ptr();
   args.a = planes("a", a, args, args.dtype, keep_alive);
   if (b) args.b = planes("b", *b, args, args.dtype, keep_alive);
@@ -73,15 +72,15 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
                                              const std::optional<Tensor>& pivot) {
   const char* op = "plane_dots";
   check_feature_map(op, "x", x);
-  check_same_shape(op, "y", y, x);
+  check_floating_like(op, "y", y, "x", x);
   const bool last = is_channels_last(x);
   std::vector<Tensor> keep_alive;
   keep_alive.reserve(8);
   PlaneDotsArgs args;
   static_cast<MapShape&>(args) = planes_of(x);
-  args.dtype = dtype_of(op, x.scalar_type());
+  args.dtype = dtype_of(op, "x", x);
   args.x = dense(x, last, keep_alive).const_data_ptr();
-  args.mixed = beside(y, args.dtype, x.scalar_type(), last, &args.y, keep_alive);
+  args.mixed = beside(y, x.scalar_type(), last, &args.y, keep_alive);
   args.x_channels_last = last;
   args.channels_last |= args.mixed;
   std::optional<Coefficients> pivots;
@@ -110,6 +109,6 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("plane_affine", TORCH_BOX(&nvae::plane_affine));
-  m.impl("plane_dots", TORCH_BOX(&nvae::plane_dots));
+  NVAE_IMPL(m, "plane_affine", &nvae::plane_affine);
+  NVAE_IMPL(m, "plane_dots", &nvae::plane_dots);
 }

@@ -13,10 +13,7 @@
 namespace nvae {
 
 inline void check_feature_map(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4, op, ": ", name, " must have shape (B, C, H, W)");
-}
-inline void check_same_shape(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  STD_TORCH_CHECK(same_shape(t, like), op, ": ", name, " must have the shape of the first map");
+  NVAE_CHECK(t.dim() == 4, op, ": ", name, " must have shape (B, C, H, W), got ", shape_text(t));
 }
 
 // How dense maps laid out like t are walked. One pixel a plane is the same memory in both layouts, and so is
@@ -45,19 +42,14 @@ inline int64_t count_of(const MapShape& m, int64_t part) {
 // A map in the layout and dtype of another, a copy only when it is not.
 inline const Tensor& dense_like(const Tensor& like, const Tensor& t, std::vector<Tensor>& keep_alive) {
   const bool last = is_channels_last(like);
-  if (t.scalar_type() == like.scalar_type()) return dense(t, last, keep_alive);
-  const Tensor converted = torch::stable::to(t, like.scalar_type());
-  return dense(converted, last, keep_alive);
+  return dense(to_dtype(t, like.scalar_type()), last, keep_alive);
 }
 inline Tensor empty_map_like(const Tensor& like) {
   return empty_map(like, like.size(1), like.scalar_type(), is_channels_last(like));
 }
 
-inline ScalarType wide_type(Dtype dtype) {
-  return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
-}
 inline Tensor empty_vector(const Tensor& like, Dtype dtype, std::initializer_list<int64_t> size) {
-  return torch::stable::empty({size.begin(), size.size()}, wide_type(dtype), std::nullopt, like.device());
+  return allocate(size, accumulation_type(dtype), like);
 }
 // n values from element `at` of a tensor that empty_vector made.
 inline void write(const Tensor& out, Dtype dtype, int64_t at, const double* values, int64_t n) {
@@ -72,14 +64,14 @@ inline void write(const Tensor& out, Dtype dtype, int64_t at, const double* valu
 
 // A tensor (C,) as float64, whatever its dtype.
 inline std::vector<double> doubles_of(const char* op, const char* name, const Tensor& t, int64_t n) {
-  STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == n, op, ": ", name, " must have shape (C,)");
+  check_floating(op, name, t, {n});
   std::vector<double> out(static_cast<size_t>(n));
   const int64_t step = t.stride(0);
   const void* data = t.const_data_ptr();
   const auto fill = [&](auto* from) {
     for (int64_t i = 0; i < n; ++i) out[i] = static_cast<double>(static_cast<float>(from[i * step]));
   };
-  switch (dtype_of(op, t.scalar_type())) {
+  switch (dtype_of(op, name, t)) {
     case Dtype::f32:
       fill(static_cast<const float*>(data));
       break;
@@ -99,12 +91,13 @@ inline std::vector<double> doubles_of(const char* op, const char* name, const Te
 // Coefficients as a kernel reads them: dense, float32 or (for float64 maps) float64.
 class Coefficients {
  public:
-  Coefficients(Dtype dtype, int64_t n) : wide_(dtype == Dtype::f64), data_(n * (wide_ ? 2 : 1) + 1) {}
+  Coefficients(Dtype dtype, int64_t n)
+      : double_(dtype == Dtype::f64), data_(static_cast<size_t>(n * (double_ ? 2 : 1) + 1)) {}
   Coefficients(Dtype dtype, const std::vector<double>& values) : Coefficients(dtype, values.size()) {
     for (size_t i = 0; i < values.size(); ++i) set(i, values[i]);
   }
   void set(int64_t i, double value) {
-    if (wide_)
+    if (double_)
       reinterpret_cast<double*>(data_.data())[i] = value;
     else
       data_[i] = static_cast<float>(value);
@@ -112,7 +105,7 @@ class Coefficients {
   const void* data() const { return data_.data(); }
 
  private:
-  bool wide_;
+  bool double_;
   std::vector<float> data_;
 };
 
@@ -126,7 +119,7 @@ void for_planes(const MapShape& m, F kernel) {
 class Partials {
  public:
   Partials(const MapShape& m, int kinds)
-      : parts_(parts_of(m)), channels_(m.channels), data_(new double[parts_ * channels_ * kinds + 1]) {}
+      : parts_(parts_of(m)), channels_(m.channels), data_(doubles(parts_ * channels_ * kinds + 1)) {}
   int64_t size() const { return parts_ * channels_; }
   double* data(int kind = 0) { return data_.get() + kind * size(); }
 

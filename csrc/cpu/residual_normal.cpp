@@ -9,22 +9,23 @@
 namespace nvae {
 
 // Arguments of both forward and backward. Copies that had to be made are kept alive in `keep_alive`.
-static ResidualNormalArgs describe(const Tensor& posterior, const std::optional<Tensor>& prior,
-                                   const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
-                                   bool residual, std::optional<double> clamp, double sigma_floor,
+static ResidualNormalArgs describe(const char* op, const Tensor& posterior,
+                                   const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
+                                   const std::optional<Tensor>& seed, bool residual,
+                                   std::optional<double> clamp, double sigma_floor,
                                    std::vector<Tensor>& keep_alive) {
-  const char* op = "residual_normal";
   check_packed(op, "posterior", posterior);
   ResidualNormalArgs a;
   static_cast<MapShape&>(a) = shape_of(posterior, posterior.size(1) / 2);
   a.residual = residual && prior.has_value();
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
-  a.dtype = dtype_of(op, posterior.scalar_type());
-  a.posterior = packed_view(posterior, a.channels_last, keep_alive);
+  const ScalarType type = common_type(dtype_of(op, "posterior", posterior), posterior, prior);
+  a.dtype = dtype_of(op, "posterior", type);
+  a.posterior = packed_view(to_dtype(posterior, type), a.channels_last, keep_alive);
   if (prior) {
     check_packed(op, "prior", *prior);
-    STD_TORCH_CHECK(same_shape(*prior, posterior), op, ": prior must have the shape of posterior");
-    a.prior = packed_view(as_dtype_of(posterior, *prior), a.channels_last, keep_alive);
+    check_floating_like(op, "prior", *prior, "posterior", posterior);
+    a.prior = packed_view(to_dtype(*prior, type), a.channels_last, keep_alive);
   }
   a.noise = noise_of(op, posterior, noise, seed, a.channels_last, keep_alive);
   return a;
@@ -34,13 +35,16 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_normal(
     const Tensor& posterior, const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& seed, bool residual, std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> keep_alive;
-  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
-  const Tensor z = empty_map(posterior, a.channels, posterior.scalar_type(), a.channels_last);
+  ResidualNormalArgs a =
+      describe("residual_normal", posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
+  const ScalarType type = common_type(dtype_of("residual_normal", "posterior", posterior), posterior, prior);
+  const Tensor z = empty_map(posterior, a.channels, type, a.channels_last);
   PartialSums sums(a, a.kSums);
   a.z = z.mutable_data_ptr();
   a.partial = sums.data();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(residual_normal_forward, a, begin, end); });
-  return {z, sums.total(0, a.dtype, z), sums.total(1, a.dtype, z), sums.total(2, a.dtype, z)};
+  return {to_dtype(z, posterior.scalar_type()), sums.total(0, a.dtype, z), sums.total(1, a.dtype, z),
+          sums.total(2, a.dtype, z)};
 }
 
 static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
@@ -49,34 +53,38 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
     const std::optional<Tensor>& prior, const std::optional<Tensor>& noise, const std::optional<Tensor>& seed,
     bool residual, std::optional<double> clamp, double sigma_floor, bool need_posterior, bool need_prior,
     bool need_noise) {
+  const char* op = "residual_normal_backward";
   std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
-  ResidualNormalArgs a = describe(posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
-  const ScalarType type = posterior.scalar_type();
+  ResidualNormalArgs a =
+      describe(op, posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
+  const ScalarType type = common_type(dtype_of(op, "posterior", posterior), posterior, prior);
   if (grad_z) {
-    check_map("residual_normal_backward", "grad_z", *grad_z, posterior);
+    check_map(op, "grad_z", *grad_z, posterior);
     a.grad_z = map_gradient(*grad_z, type, a.channels_last, keep_alive);
   }
-  a.grad_kl = sums_gradient(grad_kl, sums);
-  a.grad_log_q = sums_gradient(grad_log_q, sums);
-  a.grad_log_p = sums_gradient(grad_log_p, sums);
+  a.grad_kl = sums_gradient(op, "grad_kl", grad_kl, a, sums);
+  a.grad_log_q = sums_gradient(op, "grad_log_q", grad_log_q, a, sums);
+  a.grad_log_p = sums_gradient(op, "grad_log_p", grad_log_p, a, sums);
   need_prior = need_prior && prior;
   need_noise = need_noise && noise;
   const Tensor grad_posterior =
       empty_unless(need_posterior, posterior, 2 * a.channels, type, a.channels_last);
   const Tensor grad_prior = empty_unless(need_prior, posterior, 2 * a.channels, type, a.channels_last);
   const Tensor grad_noise =
-      empty_unless(need_noise, posterior, a.channels, noise ? noise->scalar_type() : type, a.channels_last);
+      empty_unless(need_noise, posterior, a.channels, noise ? noise->scalar_type() : posterior.scalar_type(),
+                   a.channels_last);
   if (need_posterior) a.grad_posterior = grad_posterior.mutable_data_ptr();
   if (need_prior) a.grad_prior = grad_prior.mutable_data_ptr();
   if (need_noise) a.grad_noise = grad_noise.mutable_data_ptr();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(residual_normal_backward, a, begin, end); });
-  return {grad_posterior, need_prior ? as_dtype_of(*prior, grad_prior) : grad_prior, grad_noise};
+  return {to_dtype(grad_posterior, posterior.scalar_type()),
+          to_dtype(grad_prior, prior ? prior->scalar_type() : posterior.scalar_type()), grad_noise};
 }
 
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("residual_normal", TORCH_BOX(&nvae::residual_normal));
-  m.impl("residual_normal_backward", TORCH_BOX(&nvae::residual_normal_backward));
+  NVAE_IMPL(m, "residual_normal", &nvae::residual_normal);
+  NVAE_IMPL(m, "residual_normal_backward", &nvae::residual_normal_backward);
 }

@@ -6,16 +6,11 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../memory.h"
 
 namespace nvae {
 
 using Tensors = std::vector<Tensor>;
-
-static Tensor fresh_like(const Tensor& t) {
-  const auto sizes = t.sizes();
-  return torch::stable::empty(sizes, t.scalar_type(), std::nullopt, t.device());
-}
 
 // Columns of a (C_out, C_in, K, K) weight in memory: as in the logical matrix, or with the channels
 // innermost.
@@ -35,12 +30,13 @@ static void permute(const S* from, S* to, int64_t channels, int64_t pixels, bool
     }
 }
 
-// Runs work(i) for 0 <= i < count in all threads, whoever is free next: layers differ a thousandfold in size.
+// Runs work(i) for 0 <= i < count in all threads; a thread takes the next i when it is done with one, because
+// layers differ a thousandfold in size.
 template <class F>
 static void for_each(int64_t count, F work) {
   std::atomic<int64_t> next{0};
   const int64_t threads = count < 64 ? count : 64;
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     for (int64_t i; (i = next.fetch_add(1)) < count;) work(i);
   });
 }
@@ -49,55 +45,66 @@ struct Group {
   int64_t first, rows, columns;
 };
 
+// Vectors (n, length) of group g.
+static void check_vectors(const char* op, const char* name, size_t g, const Tensor& t, ScalarType type) {
+  NVAE_CHECK(t.dim() == 2 && t.is_contiguous() && t.scalar_type() == type, op, ": ", name, "[", g,
+             "] must be contiguous, of two dimensions and ", torch::headeronly::toString(type),
+             " like the weights, got ", torch::headeronly::toString(t.scalar_type()), " of shape ",
+             shape_text(t));
+}
+
 static std::vector<Group> groups_of(const char* op, const Tensors& weights, const Tensors& u) {
   std::vector<Group> groups;
   int64_t first = 0;
+  const ScalarType type = weights[0].scalar_type();
+  NVAE_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
+             ": weights must be float32 or float64, got ", torch::headeronly::toString(type));
   for (const Tensor& vectors : u) {
-    STD_TORCH_CHECK(vectors.dim() == 2 && vectors.is_contiguous(), op,
-                    ": u must keep_alive contiguous (n, rows) tensors");
-    STD_TORCH_CHECK(first + vectors.size(0) <= static_cast<int64_t>(weights.size()), op,
-                    ": expected one weight for each vector");
-    const int64_t rows = vectors.size(1);
-    const int64_t columns = vectors.size(0) && rows ? weights[first].numel() / rows : 0;
+    check_vectors(op, "u", groups.size(), vectors, type);
+    const int64_t n = vectors.size(0), rows = vectors.size(1), count = static_cast<int64_t>(weights.size());
+    NVAE_CHECK(n <= count - first, op, ": u must have one vector for each of ", count, " weights, got more");
+    const int64_t columns = n && rows ? weights[first].numel() / rows : 0;
     groups.push_back({first, rows, columns});
-    for (int64_t i = 0; i < vectors.size(0); ++i)
-      STD_TORCH_CHECK(weights[first + i].numel() == rows * columns &&
-                          weights[first + i].scalar_type() == vectors.scalar_type(),
-                      op, ": weights of a group must have its shape and dtype");
-    first += vectors.size(0);
+    for (; n > 0 && first < groups.back().first + n; ++first) {
+      const Tensor& w = weights[first];
+      NVAE_CHECK(w.dim() > 0 && w.size(0) == rows && w.numel() == rows * columns && w.scalar_type() == type,
+                 op, ": weights[", first, "] must be ", torch::headeronly::toString(type), " with ", rows,
+                 " rows and ", columns, " columns, as its group is, got ",
+                 torch::headeronly::toString(w.scalar_type()), " of shape ", shape_text(w));
+    }
   }
-  STD_TORCH_CHECK(first == static_cast<int64_t>(weights.size()), op, ": expected one vector for each weight");
+  NVAE_CHECK(first == static_cast<int64_t>(weights.size()), op, ": u must have one vector for each of ",
+             weights.size(), " weights, got ", first);
   return groups;
 }
 
 static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weights, const Tensors& u,
                                                              int64_t iterations, double eps) {
   const char* op = "spectral_lengths";
-  STD_TORCH_CHECK(!weights.empty(), op, ": expected at least one weight");
+  NVAE_CHECK(!weights.empty(), op, ": expected at least one weight");
+  NVAE_CHECK(iterations > 0, op, ": iterations must be > 0, got ", iterations);
+  const std::vector<Group> groups = groups_of(op, weights, u);
   const ScalarType type = weights[0].scalar_type();
-  STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double, op,
-                  ": expected float32 or float64");
-  const bool wide = type == ScalarType::Double;
-  const int64_t size = wide ? 8 : 4, count = static_cast<int64_t>(weights.size());
+  const bool is_double = type == ScalarType::Double;
+  const int64_t size = is_double ? 8 : 4, count = static_cast<int64_t>(weights.size());
   Tensors keep_alive, u_out, v_out;
   std::vector<double> lengths(weights.size(), 0.0);
   std::vector<SpectralLayer> layers;
-  const std::vector<Group> groups = groups_of(op, weights, u);
   for (size_t g = 0; g < u.size(); ++g) {
     const int64_t n = u[g].size(0), rows = groups[g].rows, columns = groups[g].columns;
-    u_out.push_back(fresh_like(u[g]));
-    v_out.push_back(torch::stable::empty({n, columns}, type, std::nullopt, u[g].device()));
+    u_out.push_back(allocate(u[g].sizes(), type, u[g]));
+    v_out.push_back(allocate({n, columns}, type, u[g]));
     char* to = static_cast<char*>(u_out.back().mutable_data_ptr());
-    std::memcpy(to, u[g].const_data_ptr(), static_cast<size_t>(n * rows * size));
+    if (n > 0 && rows > 0) std::memcpy(to, u[g].const_data_ptr(), static_cast<size_t>(n * rows * size));
     char* v = static_cast<char*>(v_out.back().mutable_data_ptr());
     for (int64_t i = 0; i < n; ++i) {
       const Tensor& w = weights[groups[g].first + i];
-      keep_alive.push_back(has_inner_channels(w) ? w : torch::stable::contiguous(w));
+      keep_alive.push_back(has_inner_channels(w) ? w : as_contiguous(w));
       SpectralLayer layer;
       layer.matrix = keep_alive.back().const_data_ptr();
       layer.rows = rows;
       layer.columns = columns;
-      layer.wide = wide;
+      layer.is_double = is_double;
       layer.u = to + i * rows * size;
       layer.v = v + i * columns * size;
       layer.length = &lengths[groups[g].first + i];
@@ -114,13 +121,13 @@ static std::tuple<Tensor, Tensors, Tensors> spectral_lengths(const Tensors& weig
       const std::vector<S> inner(v, v + layer.columns);
       permute(inner.data(), v, channels, pixels, false);
     };
-    wide ? reorder(static_cast<double*>(layer.v)) : reorder(static_cast<float*>(layer.v));
+    is_double ? reorder(static_cast<double*>(layer.v)) : reorder(static_cast<float*>(layer.v));
   });
-  const Tensor out = torch::stable::empty({count}, type, std::nullopt, weights[0].device());
+  const Tensor out = allocate({count}, type, weights[0]);
   void* to = out.mutable_data_ptr();
   for (int64_t i = 0; i < count; ++i)
-    wide ? static_cast<double*>(to)[i] = lengths[i]
-         : static_cast<float*>(to)[i] = static_cast<float>(lengths[i]);
+    is_double ? static_cast<double*>(to)[i] = lengths[i]
+              : static_cast<float*>(to)[i] = static_cast<float>(lengths[i]);
   return {out, u_out, v_out};
 }
 
@@ -129,25 +136,32 @@ static Tensors spectral_gradients(const Tensor& grad, const Tensors& weights, co
   const char* op = "spectral_gradients";
   Tensors gradients, keep_alive;
   if (weights.empty()) return gradients;
-  const bool wide = weights[0].scalar_type() == ScalarType::Double;
-  const int64_t size = wide ? 8 : 4;
-  STD_TORCH_CHECK(grad.numel() == 1 && grad.scalar_type() == weights[0].scalar_type(), op,
-                  ": grad must be one number of the weights' dtype");
-  const double scale = wide ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
+  const std::vector<Group> groups = groups_of(op, weights, u);
+  const ScalarType type = weights[0].scalar_type();
+  const bool is_double = type == ScalarType::Double;
+  const int64_t size = is_double ? 8 : 4;
+  NVAE_CHECK(grad.numel() == 1 && grad.scalar_type() == type, op,
+             ": grad must be one element of the weights' dtype ", torch::headeronly::toString(type), ", got ",
+             torch::headeronly::toString(grad.scalar_type()), " of shape ", shape_text(grad));
+  NVAE_CHECK(v.size() == u.size(), op, ": v must have ", u.size(), " entries, as u, got ", v.size());
+  for (size_t g = 0; g < v.size(); ++g) {
+    check_vectors(op, "v", g, v[g], type);
+    NVAE_CHECK(v[g].size(0) == u[g].size(0) && v[g].size(1) == groups[g].columns, op, ": v[", g,
+               "] must have shape ", shape_text(std::vector<int64_t>{u[g].size(0), groups[g].columns}),
+               ", got ", shape_text(v[g]));
+  }
+  const double scale = is_double ? *grad.const_data_ptr<double>() : *grad.const_data_ptr<float>();
   std::vector<SpectralLayer> layers;
   std::vector<std::vector<char>> permuted;
-  const std::vector<Group> groups = groups_of(op, weights, u);
   for (size_t g = 0; g < u.size(); ++g)
     for (int64_t i = 0; i < u[g].size(0); ++i) {
       const Tensor& w = weights[groups[g].first + i];
       const bool inner = has_inner_channels(w);
-      gradients.push_back(
-          torch::stable::empty(w.sizes(), w.scalar_type(), std::nullopt, w.device(), std::nullopt,
-                               inner ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous));
+      gradients.push_back(allocate(w.sizes(), type, w, inner));
       SpectralLayer layer;
       layer.rows = groups[g].rows;
       layer.columns = groups[g].columns;
-      layer.wide = wide;
+      layer.is_double = is_double;
       layer.scale = scale;
       layer.u = const_cast<char*>(static_cast<const char*>(u[g].const_data_ptr())) + i * layer.rows * size;
       layer.v = const_cast<char*>(static_cast<const char*>(v[g].const_data_ptr())) + i * layer.columns * size;
@@ -155,7 +169,7 @@ static Tensors spectral_gradients(const Tensor& grad, const Tensors& weights, co
       if (inner) {
         permuted.emplace_back(static_cast<size_t>(layer.columns * size));
         const int64_t channels = w.size(1), pixels = layer.columns / channels;
-        if (wide)
+        if (is_double)
           permute(static_cast<const double*>(layer.v), reinterpret_cast<double*>(permuted.back().data()),
                   channels, pixels, true);
         else
@@ -173,6 +187,6 @@ static Tensors spectral_gradients(const Tensor& grad, const Tensors& weights, co
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("spectral_lengths", TORCH_BOX(&nvae::spectral_lengths));
-  m.impl("spectral_gradients", TORCH_BOX(&nvae::spectral_gradients));
+  NVAE_IMPL(m, "spectral_lengths", &nvae::spectral_lengths);
+  NVAE_IMPL(m, "spectral_gradients", &nvae::spectral_gradients);
 }

@@ -11,8 +11,8 @@ namespace nvae {
 struct SpectralLayer {
   const void* matrix = nullptr;
   int64_t rows = 0, columns = 0;
-  bool wide = false;                // double
-  void *u = nullptr, *v = nullptr;  // (rows), (columns); u holds the start
+  bool is_double = false;
+  void *u = nullptr, *v = nullptr;  // (rows), (columns); u has its initial value
   double* length = nullptr;         // ||W v||
   // Backward: what to write, `scale` u v'.
   void* gradient = nullptr;

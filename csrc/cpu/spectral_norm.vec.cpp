@@ -80,10 +80,10 @@ static void outer(const SpectralLayer& a, int64_t begin, int64_t end) {
 }
 
 void spectral_iterate(const SpectralLayer& a, int64_t iterations, double eps) {
-  a.wide ? iterate<VecD, double>(a, iterations, eps) : iterate<VecF, float>(a, iterations, eps);
+  a.is_double ? iterate<VecD, double>(a, iterations, eps) : iterate<VecF, float>(a, iterations, eps);
 }
 void spectral_outer(const SpectralLayer& a, int64_t begin, int64_t end) {
-  a.wide ? outer<VecD, double>(a, begin, end) : outer<VecF, float>(a, begin, end);
+  a.is_double ? outer<VecD, double>(a, begin, end) : outer<VecF, float>(a, begin, end);
 }
 
 }  // namespace NVAE_ISA

@@ -5,7 +5,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../checks.h"
+#include "../memory.h"
 
 namespace nvae {
 
@@ -25,53 +25,51 @@ static bool has_layout(const Tensor& t, bool channels_last, bool exact) {
   return true;
 }
 
-// t with its numbers in the order asked for: as it is where they are, else a copy.
+// t itself where its elements are dense in the layout that is wanted, else a copy.
 static Tensor ordered(const Tensor& t, bool channels_last) {
   if (has_layout(t, channels_last, false)) return t;
-  return torch::stable::contiguous(t, channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
-}
-
-static Tensor cast(const Tensor& t, ScalarType type) {
-  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+  return as_contiguous(t, channels_last);
 }
 
 // The layers of one call, and the tensors that must live as long.
 class Layers {
  public:
-  explicit Layers(size_t count) { layers_.reserve(count); }
+  // `op` names its arguments in the singular when `in_list` is false.
+  Layers(const char* op, bool in_list, size_t count) : op_(op), in_list_(in_list) { layers_.reserve(count); }
 
   // `type`: of the normalised weight. Returns the layer, whose outputs are still to be set.
   WeightNormLayer& add(const Tensor& weight, const Tensor& log_norm, const std::optional<Tensor>& mask,
                        ScalarType type) {
-    const char* op = "weight_norm";
-    STD_TORCH_CHECK(weight.dim() == 4, op, ": weight must have shape (C_out, C_in, K, K)");
-    STD_TORCH_CHECK(
-        log_norm.dim() == 4 && log_norm.numel() == weight.size(0) && log_norm.size(0) == weight.size(0), op,
-        ": log_weight_norm must have shape (C_out, 1, 1, 1)");
+    NVAE_CHECK(weight.dim() == 4, op_, ": ", name("weight", layers_.size()),
+               " must have shape (C_out, C_in, K, K), got ", shape_text(weight));
+    check(log_norm, "log_weight_norm", std::initializer_list<int64_t>{weight.size(0), 1, 1, 1},
+          layers_.size());
     WeightNormLayer layer;
     layer.rows = weight.size(0);
     layer.columns = weight.size(1) * weight.size(2) * weight.size(3);
-    layer.dtype = dtype_of(op, weight.scalar_type());
-    layer.out_dtype = dtype_of(op, type);
+    layer.dtype = dtype_of(op_, "weight", weight);
+    layer.out_dtype = dtype_of(op_, "dtype", type);
     channels_last_ = !has_layout(weight, false, false) && has_layout(weight, true, false);
     layer.weight = keep(ordered(weight, channels_last_));
-    const Tensor norm = cast(log_norm, weight.scalar_type());
+    const Tensor norm = to_dtype(log_norm, weight.scalar_type());
     layer.log_norm = keep(norm);
     layer.log_norm_step = norm.size(0) > 1 ? norm.stride(0) : 1;
     if (mask) {
-      STD_TORCH_CHECK(mask->dim() == 4 && mask->size(0) == weight.size(0) &&
-                          mask->size(1) == weight.size(1) && mask->size(2) == weight.size(2) &&
-                          mask->size(3) == weight.size(3),
-                      op, ": mask must have the shape of weight");
-      layer.mask = keep(ordered(cast(*mask, weight.scalar_type()), channels_last_));
+      check(*mask, "mask", weight.sizes(), layers_.size());
+      layer.mask = keep(ordered(to_dtype(*mask, weight.scalar_type()), channels_last_));
     }
     layers_.push_back(layer);
     return layers_.back();
   }
+  // The upstream gradient of the layer added last.
+  void set_grad(const Tensor& grad, const Tensor& weight, ScalarType type) {
+    check(grad, "grad", weight.sizes(), layers_.size() - 1);
+    layers_.back().grad = keep(ordered(to_dtype(grad, type), channels_last_));
+  }
   bool channels_last() const { return channels_last_; }  // of the layer added last
 
   const void* keep(const Tensor& t) {
-    hold_.push_back(t);
+    keep_alive_.push_back(t);
     return t.const_data_ptr();
   }
 
@@ -86,23 +84,31 @@ class Layers {
             {static_cast<int64_t>(l), begin, begin + rows < layer.rows ? begin + rows : layer.rows});
     }
     const WeightNormArgs args{layers_.data(), tasks.data(), eps};
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(tasks.size()), kTasksAThread,
-        [&](int64_t begin, int64_t end) { NVAE_CALL(weight_norm_tasks, args, begin, end); });
+    parallel_for(0, static_cast<int64_t>(tasks.size()), kTasksAThread,
+                 [&](int64_t begin, int64_t end) { NVAE_CALL(weight_norm_tasks, args, begin, end); });
   }
 
  private:
+  // An argument in an error message: mask, or masks[3].
+  std::string name(const char* argument, size_t layer) const {
+    return in_list_ ? std::string(argument) + "s[" + std::to_string(layer) + "]" : argument;
+  }
+  template <class Sizes>
+  void check(const Tensor& t, const char* argument, const Sizes& expected, size_t layer) const {
+    NVAE_CHECK(equal_sizes(t.sizes(), expected), op_, ": ", name(argument, layer), " must have shape ",
+               shape_text(expected), ", got ", shape_text(t));
+  }
+
+  const char* op_;
+  bool in_list_;
   std::vector<WeightNormLayer> layers_;
-  Tensors hold_;
+  Tensors keep_alive_;
   bool channels_last_ = false;
 };
 
-// A tensor shaped and laid out like `weight`. PyTorch's empty_like costs more, and is for strides of other
-// kinds.
+// A tensor shaped and laid out like `weight`. PyTorch's empty_like takes longer; other strides need it.
 static Tensor empty_as(const Tensor& weight, ScalarType type, bool channels_last) {
-  const int64_t size[4] = {weight.size(0), weight.size(1), weight.size(2), weight.size(3)};
-  return torch::stable::empty({size, 4}, type, std::nullopt, weight.device(), std::nullopt,
-                              channels_last ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  return allocate(weight.sizes(), type, weight, channels_last);
 }
 
 // An output of the kernel, and what is returned for it: a copy where the weight has strides that the kernel
@@ -114,8 +120,7 @@ class Output {
   void* data() const { return written_.mutable_data_ptr(); }
   Tensor result() const {
     if (has_layout(like_, false, true) || has_layout(like_, true, true)) return written_;
-    Tensor out = torch::stable::empty_like(like_);
-    if (out.scalar_type() != written_.scalar_type()) out = torch::stable::to(out, written_.scalar_type());
+    Tensor out = to_dtype(allocate_like(like_), written_.scalar_type());
     return torch::stable::copy_(out, written_);
   }
 
@@ -126,17 +131,24 @@ class Output {
   Tensor like_, written_;
 };
 
-static Tensors forward(const Tensors& weights, const Tensors& log_norms, const OptionalTensors& masks,
-                       double eps, std::optional<ScalarType> dtype) {
-  STD_TORCH_CHECK(weights.size() == log_norms.size() && weights.size() == masks.size(),
-                  "weight_norm_many: lists must have equal length");
-  Layers layers(weights.size());
+static void check_length(const char* op, const char* name, size_t length, size_t expected) {
+  NVAE_CHECK(length == expected, op, ": ", name, " must have ", expected, " entries, as weights, got ",
+             length);
+}
+
+static Tensors forward(const char* op, bool in_list, const Tensors& weights, const Tensors& log_norms,
+                       const OptionalTensors& masks, double eps, std::optional<ScalarType> dtype) {
+  check_length(op, "log_weight_norms", log_norms.size(), weights.size());
+  check_length(op, "masks", masks.size(), weights.size());
+  if (dtype) dtype_of(op, "dtype", *dtype);
+  Layers layers(op, in_list, weights.size());
   std::vector<Output> outputs;
   outputs.reserve(weights.size());
   for (size_t i = 0; i < weights.size(); ++i) {
     const Tensor& weight = weights[i];
-    const bool wide = weight.scalar_type() == ScalarType::Double || dtype == ScalarType::Double;
-    const ScalarType type = wide ? weight.scalar_type() : dtype.value_or(weight.scalar_type());
+    // The kernels convert between the types of 16 and 32 bits; PyTorch converts to and from float64.
+    const bool has_double = weight.scalar_type() == ScalarType::Double || dtype == ScalarType::Double;
+    const ScalarType type = has_double ? weight.scalar_type() : dtype.value_or(weight.scalar_type());
     WeightNormLayer& layer = layers.add(weight, log_norms[i], masks[i], type);
     outputs.emplace_back(weight, type, layers.channels_last());
     layer.out = outputs.back().data();
@@ -146,18 +158,20 @@ static Tensors forward(const Tensors& weights, const Tensors& log_norms, const O
   results.reserve(outputs.size());
   for (const Output& output : outputs) {
     const Tensor out = output.result();
-    results.push_back(cast(out, dtype.value_or(out.scalar_type())));
+    results.push_back(to_dtype(out, dtype.value_or(out.scalar_type())));
   }
   return results;
 }
 
 // Gradients of the weights where they are wanted, then of the log norms where they are wanted.
-static Tensors backward(const Tensors& grads, const Tensors& weights, const Tensors& log_norms,
-                        const OptionalTensors& masks, double eps, bool need_weights, bool need_log_norms) {
+static Tensors backward(const char* op, bool in_list, const Tensors& grads, const Tensors& weights,
+                        const Tensors& log_norms, const OptionalTensors& masks, double eps, bool need_weights,
+                        bool need_log_norms) {
   const size_t count = weights.size();
-  STD_TORCH_CHECK(grads.size() == count && log_norms.size() == count && masks.size() == count,
-                  "weight_norm_many_backward: lists must have equal length");
-  Layers layers(count);
+  check_length(op, "grads", grads.size(), count);
+  check_length(op, "log_weight_norms", log_norms.size(), count);
+  check_length(op, "masks", masks.size(), count);
+  Layers layers(op, in_list, count);
   std::vector<Output> outputs;
   outputs.reserve(count);
   Tensors of_norms;
@@ -166,16 +180,13 @@ static Tensors backward(const Tensors& grads, const Tensors& weights, const Tens
     const ScalarType given = grads[i].scalar_type(), own = weight.scalar_type();
     const ScalarType type = own == ScalarType::Double || given == ScalarType::Double ? own : given;
     WeightNormLayer& layer = layers.add(weight, log_norms[i], masks[i], type);
-    STD_TORCH_CHECK(grads[i].dim() == 4 && grads[i].numel() == weight.numel(),
-                    "weight_norm_backward: a gradient must have the shape of its weight");
-    layer.grad = layers.keep(ordered(cast(grads[i], type), layers.channels_last()));
+    layers.set_grad(grads[i], weight, type);
     if (need_weights) {
       outputs.emplace_back(weight, own, layers.channels_last());
       layer.grad_weight = outputs.back().data();
     }
     if (need_log_norms) {
-      const int64_t size[4] = {weight.size(0), 1, 1, 1};
-      of_norms.push_back(torch::stable::empty({size, 4}, own, std::nullopt, weight.device()));
+      of_norms.push_back(allocate({weight.size(0), 1, 1, 1}, own, weight));
       if (!layer.columns) torch::stable::zero_(of_norms.back());
       layer.grad_log_norm = of_norms.back().mutable_data_ptr();
     }
@@ -185,31 +196,42 @@ static Tensors backward(const Tensors& grads, const Tensors& weights, const Tens
   results.reserve(outputs.size() + of_norms.size());
   for (const Output& output : outputs) results.push_back(output.result());
   for (size_t i = 0; i < of_norms.size(); ++i)
-    results.push_back(cast(of_norms[i], log_norms[i].scalar_type()));
+    results.push_back(to_dtype(of_norms[i], log_norms[i].scalar_type()));
   return results;
 }
 
 static Tensor weight_norm(const Tensor& weight, const Tensor& log_norm, const std::optional<Tensor>& mask,
                           double eps) {
-  return forward({weight}, {log_norm}, {mask}, eps, std::nullopt)[0];
+  return forward("weight_norm", false, {weight}, {log_norm}, {mask}, eps, std::nullopt)[0];
 }
 
 static std::tuple<Tensor, Tensor> weight_norm_backward(const Tensor& grad, const Tensor& weight,
                                                        const Tensor& log_norm,
                                                        const std::optional<Tensor>& mask, double eps,
                                                        bool need_weight, bool need_log_norm) {
-  const Tensors found = backward({grad}, {weight}, {log_norm}, {mask}, eps, need_weight, need_log_norm);
-  const auto nothing = [&](const Tensor& like) {
-    return torch::stable::empty({0}, like.scalar_type(), std::nullopt, like.device());
-  };
+  const Tensors found = backward("weight_norm_backward", false, {grad}, {weight}, {log_norm}, {mask}, eps,
+                                 need_weight, need_log_norm);
+  const auto nothing = [&](const Tensor& like) { return allocate({0}, like.scalar_type(), like); };
   return {need_weight ? found.front() : nothing(weight), need_log_norm ? found.back() : nothing(log_norm)};
+}
+
+static Tensors weight_norm_many(const Tensors& weights, const Tensors& log_norms,
+                                const OptionalTensors& masks, double eps, std::optional<ScalarType> dtype) {
+  return forward("weight_norm_many", true, weights, log_norms, masks, eps, dtype);
+}
+
+static Tensors weight_norm_many_backward(const Tensors& grads, const Tensors& weights,
+                                         const Tensors& log_norms, const OptionalTensors& masks, double eps,
+                                         bool need_weights, bool need_log_norms) {
+  return backward("weight_norm_many_backward", true, grads, weights, log_norms, masks, eps, need_weights,
+                  need_log_norms);
 }
 
 }  // namespace nvae
 
 STABLE_TORCH_LIBRARY_IMPL(nvae_fast, CPU, m) {
-  m.impl("weight_norm", TORCH_BOX(&nvae::weight_norm));
-  m.impl("weight_norm_backward", TORCH_BOX(&nvae::weight_norm_backward));
-  m.impl("weight_norm_many", TORCH_BOX(&nvae::forward));
-  m.impl("weight_norm_many_backward", TORCH_BOX(&nvae::backward));
+  NVAE_IMPL(m, "weight_norm", &nvae::weight_norm);
+  NVAE_IMPL(m, "weight_norm_backward", &nvae::weight_norm_backward);
+  NVAE_IMPL(m, "weight_norm_many", &nvae::weight_norm_many);
+  NVAE_IMPL(m, "weight_norm_many_backward", &nvae::weight_norm_many_backward);
 }

@@ -103,6 +103,13 @@ cudaError_t general(const DepthwiseBackward& p, void* stream) {
 
 template <class Problem>
 std::string describe(int error, const Problem& p) {
+  if (error == cudaErrorNoKernelImageForDevice) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, static_cast<int>(p.device));
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, static_cast<int>(p.device));
+    return "this binary holds no code for GPU " + std::to_string(p.device) + ", of compute capability " +
+           std::to_string(major) + "." + std::to_string(minor) + "; nvae_fast.depthwise_conv2d runs in PyTorch there";
+  }
   const int64_t needed = shared_memory(p);
   int64_t limit = 0;
   if (shared_memory_limit(p.device, limit) == cudaSuccess && needed > limit)

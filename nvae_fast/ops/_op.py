@@ -39,7 +39,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from nvae_fast.ops import _backend, _devices, _schemas
+from nvae_fast.ops import _backend, _devices, _memory, _schemas
 from nvae_fast.ops._layout import empty_map
 
 NAMESPACE = "nvae_fast"
@@ -252,12 +252,16 @@ class Operator(Generic[P, R]):
             return self.formula(*args, **kwargs)
         if torch.compiler.is_compiling():
             return self.overload(*args, **kwargs)
-        if self._differentiable is None:
-            return self._kernel(*args, **kwargs)
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return self._differentiable(*args, **kwargs)
-        with torch._C._AutoDispatchBelowAutograd():
-            return self._kernel(*args, **kwargs)
+        try:
+            if self._differentiable is None:
+                return self._kernel(*args, **kwargs)
+            if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+                return self._differentiable(*args, **kwargs)
+            with torch._C._AutoDispatchBelowAutograd():
+                return self._kernel(*args, **kwargs)
+        except RuntimeError as error:
+            _memory.reraise(error)
+            raise
 
     def without_grad(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """The kernel, or else the formula, on arguments that are trusted; no gradients."""
@@ -325,8 +329,12 @@ class _Autograd:
         if torch.compiler.is_compiling() or (self.composed is None and self.kernel is None):
             found = self.gradients(grads, args, needs, kept)
         else:  # nothing is recorded here; the detour through autograd's fallback doubles the cost of a call
-            with torch._C._AutoDispatchBelowAutograd():
-                found = self.gradients(grads, args, needs, kept)
+            try:
+                with torch._C._AutoDispatchBelowAutograd():
+                    found = self.gradients(grads, args, needs, kept)
+            except RuntimeError as error:
+                _memory.reraise(error)
+                raise
         for i in wanted:
             result[i] = found[i]
         return tuple(result)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast.ops import _backend, _checks, _devices
+from nvae_fast.ops import _backend, _checks, _devices, _memory
 from nvae_fast.ops._activation import ACTIVATIONS, activate
 from nvae_fast.ops._layout import empty_map, memory_format
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op, vjp
@@ -285,4 +285,9 @@ def kernels(device: torch.device) -> tuple[Callable[..., Any], Callable[..., Any
     """(forward, backward) without checks, for the cells: the operators, or their formulas on a GPU that has no CUDA code."""
     if device.type == "cuda" and not _devices.runs(("cuda",), device.index):
         return _reference, _backward_formula
-    return torch.ops.nvae_fast.depthwise_conv2d, _gradients
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return torch.ops.nvae_fast.depthwise_conv2d, _gradients
+    return _ON_GPU
+
+
+_ON_GPU = _memory.translated(torch.ops.nvae_fast.depthwise_conv2d), _memory.translated(_gradients)

@@ -117,11 +117,6 @@ def _fake(posterior: Tensor, *_: Any) -> tuple[Tensor, ...]:
     return z, *(z.new_empty(z.shape[:2], dtype=_checks.accumulate_dtype(z.dtype)) for _ in range(3))
 
 
-def _gradient(args: Any, name: str) -> Tensor:
-    dtype = args.noise.dtype if name == "noise" else args.posterior.dtype
-    return empty_map(args.posterior, getattr(args, name).shape[1], dtype)
-
-
 _op = define_op(
     "residual_normal",
     _reference,
@@ -130,5 +125,4 @@ _op = define_op(
     outputs=("z", "kl", "log_q", "log_p"),
     triton="residual_normal",
     fused_backward=True,
-    gradient=_gradient,
 )
