@@ -320,7 +320,11 @@ class NinjaBuild(build_ext):
             binding += ["-DNVAE_HAVE_CUDA", f'-DNVAE_CUDA_ARCHS="{",".join(cuda.archs)}"']
             binding.append(f"-isystem{cuda.home / 'include'}")
         sanitizers = os.environ.get("NVAE_FAST_SANITIZE")
-        sanitize = [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"] if sanitizers else []
+        sanitize = (
+            [f"-fsanitize={sanitizers}", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+            if sanitizers
+            else []
+        )
         # Less optimised, but with the names and lines that reports of errors need.
         extra = [*sanitize, "-O1", "-g1", "-fno-omit-frame-pointer", *QUIET] if sanitize else []
         extra += shlex.split(os.environ.get("CXXFLAGS", ""))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -13,10 +14,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from nvae_fast.cli import options
+from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
 from nvae_fast.data.lazy import MAX_SKIPPED
 from nvae_fast.training import distributed
+from nvae_fast.training.signals import watch_interrupts
 from nvae_fast.version import __version__
+
+# Options in which processes may differ: paths of a node, its machine, and what only process 0 does.
+_LOCAL = {"checkpoint", "data", "out", "npy", "json", "overwrite", "device", "threads", "quiet", "debug"}
 
 
 def run_on_processes(
@@ -24,11 +31,25 @@ def run_on_processes(
     work: Callable[[argparse.Namespace, distributed.World], int],
     advice: str = "Nothing was written: start all of them again",
 ) -> int:
-    """Run `work` on this process, or on each of those torchrun started."""
-    world = distributed.start_world(arguments.device)
-    with world.report_lost_process(lambda: advice):
-        code = work(arguments, world)
-    world.close()
+    """Run `work` on this process, or on each of those that torchrun, mpirun or srun started. Raises ValueError when they were
+    started with other options or versions."""
+    with watch_interrupts():
+        world = distributed.start_world(arguments.device)
+        with world.report_lost_process(lambda: advice):
+            world.agree({"the command": arguments.command})
+            world.agree(
+                {
+                    "the version of nvae_fast": __version__,
+                    "the version of PyTorch": str(torch.__version__),
+                    **{
+                        options.spelled(name): getattr(arguments, name, "not given")
+                        for name in options_of(arguments.command)
+                        if name not in _LOCAL
+                    },
+                }
+            )
+            code = work(arguments, world)
+        world.close()
     return code
 
 
@@ -76,12 +97,16 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"{file} exists already: --overwrite replaces it")
 
 
-def set_threads(arguments: argparse.Namespace) -> None:
-    """Apply --threads."""
-    if arguments.threads is not None:
-        if arguments.threads < 1:
-            raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
-        torch.set_num_threads(arguments.threads)
+def set_threads(count: int | None) -> None:
+    """Apply --threads; None leaves PyTorch's choice. Raises ValueError for more threads than make sense on this machine."""
+    if count is None:
+        return
+    cpus = os.cpu_count() or 1
+    most = max(64, 4 * cpus)
+    if not 1 <= count <= most:
+        bound = "at least 1" if count < 1 else f"at most {most} on this machine, which has {cpus} CPUs"
+        raise ValueError(f"--threads must be {bound}, got {count}")
+    torch.set_num_threads(count)
 
 
 def reporter(quiet: bool) -> Any:

@@ -7,7 +7,15 @@ import json
 import sys
 from typing import Any
 
-from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, set_threads
+from nvae_fast.cli import options
+from nvae_fast.cli.common import (
+    check_writable,
+    open_images,
+    report_skipped,
+    reporter,
+    run_on_processes,
+    set_threads,
+)
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
@@ -16,7 +24,10 @@ from nvae_fast.training.progress import Progress
 
 def run(arguments: argparse.Namespace) -> int:
     """Report the likelihood bounds of images under a model."""
-    set_threads(arguments)
+    options.check_numbers(arguments, "samples", "batch_size", "max_images")
+    if arguments.json not in (None, "-"):
+        check_writable(arguments.json, overwrite=True)
+    set_threads(arguments.threads)
     return run_on_processes(arguments, _evaluate)
 
 

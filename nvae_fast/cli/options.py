@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from nvae_fast.training.config import TrainingConfig
+from nvae_fast.models.config import NVAEConfig
+from nvae_fast.training.config import TrainingConfig, check_bounds
 
 # Well-known names of the model's options, in the order they are shown, with their meaning and unit.
 MODEL_HELP: dict[str, str] = {
@@ -56,7 +60,7 @@ def add_dataclass_options(
         default = field.default if field.default is not dataclasses.MISSING else None
         unit = (units or {}).get(name, "")
         help_text = f"{text}{f' [{unit}]' if unit else ''} (default: {_show(default)}{note})"
-        option = "--" + name.replace("_", "-")
+        option = spelled(name)
         kind = str(field.type).split("|")[0].strip()
         optional = "None" in str(field.type)
         # argparse formats help with %, as in "100 %".
@@ -84,6 +88,35 @@ def training_texts() -> tuple[dict[str, str], dict[str, str]]:
 def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
     """The options of these names that were on the command line."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def spelled(name: str) -> str:
+    """The option of a field: `batch_size` is `--batch-size`."""
+    return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def errors_name_options() -> Iterator[None]:
+    """In errors of the configuration classes, name the options instead of the fields."""
+    names = {field.name for cls in (TrainingConfig, NVAEConfig) for field in dataclasses.fields(cls)}
+
+    def option(match: re.Match[str]) -> str:
+        first, name = match[1], match[2]
+        return spelled(name) if name in names and (first or "_" in name) else match[0]
+
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        text = re.sub(r"((?:TrainingConfig|NVAEConfig): )?\b([a-z][a-z_]*)\b", option, str(error))
+        raise type(error)(text) from error
+
+
+def check_numbers(
+    arguments: argparse.Namespace, *names: str, least: int = 1, most: int | None = None
+) -> None:
+    """Raise ValueError naming the option unless the arguments of these names are None or within the bounds."""
+    for name in names:
+        check_bounds(spelled(name), getattr(arguments, name), least=least, most=most)
 
 
 def whole_number(text: str) -> int:

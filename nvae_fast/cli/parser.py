@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -23,7 +24,56 @@ class _Parser(argparse.ArgumentParser):
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
     """The arguments of a command line. Raises SystemExit where argparse would."""
-    return make_parser().parse_args(_with_dashes(words))
+    parser = make_parser()
+    arguments, unknown = parser.parse_known_args(_with_dashes(words))
+    if unknown:
+        command = _commands(parser)[arguments.command]
+        hints = [hint for word in unknown if (hint := _hint(word, command)) is not None]
+        command.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(f'; {h}' for h in hints)}")
+    return arguments
+
+
+def options_of(command: str) -> list[str]:
+    """Names of the arguments of a command, sorted."""
+    actions = _commands(make_parser())[command]._actions
+    return sorted(action.dest for action in actions if action.dest != "help")
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    return commands.choices
+
+
+# Options of the official program: the option of ours that does the same, if any, and what to say of it.
+_OFFICIAL = {
+    "--cont-training": ("--resume", "which continues the run in --out"),
+    "--root": ("--out", "which names the run folder"),
+    "--save": ("--out", "which names the run folder"),
+    "--checkpoint": ("", "the checkpoint is given without an option"),
+    "--eval-mode": ("", "the commands are evaluate and sample"),
+    "--eval-on-train": ("--split", "as in --split train"),
+    "--num-iw-samples": ("--samples", "the draws of the importance-weighted bound"),
+    "--temp": ("--temperature", ""),
+    "--readjust-bn": ("--readjust", "which re-estimates the batch-norm statistics"),
+    "--fast-adamax": ("", "Adamax is always the fused one"),
+    "--num-process-per-node": ("", "processes are started by torchrun --nproc-per-node N"),
+    "--num-proc-node": ("", "processes are started by torchrun --nnodes N"),
+    "--node-rank": ("", "processes are started by torchrun --node-rank N"),
+    "--master-address": ("", "processes are started by torchrun --master-addr ADDRESS"),
+}
+
+
+def _hint(word: str, command: argparse.ArgumentParser) -> str | None:
+    """What was probably meant by an option that a command does not have."""
+    name = word.partition("=")[0]
+    known = [option for action in command._actions for option in action.option_strings]
+    ours, text = _OFFICIAL.get(name, ("", ""))
+    if ours in known:
+        return f"did you mean {ours}{text and f', {text}'}?"
+    if text and not ours:
+        return f"{name} is not needed: {text}"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.7) if name.startswith("--") else []
+    return f"did you mean {close[0]}?" if close else None
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:
@@ -108,21 +158,25 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=list(PRESETS),
         default=None,
-        help="model and training settings to start from (default: digits_demo)",
+        help="model and training settings to start from, each of which an option given replaces (default: none, which is "
+        "the default of every option)",
     )
     run.add_argument(
         "--data",
         default=None,
         metavar="NAME_OR_PATH",
-        help="digits, photos, or a folder, array, IDX, CIFAR-10 or LMDB path (default: the preset's; presets "
-        "of data that are not built in need a path; when resuming, the run's)",
+        help="digits, photos, or a folder, array, IDX, CIFAR-10 or LMDB path (default: that of the preset "
+        "digits_demo, or of the run to resume; else it must be given)",
     )
     run.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
     _max_skipped(run)
     run.add_argument(
-        "--out", default=None, metavar="FOLDER", help="run folder to write (default: runs/<preset>)"
+        "--out",
+        default=None,
+        metavar="FOLDER",
+        help="run folder to write (default: runs/<preset>, or runs/nvae)",
     )
     run.add_argument(
         "--resume", action="store_true", help="continue the run in --out bit for bit (default: no)"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
+from nvae_fast.training.launch import find_launch
 
 INTERRUPT_CODE = 130
 
@@ -37,9 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _process() -> str:
-    """Which of the processes speaks, where torchrun started several."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return "" if size == "1" else f" process {os.environ.get('RANK', '0')} of {size}:"
+    """Which of several processes reports the error; empty for a process of its own."""
+    try:
+        launch = find_launch()
+    except ValueError:  # which is the error to report
+        return ""
+    return "" if launch.size == 1 else f" process {launch.rank} of {launch.size}:"
 
 
 def _one_line(error: BaseException) -> str:

@@ -8,27 +8,27 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nvae_fast.cli import options
 from nvae_fast.cli.common import check_writable, reporter, run_on_processes, set_threads
 from nvae_fast.data import save_grid
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, pictures
+from nvae_fast.training.config import check_bounds
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.readjust import readjust
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw images from a model into a PNG grid."""
-    for name in ("number", "batch_size", "readjust_passes", "columns"):
-        value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
-    if not arguments.temperature > 0:
-        raise ValueError(f"--temperature must be greater than 0, got {arguments.temperature:g}")
+    options.check_numbers(arguments, "batch_size", "readjust_passes")
+    options.check_numbers(arguments, "number", most=1_000_000)  # in one grid, which is kept in memory
+    options.check_numbers(arguments, "columns", most=10_000)
+    check_bounds("--temperature", arguments.temperature, above=0)
     for file in (arguments.out, arguments.npy):
         if file is not None:
             check_writable(file, arguments.overwrite)
-    set_threads(arguments)
+    set_threads(arguments.threads)
     return run_on_processes(arguments, _sample)
 
 

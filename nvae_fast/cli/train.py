@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -12,7 +13,14 @@ from typing import Any
 import torch
 
 from nvae_fast.cli import options
-from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, versions
+from nvae_fast.cli.common import (
+    open_images,
+    report_skipped,
+    reporter,
+    run_on_processes,
+    set_threads,
+    versions,
+)
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
@@ -22,7 +30,7 @@ from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
 from nvae_fast.training.progress import clock
 
-# What may change when a run is resumed without it ceasing to be the same run.
+# What may change when a run is resumed without changing its results.
 _RESUME_FREE = {
     "time_limit",
     "workers",
@@ -34,8 +42,8 @@ _RESUME_FREE = {
     "sample_readjust_passes",
     "tensorboard",
 }
-# What may change but changes the result: a message says so.
-_RESUME_TOLD = {
+# What may change and changes the results, which a message reports.
+_RESUME_REPORTED = {
     "epochs",
     "max_steps",
     "learning_rate",
@@ -45,6 +53,10 @@ _RESUME_TOLD = {
     "accumulate",
     "threads",
 }
+# The run folder of a run without --preset and --out is runs/<this>.
+_UNNAMED = "nvae"
+# Built-in data, which say what kind of images they are.
+_BUILT_IN = ("digits", "photos")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -55,39 +67,42 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
+    with contextlib.ExitStack() as stack:  # holds the lock of the run folder
+        return _train_in(stack, arguments, world)
+
+
+def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     training_names = [field.name for field in dataclasses.fields(TrainingConfig)]
     training_given = options.given(arguments, training_names)
     if training_given.get("autocast") == "none":
         training_given["autocast"] = None
     model_given = options.given(arguments, options.MODEL_HELP)
+    folder = Path(arguments.out or f"runs/{arguments.preset or _UNNAMED}")
 
     state = None
     if arguments.resume:
-        folder = Path(arguments.out or f"runs/{arguments.preset or 'digits_demo'}")
         if world.is_main:
+            if run_folder.has_checkpoint(folder):
+                stack.enter_context(run_folder.lock(folder))
             _, note = run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
             if note:
                 print(note, file=sys.stderr)  # a damaged checkpoint is worth a line even with --quiet
         world.barrier()
         state = checkpoint.load_training(folder)
-        config = _resumed_config(state, training_given, say, world)
-        model_config = _resumed_model(state, model_given, arguments.preset)
+        with options.errors_name_options():
+            config = _resumed_config(state, training_given, say, world)
+            model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
         kind = arguments.data_kind or state["data"].get("kind")
     else:
-        chosen = training_preset(arguments.preset or "digits_demo")
-        config = chosen.training.replace(**training_given)
-        model_config = chosen.model_config()
-        if model_given:
-            model_config = model_config.replace(**model_given)
-        data, kind = arguments.data or chosen.data, arguments.data_kind
-        if data is None:
-            raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
-        folder = Path(arguments.out or f"runs/{chosen.name}")
+        with options.errors_name_options():
+            config, model_config, data = _new_run(
+                arguments.preset, arguments.data, training_given, model_given
+            )
+        kind = arguments.data_kind
+    set_threads(config.threads)
     dataset = open_images(data, kind, "train", model_config, arguments.max_skipped_images)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
 
     torch.manual_seed(config.seed)
     model = NVAE(model_config)
@@ -97,6 +112,8 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     # Everything that can be wrong with the arguments has been found by now: only now is anything written.
     if world.is_main and state is None:
         _, note = run_folder.prepare(folder, overwrite=arguments.overwrite)
+        stack.enter_context(run_folder.lock(folder))
+        run_folder.prepare(folder)  # another run may have begun there since
         if note:
             say(note)
     world.barrier()
@@ -118,20 +135,53 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
     return 0
 
 
+def _new_run(
+    preset_name: str | None, data: str | None, training_given: dict[str, Any], model_given: dict[str, Any]
+) -> tuple[TrainingConfig, NVAEConfig, str]:
+    """The configurations of a run and its data: the options given, then those of the preset, then the defaults."""
+    if preset_name is not None:
+        chosen = training_preset(preset_name)
+        training, model = chosen.training.to_dict(), chosen.model_config().to_dict()
+        if "epochs" in training_given:
+            training["max_steps"] = None
+        if "epochs" in training_given or "max_steps" in training_given:
+            training["time_limit"] = None
+        data = data or chosen.data
+        if data is None:
+            raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
+    else:
+        training, model = {}, {}
+        if data is None:
+            raise ValueError(
+                "--data is missing: give digits, photos or the path of your images. (--preset digits_demo trains a small "
+                "model on the built-in digits for about two minutes)"
+            )
+        if data in _BUILT_IN:
+            model["dataset"] = data
+    return TrainingConfig(**{**training, **training_given}), NVAEConfig(**{**model, **model_given}), data
+
+
 def _resumed_config(
     state: dict[str, Any], given: dict[str, Any], say: Any, world: distributed.World
 ) -> TrainingConfig:
     config = _shared_out(TrainingConfig.from_dict(state["training_config"]), state, say, world)
     changed = {name: value for name, value in given.items() if getattr(config, name) != value}
+    if "epochs" in given and "max_steps" not in given and config.max_steps is not None:
+        changed["max_steps"] = None  # which would decide in place of the epochs given
     for name, value in changed.items():
-        if name in _RESUME_TOLD:
-            say(f"--{name.replace('_', '-')} changes from {getattr(config, name)} to {value} from here on")
+        if name in _RESUME_REPORTED:
+            say(f"{options.spelled(name)} changes from {getattr(config, name)} to {value} from here on")
         elif name not in _RESUME_FREE:
             raise ValueError(
-                f"--{name.replace('_', '-')} cannot change when a run is resumed: it has "
+                f"{options.spelled(name)} cannot change when a run is resumed: it has "
                 f"{getattr(config, name)}, {value} was asked for"
             )
-    return config.replace(**changed)
+    config = config.replace(**changed)
+    if config.time_limit is not None and changed.keys() & {"epochs", "max_steps"}:
+        say(
+            f"the run's --time-limit of {config.time_limit:g} minutes still holds (--time-limit none lifts it)"
+        )
+    return config
 
 
 def _shared_out(
@@ -197,9 +247,13 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: 
 
 def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
     parameters = sum(p.numel() for p in trainer.model.parameters())
+    model = trainer.model.config
+    images = (
+        f"{model.dataset} ({model.channels}x{model.resolution}x{model.resolution}, {model.likelihood_name})"
+    )
     start = f"from step {trainer.step} " if trainer.step else ""
     return (
-        f"{parameters / 1e6:.2f} M parameters, {len(trainer.dataset)} images of {data}, "
+        f"{parameters / 1e6:.2f} M parameters, {len(trainer.dataset)} images of {data} as {images}, "
         f"{trainer.total_steps} steps {start}of {trainer.config.batch_size} images"
         + (f" on each of {trainer.world.size} processes" if trainer.world.size > 1 else "")
         + f" on {trainer.world.device}, into {folder}"

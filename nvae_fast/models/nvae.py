@@ -175,8 +175,10 @@ class NVAE(nn.Module):
         """
         c = self.config
         expected = (c.channels, c.resolution, c.resolution)
-        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-            raise TypeError(f"NVAE: x must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"NVAE: x must be a torch.Tensor, got {type(x).__name__}")
+        if not x.is_floating_point():
+            raise TypeError(f"NVAE: x must be of a floating-point dtype with values in [0, 1], got {x.dtype}")
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
             raise ValueError(
                 f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"

@@ -37,9 +37,15 @@ _BLOCK = 1 << 20
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 _LEGACY_PICKLES = 5
 _KINDS = (
-    (re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.I), "an HTML or XML page, perhaps of a failed download"),
+    (
+        re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.I),
+        "an HTML or XML page, perhaps of a failed download",
+    ),
     (re.compile(rb"version https://git-lfs"), "a git-lfs pointer: fetch the file itself with `git lfs pull`"),
-    (re.compile(rb"/annex/objects/|(\.\./)*\.git/annex/"), "a git-annex pointer: fetch the file with `git annex get`"),
+    (
+        re.compile(rb"/annex/objects/|(\.\./)*\.git/annex/"),
+        "a git-annex pointer: fetch the file with `git annex get`",
+    ),
     (re.compile(rb".{8}\{", re.S), "a safetensors file, which holds tensors without the model's options"),
     (re.compile(rb"\x1f\x8b"), "compressed by gzip: decompress it first"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: decompress it first"),
@@ -70,7 +76,17 @@ _GLOBALS = {
     *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
 }
 # Encodings of bytes as longer bytes: applied again and again they grow without bound.
-_GROWING = {"hex", "base64", "uu", "quopri", "quotedprintable", "quoted_printable", "base_64", "base64_codec", "hex_codec"}
+_GROWING = {
+    "hex",
+    "base64",
+    "uu",
+    "quopri",
+    "quotedprintable",
+    "quoted_printable",
+    "base_64",
+    "base64_codec",
+    "hex_codec",
+}
 
 
 class UnreadableFile(ValueError):
@@ -99,7 +115,10 @@ def read(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
             else:
                 raise _something_else(head)
             handle.seek(0)
-            extra = [(argparse.Namespace, "argparse.Namespace"), *((v, k) for k, v in numpy_pickles.GLOBALS.items())]
+            extra = [
+                (argparse.Namespace, "argparse.Namespace"),
+                *((v, k) for k, v in numpy_pickles.GLOBALS.items()),
+            ]
             with torch.serialization.safe_globals(extra):
                 document = torch.load(handle, map_location=map_location, weights_only=True)
             return numpy_pickles.unwrap(document)
@@ -155,7 +174,9 @@ def _something_else(head: bytes) -> UnreadableFile:
     for pattern, kind in _KINDS:
         if pattern.match(head):
             return UnreadableFile(f"is not a checkpoint but {kind}")
-    return DamagedFile("is truncated or damaged, or not a checkpoint: it does not begin as files of torch.save do")
+    return DamagedFile(
+        "is truncated or damaged, or not a checkpoint: it does not begin as files of torch.save do"
+    )
 
 
 def _check_archive(handle: IO[bytes]) -> None:

@@ -93,19 +93,26 @@ def packed(op: str, name: str, value: Any) -> None:
         )
 
 
+def shown(value: Any) -> str:
+    """``value`` as an error message gives it: plain values as they are written, of anything else the type."""
+    return (
+        repr(value) if value is None or isinstance(value, (bool, int, float, str)) else type(value).__name__
+    )
+
+
 def squashing(op: str, clamp: float | None, sigma_floor: float) -> None:
     """``clamp`` is None or a positive number, ``sigma_floor`` a finite number >= 0."""
     if clamp is not None and not (isinstance(clamp, (int, float)) and 0 < clamp < math.inf):
-        raise ValueError(f"{op}: clamp must be None or a finite number > 0, got {clamp!r}")
+        raise ValueError(f"{op}: clamp must be None or a finite number > 0, got {shown(clamp)}")
     if not (isinstance(sigma_floor, (int, float)) and 0 <= sigma_floor < math.inf):
-        raise ValueError(f"{op}: sigma_floor must be a finite number >= 0, got {sigma_floor!r}")
+        raise ValueError(f"{op}: sigma_floor must be a finite number >= 0, got {shown(sigma_floor)}")
 
 
 def temperature(op: str, value: float, *, zero: bool) -> None:
     """``value`` is a finite number > 0 (>= 0 when ``zero`` is allowed)."""
     if not (isinstance(value, (int, float)) and 0 <= value < math.inf) or (value == 0 and not zero):
         raise ValueError(
-            f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {value!r}"
+            f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {shown(value)}"
         )
 
 
@@ -159,7 +166,7 @@ def whole(op: str, name: str, value: Any) -> int:
             return operator.index(value)
         except TypeError:
             pass
-    raise TypeError(f"{op}: {name} must be an int, got {value!r}")
+    raise TypeError(f"{op}: {name} must be an int, got {shown(value)}")
 
 
 def choices(op: str, allowed: tuple[int, ...], **values: int) -> tuple[int, ...]:
@@ -183,12 +190,12 @@ def size(op: str, name: str, value: Any) -> None:
 def flag(op: str, name: str, value: Any) -> None:
     """``value`` is True or False."""
     if not isinstance(value, bool):
-        raise TypeError(f"{op}: {name} must be True or False, got {value!r}")
+        raise TypeError(f"{op}: {name} must be True or False, got {shown(value)}")
 
 
 def one_of(op: str, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     if value not in allowed:
-        raise ValueError(f"{op}: {name} must be one of {list(allowed)}, got {value!r}")
+        raise ValueError(f"{op}: {name} must be one of {list(allowed)}, got {shown(value)}")
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

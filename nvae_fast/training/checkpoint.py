@@ -232,7 +232,9 @@ def load_model(
         facts["kind"] = "official"
     problem = not_finite(model.state_dict().items())
     if problem is not None:
-        raise CheckpointError(f"checkpoint {file}: {problem}, so nothing can be computed with it{_advice(file)}")
+        raise CheckpointError(
+            f"checkpoint {file}: {problem}, so nothing can be computed with it{_advice(file)}"
+        )
     return to_format(model.to(map_location), torch.channels_last).eval(), facts
 
 

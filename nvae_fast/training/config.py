@@ -12,9 +12,20 @@ from typing import Any
 import numpy
 
 
-def _option(default: Any, text: str, *, unit: str = "") -> Any:
-    """A dataclass field with its default, what it means and in which unit it is counted."""
-    return dataclasses.field(default=default, metadata={"help": text, "unit": unit})
+def _option(
+    default: Any,
+    text: str,
+    *,
+    unit: str = "",
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> Any:
+    """A dataclass field with its default, meaning and unit, and the bounds of its value: at least, at most, greater than."""
+    return dataclasses.field(
+        default=default,
+        metadata={"help": text, "unit": unit, "least": least, "most": most, "above": above},
+    )
 
 
 @dataclass(frozen=True)
@@ -24,37 +35,53 @@ class TrainingConfig:
     Raises ValueError or TypeError naming the field, what it must be and what it was.
     """
 
-    epochs: int = _option(200, "length of the run; --max-steps takes its place when given", unit="epochs")
+    epochs: int = _option(
+        200, "length of the run; --max-steps takes its place when given", unit="epochs", least=1
+    )
     max_steps: int | None = _option(
-        None, "length of the run in optimizer steps, in place of --epochs", unit="steps"
+        None, "length of the run in optimizer steps, in place of --epochs", unit="steps", least=1
     )
     time_limit: float | None = _option(
         None,
         "training time, resumed parts included; when it is too short for all steps the schedules run "
         "faster, so that they still end where they should (such a run depends on the machine's pace)",
         unit="minutes",
+        above=0,
     )
-    batch_size: int = _option(32, "images in a step, on every process", unit="images")
+    batch_size: int = _option(32, "images in a step, on every process", unit="images", least=1)
     accumulate: int = _option(
         1,
         "parts in which a process computes its images of a step, one after another, adding their gradients up: "
         "memory of one part; batch norm and KL balancing see a part at a time, so numbers change a little",
         unit="parts",
+        least=1,
     )
-    learning_rate: float = _option(1e-2, "largest learning rate of Adamax, reached after the warm-up")
-    learning_rate_min: float = _option(1e-4, "learning rate at the end of the cosine")
-    warmup_epochs: float = _option(5.0, "linear warm-up of the learning rate", unit="epochs")
-    weight_decay: float = _option(3e-4, "weight decay of Adamax")
-    weight_decay_norm: float = _option(1e-2, "lambda: weight of the spectral and batch-norm regularisers")
+    learning_rate: float = _option(
+        1e-2, "largest learning rate of Adamax, reached after the warm-up", above=0
+    )
+    learning_rate_min: float = _option(1e-4, "learning rate at the end of the cosine", least=0)
+    warmup_epochs: float = _option(5.0, "linear warm-up of the learning rate", unit="epochs", least=0)
+    weight_decay: float = _option(3e-4, "weight decay of Adamax", least=0)
+    weight_decay_norm: float = _option(
+        1e-2, "lambda: weight of the spectral and batch-norm regularisers", least=0
+    )
     weight_decay_norm_anneal: bool = _option(
         False, "let lambda fall geometrically from --weight-decay-norm-init while the KL coefficient rises"
     )
-    weight_decay_norm_init: float = _option(1.0, "lambda at the start, when annealed")
+    weight_decay_norm_init: float = _option(1.0, "lambda at the start, when annealed", above=0)
     kl_anneal_portion: float = _option(
-        0.3, "part of the run over which the KL coefficient rises to 1", unit="fraction of the run"
+        0.3,
+        "part of the run over which the KL coefficient rises to 1",
+        unit="fraction of the run",
+        least=0,
+        most=1,
     )
     kl_const_portion: float = _option(
-        1e-4, "part of the run before the KL coefficient starts to rise", unit="fraction of the run"
+        1e-4,
+        "part of the run before the KL coefficient starts to rise",
+        unit="fraction of the run",
+        least=0,
+        most=1,
     )
     kl_balance: bool = _option(True, "balance the KL over the groups while its coefficient is below 1")
     autocast: str | None = _option(None, "mixed precision of the network: none or bf16")
@@ -69,72 +96,60 @@ class TrainingConfig:
     )
     channels_last: bool = _option(True, "keep images and feature maps in the channels_last memory format")
     grad_clip: float | None = _option(
-        None, "largest norm of the gradient, longer ones are scaled down; none clips nothing"
+        None, "largest norm of the gradient, longer ones are scaled down; none clips nothing", above=0
     )
     horizontal_flip: bool = _option(False, "mirror every second image, at random")
-    seed: int = _option(0, "seed of initialisation, noise and data order (0 to 2^63-1)")
-    workers: int = _option(0, "extra threads that read images", unit="threads")
+    seed: int = _option(
+        0, "seed of initialisation, noise and data order (0 to 2^63-1)", least=0, most=2**63 - 1
+    )
+    workers: int = _option(0, "extra threads that read images", unit="threads", least=0, most=1024)
     threads: int | None = _option(
-        None, "CPU threads of PyTorch; none leaves PyTorch's choice. Resuming keeps it", unit="threads"
+        None,
+        "CPU threads of PyTorch; none leaves PyTorch's choice. Resuming keeps it",
+        unit="threads",
+        least=1,
     )
     max_bad_steps: int = _option(
-        10, "steps in a row with a non-finite loss or gradient before training stops", unit="steps"
+        10,
+        "steps in a row with a non-finite loss or gradient before training stops",
+        unit="steps",
+        least=1,
     )
     checkpoint_every: int = _option(
-        500, "a checkpoint every so many steps, and one at the end of the run", unit="steps"
+        500, "a checkpoint every so many steps, and one at the end of the run", unit="steps", least=1
     )
-    log_every: int = _option(10, "a line in metrics.jsonl every so many steps", unit="steps")
+    log_every: int = _option(10, "a line in metrics.jsonl every so many steps", unit="steps", least=1)
     sample_every: int = _option(
-        0, "a grid of samples (samples-<step>.png) every so many steps; 0 only at the end", unit="steps"
+        0,
+        "a grid of samples (samples-<step>.png) every so many steps; 0 only at the end",
+        unit="steps",
+        least=0,
     )
-    sample_temperature: float = _option(1.0, "temperature of the samples drawn while training and at the end")
+    sample_temperature: float = _option(
+        1.0, "temperature of the samples drawn while training and at the end", above=0
+    )
     sample_readjust_passes: int = _option(
-        0, "batch-norm readjustment passes before samples are drawn; 0 for none", unit="passes of 16 images"
+        0,
+        "batch-norm readjustment passes before samples are drawn; 0 for none",
+        unit="passes of 16 images",
+        least=0,
     )
     tensorboard: bool = _option(False, "also write TensorBoard event files (needs the tensorboard package)")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, limits = getattr(self, field.name), field.metadata
             if isinstance(value, numpy.generic):
-                object.__setattr__(self, field.name, value.item())
-            self._check_type(field.name, getattr(self, field.name), str(field.type))
-        for name in (
-            "epochs",
-            "max_steps",
-            "batch_size",
-            "accumulate",
-            "threads",
-            "max_bad_steps",
-            "checkpoint_every",
-            "log_every",
-        ):
-            self._check_least(name, 1)
-        for name in (
-            "warmup_epochs",
-            "weight_decay",
-            "weight_decay_norm",
-            "workers",
-            "sample_every",
-            "seed",
-            "sample_readjust_passes",
-            "learning_rate_min",
-        ):
-            self._check_least(name, 0)
-        for name in (
-            "time_limit",
-            "learning_rate",
-            "weight_decay_norm_init",
-            "grad_clip",
-            "sample_temperature",
-        ):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"TrainingConfig: {name} must be greater than 0, got {value!r}")
-        for name in ("kl_anneal_portion", "kl_const_portion"):
-            value = getattr(self, name)
-            if not 0 <= value <= 1:
-                raise ValueError(f"TrainingConfig: {name} must be between 0 and 1, got {value!r}")
+                value = value.item()
+                object.__setattr__(self, field.name, value)
+            self._check_type(field.name, value, str(field.type))
+            check_bounds(
+                f"TrainingConfig: {field.name}",
+                value,
+                least=limits["least"],
+                most=limits["most"],
+                above=limits["above"],
+            )
         if self.accumulate > self.batch_size:
             raise ValueError(
                 f"TrainingConfig: accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})"
@@ -151,8 +166,6 @@ class TrainingConfig:
                 "TrainingConfig: weight_decay_norm_anneal needs weight_decay_norm greater than 0, "
                 f"got {self.weight_decay_norm}"
             )
-        if self.seed >= 2**63:
-            raise ValueError(f"TrainingConfig: seed must be below 2^63, got {self.seed}")
 
     def replace(self, **changes: Any) -> TrainingConfig:
         """A copy with ``changes``, field by field, checked again. Raises ValueError for names that are none."""
@@ -182,11 +195,6 @@ class TrainingConfig:
         """The lambda to anneal from, None when lambda is constant."""
         return self.weight_decay_norm_init if self.weight_decay_norm_anneal else None
 
-    def _check_least(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        if value is not None and value < least:
-            raise ValueError(f"TrainingConfig: {name} must be at least {least}, got {value!r}")
-
     def _check_type(self, name: str, value: Any, annotation: str) -> None:
         if value is None and "None" in annotation:
             return
@@ -197,5 +205,24 @@ class TrainingConfig:
             raise TypeError(
                 f"TrainingConfig: {name} must be {annotation}, got {type(value).__name__} ({reprlib.repr(value)})"
             )
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"TrainingConfig: {name} must be finite, got {value!r}")
+
+
+def check_bounds(
+    name: str,
+    value: Any,
+    *,
+    least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+) -> None:
+    """Raise ValueError starting with ``name`` unless ``value`` is None, no number, or finite and within the bounds."""
+    if value is None or isinstance(value, (bool, str)):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value!r}")
+    if least is not None and most is not None and not least <= value <= most:
+        raise ValueError(f"{name} must be between {least} and {most}, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if above is not None and value <= above:
+        raise ValueError(f"{name} must be greater than {above}, got {value!r}")

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or the several that torchrun started. Only rank 0 writes files and speaks.
+"""The processes of a run: a single one, or those that torchrun, mpirun or srun started. Only rank 0 writes files.
 
 When a process dies the others notice at their next exchange, at once on CPUs (the connection is closed), on GPUs as soon as
 torchrun stops them or the exchange times out. `World.report_lost_process` turns that into a `ProcessLost` that says what to do.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -20,11 +21,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nvae_fast import distributed
+from nvae_fast.training.launch import Launch, find_launch
+
+WAITING_NOTE = 10.0  # seconds after which a process says what it waits for, then every minute
 
 
-def _outlive_torchrun() -> None:
-    """torchrun ends all processes with SIGTERM when one has died, often before the others have said what to do; it waits
-    half a minute for them."""
+def outlive_torchrun() -> None:
+    """Ignore SIGTERM where torchrun started this process: it sends one to all processes when the first has ended, often
+    before the others have written their last message, and waits half a minute for them."""
     if "TORCHELASTIC_RUN_ID" in os.environ and threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -81,21 +85,32 @@ class World:
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Check that all processes were started alike.
 
-        facts: value by name, compared by what they print. Raises ValueError, on every process, naming the first that is
-        not the same on all of them.
+        facts: value by name, compared by what they print. Raises ValueError, on every process, naming what is not the
+        same on all of them.
         """
         if self.size == 1:
             return
-        prints = [float(zlib.crc32(repr(value).encode())) for value in facts.values()]
-        both = self.largest(*prints, *(-p for p in prints))
-        for (name, value), high, low in zip(
-            facts.items(), both[: len(prints)], both[len(prints) :], strict=True
-        ):
-            if high != -low:
-                raise ValueError(
-                    f"the processes of this run differ in {name}, of which process {self.rank} of {self.size} has "
-                    f"{_short(value)}: start all of them with the same options and data"
-                )
+        # The number of facts first, which the second exchange must agree on.
+        if self._differs([", ".join(facts)])[0]:
+            differing = ["the command"]
+        else:
+            texts = [repr(value) for value in facts.values()]
+            differing = [
+                f"{name}, which is {_short(value)} here"
+                for (name, value), differs in zip(facts.items(), self._differs(texts), strict=True)
+                if differs
+            ]
+        if differing:
+            raise ValueError(
+                f"the processes of this run differ in {'; '.join(differing)} (process {self.rank} of {self.size}): start "
+                "all of them with the same options, files and data"
+            )
+
+    def _differs(self, texts: list[str]) -> list[bool]:
+        """For every one of ``texts`` whether it is not the same on all processes; they must be as many on each."""
+        codes = [float(zlib.crc32(text.encode())) for text in texts]
+        both = self.largest(*codes, *(-code for code in codes))
+        return [high != -low for high, low in zip(both[: len(codes)], both[len(codes) :], strict=True)]
 
     @contextlib.contextmanager
     def report_lost_process(self, advice: Callable[[], str]) -> Iterator[None]:
@@ -111,10 +126,10 @@ class World:
             # gloo has no type of error of its own, but names its files.
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
-            _outlive_torchrun()
+            outlive_torchrun()
             raise ProcessLost(
-                f"another process of this run died or stopped (process {self.rank} of {self.size} lost contact; what "
-                f"happened stands in the other's output, or it was killed). {advice()}"
+                f"another process of this run died or stopped (process {self.rank} of {self.size} lost the connection; the "
+                f"output of the other process says why, unless it was killed). {advice()}"
             ) from error
 
     def barrier(self) -> None:
@@ -129,27 +144,60 @@ class World:
 
 
 def start_world(device: str = "auto") -> World:
-    """Join the processes torchrun started (environment RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
+    """Join the processes that torchrun, mpirun or srun started, or be the only one.
 
     device: "auto" (the GPU of this process if there is one, else the CPU), "cpu", "cuda" or "cuda:<index>".
-    Raises ValueError for a device that is not there, ProcessLost when the others cannot be reached.
+    Raises ValueError for a device that is not there or environment variables that contradict one another, ProcessLost when
+    the other processes cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pick_device(device, local_rank if size > 1 else None)
-    if size > 1:
-        if chosen.type == "cuda":
-            torch.cuda.set_device(chosen)
-        try:
-            dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", rank=rank, world_size=size)
-        except dist.DistError as error:
-            place = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ProcessLost(
-                f"process {rank} of {size} could not join the others at {place}: {str(error).splitlines()[0]}. Check that "
-                "torchrun is started on every node with the same --nnodes and --rdzv-endpoint"
-            ) from error
-    return World(rank, size, chosen)
+    launch = find_launch()
+    chosen = pick_device(device, launch.local_rank if launch.size > 1 else None)
+    if launch.size == 1:
+        return World(device=chosen)
+    if chosen.type == "cuda":
+        if launch.local_rank is None and device in ("auto", "cuda"):
+            raise ValueError(
+                "LOCAL_RANK is not set: it numbers the processes of a node and chooses their GPUs. Set it, give --device "
+                "cuda:<index>, or start the processes with torchrun"
+            )
+        torch.cuda.set_device(chosen)
+    os.environ.update(MASTER_ADDR=launch.address, MASTER_PORT=launch.port)
+    try:
+        with _say_what_is_waited_for(launch):
+            dist.init_process_group(
+                "nccl" if chosen.type == "cuda" else "gloo", rank=launch.rank, world_size=launch.size
+            )
+    except dist.DistError as error:
+        raise ProcessLost(
+            f"process {launch.rank} of {launch.size} could not join the others at {launch.address}:{launch.port}: "
+            f"{str(error).splitlines()[0]}. Check that the same command with the same --nnodes and --rdzv-endpoint runs on "
+            "every node, and that no other program uses the port"
+        ) from error
+    return World(launch.rank, launch.size, chosen)
+
+
+@contextlib.contextmanager
+def _say_what_is_waited_for(launch: Launch) -> Iterator[None]:
+    """Print, after WAITING_NOTE seconds in the block and every minute from then on, that the other processes are missing."""
+    joined = threading.Event()
+
+    def report() -> None:
+        seconds = WAITING_NOTE
+        while not joined.wait(WAITING_NOTE if seconds == WAITING_NOTE else 60.0):
+            who = "the other processes" if launch.rank == 0 else "process 0"
+            print(
+                f"nvae_fast: process {launch.rank} of {launch.size} has waited {seconds:.0f} s for {who} at "
+                f"{launch.address}:{launch.port} (MASTER_ADDR, MASTER_PORT); Ctrl-C twice ends it",
+                file=sys.stderr,
+                flush=True,
+            )
+            seconds += 60.0
+
+    threading.Thread(target=report, name="waiting", daemon=True).start()
+    try:
+        yield
+    finally:
+        joined.set()
 
 
 def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.device:
@@ -170,6 +218,27 @@ def pick_device(name: str = "auto", local_rank: int | None = None) -> torch.devi
     if index >= torch.cuda.device_count():
         raise ValueError(f"device cuda:{index} asked for, but there are {torch.cuda.device_count()} GPU(s)")
     return torch.device("cuda", index)
+
+
+def fingerprint(value: Any) -> str:
+    """A checksum of tensors, plain values, and dictionaries and lists of them, to compare processes with
+    :meth:`World.agree`."""
+
+    def code(value: Any, start: int) -> int:
+        if isinstance(value, Mapping):
+            for key in sorted(value, key=repr):
+                start = code(value[key], zlib.crc32(repr(key).encode(), start))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                start = code(item, zlib.crc32(b",", start))
+        elif isinstance(value, Tensor):
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            start = zlib.crc32(content, zlib.crc32(f"{value.dtype}{list(value.shape)}".encode(), start))
+        else:
+            start = zlib.crc32(repr(value).encode(), start)
+        return start
+
+    return f"{code(value, 0):08x}"
 
 
 def _short(value: Any) -> str:

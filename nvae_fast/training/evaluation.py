@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
 from nvae_fast.training import seeds
-from nvae_fast.training.distributed import World
+from nvae_fast.training.distributed import World, fingerprint
 from nvae_fast.training.objective import full_precision
 
 if TYPE_CHECKING:
@@ -103,6 +103,8 @@ def importance_bound(
     """
     if samples < 1:
         raise ValueError(f"importance_bound: samples must be at least 1, got {samples}")
+    if not isinstance(x, Tensor):
+        raise TypeError(f"importance_bound: x must be a torch.Tensor, got {type(x).__name__}")
     if not isinstance(seed, int) and len(seed) != x.shape[0]:
         raise ValueError(f"importance_bound: seed must be one number or {x.shape[0]}, got {len(seed)}")
     bound = OnlineLogMeanExp()
@@ -164,7 +166,19 @@ def evaluate(
     frozen: Any = freeze(model)
     device: torch.device = frozen.top_feature.device
     world = world or World()
-    world.agree({"--data (number of images)": len(dataset)})
+    if world.size > 1:
+        world.agree(
+            {
+                "the number of images": len(dataset),
+                "samples": samples,
+                "batch_size": batch_size,
+                "seed": seed,
+                "max_images": max_images,
+                "autocast": autocast,
+                "the model's options": model.config.to_dict(),
+                "the model's weights": fingerprint(model.state_dict()),
+            }
+        )
     data_seed = seeds.mix_seed(seed, seeds.DATA)
     # One row a batch: bound, reconstruction, KL of every group, of every channel. Batches are those of one process, dealt out
     # in turn, and rows are added in their order: the sums are bit for bit the same.

@@ -22,7 +22,7 @@ from torch import Tensor
 from nvae_fast.models.states import not_finite
 from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
-from nvae_fast.training.distributed import World
+from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
 # Options on which it depends whether a step is finite.
-_DECIDES_STEPS = ("learning_rate", "learning_rate_min", "warmup_epochs", "grad_clip", "autocast", "accumulate")
+_DECIDES_STEPS = (
+    "learning_rate",
+    "learning_rate_min",
+    "warmup_epochs",
+    "grad_clip",
+    "autocast",
+    "accumulate",
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -92,6 +99,7 @@ class Trainer:
                 "the model's options": model.config.to_dict(),
                 "the training options": config.to_dict(),
                 "the checkpoint to resume (its step)": None if state is None else state["progress"]["step"],
+                "the contents of the checkpoint": fingerprint(state) if self.world.size > 1 else None,
             }
         )
         if config.tensorboard:
@@ -138,7 +146,12 @@ class Trainer:
         file cannot be written, ProcessLost when another process of the run died. Always the checkpoints on disk are
         whole.
         """
-        with self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder)):
+        with contextlib.ExitStack() as stack:
+            if self.world.is_main:
+                stack.enter_context(run_folder.lock(self.folder))
+            stack.enter_context(
+                self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder))
+            )
             return self._run()
 
     def _run(self) -> RunResult:
@@ -160,7 +173,7 @@ class Trainer:
             with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
                 if self._last_saved < 0:
                     self.save()
-                stopping = due = False
+                stopping, due, number = False, False, 0
                 while not stopping and self.position < self.total_steps:
                     begun = time.perf_counter()
                     result, facts = self._take_step(next(batches))
@@ -171,19 +184,24 @@ class Trainer:
                     done = self.position >= self.total_steps
                     if self.config.sample_every and self.step % self.config.sample_every == 0:
                         self._pictures(f"samples-{self.step:07d}.png")
-                    stopping = bool(self.world.largest(float(stop.signal is not None))[0])
+                    # A signal to one process stops all of them after the same step.
+                    number = int(self.world.largest(float(stop.signal or 0))[0])
+                    stopping = number != 0
                     due = due or self.step % self.config.checkpoint_every == 0
                     # Between bad steps nothing is written: both checkpoints would soon be of weights that diverge.
                     if done or stopping or (due and not self.bad_in_a_row):
                         self.save()
                         pace.clear()
                         due = False
-                signal = stop.signal if stopping else None
+                if stopping:
+                    self.world.barrier()  # none ends before the checkpoint is written
+            if stopping:
+                outlive_torchrun()
         finally:
             progress.close()
             if log is not None:
                 log.close()
-        return RunResult(self.step, self.skipped, signal, self.elapsed)
+        return RunResult(self.step, self.skipped, number or None, self.elapsed)
 
     def save(self) -> None:
         """Write a checkpoint of this moment (rank 0 only).
@@ -321,9 +339,7 @@ class Trainer:
             advice.append("leave out --autocast")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
-        return (
-            f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
-        )
+        return f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
 
     def _good_checkpoint(self) -> str:
         """A sentence with the last good checkpoint, which is made the newest one when no step after the newest was finite."""

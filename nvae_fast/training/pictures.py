@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nvae_fast.distributed import single_process
 from nvae_fast.models.frozen import freeze
-from nvae_fast.training.distributed import World
+from nvae_fast.training.distributed import World, fingerprint
 from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.seeds import mix_seed
 
@@ -48,6 +48,19 @@ def draw_images(
     if pixels == "auto":
         pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
     world = world or World()
+    batch_size = min(batch_size, max(count, 1))
+    if world.size > 1:
+        world.agree(
+            {
+                "the number of images": count,
+                "temperature": temperature,
+                "seed": seed,
+                "batch_size": batch_size,
+                "pixels": pixels,
+                "the model's options": model.config.to_dict(),
+                "the model's weights": fingerprint(model.state_dict()),
+            }
+        )
     shape = (model.config.channels, model.config.resolution, model.config.resolution)
     sampler = Sampler(model, temperature=temperature, pixels=pixels)
     parts = []

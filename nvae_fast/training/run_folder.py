@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import socket
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # no POSIX system
+    fcntl = None
+
+LOCK = ".lock"
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
+_locked: set[Path] = set()  # by this process
 
 
 class RunFolderError(RuntimeError):
@@ -31,9 +45,9 @@ def prepare(
         raise RunFolderError("--resume and --overwrite exclude each other: give one of them")
     if folder.exists() and not folder.is_dir():
         raise RunFolderError(f"{folder} is a file; give a folder for the run")
-    occupied = folder.is_dir() and any(folder.iterdir())
+    occupied = folder.is_dir() and any(file.name != LOCK for file in folder.iterdir())
     if resume:
-        if not (folder / checkpoint.NAME).exists() and not (folder / checkpoint.PREVIOUS).exists():
+        if not has_checkpoint(folder):
             raise RunFolderError(
                 f"nothing to resume: no {checkpoint.NAME} in {folder}; start without --resume, or check --out"
             )
@@ -47,6 +61,8 @@ def prepare(
                 f"run folder {folder} is not empty: --resume continues that run, --overwrite moves it aside "
                 "first, --out names another folder"
             )
+        with lock(folder):  # refuses while another process trains there
+            pass
         aside = _free_name(folder)
         os.rename(folder, aside)
         note = f"moved the old {folder} to {aside}"
@@ -58,6 +74,79 @@ def prepare(
         ) from error
     _check_writable(folder)
     return folder, note
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint to resume from."""
+    return (folder / checkpoint.NAME).exists() or (folder / checkpoint.PREVIOUS).exists()
+
+
+@contextlib.contextmanager
+def lock(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold the lock of a run folder, which one process at a time can do; the system releases it when the process ends.
+
+    The lock is that of the file `.lock`, which is removed afterwards and means nothing by itself: one that a crash left
+    behind is not locked. Has no effect inside another such block of this process. Where the file system has no locks, a
+    warning says so. Raises RunFolderError when another process has the lock, or when the file cannot be written.
+    """
+    file = Path(path).resolve() / LOCK
+    if file in _locked:
+        yield
+        return
+    descriptor = _take(file)
+    _locked.add(file)
+    try:
+        yield
+    finally:
+        _locked.discard(file)
+        # Removed while it is locked, so that no other process loses the file that it has locked.
+        if _is_at(descriptor, file):
+            with contextlib.suppress(OSError):
+                file.unlink()
+        os.close(descriptor)
+
+
+def _take(file: Path) -> int:
+    """A descriptor of ``file`` that holds its lock."""
+    while True:
+        try:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise RunFolderError(
+                f"cannot write to run folder {file.parent}: {error.strerror}; make it writable, make room, or give another "
+                "one with --out"
+            ) from error
+        try:
+            if fcntl is None:
+                raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                owner = os.pread(descriptor, 200, 0).decode(errors="replace").strip()
+                os.close(descriptor)
+                raise RunFolderError(
+                    f"another process{f' ({owner})' if owner else ''} is training in {file.parent}: wait until it has "
+                    "ended, stop it, or give another folder with --out"
+                ) from error
+            warnings.warn(
+                f"{file.parent} is on a file system without locks ({error.strerror}): take care that no other process "
+                "trains in it",
+                stacklevel=4,
+            )
+        if _is_at(descriptor, file):
+            break
+        os.close(descriptor)  # its owner has removed it since
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    """Whether ``file`` is the file that is open as ``descriptor``."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(file))
+    except FileNotFoundError:
+        return False
 
 
 @contextlib.contextmanager

@@ -22,14 +22,20 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import calls  # noqa: E402
+import calls
 
-import nvae_fast  # noqa: E402
-from nvae_fast.ops import _extension, _op  # noqa: E402
+import nvae_fast
+from nvae_fast.ops import _extension, _op
 
 # Of the norm of a result; the tests of the operators have tight ones.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-REFUSALS = (RuntimeError, ValueError, TypeError, IndexError, AttributeError)  # the last of a formula that is given None
+REFUSALS = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    IndexError,
+    AttributeError,
+)  # the last of a formula that is given None
 
 
 def operators() -> list[str]:
@@ -102,7 +108,7 @@ def run(name: str, seed: int, number: int) -> tuple[str, str | None]:
         text = str(error)
         if not wrong:
             return "refused", f"{what}: {text}"
-        if "API call failed" in text or "Expected" in text and "csrc" in text:
+        if "API call failed" in text or ("Expected" in text and "csrc" in text):
             return "refused", f"{what}: unclear error: {text}"
         return "refused", None
     if not compared:
@@ -117,7 +123,9 @@ def run(name: str, seed: int, number: int) -> tuple[str, str | None]:
         found, expected = args, given
     floats = [t.dtype for t in tensors(given) if t.dtype in TOLERANCE] or [torch.float32]
     if wrong and any(t.dtype not in TOLERANCE for t in tensors(expected)):
-        return "ran", None if tensors(found)[0].dtype == tensors(expected)[0].dtype else f"{what}: other dtypes"
+        return "ran", None if tensors(found)[0].dtype == tensors(expected)[
+            0
+        ].dtype else f"{what}: other dtypes"
     problem = difference(found, expected, max(floats, key=lambda dtype: TOLERANCE[dtype]))
     return "ran", None if problem is None else f"{what}: {problem}"
 
