@@ -140,6 +140,8 @@ def test_the_rules_find_what_is_missing() -> None:
 def test_the_example_of_a_description_is_the_one_in_use() -> None:
     page = (ROOT / "docs" / "contributing-an-operator.md").read_text(encoding="utf-8")
     used = (ROOT / "tests" / "descriptions" / "elu.py").read_text(encoding="utf-8")
-    (example,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "DESCRIPTIONS" in block)
+    (example,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "DESCRIPTIONS" in block
+    )
     lines = {line.strip() for line in used.splitlines()}
     assert not [line for line in example.splitlines() if line.strip() not in lines | {""}]
