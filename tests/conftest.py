@@ -9,9 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from internals import use_operators
 
 import nvae_fast as nf
-from nvae_fast.ops import _backend
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
@@ -54,8 +54,7 @@ def route(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         with nf.use_backend("reference"):
             yield request.param
     else:
-        every = {(op, device): "operator" for op in nf.backends() for device in _backend.DEVICES}
-        monkeypatch.setattr(_backend, "_fused", every)
+        use_operators(monkeypatch)
         yield request.param
 
 

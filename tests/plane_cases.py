@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-
-from nvae_fast.ops._op import DEFINITIONS
+from internals import DEFINITIONS
 
 FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
+from internals import needs_extension
 from test_step import NoWaiting
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nvae_fast.ops import _extension
 from nvae_fast.training.adamax import Adamax
 
 OPTIONS = {"lr": 1e-2, "eps": 1e-3, "foreach": True}
@@ -121,7 +121,7 @@ def test_one_number_is_read():
     assert len(ours) == 6
 
 
-@pytest.mark.skipif(not _extension.load(), reason="needs the C++ extension")
+@needs_extension
 @pytest.mark.parametrize("decay", [0.0, 3e-4])
 def test_one_pass_over_memory_is_the_same_bits(decay: float):
     """More than a task long, gradients of another layout, NaN and infinities; versions move."""

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from benchmark_runs import CASES, CPU, tiny_run
+from internals import set_kernel
 
 import nvae_fast as nf
 from benchmarks import model, run
@@ -47,16 +48,13 @@ def test_inputs_are_the_same_every_time_and_shapes_fit_their_axes(name: str):
 
 
 def test_our_row_is_absent_with_the_reason_when_no_kernel_is_there(monkeypatch: pytest.MonkeyPatch):
-    from nvae_fast.ops import _backend
-
     case = CASES["residual_normal"]
-    monkeypatch.delitem(_backend._fused, ("residual_normal", "cpu"), raising=False)
-    monkeypatch.setitem(_backend._absent, ("residual_normal", "cpu"), "no compiler here")
+    set_kernel(monkeypatch, "residual_normal", None, reason="no compiler here")
     found = candidates(case, case.shapes["tiny"][0], CPU, compile_reason="no")
     ours = [candidate for candidate in found if candidate.provider == "nvae_fast"]
     assert len(ours) == 2
     assert all(candidate.run is None and candidate.reason == "no compiler here" for candidate in ours)
-    monkeypatch.setitem(_backend._fused, ("residual_normal", "cpu"), "cpp")
+    set_kernel(monkeypatch, "residual_normal", "cpp")
     found = candidates(case, case.shapes["tiny"][0], CPU, compile_reason="no")
     ours = [candidate for candidate in found if candidate.provider == "nvae_fast"]
     assert all(candidate.run is not None and candidate.backend == "auto" for candidate in ours)

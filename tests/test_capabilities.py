@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from nvae_fast.ops import _extension
+from internals import EXTENSION
 
 ROOT = Path(__file__).resolve().parents[1]
-_INFO = _extension.info() if _extension.load() else {"cpu_capability": "", "cpu_capabilities": []}
+_INFO = {"cpu_capability": "", "cpu_capabilities": [], **EXTENSION}
 OTHERS = [c for c in _INFO["cpu_capabilities"] if c != _INFO["cpu_capability"]]
 _REPORT = """
 import sys, pytest

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from harness import assert_close, assert_gradcheck, assert_opcheck, strided
+from internals import DEFINITIONS
 
 import nvae_fast as nf
-from nvae_fast.ops import depthwise_conv2d as operator
 
 ROOT = Path(__file__).parents[1]
 FORWARD = torch.ops.nvae_fast.depthwise_conv2d
@@ -92,7 +92,7 @@ def test_every_form(kernel: int, form: tuple, memory_format: torch.memory_format
         wide, tolerance = widened(t), TOLERANCES[dtype]
         what = f"{size} {dtype} {activation}"
         y, mean, m2 = FORWARD(t["x"], t["weight"], t["scale"], t["shift"], *form, activation, True, None)
-        expected, _, _ = operator._reference(
+        expected, _, _ = DEFINITIONS["depthwise_conv2d"].formula(
             wide["x"], wide["weight"], wide["scale"], wide["shift"], *form, activation, True, None
         )
         assert_close(y, expected, tolerance, f"y {what}")
@@ -103,7 +103,7 @@ def test_every_form(kernel: int, form: tuple, memory_format: torch.memory_format
         assert_close(m2, var * (y.numel() / y.shape[1]), floor, f"M2 {what}")
         options, wanted = (*form, activation, None), (True, True, True)
         found = backward_of(BACKWARD, t, options, wanted)
-        truth = backward_of(operator._backward_formula, wide, options, wanted)
+        truth = backward_of(DEFINITIONS["depthwise_conv2d_backward"].formula, wide, options, wanted)
         for name, a, e in zip(
             ("grad_x", "grad_weight", "grad_scale", "grad_shift"), found, truth, strict=True
         ):
@@ -120,7 +120,9 @@ def test_what_is_not_wanted_is_empty(wanted: tuple, folded: bool) -> None:
     found = backward_of(BACKWARD, t, options, wanted, folded)
     for a, e, asked in zip(found, every, (*wanted, wanted[2]), strict=True):
         assert torch.equal(a, e) if asked else a.numel() == 0
-    truth = backward_of(operator._backward_formula, widened(t), options, (True, True, True), folded)
+    truth = backward_of(
+        DEFINITIONS["depthwise_conv2d_backward"].formula, widened(t), options, (True, True, True), folded
+    )
     for a, e in zip(every, truth, strict=True):
         assert_close(a, e, 3e-6)
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 from harness import assert_close, place, strided
+from internals import use_operators
 from normals import SIZE, Operators, inputs, kl_formula, made, squashed
 
-import nvae_fast as nf
 from nvae_fast.distributions import (
     Bernoulli,
     DiscMixLogistic,
@@ -51,10 +51,7 @@ def test_mu_alone_computes_no_sigma_and_each_once() -> None:
 def test_one_kernel_and_no_copy(
     how: str, grad: bool, memory_format: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from nvae_fast.ops import _backend
-
-    every = {(op, device): "operator" for op in nf.backends() for device in _backend.DEVICES}
-    monkeypatch.setattr(_backend, "_fused", every)
+    use_operators(monkeypatch)
     t = place(inputs(), torch.float32, memory_format, torch.device("cpu"))
     calls: list[tuple[Callable[[Normal, Normal], Any], list[str]]] = [
         (lambda q, p: q.sample(), ["philox_normal", "normal_sample"]),

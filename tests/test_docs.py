@@ -135,3 +135,13 @@ def test_the_rules_find_what_is_missing() -> None:
     ]
     Thing.__module__ = Thing.__init__.__module__ = "nvae_fast.invented"
     assert ": raises errors that its docstring does not name (Raises)" in _found(Thing)
+
+
+def test_the_example_of_a_description_is_the_one_in_use() -> None:
+    page = (ROOT / "docs" / "contributing-an-operator.md").read_text(encoding="utf-8")
+    used = (ROOT / "tests" / "descriptions" / "elu.py").read_text(encoding="utf-8")
+    (example,) = (
+        block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "DESCRIPTIONS" in block
+    )
+    lines = {line.strip() for line in used.splitlines()}
+    assert not [line for line in example.splitlines() if line.strip() not in lines | {""}]

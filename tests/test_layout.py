@@ -234,3 +234,26 @@ def test_shadows_are_found(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize("text", ["from nvae_fast.x import work\n", "from . import work\n"])
 def test_a_package_may_import_its_modules(tmp_path: Path, text: str) -> None:
     assert shadowed(write(tmp_path, {"x/__init__": text, "x/work": ""})) == []
+
+
+# Tests of private modules, and of what has no other handle. All others import them from tests/internals.py.
+OF_PRIVATE_MODULES = {
+    "internals", "test_build", "test_capture", "test_conv1x1", "test_depthwise_conv2d_cuda", "test_devices", "test_extension",
+    "test_folded_cell", "test_packaging", "test_registration", "test_regularization", "test_step", "test_torchrun",
+}  # fmt: skip
+
+
+def private_imports(path: Path) -> list[str]:
+    """The private names of the package that a file imports."""
+    return [
+        f"{path.name}: {node.module}.{alias.name}"
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(PACKAGE)
+        for alias in node.names
+        if any(part.startswith("_") for part in (*(node.module or "").split("."), alias.name))
+    ]
+
+
+def test_few_tests_import_private_names() -> None:
+    found = {path.stem: private_imports(path) for path in (ROOT / "tests").glob("*.py")}
+    assert not [line for name, lines in found.items() if name not in OF_PRIVATE_MODULES for line in lines]

@@ -13,12 +13,11 @@ import numpy as np
 import pytest
 import torch
 from harness import assert_close, evaluate, relative_error, strided
+from internals import DEFINITIONS, needs_extension
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nvae_fast as nf
 from nvae_fast.models.likelihoods import MixtureLogistic
-from nvae_fast.ops import _extension
-from nvae_fast.ops._op import DEFINITIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -222,7 +221,7 @@ print(_extension.info()["cpu_capability"])
 """
 
 
-@pytest.mark.skipif(not _extension.load(), reason="the C++ extension is not built")
+@needs_extension
 @pytest.mark.parametrize("capability", ["baseline", "avx2", "avx512"])
 def test_every_capability(capability: str, tmp_path: Path) -> None:
     path = tmp_path / "found.npz"

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import math
 
-import pytest
 import torch
+from internals import needs_extension
 
 import nvae_fast as nf
-from nvae_fast.ops import _extension
 
 DRAWS = 100_000_000
 CHUNK = 10_000_000
 BINS = 4096
 
-pytestmark = pytest.mark.skipif(not _extension.load(), reason="the C++ generator is not built")
+pytestmark = needs_extension
 
 
 def normal_cdf(x: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from internals import EXTENSION
 from recording import Call, Recorder
 from torch.utils._pytree import tree_map_only
 
 import nvae_fast as nf
-from nvae_fast.ops import _extension
 from nvae_fast.ops.inverted_residual.train import NAME as CELL
 from nvae_fast.training.adamax import Adamax
 
@@ -67,7 +67,7 @@ WORK: tuple[Callable[[], None], ...] = (
 @pytest.fixture(scope="module")
 def calls() -> dict[str, dict[str, Call]]:
     if nf.backends()[CELL]["cpu"] != "cpp":
-        pytest.skip(_extension.reason() or "the kernels are not in use")
+        pytest.skip(EXTENSION.get("reason") or "the kernels are not in use")
     torch.manual_seed(0)
     with Recorder() as recorder:
         for work in WORK:

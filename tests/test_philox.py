@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from exact_normals import TOLERANCE, exact_normals
+from internals import EXTENSION, needs_extension
 
 import nvae_fast as nf
-from nvae_fast.ops import _extension, philox
+from nvae_fast.ops import philox
 from nvae_fast.ops.philox import new_seed, philox_normal, philox_words, split_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -176,11 +177,10 @@ print(_extension.info()["cpu_capability"])
 """
 
 
+@needs_extension
 def test_every_vector_code_draws_the_same(tmp_path: Path) -> None:
-    if not _extension.load():
-        pytest.skip(_extension.reason())
     results = {}
-    for capability in _extension.info()["cpu_capabilities"]:
+    for capability in EXTENSION["cpu_capabilities"]:
         path = tmp_path / f"{capability}.npz"
         used = run_python(_CAPABILITY, path, NVAE_FAST_CPU_CAPABILITY=capability).strip()
         if used == capability:  # else this processor lacks it

@@ -14,13 +14,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from harness import assert_close, assert_same_gradients
+from internals import set_kernel
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import nvae_fast as nf
 from nvae_fast.nn import WeightNormConv2d, shared_weights
 from nvae_fast.nn.shared_weights import checkpoint_contexts, prepare_weights
-from nvae_fast.ops import _backend, weight_norm_many
+from nvae_fast.ops import weight_norm_many
 from nvae_fast.training import Step, TrainingConfig
 
 CONFIG = nf.NVAEConfig(
@@ -34,7 +35,7 @@ CONFIG = nf.NVAEConfig(
 def fused(monkeypatch: pytest.MonkeyPatch) -> None:
     """The scopes do their work whether or not the extension is built."""
     for op in ("weight_norm", "weight_norm_many"):
-        monkeypatch.setitem(_backend._fused, (op, "cpu"), "operator")
+        set_kernel(monkeypatch, op, "operator")
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
 from nvae_fast.ops.inverted_residual.coefficients import gate_backward, gate_coefficients
@@ -95,7 +95,10 @@ def _layers(pooled: Tensor, *parameters: Tensor) -> Any:
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """The layers of the gate are too small to gain from half precision."""
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    active = kind in _backend.DEVICES and torch.is_autocast_enabled(
+        kind
+    )  # other devices may know no autocast
+    return torch.autocast(kind, enabled=False) if active else nullcontext()
 
 
 def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:

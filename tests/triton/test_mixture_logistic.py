@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from harness import relative_error, strided
+from internals import DEFINITIONS
 
 import nvae_fast as nf
 from nvae_fast.kernels import mixture_logistic as kernels
-from nvae_fast.ops._op import DEFINITIONS
 
 FORMATS = {"rows": torch.contiguous_format, "channels": torch.channels_last}
 SEED = 2**40 + 12345

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 from harness import relative_error
+from internals import DEFINITIONS
 from normal_cases import BOTH, FORMATS, LARGE, OPS, TWO_TILES, Case, arguments, cases, compute
 
 import nvae_fast as nf
 from nvae_fast.kernels import map_launch
-from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.philox import philox_normal
 
 KERNELS = {name: DEFINITIONS[name].launch for op in OPS for name in (op, f"{op}_backward")}

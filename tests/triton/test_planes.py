@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from internals import DEFINITIONS
 from plane_cases import SIZES, assert_near, calls, on_cpu, outputs_of, truth
 
 from nvae_fast.kernels import planes
-from nvae_fast.ops._op import DEFINITIONS
 
 CALLS = list(calls())
 SEVERAL_TILES = [call for call in CALLS if call[0].startswith(str(SIZES[3]))]

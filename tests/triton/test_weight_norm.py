@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from harness import relative_error, strided
+from internals import DEFINITIONS
 
 from nvae_fast.kernels import weight_norm as kernels
-from nvae_fast.ops._op import DEFINITIONS
 
 # Rows shorter than a tile, of one tile and a part, of several; more rows than a program has; empty layers.
 SIZES = [(4, 3, 3, 3), (9, 2, 1, 1), (7, 5, 1, 1), (17, 1, 5, 5), (3, 130, 3, 3), (5, 64, 2, 2)]
