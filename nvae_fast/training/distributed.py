@@ -90,20 +90,17 @@ class World:
         """
         if self.size == 1:
             return
-        # The number of facts first, which the second exchange must agree on.
+        # The names first: the second exchange needs as many facts on every process.
         if self._differs([", ".join(facts)])[0]:
-            differing = ["the command"]
+            differing = [("the command", ", ".join(facts))]
         else:
-            texts = [repr(value) for value in facts.values()]
-            differing = [
-                f"{name}, which is {_short(value)} here"
-                for (name, value), differs in zip(facts.items(), self._differs(texts), strict=True)
-                if differs
-            ]
+            differs = self._differs([repr(value) for value in facts.values()])
+            differing = [fact for fact, differ in zip(facts.items(), differs, strict=True) if differ]
         if differing:
+            mine = f"of which process {self.rank} of {self.size} has"
+            named = "; ".join(f"{name}, {mine} {_short(value)}" for name, value in differing)
             raise ValueError(
-                f"the processes of this run differ in {'; '.join(differing)} (process {self.rank} of {self.size}): start "
-                "all of them with the same options, files and data"
+                f"the processes of this run differ in {named}: start all of them with the same options, files and data"
             )
 
     def _differs(self, texts: list[str]) -> list[bool]:
