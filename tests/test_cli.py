@@ -286,6 +286,18 @@ def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys)
             "the folder of /does/not/exist.json does not exist",
         ),
         (["sample", "x.pt", "--threads", "1e6"], "--threads must be at most "),
+        (
+            ["train", "--data", "digits", "--num-latent-scales", "99"],
+            "--num-latent-scales must be <= 16, got 99",
+        ),
+        (
+            ["train", "--data", "digits", "--num-channels-enc", "1e18"],
+            "--num-channels-enc must be <= 65536, got 1",
+        ),
+        (
+            ["train", "--data", "digits", "--num-nf", "9000"],
+            "ask for 90032 cells, at most 10000 are possible",
+        ),
         (["sample", "x.pt", "--temperature", "inf"], "--temperature must be finite, got inf"),
         (["sample", "x.pt", "-n", "1e18"], "--number must be at most 1000000, got 10"),
         (["sample", "x.pt", "--columns", "1e18"], "--columns must be at most 10000, got 10"),

@@ -229,7 +229,7 @@ def fingerprint(value: Any) -> str:
             for item in value:
                 start = code(item, zlib.crc32(b",", start))
         elif isinstance(value, Tensor):
-            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             start = zlib.crc32(content, zlib.crc32(f"{value.dtype}{list(value.shape)}".encode(), start))
         else:
             start = zlib.crc32(repr(value).encode(), start)
