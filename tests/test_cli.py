@@ -128,19 +128,95 @@ def test_train_leaves_a_whole_run(run):
 
 def test_train_refuses_an_existing_run_and_moves_it_aside_when_told(run, tmp_path, capsys):
     before = (run / "checkpoint.pt").read_bytes()
-    assert "is not empty: --resume" in failing(capsys, "train", "--out", run, *MODEL, *SHORT)
+    assert "is not empty: --resume" in failing(
+        capsys, "train", "--data", "digits", "--out", run, *MODEL, *SHORT
+    )
     assert (run / "checkpoint.pt").read_bytes() == before
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "note.txt").write_text("precious")
-    assert cli.main(["train", "--out", str(mine), "--overwrite", *MODEL, *SHORT, "--max-steps", "1"]) == 0
+    assert (
+        cli.main(
+            [
+                "train",
+                "--data",
+                "digits",
+                "--out",
+                str(mine),
+                "--overwrite",
+                *MODEL,
+                *SHORT,
+                "--max-steps",
+                "1",
+            ]
+        )
+        == 0
+    )
     (aside,) = tmp_path.glob("mine.replaced-*")
     assert (aside / "note.txt").read_text() == "precious"
 
 
+def configuration(*words: str) -> tuple[TrainingConfig, nf.NVAEConfig, str]:
+    """What `train` with these options trains, without training it."""
+    from nvae_fast.cli.train import _new_run
+
+    arguments = cli.parse(["train", *words])
+    training = options.given(arguments, [field.name for field in dataclasses.fields(TrainingConfig)])
+    model = options.given(arguments, options.MODEL_HELP)
+    return _new_run(arguments.preset, arguments.data, training, model)
+
+
+def test_without_a_preset_options_have_the_defaults_of_the_library():
+    training, model, data = configuration("--data", "photos", "--num-channels-enc", "8")
+    assert training == TrainingConfig()
+    assert model == nf.NVAEConfig(dataset="photos", num_channels_enc=8)
+    assert data == "photos"
+    assert configuration("--data", "x.npy")[1] == nf.NVAEConfig()
+    assert configuration("--data", "digits", "--dataset", "mnist")[1] == nf.NVAEConfig(dataset="mnist")
+
+
+def test_options_given_win_over_those_of_the_preset():
+    demo = nf.training.preset("digits_demo")
+    assert configuration("--preset", "digits_demo") == (demo.training, demo.model_config(), "digits")
+    steps = 50  # an epoch
+    training, _, _ = configuration("--preset", "digits_demo", "--epochs", "3")
+    assert (training.total_steps(steps), training.time_limit) == (150, None)
+    training, _, _ = configuration("--preset", "digits_demo", "--max-steps", "5000")
+    assert (training.total_steps(steps), training.time_limit) == (5000, None)
+    training, _, _ = configuration("--preset", "digits_demo", "--max-steps", "5000", "--time-limit", "7")
+    assert (training.total_steps(steps), training.time_limit) == (5000, 7.0)
+    training, _, _ = configuration("--preset", "digits_demo", "--time-limit", "7")
+    assert (training.total_steps(steps), training.time_limit) == (600, 7.0)
+    # Every other option: the value given, and all else as the preset has it.
+    changes = {
+        "batch_size": 9,
+        "threads": 2,
+        "sample_temperature": 0.5,
+        "num_channels_enc": 6,
+        "ada_groups": False,
+    }
+    for name, value in changes.items():
+        option = f"--{name.replace('_', '-')}"
+        words = ["--no-ada-groups"] if value is False else [option, str(value)]
+        training, model, _ = configuration("--preset", "digits_demo", *words)
+        before = demo.training.to_dict() | demo.model_config().to_dict()
+        assert training.to_dict() | model.to_dict() == before | {name: value}
+
+
+def test_epochs_given_to_a_resumed_run_are_heard(tmp_path, capsys):
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (12, 32, 32), dtype=np.uint8))
+    new = ["train", "--data", str(tmp_path / "images.npy"), "--out", str(tmp_path / "run"), *MODEL, *SHORT]
+    assert cli.main([*new, "--time-limit", "9"]) == 0
+    assert cli.main(["train", "--out", str(tmp_path / "run"), "--resume", "--epochs", "2"]) == 0
+    assert checkpoint.load(tmp_path / "run")["progress"]["step"] == 6  # of 3 an epoch
+    text = capsys.readouterr().err
+    assert "--max-steps changes from 4 to None from here on" in text
+    assert "the run's --time-limit of 9 minutes still holds" in text
+
+
 def test_resume_continues_and_guards_the_settings(tmp_path, capsys):
     folder = tmp_path / "run"
-    assert cli.main(["train", "--out", str(folder), *MODEL, *SHORT]) == 0
+    assert cli.main(["train", "--data", "digits", "--out", str(folder), *MODEL, *SHORT]) == 0
     resume = ["train", "--out", folder, "--resume"]
     assert "--batch-size cannot change when a run is resumed: it has 4, 8" in failing(
         capsys, *resume, "--batch-size", "8"
@@ -171,25 +247,65 @@ def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["train", "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+        (["train", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["train", "--max-steps", "inf"], "argument --max-steps: invalid whole number or none value: 'inf'"),
         (["train", "--batch-size", "many"], "argument --batch-size: invalid whole number value: 'many'"),
-        (["train", "--learning-rate", "nan"], "learning_rate must be finite"),
+        (["train", "--learning-rate", "nan"], "--learning-rate must be finite, got nan"),
         (["train", "--no-such-option"], "unrecognized arguments: --no-such-option"),
         (["train", "--preset", "nope"], "invalid choice: 'nope'"),
         (["train", "--preset", "cifar10"], "preset cifar10 needs --data"),
         (["train", "--data", "/does/not/exist"], "/does/not/exist"),
-        (["train", "--arch-instance", "nope"], "arch_instance"),
+        (["train", "--arch-instance", "nope"], "--arch-instance must be one of"),
         (["train", "--device", "tpu"], "device must be auto, cpu, cuda"),
-        (["train", "--threads", "0"], "threads must be at least 1, got 0"),
+        (["train", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["sample", "x.pt", "--threads", "0"], "--threads must be at least 1, got 0"),
-        (["train", "--batch-size", "5000"], "5000"),
+        (["train", "--data", "digits", "--batch-size", "5000"], "5000"),
         (["train", "--data", "photos", "--data-kind", "xyz"], "kind"),
         (["evaluate", "/does/not/exist"], "no checkpoint at /does/not/exist"),
         (["sample", "x.pt", "--temperature", "-1"], "--temperature must be greater than 0, got -1"),
         (["sample", "x.pt", "-n", "0"], "--number must be at least 1, got 0"),
         (["convert", "x.pt"], "the following arguments are required: target"),
         ([], "the following arguments are required: command"),
+        (["train"], "--data is missing: give digits, photos or the path"),
+        (
+            ["train", "--accumulate", "9", "--batch-size", "4"],
+            "--accumulate (9) must not exceed --batch-size (4)",
+        ),
+        (["train", "--workers", "1e18"], "--workers must be at most 1024, got 10"),
+        (
+            ["train", "--seed", "1e20"],
+            "--seed must be at most 9223372036854775807, got 100000000000000000000",
+        ),
+        (["train", "--time-limit", "nan"], "--time-limit must be finite, got nan"),
+        (["train", "--data", "digits", "--threads", "1e6"], "--threads must be at most "),
+        (["evaluate", "x.pt", "--threads", "1e6"], "--threads must be at most "),
+        (["evaluate", "x.pt", "--samples", "0"], "--samples must be at least 1, got 0"),
+        (["evaluate", "x.pt", "--max-images", "-3"], "--max-images must be at least 1, got -3"),
+        (
+            ["evaluate", "x.pt", "--json", "/does/not/exist.json"],
+            "the folder of /does/not/exist.json does not exist",
+        ),
+        (["sample", "x.pt", "--threads", "1e6"], "--threads must be at most "),
+        (
+            ["train", "--data", "digits", "--num-latent-scales", "99"],
+            "--num-latent-scales must be <= 16, got 99",
+        ),
+        (
+            ["train", "--data", "digits", "--num-channels-enc", "1e18"],
+            "--num-channels-enc must be <= 65536, got 1",
+        ),
+        (
+            ["train", "--data", "digits", "--num-nf", "9000"],
+            "ask for 90032 cells, at most 10000 are possible",
+        ),
+        (["sample", "x.pt", "--temperature", "inf"], "--temperature must be finite, got inf"),
+        (["sample", "x.pt", "-n", "1e18"], "--number must be at most 1000000, got 10"),
+        (["sample", "x.pt", "--columns", "1e18"], "--columns must be at most 10000, got 10"),
+        (["train", "--cont_training"], "did you mean --resume, which continues the run in --out?"),
+        (["train", "--num_process_per_node", "8"], "torchrun --nproc-per-node N"),
+        (["train", "--lerning_rate=3"], "did you mean --learning-rate?"),
+        (["sample", "x.pt", "--temp", "0.7"], "did you mean --temperature?"),
+        (["evaluate", "x.pt", "--num_iw_samples", "9"], "did you mean --samples, the draws"),
     ],
 )
 def test_bad_arguments_are_one_line_and_write_nothing(words, message, tmp_path, monkeypatch, capsys):

@@ -250,6 +250,22 @@ def test_a_wheel_installs_and_works(wheel: Path, tmp_path: Path, without_compile
     assert [line for line in info if line.startswith("  extension") and f"{reason}. Lost without it" in line]
 
 
+def test_an_editable_install_is_found_beside_a_folder_of_its_name(unpacked: Path, tmp_path: Path) -> None:
+    """A working directory that holds a clone has such a folder, which is no package."""
+    source, target = tmp_path / "nvae_fast", tmp_path / "site"
+    shutil.copytree(unpacked, source)
+    made = hook("build_editable", source, tmp_path / "wheel", NVAE_FAST_NO_EXTENSION="1")
+    with zipfile.ZipFile(made) as archive:
+        archive.extractall(target)
+    code = (
+        "import site, sys; from importlib.util import find_spec\n"
+        "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
+        f"site.addsitedir({str(target)!r}); print(find_spec('nvae_fast').origin)"
+    )
+    done = run([sys.executable, "-c", code], tmp_path, PYTHONPATH="")
+    assert done.stdout.strip() == str(source / "nvae_fast" / "__init__.py"), done.stderr
+
+
 def test_switches_that_exclude_each_other() -> None:
     settings = dict(NVAE_FAST_NO_EXTENSION="1", NVAE_FAST_REQUIRE_EXTENSION="1")
     done = run([sys.executable, "setup.py", "--version"], ROOT, **settings)

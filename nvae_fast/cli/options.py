@@ -108,7 +108,7 @@ def errors_name_options() -> Iterator[None]:
         yield
     except (TypeError, ValueError) as error:
         text = re.sub(r"((?:TrainingConfig|NVAEConfig): )?\b([a-z][a-z_]*)\b", option, str(error))
-        raise type(error)(text) from error
+        raise type(error)(re.sub(r"^(TrainingConfig|NVAEConfig): ", "", text)) from error
 
 
 def check_numbers(

@@ -92,7 +92,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         state = checkpoint.load_training(folder)
         with options.errors_name_options():
             config = _resumed_config(state, training_given, say, world)
-            model_config = _resumed_model(state, model_given, arguments.preset)
+        model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
         kind = arguments.data_kind or state["data"].get("kind")
     else:
@@ -139,6 +139,12 @@ def _new_run(
     preset_name: str | None, data: str | None, training_given: dict[str, Any], model_given: dict[str, Any]
 ) -> tuple[TrainingConfig, NVAEConfig, str]:
     """The configurations of a run and its data: the options given, then those of the preset, then the defaults."""
+    training: dict[str, Any] = {}
+    model: dict[str, Any] = {"dataset": data} if data in _BUILT_IN else {}
+    missing = (
+        "--data is missing: give digits, photos or the path of your images. (--preset digits_demo trains a small model on "
+        "the built-in digits for about two minutes)"
+    )
     if preset_name is not None:
         chosen = training_preset(preset_name)
         training, model = chosen.training.to_dict(), chosen.model_config().to_dict()
@@ -147,18 +153,11 @@ def _new_run(
         if "epochs" in training_given or "max_steps" in training_given:
             training["time_limit"] = None
         data = data or chosen.data
-        if data is None:
-            raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
-    else:
-        training, model = {}, {}
-        if data is None:
-            raise ValueError(
-                "--data is missing: give digits, photos or the path of your images. (--preset digits_demo trains a small "
-                "model on the built-in digits for about two minutes)"
-            )
-        if data in _BUILT_IN:
-            model["dataset"] = data
-    return TrainingConfig(**{**training, **training_given}), NVAEConfig(**{**model, **model_given}), data
+        missing = f"preset {chosen.name} needs --data, the path of its images"
+    configs = TrainingConfig(**{**training, **training_given}), NVAEConfig(**{**model, **model_given})
+    if data is None:
+        raise ValueError(missing)
+    return *configs, data
 
 
 def _resumed_config(

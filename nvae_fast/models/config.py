@@ -38,6 +38,10 @@ DATASETS: Mapping[str, ImageFormat] = {
     "digits": ImageFormat(32, 1, True),
     "photos": ImageFormat(32, 3, False),
 }
+# Larger options are mistakes, which would take hours or all memory before anything reports them.
+MOST = 65536
+MOST_SCALES = 16
+MOST_CELLS = 10_000
 LIKELIHOODS = ("bernoulli", "mixture_logistic", "normal")
 
 
@@ -245,9 +249,20 @@ class NVAEConfig:
             lowest = 0 if field.name in ("num_nf", "num_preprocess_blocks", "num_postprocess_blocks") else 1
             if kind == "int" and value is not None and value < lowest:
                 raise ValueError(f"NVAEConfig: {field.name} must be >= {lowest}, got {value}")
-            if kind == "int" and value is not None and value >= 2**31:
-                raise ValueError(f"NVAEConfig: {field.name} must be < 2^31, got {reprlib.repr(value)}")
+            highest = MOST_SCALES if field.name == "num_latent_scales" else MOST
+            if kind == "int" and value is not None and value > highest:
+                raise ValueError(f"NVAEConfig: {field.name} must be <= {highest}, got {reprlib.repr(value)}")
         self._validate()
+
+    @property
+    def num_cells(self) -> int:
+        """Cells of the whole model, those of the flows included."""
+        towers = self.num_groups * (self.num_cell_per_cond_enc + self.num_cell_per_cond_dec + self.num_nf)
+        return (
+            towers
+            + self.num_preprocess_blocks * self.num_preprocess_cells
+            + self.num_postprocess_blocks * self.num_postprocess_cells
+        )
 
     def _validate(self) -> None:
         def require(holds: bool, message: str) -> None:
@@ -285,6 +300,11 @@ class NVAEConfig:
         require(
             self.num_channels_enc >= 2 or self.top_multiplier == 1,
             f"num_channels_enc must be >= 2 where images are halved, got {self.num_channels_enc}",
+        )
+        require(
+            self.num_cells <= MOST_CELLS,
+            f"the options ask for {self.num_cells} cells, at most {MOST_CELLS} are possible: choose a smaller "
+            "num_groups_per_scale, or fewer cells",
         )
         require(1 <= self.num_x_bits <= 8, f"num_x_bits must be between 1 and 8, got {self.num_x_bits}")
         require(

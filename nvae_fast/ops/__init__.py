@@ -1,5 +1,5 @@
 """Functional operators, a module each."""
 
-from nvae_fast.ops import _load
+from nvae_fast.ops import _once
 
-__all__ = ["_load"]  # which defines them all and loads their kernels
+__all__ = ["_once"]  # which defines them all and loads their kernels

@@ -132,6 +132,11 @@ def _register(
     name: str, schema: str, formula: Callable[..., Any], fake: Callable[..., Any],
     triton: str | Callable[..., Any] | None, float64: bool = False,
 ) -> Any:  # fmt: skip
+    if name in DEFINITIONS:
+        raise RuntimeError(
+            f"operator {NAMESPACE}::{name} is defined already: a module of nvae_fast.ops cannot be imported twice; start a "
+            "new process"
+        )
     LIBRARY.define(name + schema)
     LIBRARY.impl(name, formula, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)

@@ -220,9 +220,11 @@ def check_bounds(
         return
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"{name} must be finite, got {value!r}")
-    if least is not None and most is not None and not least <= value <= most:
-        raise ValueError(f"{name} must be between {least} and {most}, got {value!r}")
+    if (least, most) == (0, 1) and not 0 <= value <= 1:
+        raise ValueError(f"{name} must be between 0 and 1, got {value!r}")
     if least is not None and value < least:
         raise ValueError(f"{name} must be at least {least}, got {value!r}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {value!r}")
     if above is not None and value <= above:
         raise ValueError(f"{name} must be greater than {above}, got {value!r}")

@@ -90,20 +90,17 @@ class World:
         """
         if self.size == 1:
             return
-        # The number of facts first, which the second exchange must agree on.
+        # The names first: the second exchange needs as many facts on every process.
         if self._differs([", ".join(facts)])[0]:
-            differing = ["the command"]
+            differing = [("the command", ", ".join(facts))]
         else:
-            texts = [repr(value) for value in facts.values()]
-            differing = [
-                f"{name}, which is {_short(value)} here"
-                for (name, value), differs in zip(facts.items(), self._differs(texts), strict=True)
-                if differs
-            ]
+            differs = self._differs([repr(value) for value in facts.values()])
+            differing = [fact for fact, differ in zip(facts.items(), differs, strict=True) if differ]
         if differing:
+            mine = f"of which process {self.rank} of {self.size} has"
+            named = "; ".join(f"{name}, {mine} {_short(value)}" for name, value in differing)
             raise ValueError(
-                f"the processes of this run differ in {'; '.join(differing)} (process {self.rank} of {self.size}): start "
-                "all of them with the same options, files and data"
+                f"the processes of this run differ in {named}: start all of them with the same options, files and data"
             )
 
     def _differs(self, texts: list[str]) -> list[bool]:
@@ -232,7 +229,7 @@ def fingerprint(value: Any) -> str:
             for item in value:
                 start = code(item, zlib.crc32(b",", start))
         elif isinstance(value, Tensor):
-            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            content = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             start = zlib.crc32(content, zlib.crc32(f"{value.dtype}{list(value.shape)}".encode(), start))
         else:
             start = zlib.crc32(repr(value).encode(), start)

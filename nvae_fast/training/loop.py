@@ -104,6 +104,11 @@ class Trainer:
         )
         if config.tensorboard:
             metrics.require_tensorboard()
+        if config.batch_size * self.world.size > len(dataset):
+            raise ValueError(
+                f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
+                f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
+            )
         self.loader = BatchLoader(
             dataset,
             config.batch_size,
@@ -116,11 +121,6 @@ class Trainer:
             world_size=self.world.size,
         )
         self.steps_per_epoch = len(self.loader)
-        if self.steps_per_epoch == 0:
-            raise ValueError(
-                f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
-                f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
-            )
         self.total_steps = config.total_steps(self.steps_per_epoch)
         memory = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: NVAE = checkpoint.to_format(model.to(self.world.device), memory).train()
