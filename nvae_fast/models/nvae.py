@@ -45,9 +45,10 @@ Draw = tuple[torch.Tensor | None, torch.Tensor | None]  # a group's noise or see
 class NVAEOutput(NamedTuple):
     """Result of a forward pass, for a batch of B images and G latent groups.
 
-    A named tuple, so that DataParallel, FSDP and torch.export find the tensors. ``logits``: parameters of the likelihood (B, head_channels, H, W). ``kl`` (B, G) in nats. ``kl_per_channel``: per group,
-    (Z,) mean over the batch of the KL summed over pixels (a monitor, no gradient: a latent channel counts as active above
-    0.1). ``log_q``, ``log_p`` (B,): log-densities of the sample under posterior and prior, summed over groups.
+    A named tuple, so that DataParallel, FSDP and torch.export find the tensors. ``logits``: parameters of the likelihood
+    (B, head_channels, H, W). ``kl`` (B, G) in nats. ``kl_per_channel``: per group, (Z,) mean over the batch of the KL summed
+    over pixels (a monitor, no gradient: a latent channel counts as active above 0.1). ``log_q``, ``log_p`` (B,):
+    log-densities of the sample under posterior and prior, summed over groups.
     """
 
     logits: torch.Tensor

@@ -44,8 +44,10 @@ def is_plain(*modules: Any) -> bool:
         ):
             return False
         own = module.__dict__
-        if "forward" in own or (("weight" in own or "bias" in own) and "_is_replica" not in own):
-            return False  # nn.DataParallel keeps the parameters of its replicas as attributes
+        if "forward" in own:
+            return False
+        if "_is_replica" not in own and (own.get("weight") is not None or own.get("bias") is not None):
+            return False  # nn.DataParallel alone keeps the parameters of its replicas as attributes
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN and hasattr(parameter, "__tensor_flatten__"):
                 return False

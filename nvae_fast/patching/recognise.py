@@ -20,8 +20,8 @@ Verdict = BoundForward | str | None  # replace by it; left, and why; not a part 
 
 
 def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
-    """What to do with ``module``. Its children come first: a residual cell uses what its gate was found to be."""
-    if type(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
+    """Decide about ``module``. Its children must come first: a residual cell depends on what its gate was found to be."""
+    if _class(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
         return None
     for fits, judge in _KINDS:
         if not fits(module):
@@ -33,13 +33,26 @@ def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
         ]
         if foreign:
             where = "it" if foreign == [""] else f"{foreign[0] or 'it'} inside"
-            return f"somebody replaced the forward of the instance ({where})"
+            return f"the forward of the instance was replaced ({where})"
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if hasattr(tensor, "full_tensor"):
+                return (
+                    f"{name} is a DTensor, of which each process holds a part: call accelerate before fully_shard"
+                )
+            if hasattr(tensor, "__tensor_flatten__"):
+                return f"{name} is a {type(tensor).__name__}, not a plain tensor"
         return judge(module, repair)
     return None
 
 
+def _class(module: nn.Module) -> type:
+    """The class of ``module``, of which FSDP2's fully_shard makes a subclass."""
+    ancestors = type(module).__mro__
+    return ancestors[2] if ancestors[1].__name__ == "FSDPModule" else ancestors[0]
+
+
 def _name(module: nn.Module) -> str:
-    return type(module).__name__
+    return _class(module).__name__
 
 
 def _confirmed(module: nn.Module, kind: str, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Verdict:
