@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -138,12 +139,14 @@ def call(name: str, module: nn.Module, x: torch.Tensor) -> Any:
 @pytest.mark.parametrize("name", MODULES)
 def test_weights_that_are_not_floating_are_refused(name: str, dtype: torch.dtype) -> None:
     module, x = MODULES[name]()
-    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in module.state_dict().items()}
-    before = {k: v.clone() for k, v in module.state_dict().items()}
+    state = copy.deepcopy(module.state_dict())
+    floating = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    state |= {key: state[key].to(dtype) for key in floating}
+    before = {key: module.state_dict()[key].clone() for key in floating}
     with pytest.raises(TypeError, match=rf"load_state_dict: .* must have one of the dtypes .*, got {dtype}"):
         module.load_state_dict(state)
-    for key, value in module.state_dict().items():
-        assert torch.equal(value, before[key]), f"{key} was written"
+    for key in floating:
+        assert torch.equal(module.state_dict()[key], before[key]), f"{key} was written"
     for parent in list(module.modules()):
         for key, parameter in list(parent._parameters.items()):
             if parameter is not None:

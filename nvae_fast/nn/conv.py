@@ -177,6 +177,10 @@ class PlainConv2d(nn.Conv2d):
             bias=False,
         )
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.tensor("PlainConv2d", "weight", self.weight)
+        return super().forward(x)
+
     def normalized_weight(self) -> torch.Tensor:
         """Return the weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
         return full(self.weight)
