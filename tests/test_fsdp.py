@@ -111,7 +111,9 @@ def test_sharded_models_compute_the_same(sharded: str, whole: str, both: list[di
         gradients = torch.cat([v.flatten() for k, v in found[whole].items() if k.startswith("grad")])
         for name, expected in found[whole].items():
             if name.startswith("grad"):  # some are zero in exact arithmetic
-                error = (found[sharded][name] - expected).norm() / max(expected.norm(), 1e-3 * gradients.norm())
+                error = (found[sharded][name] - expected).norm() / max(
+                    expected.norm(), 1e-3 * gradients.norm()
+                )
                 assert error <= 1e-9, f"{name}: {error:.3g}"
             else:
                 assert_close(found[sharded][name], expected, 1e-10, name)

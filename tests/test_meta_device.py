@@ -79,7 +79,9 @@ def test_a_mask_that_was_changed_moves_as_it_is() -> None:
 
 
 def test_a_model_on_meta_infers_shapes() -> None:
-    out = on_meta()(torch.empty(2, 3, 32, 32, device="meta"), seed=torch.empty((), dtype=torch.int64, device="meta"))
+    out = on_meta()(
+        torch.empty(2, 3, 32, 32, device="meta"), seed=torch.empty((), dtype=torch.int64, device="meta")
+    )
     assert out.logits.shape == (2, 100, 32, 32)
 
 

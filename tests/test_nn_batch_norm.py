@@ -110,7 +110,11 @@ def model() -> nf.NVAE:
     torch.manual_seed(0)
     return nf.NVAE(
         nf.NVAEConfig(
-            dataset="digits", arch_instance="res_mbconv", num_channels_enc=4, num_channels_dec=4, num_groups_per_scale=1
+            dataset="digits",
+            arch_instance="res_mbconv",
+            num_channels_enc=4,
+            num_channels_dec=4,
+            num_groups_per_scale=1,
         )
     )
 

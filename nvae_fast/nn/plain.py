@@ -1,4 +1,4 @@
-"""Whether a layer computes what its class computes: only then may an operator stand for it."""
+"""Layers that compute what their class computes: only these may be replaced by an operator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 
 def is_plain(*modules: Any) -> bool:
-    """Return whether each of ``modules`` computes what its class computes, from parameters of its own.
+    """Return whether each of ``modules`` runs the forward of its class on parameters of its own, and nothing else.
 
     False with hooks (pruning and the older weight norm are hooks), with parametrisations, with another forward set on the
     instance, with a weight or bias that is no parameter, and with parameters of a subclass of torch.Tensor.
