@@ -261,7 +261,7 @@ def altered(kind: str) -> tuple[nn.Module, str]:
     if kind == "instance":
         norm = SyncBatchNormSwish(4)
         norm.forward = lambda x: x
-        return norm, "somebody replaced the forward"
+        return norm, "the forward of the instance was replaced"
     conv = nn.Conv2d(4, 4, 3, groups=4, padding=0)
     return conv, 'is not "same"'
 

@@ -89,12 +89,12 @@ REASONS = {
     "subclass": "Doubling is not a layer",
     "activation": "ReLU is not a layer",
     "dropout": "Dropout is not a layer",
-    "shared": "stands in it twice",
+    "shared": "is used twice",
     "gate": "se is not replaced",
     "two": "its layers are",
     "container": "the output would differ",
     "parametrization": "is not a layer",
-    "spectral norm": "hooks wait on _ops.0.conv.3",
+    "spectral norm": "_ops.0.conv.3 inside has hooks",
 }
 
 

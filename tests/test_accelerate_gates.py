@@ -12,9 +12,11 @@ from foreign_cells import observe, scrambled
 from foreign_model import MaskedConv2d
 from harness import assert_close
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import nvae_fast as nf
 from nvae_fast.patching import forwards
+from nvae_fast.patching.taps import live_taps
 
 
 class SqueezeExcitation(nn.Module):
@@ -166,7 +168,7 @@ def gate(kind: str) -> nn.Module:
 REASONS = {
     "SiLU": "SiLU inside: the kernel has Linear, ReLU, Linear, Sigmoid", "ReLU6": "ReLU6 inside",
     "Hardsigmoid": "Hardsigmoid inside", "bias": "has no bias", "groups": "Conv2d inside", "pool": "AdaptiveMaxPool2d inside",
-    "hook": "hook or forward waits on activation", "offset": "the output would differ",
+    "hook": "activation inside has hooks or a forward of its own", "offset": "the output would differ",
     "swapped": "the output would differ",
 }  # fmt: skip
 
@@ -235,11 +237,36 @@ def test_a_mask_that_changes_is_read_again(taps: list[Any]) -> None:
     assert_close(ours(x), theirs(x), 1e-10)  # no tap at all
 
 
+def test_a_mask_written_through_data_is_read_again(taps: list[Any]) -> None:
+    """Which moves no version counter."""
+    theirs, ours = masked(True)
+    x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
+    ours(x)
+    for conv in (theirs, ours):
+        conv.mask.data[:, :, 2, 2:] = 1
+        conv.mask.data[:, :, 0] = 0
+    assert_close(ours(x), theirs(x), 1e-10)
+    assert taps[-1] == list(range(5, 15))
+    with torch.inference_mode():
+        for conv in (theirs, ours):
+            conv.mask = torch.ones_like(conv.mask).triu()
+        assert_close(ours(x), theirs(x), 1e-10)
+        ours.mask.data[:, :, 4, 0] = theirs.mask.data[:, :, 4, 0] = 1
+        assert_close(ours(x), theirs(x), 1e-10)
+
+
+def test_a_mask_on_another_device_is_not_read() -> None:
+    """Reading it would wait for the device; a FakeTensor cannot be read at all."""
+    with FakeTensorMode():
+        mask, weight = (torch.ones(8, 1, 5, 5, device="cuda") for _ in range(2))
+        assert live_taps(mask, weight) is None
+
+
 def test_a_compiled_mask_may_not_change() -> None:
     theirs, ours = masked(True)
     x = torch.randn(2, 8, 7, 6, dtype=torch.float64)
     compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
     assert_close(compiled(x), theirs(x), 1e-10)
-    ours.mask.fill_(1)
+    ours.mask.data.fill_(1)
     with pytest.raises(RuntimeError, match="mask of a convolution has changed since it was compiled"):
         compiled(x)

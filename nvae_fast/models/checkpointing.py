@@ -1,8 +1,8 @@
 """Activation checkpointing of a cell: its input is kept, everything inside is computed again in the backward pass.
 
-The second pass must leave no trace. Nothing is drawn inside a cell (latent variables are sampled between cells), so
-there is no noise to repeat; the buffers that a forward pass in training mode moves (batch norm's running statistics)
-are put back after it.
+The second pass must have no side effects. Nothing is drawn inside a cell (latent variables are sampled between cells), so
+there is no noise to repeat; the buffers that a forward pass in training mode updates (batch norm's running statistics)
+are restored after it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recomputed(cell: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def _contexts(cell: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Of the first and the second pass: the normalised weights of the step are used in both."""
+    """Return the contexts of the first and the second pass, which share the normalised weights of the step."""
     first, second = checkpoint_contexts()
     return first, _together(second, _buffers_kept(cell))
 
@@ -50,7 +50,7 @@ def _together(*contexts: AbstractContextManager[None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_kept(cell: nn.Module) -> Iterator[None]:
-    """What happens to the buffers inside is undone, however the block is left (the second pass stops early)."""
+    """Restore the buffers after the block, also when it is left by an exception (the second pass stops early)."""
     buffers = [b for b in cell.buffers() if b is not None] if cell.training else []
     saved = [b.clone() for b in buffers]
     try:

@@ -1,8 +1,8 @@
-"""``freeze``: a copy of a module for inference alone, with everything computed once that training computes in every pass.
+"""``freeze``: an inference-only copy of a module, with everything precomputed that depends on parameters alone.
 
 Weight normalisation is applied, batch norms with their running statistics are folded into their neighbours, an inverted
-residual cell is one call, and matrices are packed as the library wants them. A frozen part owns its numbers as buffers: it
-shares no tensor with the module that it was made from, so nothing can become stale.
+residual cell is one call, and matrices are packed for oneDNN. A frozen part keeps its values in buffers and shares no tensor
+with the module that it was made from.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def freeze(module: nn.Module) -> nn.Module:
 
     The copy has no parameters, only buffers; ``train()``, ``load_state_dict()`` and inputs that require gradients raise
     RuntimeError. It can be copied, pickled, moved to another device or dtype, compiled and captured in a CUDA graph. Later
-    changes of ``module`` do not reach it: freeze again. Parts with hooks or parametrisations are copied as they are.
+    changes of ``module`` do not reach it: freeze again. Parts with hooks (pruning), parametrisations or another forward are copied as they are.
 
     NVAE (arXiv 2007.03898), section 3.1.1.
 
@@ -68,8 +68,11 @@ def freeze(module: nn.Module) -> nn.Module:
 
 
 def _memo(module: nn.Module) -> dict[int, Any]:
-    """What deepcopy is to use instead of a copy of its own. Tensors are cloned without gradients, also results that a part
-    keeps (torch.nn.utils.prune), which PyTorch refuses to copy. Process groups cannot be copied, and inference needs none."""
+    """Return the copies that deepcopy shall use.
+
+    Tensors are cloned without gradients, also results with a graph that a part keeps (torch.nn.utils.prune), which PyTorch
+    refuses to copy. Process groups cannot be copied, and inference needs none.
+    """
     memo: dict[int, Any] = {}
     for part in module.modules():
         group = getattr(part, "process_group", None)
@@ -82,7 +85,7 @@ def _memo(module: nn.Module) -> dict[int, Any]:
 
 
 def is_frozen(module: nn.Module) -> bool:
-    """Whether ``module`` is what :func:`freeze` returned, or a copy of it."""
+    """Return whether ``module`` was returned by :func:`freeze`, or is a copy of such a module."""
     return bool(module.__dict__.get(_MARK, False))
 
 
@@ -94,7 +97,7 @@ def refuse(what: str) -> NoReturn:
 
 
 class FrozenModule(nn.Module):
-    """What frozen parts share: buffers that stay as they are, and values derived from them that are dropped when they move."""
+    """The base of frozen parts: constant buffers, and values derived from them that are dropped when the buffers move."""
 
     NAME = ""  # in messages
 
@@ -250,7 +253,7 @@ class FrozenResidualCell(FrozenModule):
         self.skip = skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Few calls: between two kernels the processor's caches forget what Python needs.
+        # Few calls: kernels evict the interpreter's data from the processor's caches.
         plain = isinstance(x, torch.Tensor) and x.dim() == 4 and x.is_floating_point() and not x.requires_grad
         if not plain or x.shape[1] != self.expand.shape[1]:
             self._check(x, self.expand.shape[1])
@@ -279,7 +282,7 @@ class FrozenResidualCell(FrozenModule):
     def _composed(
         self, x: torch.Tensor, skip: torch.Tensor, expand: PackedMatrix, project: PackedMatrix, gate: Any
     ) -> torch.Tensor:
-        """The same in operators that choose their own kernels, which a compiler can trace."""
+        """The same, composed of public operators, which a compiler can trace."""
         h = expand(x.contiguous(memory_format=torch.channels_last))
         weight = self.depthwise.to(h.dtype)
         d = depthwise_conv2d(h, weight, stride=self.stride, upsample=self.upsample, activation="swish")
@@ -298,7 +301,7 @@ def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | 
     return FrozenResidualCell(cell, skip)
 
 
-# What takes the place of a module of exactly that class; None: its parts are frozen one by one.
+# The replacement of a module of exactly that class; None: its parts are frozen one by one.
 MAKERS: dict[type, Callable[..., nn.Module | None]] = {
     WeightNormConv2d: lambda conv, done: FrozenConv2d(conv),
     BatchNormSwish: lambda norm, done: None if norm.running_mean is None else FrozenBatchNorm(norm),
@@ -311,7 +314,7 @@ WEIGHTED.add(FrozenConv2d)
 
 
 def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """``module``, which is a copy already, or what takes its place; ``done``: by identity, for parts that occur twice."""
+    """Return ``module``, which is a copy already, or its replacement; ``done``: results by identity, for shared parts."""
     if id(module) in done:
         return done[id(module)]
     make = MAKERS.get(type(module))

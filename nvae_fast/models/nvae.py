@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -34,6 +33,7 @@ from nvae_fast.nn import (
     WeightNormConv2d,
 )
 from nvae_fast.nn.shared_weights import prepare_weights
+from nvae_fast.nn.state import check_state
 from nvae_fast.ops import _checks
 from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
@@ -44,13 +44,13 @@ from nvae_fast.ops.residual_normal import residual_normal
 Draw = tuple[torch.Tensor | None, torch.Tensor | None]  # a group's noise or seed
 
 
-@dataclass
-class NVAEOutput:
-    """What a forward pass returns, for a batch of B images and G latent groups.
+class NVAEOutput(NamedTuple):
+    """Result of a forward pass, for a batch of B images and G latent groups.
 
-    ``logits``: parameters of the likelihood (B, head_channels, H, W). ``kl`` (B, G) in nats. ``kl_per_channel``: per group,
-    (Z,) mean over the batch of the KL summed over pixels (a monitor, no gradient: a latent channel counts as active above
-    0.1). ``log_q``, ``log_p`` (B,): log-densities of the sample under posterior and prior, summed over groups.
+    A named tuple, so that DataParallel, FSDP and torch.export find the tensors. ``logits``: parameters of the likelihood
+    (B, head_channels, H, W). ``kl`` (B, G) in nats. ``kl_per_channel``: per group, (Z,) mean over the batch of the KL summed
+    over pixels (a monitor, no gradient: a latent channel counts as active above 0.1). ``log_q``, ``log_p`` (B,):
+    log-densities of the sample under posterior and prior, summed over groups.
     """
 
     logits: torch.Tensor
@@ -144,6 +144,10 @@ class NVAE(nn.Module):
         self.checkpoint_cells = False
         self._checked: set[tuple[str, bool]] = set()
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        check_state(self, state_dict, prefix)  # all of it, before any part of the model is written
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def train(self, mode: bool = True) -> NVAE:
         """As torch.nn.Module.train; RuntimeError for ``mode`` True when the model is frozen."""
         if mode:
@@ -176,7 +180,8 @@ class NVAE(nn.Module):
         c = self.config
         expected = (c.channels, c.resolution, c.resolution)
         if not isinstance(x, torch.Tensor):
-            raise TypeError(f"NVAE: x must be a torch.Tensor, got {type(x).__name__}")
+            kind = type(x)
+            raise TypeError(f"NVAE: x must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}")
         if not x.is_floating_point():
             raise TypeError(f"NVAE: x must be of a floating-point dtype with values in [0, 1], got {x.dtype}")
         if x.dim() != 4 or tuple(x.shape[1:]) != expected:
@@ -189,8 +194,9 @@ class NVAE(nn.Module):
             return self._encode_decode(x, draws)
 
     def _check_images(self, x: torch.Tensor) -> None:
-        """What a layer in the middle would complain of, when those before it have counted the batch already."""
+        """Raise what a layer inside would raise, before the batch norms in front of it count the batch."""
         own = self.stem.weight
+        _checks.tensor("NVAE", "stem.weight", own)
         if x.device != own.device:
             raise ValueError(f"NVAE: x must be on {own.device} like the model, got {x.device}")
         if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):

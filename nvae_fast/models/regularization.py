@@ -15,6 +15,7 @@ from torch import nn
 
 from nvae_fast.models.frozen import MAKERS
 from nvae_fast.nn import BatchNormSwish, PlainConv2d, WeightNormConv2d
+from nvae_fast.nn.plain import full
 from nvae_fast.ops import _checks, spectral_norm
 
 ITERATIONS = 4
@@ -110,7 +111,7 @@ def batch_norm_regularizer(model: nn.Module) -> torch.Tensor:
     widths: dict[int, list[torch.Tensor]] = {}
     for module in model.modules():
         if isinstance(module, BatchNormSwish):
-            widths.setdefault(module.weight.numel(), []).append(module.weight)
+            widths.setdefault(module.weight.numel(), []).append(full(module.weight))
     if widths:
         return torch.cat([torch.stack(group).abs().amax(1) for group in widths.values()]).sum()
     parameter: Any = next(model.parameters())

@@ -1,4 +1,4 @@
-"""The cells of :mod:`nvae_fast.nn`, and what they are made of."""
+"""The cells of :mod:`nvae_fast.nn` and their parts."""
 
 from __future__ import annotations
 
@@ -155,10 +155,10 @@ class InvertedResidual(nn.Module):
         return self.norm, self.expand_norm, self.depthwise_norm, self.project_norm
 
     def is_fusable(self, se: SqueezeExcite | None) -> bool:
-        """Return whether this with the gate ``se`` (or None) is what the fused operator computes.
+        """Return whether the fused operator computes this module followed by the gate ``se`` (or None).
 
-        It is if the KxK convolution is depthwise, the batch norms are alike and in one mode, and every part is of the type
-        that it was made with and plain: without hooks, pruning or parametrisations.
+        It does if the KxK convolution is depthwise, the batch norms are alike and in one mode, and every part is of its
+        original type and plain: without hooks, pruning or parametrisations.
         """
         n0, n1, n2, n3 = norms = self.norms
         types = [
@@ -318,8 +318,8 @@ class InvertedResidualCell(ResidualCell):
     """The whole inverted residual cell: ``skip(x) + 0.1 * [squeeze-excite](s)`` with s of :class:`InvertedResidual`.
 
     (B, C_in, H, W) to (B, C_out, H', W'), H' = H, H / 2 or 2 H for stride 1, 2, -1. The skip is the identity,
-    :class:`SkipDown` or :class:`SkipUp`. Where the kernels are the whole cell is one function, forward and backward, with
-    the numbers of the operations one by one. NVAE (arXiv 2007.03898), section 3.1.1 and appendix A.
+    :class:`SkipDown` or :class:`SkipUp`. On devices with kernels the whole cell is one operator, forward and backward, with
+    the results of the layers one by one. NVAE (arXiv 2007.03898), section 3.1.1 and appendix A.
 
     Args:
         C_in, C_out: channels; equal when stride is 1.
@@ -351,7 +351,7 @@ class InvertedResidualCell(ResidualCell):
 
 
 class EncoderCombiner(nn.Module):
-    """``y = bottom_up + conv1x1(top_down)``: how the two towers meet before a posterior head.
+    """``y = bottom_up + conv1x1(top_down)``: joins the two towers before a posterior head.
 
     Called with bottom_up (B, C, H, W) and top_down (B, C', H, W); gives (B, C, H, W). NVAE (arXiv 2007.03898), figure 2.
 
@@ -368,7 +368,7 @@ class EncoderCombiner(nn.Module):
 
 
 class DecoderCombiner(nn.Module):
-    """``y = conv1x1(concat(s, z))``: how a latent variable joins the top-down tower.
+    """``y = conv1x1(concat(s, z))``: joins a latent variable to the top-down tower.
 
     Called with s (B, C, H, W) and z (B, Z, H, W), taken in the dtype of s; gives (B, C_out, H, W). NVAE (arXiv 2007.03898),
     figure 2.

@@ -43,7 +43,7 @@ class WeightNormConv2d(WeightNormed):
         TypeError, ValueError: an even kernel; on the call, x is no floating (B, C_in, H, W).
     """
 
-    _mask_values: torch.Tensor | None = None  # what a mask on the meta device is restored from
+    _mask_values: torch.Tensor | None = None  # of a mask on the meta device
 
     def __init__(
         self,
@@ -177,8 +177,12 @@ class PlainConv2d(nn.Conv2d):
             bias=False,
         )
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _checks.tensor("PlainConv2d", "weight", self.weight)
+        return super().forward(x)
+
     def normalized_weight(self) -> torch.Tensor:
-        """Return the weight (C_out, C_in / groups, K, K) as it is; the spectral regulariser asks every convolution for it."""
+        """Return the weight (C_out, C_in / groups, K, K) as it is; for the spectral regulariser."""
         return full(self.weight)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whether a layer computes what its class computes: only then may an operator stand for it."""
+"""Layers that compute what their class computes: only these may be replaced by an operator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def has_hooks(*modules: nn.Module) -> bool:
 
 
 def is_plain(*modules: Any) -> bool:
-    """Return whether each of ``modules`` computes what its class computes, from parameters of its own.
+    """Return whether each of ``modules`` runs the forward of its class on parameters of its own, and nothing else.
 
     False with hooks (pruning and the older weight norm are hooks), with parametrisations, with another forward set on the
     instance, with a weight or bias that is no parameter, and with parameters of a subclass of torch.Tensor.
@@ -44,8 +44,10 @@ def is_plain(*modules: Any) -> bool:
         ):
             return False
         own = module.__dict__
-        if "forward" in own or (("weight" in own or "bias" in own) and "_is_replica" not in own):
-            return False  # nn.DataParallel keeps the parameters of its replicas as attributes
+        if "forward" in own:
+            return False
+        if "_is_replica" not in own and (own.get("weight") is not None or own.get("bias") is not None):
+            return False  # nn.DataParallel alone keeps the parameters of its replicas as attributes
         for parameter in module._parameters.values():
             if type(parameter) not in _PLAIN and hasattr(parameter, "__tensor_flatten__"):
                 return False

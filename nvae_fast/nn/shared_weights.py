@@ -41,7 +41,7 @@ class WeightNormed(nn.Module):
 
 @dataclass
 class _Layer:
-    """A convolution's normalised weight and what it was computed from."""
+    """The normalised weight of a convolution, and the tensors that it was computed from."""
 
     normalized: torch.Tensor
     sources: tuple[torch.Tensor | None, ...]
@@ -118,8 +118,8 @@ _state = _State()
 def _convolutions(model: nn.Module) -> dict[Convolution, None]:
     """The weight-normed convolutions inside ``model`` whose weights may be computed before they are called.
 
-    What is compiled is left out. So is what is inside a module with hooks or a forward of its own, which may change or
-    replace the parameters inside before it runs: FSDP2 gathers them there.
+    Compiled modules are left out, and so are those inside a module with hooks or a forward of its own, which may change or
+    replace parameters before it runs: FSDP2 gathers them there.
     """
     found: dict[Convolution, None] = {}
     waiting = list(model._modules.values())

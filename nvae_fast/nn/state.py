@@ -1,4 +1,4 @@
-"""What the modules check of a state dict before they load it."""
+"""Checks of a state dict before it is loaded."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from nvae_fast.ops._checks import FLOATING
 
 
 def check_state(module: nn.Module, state_dict: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise unless what ``state_dict`` has for the floating parameters and buffers of ``module`` is floating.
+    """Raise unless the values of floating parameters and buffers of ``module`` in ``state_dict`` are floating.
 
-    ``prefix``: of the module's keys. PyTorch converts instead: integers are taken for weights, and the imaginary part of
-    complex numbers is lost.
+    PyTorch converts them without a message, and drops the imaginary part of complex numbers. ``prefix``: of the keys.
 
     Raises:
         TypeError: a tensor has a dtype that is not floating.

@@ -1,4 +1,4 @@
-"""Going over a model part by part: ``accelerate``, ``acceleration_report``, ``restore``."""
+"""The public functions: ``accelerate``, ``acceleration_report`` and ``restore``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class AccelerationReport:
-    """What :func:`accelerate` did to a model. ``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name,
-    reason) of each that looks like one and does not; ``notes``: (name, what else is to be said) of some that are replaced.
-    Names are those of ``named_modules()``; modules of other kinds are not listed. As text it is a table."""
+    """Result of :func:`acceleration_report`.
+
+    ``replaced``: (name, kind) of each part that runs our kernels; ``left``: (name, reason) of each that looks like such a part
+    and does not; ``notes``: (name, remark) of some that are replaced. Names are those of ``named_modules()``; modules of other
+    kinds are not listed. ``str()`` makes a table.
+    """
 
     replaced: list[tuple[str, str]]
     left: list[tuple[str, str]]
@@ -33,22 +36,22 @@ class AccelerationReport:
         lines = [f"{len(self.replaced)} parts replaced, {len(self.left)} left"]
         if not rows:
             lines[0] += (
-                ": nf.accelerate was not called, or knows nothing in this model (its documentation lists what it knows)"
+                ": nf.accelerate was not called, or recognises no part of this model (its documentation lists the parts)"
             )
         for what, name, text, note in rows:
-            told = f"{text} ({note})" if note else text
-            lines.append(f"  {what:8}  {name or '(model)':{max(width, 7)}}  {told}")
+            shown = f"{text} ({note})" if note else text
+            lines.append(f"  {what:8}  {name or '(model)':{max(width, 7)}}  {shown}")
         return "\n".join(lines)
 
 
 def accelerate(model: Model, *, repair: bool = False) -> Model:
-    """Let the parts of an NVAE-type model that we know compute with this package's kernels; returns ``model``.
+    """Replace the forward of each recognised part of an NVAE-type model by one with this package's kernels.
 
-    Known, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
+    Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
     the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
     ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
-    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too: taps that the mask leaves in no channel are
-    not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
+    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no
+    channel are not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
     BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in
     one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are
     replaced.
@@ -56,19 +59,23 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
     Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
     float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`
     says why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only
-    ``forward`` of the instances is set. A part falls back to its own forward for inputs that are not (B, C, H, W) or empty,
-    and while a submodule that the kernel would pass by has hooks; a whole cell falls back to its parts then, and while its
-    batch norms are not all in one mode. Twice is the same as once. deepcopy and pickle keep it, bound to the copy;
-    ``copy.copy`` of a module does not (its forward is still that of the first): use deepcopy.
+    ``forward`` of the instances is set. A part uses its own forward for inputs that are not (B, C, H, W) or empty, and while
+    a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its batch norms are not
+    all in one mode. A second call changes nothing. deepcopy and pickle keep it, bound to the copy; ``copy.copy`` of a module
+    does not (its forward is still that of the first): use deepcopy. Parts that FSDP2's ``fully_shard`` has sharded are left:
+    call accelerate first.
 
     With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
-    communicated here; hooks inside a cell must then be the same on every process, since a cell communicates otherwise in one
-    call than part by part. Double backward needs ``use_backend("reference")``.
+    communicated here; hooks inside a cell must then be the same on every process, since a cell communicates differently in
+    one call than part by part. Double backward needs ``use_backend("reference")``.
 
     Args:
-        model: any module; unknown parts are never touched.
+        model: any module; other parts are never changed.
         repair: also replace a batch norm with swish whose own forward raises (as a synchronised one written for an older
             PyTorch may); it is compared with ``silu(batch_norm(x))`` instead.
+
+    Returns:
+        ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
@@ -83,7 +90,7 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
 
 
 def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
-    """Every module once, after all that stand in it (where modules are shared, not the order of named_modules)."""
+    """Every module once, after the modules inside it (with shared modules, not the order of named_modules)."""
     seen.add(id(module))
     for child in module._modules.values():
         if child is not None and id(child) not in seen:
@@ -92,14 +99,14 @@ def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
 
 
 def acceleration_report(model: nn.Module) -> AccelerationReport:
-    """What :func:`accelerate` replaced in ``model``, what it left and why. Parts left are compared again.
+    """Report what :func:`accelerate` replaced in ``model``, and what it left and why. Parts left are compared again.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check("acceleration_report", model)
     report = AccelerationReport([], [])
-    within: dict[int, str] = {}  # what a whole cell computes with, and the cell
+    within: dict[int, str] = {}  # module inside a whole cell -> name of the cell
     for name, part in model.named_modules():
         bound = bound_forward(part)
         if bound is not None:
@@ -125,7 +132,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`: every part of ``model`` has its own forward again; returns ``model``.
+    """Undo :func:`accelerate`: give every part of ``model`` its own forward back. Returns ``model``.
 
     Raises:
         TypeError: ``model`` is not a torch.nn.Module.

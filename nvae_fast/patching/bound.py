@@ -1,4 +1,4 @@
-"""A forward of ours on somebody else's module instance: put in its ``__dict__``, taken away again."""
+"""Forwards of this package on instances of other modules: set in their ``__dict__``, and removed again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _REPLICATE = "_replicate_for_data_parallel"
 
 
 class BoundForward:
-    """Calls the forward of ``kind`` on ``module``.
+    """A callable that runs the forward of ``kind`` on ``module``.
 
-    An object and not a method: copy.deepcopy and pickle of the module make the copy's bound to the copy (pickle cannot do
-    that for methods which the class does not have). ``note``: what the report says besides.
+    An object and not a method: copy.deepcopy and pickle of the module make that of the copy bound to the copy (pickle cannot
+    do so for methods that the class does not have). ``note``: a remark for the report.
     """
 
     def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any], note: str = "") -> None:
@@ -30,14 +30,14 @@ class BoundForward:
         self.module.__dict__[_REPLICATE] = _Replicate(self.module)
 
     def installed_on(self, module: nn.Module) -> BoundForward:
-        """The same forward, bound to and installed on ``module``."""
+        """Install the same forward on ``module``, bound to it."""
         copy = BoundForward(module, self.kind, self.settings, self.note)
         copy.install()
         return copy
 
 
 class _Replicate:
-    """nn.DataParallel copies ``__dict__`` as it is; each replica needs a forward of its own."""
+    """Gives each replica of nn.DataParallel, which copies ``__dict__`` as it is, a forward bound to the replica."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -52,18 +52,18 @@ OURS = ("forward", _REPLICATE)
 
 
 def bound_forward(module: nn.Module) -> BoundForward | None:
-    """The forward that was bound to ``module``, or None."""
+    """Return the forward that was bound to ``module``, or None."""
     found = module.__dict__.get("forward")
     return found if isinstance(found, BoundForward) else None
 
 
 def remove(module: nn.Module) -> None:
-    """Take our forward off ``module``; nothing happens where there is none."""
+    """Remove our forward from ``module``, if there is one."""
     if bound_forward(module) is not None:
         for name in OURS:
             module.__dict__.pop(name, None)
 
 
 def original(module: nn.Module, x: Any) -> Any:
-    """What the module's class computes."""
+    """Run the forward of the class of ``module``."""
     return type(module).forward(module, x)

@@ -1,7 +1,7 @@
-"""Residual cells of foreign models: the sum at their end and, where the layers are NVAE's, the whole cell in one call.
+"""Residual cells of models built elsewhere: the sum at their end and, for cells like NVAE's, the whole cell in one call.
 
-Whether the one call may stand for the parts is asked at every call, of everything that may change between calls: hooks, modes
-of batch norms, layers, inputs. Where it may not, the cell runs part by part.
+Every call checks what may change between calls: hooks, modes of batch norms, layers, inputs. Where the one call would not give
+the results of the parts, the cell runs part by part.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _by_parts(module: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
 def _whole_cell(
     module: Any, x: torch.Tensor, *, plan: Plan, sets: tuple[tuple[str, ...], ...], strict: bool = False
 ) -> torch.Tensor:
-    """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise rather than go by parts."""
+    """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise instead of running the parts."""
     skip = module.skip(x)
     modules = inside(module)
     why = _obstacle(module, modules, plan)
     if why is None and not _takes(modules, plan, x, skip, strict):
-        why = "the kernels do not take its tensors"
+        why = "the kernels do not accept its tensors"
     if why is not None:
         if strict:
             raise RuntimeError(why)
@@ -66,7 +66,7 @@ def _whole_cell(
 
 
 def obstacle(cell: Any, plan: Plan) -> str | None:
-    """What keeps the whole cell, once compared, from running in one call now."""
+    """Return why ``cell``, once compared, cannot run in one call now; None when it can."""
     return _obstacle(cell, inside(cell), plan)
 
 
@@ -81,12 +81,12 @@ def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
             return "its layers are no longer those that were compared"
         if has_hooks(module):
             name = next((name for name, m in cell.named_modules() if m is module), "")
-            return f"hooks wait on {name or 'a module'} inside, which would not be called"
+            return f"{name or 'a module'} inside has hooks, which would not be called"
     convolutions = [modules[place] for place in plan.convolutions]
     if any(waits_for_data(conv) for conv in convolutions):
-        return "a convolution waits for data to initialise with"
+        return "a convolution waits for data-dependent initialisation"
     if facts_of(convolutions) != plan.facts:
-        return "a convolution is no longer what was compared"
+        return "a convolution is no longer the one that was compared"
     norms = [modules[norm.place] for norm in plan.norms]
     for norm in norms:
         if _unlike_others(norm):
@@ -114,7 +114,7 @@ def _unlike_others(norm: Any) -> bool:
 
 
 def _groups(modules: list[Any], plan: Plan) -> list[Any]:
-    """The different groups of processes over which batch norms take statistics; SINGLE_PROCESS where that is this one."""
+    """The different groups of processes whose statistics batch norms merge; SINGLE_PROCESS for this process."""
     if distributed.world_size() == 1:
         return [None]
     found: list[Any] = []
@@ -130,7 +130,7 @@ def _groups(modules: list[Any], plan: Plan) -> list[Any]:
 
 
 def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> bool:
-    """Whether the kernels take these tensors and would give back what the parts give."""
+    """Return whether the kernels accept these tensors and give the results of the parts."""
     if not is_map(x) or not (strict or available(x.device)):
         return False
     affine = [modules[norm.place].weight for norm in plan.norms]
@@ -155,7 +155,7 @@ def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> b
         return False
     if skip.dtype != dtype and torch.promote_types(skip.dtype, dtype) != skip.dtype:
         return False
-    # With statistics over several processes each of them must come to the same answer, also one that has no data.
+    # With statistics over several processes each of them must decide alike, also one that has no data.
     alone = distributed.world_size(_groups(modules, plan)[0]) == 1
     return not alone or (b * h * w > 1 and b * h_out * w_out > 1)
 

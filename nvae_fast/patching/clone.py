@@ -1,4 +1,4 @@
-"""Copies of a part to try things on: nothing that happens to them reaches the part."""
+"""Copies of a part for comparisons, which leave the part unchanged."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Place = tuple[torch.dtype, torch.device | None]
 def clone(
     module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> nn.Module:
-    """``module`` with parameters and buffers of its own in ``dtype``, on ``device`` or where they are, without hooks; forwards
-    of ours bound to the copy.
+    """Return a copy of ``module`` with its own parameters and buffers in ``dtype``, on ``device`` (None: the same), without hooks.
 
-    copy.deepcopy would refuse tensors that forward left behind (a normalised weight) and take hooks along.
+    Forwards of ours are bound to the copy. copy.deepcopy would refuse tensors with a graph that forward left in the module (a
+    normalised weight), and copy hooks.
     """
     return _module(module, {}, (dtype, device))
 
@@ -62,7 +62,7 @@ def _value(value: Any, memo: dict[int, Any], place: Place) -> Any:
 
 @torch.no_grad()
 def perturb(module: nn.Module, generator: torch.Generator) -> None:
-    """Move every parameter and running statistic, so that a factor of 0 or 1 at initialisation hides nothing."""
+    """Add noise to every parameter and running statistic: initial values of 0 and 1 would hide differences."""
     for parameter in module.parameters():
         parameter.add_(_noise(parameter, generator), alpha=0.1)
     for name, buffer in module.named_buffers():

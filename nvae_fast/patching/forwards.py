@@ -1,7 +1,7 @@
-"""The forwards that are bound to recognised parts. Each gives back what the part's own forward would.
+"""The forwards that are bound to recognised parts. Each returns what the part's own forward would.
 
-Where an input is not what the kernel is for (unbatched, another dtype than the weight) or somebody's hook waits on a
-submodule that the kernel would not call, the part's own forward runs: what a user sees never depends on the kernel.
+The part's own forward runs where the kernel does not accept an input (unbatched, another dtype than the weight), and where a
+submodule that the kernel would not call has hooks: results and side effects never depend on the kernel.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ WEIGHT_NORM = "weight-normed convolution"
 
 
 def watched(*modules: nn.Module) -> bool:
-    """Whether anybody would notice that these modules are not called."""
+    """Return whether hooks, or forwards set on the instances, would be missed if these modules were not called."""
     return _has_any_global_hook() or any(has_hooks(m) or "forward" in m.__dict__ for m in modules)
 
 
@@ -54,7 +54,7 @@ def is_map(x: Any) -> bool:
 
 
 def normalising(norm: Any) -> str | None:
-    """Why ``norm`` is not a batch norm with affine map, running statistics and a momentum; None when it is."""
+    """Return why ``norm`` is not a batch norm with affine map, running statistics and a momentum; None when it is."""
     names = ("weight", "bias", "running_mean", "running_var")
     missing = [n for n in names if not isinstance(getattr(norm, n, None), torch.Tensor)]
     if missing:
@@ -64,12 +64,12 @@ def normalising(norm: Any) -> str | None:
     if not isinstance(getattr(norm, "momentum", None), (int, float)):
         return "momentum is None (cumulative average) or missing"
     if getattr(norm, "track_running_stats", True) is not True:
-        return "track_running_stats was switched off: what happens to its statistics is PyTorch's business"
+        return "track_running_stats was switched off"
     return None
 
 
 def is_swish(module: Any) -> bool:
-    """Whether a module is a swish by its type or name; what it computes is compared."""
+    """Return whether ``module`` is a swish by its type or name; its results are compared later."""
     stateless = not any((module._parameters, module._buffers, module._modules))
     return type(module) is nn.SiLU or (type(module).__name__ in ("Swish", "SiLU") and stateless)
 
@@ -113,14 +113,17 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
 
 
 def read_gate(gate: nn.Module) -> tuple[torch.Tensor, ...] | str:
-    """Weights and biases of the two layers of a squeeze-and-excitation: Linear or 1x1 convolution with bias, ReLU, the same,
-    Sigmoid, in the order they were made, perhaps with a mean over pixels; else what stands in the way."""
+    """Return weights and biases of the two layers of a squeeze-and-excitation, or as a string why there are none.
+
+    The modules must be Linear or 1x1 convolution with bias, ReLU, the same again and Sigmoid, in the order of their
+    construction, with or without a mean over pixels.
+    """
     wanted = "the kernel has Linear, ReLU, Linear, Sigmoid"
     dense: list[Any] = []
     others: list[str] = []
     for name, part in gate.named_modules():
         if part is not gate and watched(part):
-            return f"somebody's hook or forward waits on {name} inside"
+            return f"{name} inside has hooks or a forward of its own"
         if part._modules or type(part) is nn.Identity:
             continue
         if type(part) is nn.Linear or _is_pointwise(part):
@@ -152,12 +155,12 @@ def _squeeze_excite(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 def is_depthwise(conv: Any, weight: torch.Tensor) -> bool:
-    """Whether ``conv`` is a depthwise convolution that depthwise_conv2d computes."""
+    """Return whether ``conv`` is a depthwise convolution that depthwise_conv2d computes."""
     return conv.groups == weight.shape[0] and weight.shape[1] == 1 and why_not_depthwise(conv, weight) is None
 
 
 def why_not_depthwise(conv: Any, weight: torch.Tensor) -> str | None:
-    """For a convolution with one channel a group: what depthwise_conv2d cannot do of it; None when it can."""
+    """Return why depthwise_conv2d cannot compute ``conv``, which has one channel per group; None when it can."""
     kernel, stride, dilation = tuple(weight.shape[2:]), pair(conv.stride), pair(conv.dilation)
     if len(kernel) != 2 or kernel[0] != kernel[1] or kernel[0] % 2 == 0:
         return f"kernel size {kernel} is not odd and square"
@@ -196,7 +199,7 @@ def _depthwise(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:
 
 
 def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) -> torch.Tensor:
-    """``sets``: attributes that the part's own forward leaves the weight in, for those who read it later."""
+    """``sets``: attributes in which the part's own forward leaves the weight that it used."""
     if getattr(module, "data_init", False) and not getattr(module, "init_done", True):
         return original(module, x)
     weight, log_norm, taps = module.weight, getattr(module, "log_weight_norm", None), None

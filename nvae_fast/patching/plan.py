@@ -1,8 +1,8 @@
-"""Which layer of a foreign residual cell is which, for those that are NVAE's whole cell.
+"""Which layer of a residual cell built elsewhere is which, for cells like NVAE's inverted residual.
 
 A whole cell is ``skip(x) + 0.1 * [se](s)`` with s made by BN, 1x1, BN + swish, depthwise KxK, BN + swish, 1x1, BN, and perhaps
-nearest upsampling by 2 somewhere before the depthwise convolution. Layers are found by walking through the containers; that
-these do nothing else shows in the comparison. A plan holds positions and types and no modules: it is true for copies too.
+nearest upsampling by 2 somewhere before the depthwise convolution. Layers are found by walking through the containers; the
+comparison shows whether these do anything else. A plan holds positions and types and no modules: it is valid for copies too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Plan(NamedTuple):
 
 
 def inside(cell: Any) -> list[Any]:
-    """The modules that the whole cell passes by, in order; one that stands there twice comes twice."""
+    """The modules that the whole cell does not call, in order; a module that is used twice comes twice."""
     found: list[Any] = []
     _walk(cell._ops, found)
     if cell.use_se:
@@ -60,7 +60,7 @@ def _walk(module: nn.Module, found: list[Any]) -> None:
 
 
 def forward_of(module: nn.Module) -> str | None:
-    """Which of our forwards a module has; None where it has its class's."""
+    """The kind of our forward on ``module``; None where it has the forward of its class."""
     if "forward" not in module.__dict__:
         return None
     bound = bound_forward(module)
@@ -68,7 +68,7 @@ def forward_of(module: nn.Module) -> str | None:
 
 
 def facts_of(convolutions: list[Any]) -> tuple[Any, ...]:
-    """What the plan takes for granted of the convolutions, in a form that is quickly compared."""
+    """The properties of the convolutions on which the plan depends, in a form that is quickly compared."""
     return tuple(
         (
             c.bias is None, c.stride, c.padding, c.dilation, c.groups, c.weight.shape,
@@ -79,12 +79,12 @@ def facts_of(convolutions: list[Any]) -> tuple[Any, ...]:
 
 
 def waits_for_data(conv: Any) -> bool:
-    """Whether its own forward would initialise it with the next training batch."""
+    """Return whether the next training batch will initialise ``conv``."""
     return bool(getattr(conv, "data_init", False)) and not getattr(conv, "init_done", True)
 
 
 def read(cell: Any) -> Plan | str:
-    """The plan of ``cell``, or why it is not a whole cell."""
+    """Return the plan of ``cell``, or why it has none."""
     modules = inside(cell)
     place = {id(module): i for i, module in enumerate(modules)}
     norms: list[Norm] = []
@@ -112,7 +112,7 @@ def read(cell: Any) -> Plan | str:
         if why is not None:
             return why
     if len({norm.place for norm in norms}) < 4:
-        return "a batch norm stands in it twice"
+        return "one of its batch norms is used twice"
     stride = (pair(convolutions[1].stride) or (0, 0))[0]
     if upsampled and stride != 1:
         return f"it upsamples and has stride {stride}"
@@ -142,7 +142,7 @@ def _leaves(module: nn.Module) -> Iterator[Any]:
 
 
 def _norm_of(leaf: Any, place: int) -> tuple[Norm, str] | None:
-    """A batch norm, and S or B: with or without swish."""
+    """The batch norm, and "S" or "B": with or without swish; None for another layer."""
     bound = bound_forward(leaf)
     if bound is not None and bound.kind == BATCH_NORM:
         known = bound.settings
@@ -159,13 +159,13 @@ def _is_convolution(module: Any) -> bool:
 
 
 def _doubles(module: Any) -> bool:
-    """Nearest upsampling by 2."""
+    """Return whether ``module`` is nearest upsampling by 2."""
     known = isinstance(module, nn.Upsample) and module.mode == "nearest" and module.size is None
     return known and module.scale_factor in (2, (2, 2))
 
 
 def _why_not_plain(conv: Any, *, pointwise: bool) -> str | None:
-    """What the whole cell cannot do of one of its convolutions."""
+    """Return why the whole cell cannot compute one of its convolutions; None when it can."""
     name, kernel = type(conv).__name__, tuple(conv.weight.shape[2:])
     if conv.bias is not None:
         return f"{name} has a bias before a batch norm"

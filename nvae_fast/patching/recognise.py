@@ -1,4 +1,4 @@
-"""Which modules of a foreign model are parts we know, by class name and attributes, and whether they may be replaced."""
+"""The parts of a model that are recognised by class name and attributes, and whether they may be replaced."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from nvae_fast.patching.clone import clone
 from nvae_fast.patching.plan import read
 from nvae_fast.patching.verify import disagreement, undisturbed
 
-Verdict = BoundForward | str | None  # replace by it; left, and why; not a part we know
+Verdict = BoundForward | str | None  # its replacement; why it is left; not a recognised part
 
 
 def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
-    """What to do with ``module``. Its children come first: a residual cell uses what its gate was found to be."""
-    if type(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
+    """Decide about ``module``. Its children must come first: a residual cell depends on what its gate was found to be."""
+    if _class(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
         return None
     for fits, judge in _KINDS:
         if not fits(module):
@@ -33,13 +33,24 @@ def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
         ]
         if foreign:
             where = "it" if foreign == [""] else f"{foreign[0] or 'it'} inside"
-            return f"somebody replaced the forward of the instance ({where})"
+            return f"the forward of the instance was replaced ({where})"
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if hasattr(tensor, "full_tensor"):
+                return f"{name} is a DTensor, of which each process holds a part: call accelerate before fully_shard"
+            if hasattr(tensor, "__tensor_flatten__"):
+                return f"{name} is a {type(tensor).__name__}, not a plain tensor"
         return judge(module, repair)
     return None
 
 
+def _class(module: nn.Module) -> type:
+    """The class of ``module``, of which FSDP2's fully_shard makes a subclass."""
+    ancestors = type(module).__mro__
+    return ancestors[2] if ancestors[1].__name__ == "FSDPModule" else ancestors[0]
+
+
 def _name(module: nn.Module) -> str:
-    return type(module).__name__
+    return _class(module).__name__
 
 
 def _confirmed(module: nn.Module, kind: str, settings: dict[str, Any], *args: Any, **kwargs: Any) -> Verdict:
@@ -58,7 +69,7 @@ def _fits_batch_norm(module: nn.Module) -> bool:
 
 
 def _definition(module: Any, x: torch.Tensor) -> torch.Tensor:
-    """What a batch norm with swish is, in PyTorch's words."""
+    """Batch norm with swish, composed of functions of PyTorch."""
     if module.training:
         module.num_batches_tracked.add_(1)
     args = (module.running_mean, module.running_var, module.weight, module.bias, module.training)
@@ -92,7 +103,7 @@ def _fits_sequential(module: nn.Module) -> bool:
 
 
 def _pairs(module: nn.Module) -> dict[int, type]:
-    """Position of each batch norm that a swish follows, and the type of the swish."""
+    """The position of each batch norm that a swish follows -> the type of the swish."""
     children = list(module._modules.values())
     return {
         i: type(after)
@@ -130,9 +141,7 @@ def _fits_attribute_pair(module: nn.Module) -> bool:
 
 
 def _judge_attribute_pair(module: nn.Module, repair: bool) -> Verdict:
-    return (
-        "batch norm and SiLU are attributes: what its forward does between them cannot be seen from outside"
-    )
+    return "batch norm and SiLU are attributes: whether its forward does anything between them is unknown"
 
 
 # Squeeze and excitation, residual cells
@@ -184,7 +193,7 @@ def _judge_whole_cell(module: Any, channels: list[int]) -> BoundForward | str:
 
 
 def _input_channels(module: nn.Module) -> list[int]:
-    """Numbers of channels that the parts of ``module`` take, in the order they were made, each once."""
+    """The numbers of input channels of the parts of ``module``, in the order of their construction, each once."""
     found: dict[int, None] = {}
     for part in module.modules():
         weight = part._parameters.get("weight")
@@ -233,7 +242,7 @@ def _judge_norm_convolution(module: Any, repair: bool) -> Verdict:
 
 
 def _left_weights(module: nn.Module, channels: int) -> tuple[str, ...]:
-    """Names of the attributes in which the module's own forward leaves the weight it used."""
+    """The names of the attributes in which the own forward of ``module`` leaves the weight that it used."""
     device = module.weight.device
     if not isinstance(device, torch.device) or device.type == "meta":
         return ()
@@ -265,7 +274,7 @@ def _fits_depthwise(module: nn.Module) -> bool:
 
 def _judge_depthwise(module: Any, repair: bool) -> Verdict:
     if type(module)._conv_forward is not nn.Conv2d._conv_forward:
-        return "its class changes how Conv2d convolves"
+        return "its class overrides Conv2d._conv_forward"
     if not isinstance(module.weight, torch.Tensor) or isinstance(
         module.weight, nn.parameter.UninitializedParameter
     ):

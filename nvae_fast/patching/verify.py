@@ -1,4 +1,4 @@
-"""Whether a forward of ours computes what the part's own forward computes: both run on copies, on a small random input."""
+"""Comparison of a forward of ours with the part's own: both run on copies, on a small random input."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Own = Callable[[nn.Module, torch.Tensor], Any]
 
 @contextmanager
 def undisturbed(device: torch.device) -> Iterator[None]:
-    """The caller's random numbers and modes are what they were; float32 means float32."""
+    """A context that restores random number generators and modes, and in which float32 is computed in float32."""
     cuda = [device] if device.type == "cuda" else []
     matmul = torch.backends.cuda.matmul.allow_tf32
     with (
@@ -47,15 +47,15 @@ def disagreement(
     *,
     exact: bool = False,
 ) -> str | None:
-    """Why ``bound`` cannot take the place of ``own`` (the part's forward): a sentence, or None when it can.
+    """Return why ``bound`` cannot replace ``own`` (the part's forward): a sentence, or None when it can.
 
-    ``channels``: numbers of input channels to try; the first that the part accepts counts. ``exact``: in float64 on the
-    CPU, for what is several parts long.
+    ``channels``: numbers of input channels to try, until the part accepts one. ``exact``: compare in float64 on the CPU, for
+    whole cells.
     """
     part = bound.module
     device = next((t.device for t in (*part.parameters(), *part.buffers())), torch.device("cpu"))
     if device.type == "meta":
-        return "its parameters are on the meta device: nothing to compare"
+        return "its parameters are on the meta device: there is nothing to compare"
     with undisturbed(device):
         dtype, device = (torch.float64, torch.device("cpu")) if exact else (torch.float32, device)
         base: Any = clone(part, dtype, device)
@@ -80,7 +80,7 @@ def disagreement(
 def _compare(
     base: nn.Module, bound: BoundForward, x: torch.Tensor, own: Own, gradients: bool
 ) -> tuple[str | None, bool]:
-    """The disagreement, and whether the part's own forward ran at all."""
+    """Return the disagreement, and whether the part's own forward ran at all."""
     # Statistics over processes: a comparison must not communicate.
     alone = distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
     for mode, training in (("evaluation", False), *((("training", True),) if alone else ())):
@@ -112,7 +112,7 @@ def _compare(
 def _observe(
     module: nn.Module, forward: Callable[[torch.Tensor], Any], x: torch.Tensor, gradients: bool
 ) -> dict[str, Any]:
-    """Everything that ``forward`` does: output, gradients, what it leaves in the module and in its input."""
+    """Return the effects of ``forward``: output, gradients, and what it changes in the module and in its input."""
     torch.manual_seed(SEED)
     before = {name: _attributes(part) for name, part in module.named_modules()}
     leaf = x.clone().requires_grad_(gradients)
@@ -168,7 +168,7 @@ def _difference(actual: Any, expected: Any, tolerance: float, least: float) -> s
 
 
 def _strided_pointwise(module: nn.Module) -> bool:
-    """A strided 1x1 convolution: oneDNN's weight gradient of it may crash, so none is asked for."""
+    """Return whether ``module`` is a strided 1x1 convolution, whose weight gradient in oneDNN may crash."""
     weight = getattr(module, "weight", None)
     pointwise = isinstance(weight, torch.Tensor) and weight.dim() == 4 and weight.shape[2:] == (1, 1)
     return pointwise and pair(getattr(module, "stride", 1)) != (1, 1)

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# oneDNN's convolution lays its weights out anew in every call, which few pixels do not pay back, and its weight gradient is
-# weak at small maps; the matrix product is weak where a number of channels is not a multiple of its tile. Measured in
-# float32 and bfloat16 from 64 to 1536 channels: docs/benchmarks.md.
+# oneDNN's convolution brings its weights into a layout of its own in every call, which is slow for few pixels, and its weight
+# gradient is slow at small maps; the matrix product is slow where a number of channels is not a multiple of its tile. Measured
+# in float32 and bfloat16 from 64 to 1536 channels: docs/benchmarks.md.
 _FEW_PIXELS = {torch.float32: 256, torch.bfloat16: 2048}  # of a batch
 _SMALL_MAP = 64  # pixels of an image
 _TILE = 16
@@ -21,7 +21,8 @@ def as_matrix(t: Tensor) -> Tensor:
 
 def _as_matrices(x: Tensor, channels: int) -> bool:
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_exporting()  # an exported program is for any number of images
+        and x.device.type == "cpu"
         and x.dtype in _FEW_PIXELS
         and x.shape[1] % _TILE == channels % _TILE == 0
         and x.is_contiguous(memory_format=torch.channels_last)
@@ -55,8 +56,10 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
 
 
 class PackedMatrix:
-    """A 1x1 convolution whose (C_out, C_in) matrix waits in oneDNN's own layout, which depends on the number of pixels. The
-    convolution would bring it there in every call: at 4x4 maps that costs a third of its time."""
+    """A 1x1 convolution whose (C_out, C_in) matrix is kept in oneDNN's own layout, which depends on the number of pixels.
+
+    The convolution would bring it there in every call: at 4x4 maps that costs a third of its time.
+    """
 
     _KEPT = 2  # layouts: one for whole batches, one for the last of a set
 
