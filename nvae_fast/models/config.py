@@ -258,7 +258,9 @@ class NVAEConfig:
         known = (
             f"one of {sorted(DATASETS)}, or 'custom' together with image_size, image_channels and likelihood"
         )
-        require(custom or self.dataset in DATASETS, f"dataset must be {known}, got {reprlib.repr(self.dataset)}")
+        require(
+            custom or self.dataset in DATASETS, f"dataset must be {known}, got {reprlib.repr(self.dataset)}"
+        )
         if custom:
             given = {n: getattr(self, n) for n in ("image_size", "image_channels", "likelihood")}
             missing = [n for n, value in given.items() if value is None]

@@ -40,7 +40,9 @@ def plain_names(op: str, state: Mapping[str, Any]) -> dict[str, Any]:
             continue
         name = plain_name(key)
         if name in plain:
-            raise ValueError(f"{op}: state_dict has {name} twice, with and without a wrapper's prefix ({key})")
+            raise ValueError(
+                f"{op}: state_dict has {name} twice, with and without a wrapper's prefix ({key})"
+            )
         plain[name] = value
     return plain
 
@@ -112,7 +114,9 @@ class _Budget(TorchFunctionMode):
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         super().__init__()
-        tensors = [value for value in state.values() if isinstance(value, torch.Tensor) and not value.is_sparse]
+        tensors = [
+            value for value in state.values() if isinstance(value, torch.Tensor) and not value.is_sparse
+        ]
         # Elements in memory: an expanded tensor shows many more.
         elements = {
             value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() // value.itemsize

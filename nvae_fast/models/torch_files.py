@@ -37,9 +37,15 @@ _BLOCK = 1 << 20
 _LEGACY = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03."
 _LEGACY_PICKLES = 5
 _KINDS = (
-    (re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.I), "an HTML or XML page, perhaps of a failed download"),
+    (
+        re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.I),
+        "an HTML or XML page, perhaps of a failed download",
+    ),
     (re.compile(rb"version https://git-lfs"), "a git-lfs pointer: fetch the file itself with `git lfs pull`"),
-    (re.compile(rb"/annex/objects/|(\.\./)*\.git/annex/"), "a git-annex pointer: fetch the file with `git annex get`"),
+    (
+        re.compile(rb"/annex/objects/|(\.\./)*\.git/annex/"),
+        "a git-annex pointer: fetch the file with `git annex get`",
+    ),
     (re.compile(rb".{8}\{", re.S), "a safetensors file, which holds tensors without the model's options"),
     (re.compile(rb"\x1f\x8b"), "compressed by gzip: decompress it first"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: decompress it first"),
@@ -70,7 +76,17 @@ _GLOBALS = {
     *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
 }
 # Encodings of bytes as longer bytes: applied again and again they grow without bound.
-_GROWING = {"hex", "base64", "uu", "quopri", "quotedprintable", "quoted_printable", "base_64", "base64_codec", "hex_codec"}
+_GROWING = {
+    "hex",
+    "base64",
+    "uu",
+    "quopri",
+    "quotedprintable",
+    "quoted_printable",
+    "base_64",
+    "base64_codec",
+    "hex_codec",
+}
 
 
 class UnreadableFile(ValueError):
@@ -83,6 +99,8 @@ class DamagedFile(UnreadableFile):
 
 def read(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> Any:
     """The object in the file ``path`` of torch.save, its tensors on ``map_location``; nothing in the file can run code.
+
+    Files of PyTorch before 1.6 carry no checksums: where their tensors are damaged, it cannot be noticed.
 
     Raises:
         DamagedFile: it is truncated, or a checksum in it is wrong. UnreadableFile: it is something else, is compressed or
@@ -99,7 +117,8 @@ def read(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
             else:
                 raise _something_else(head)
             handle.seek(0)
-            extra = [(argparse.Namespace, "argparse.Namespace"), *((v, k) for k, v in numpy_pickles.GLOBALS.items())]
+            extra: list[Any] = [(value, name) for name, value in numpy_pickles.GLOBALS.items()]
+            extra.append((argparse.Namespace, "argparse.Namespace"))
             with torch.serialization.safe_globals(extra):
                 document = torch.load(handle, map_location=map_location, weights_only=True)
             return numpy_pickles.unwrap(document)
@@ -122,7 +141,7 @@ def _damage() -> Iterator[None]:
 def write(document: Any, handle: IO[bytes]) -> None:
     """Write ``document`` as torch.save does, with a SHA-256 of all of it as the comment of the archive."""
     hashing = _Hashing(handle)
-    torch.save(document, hashing)
+    torch.save(document, hashing)  # type: ignore[arg-type]  # it writes and flushes only
     comment = _CHECKSUM + hashing.digest.hexdigest().encode()
     # An archive ends with the length of its comment, in two bytes.
     handle.seek(-2, os.SEEK_END)
@@ -155,17 +174,19 @@ def _something_else(head: bytes) -> UnreadableFile:
     for pattern, kind in _KINDS:
         if pattern.match(head):
             return UnreadableFile(f"is not a checkpoint but {kind}")
-    return DamagedFile("is truncated or damaged, or not a checkpoint: it does not begin as files of torch.save do")
+    return DamagedFile(
+        "is truncated or damaged, or not a checkpoint: it does not begin as files of torch.save do"
+    )
 
 
 def _check_archive(handle: IO[bytes]) -> None:
     with zipfile.ZipFile(handle) as archive:
         members = archive.infolist()
+        whole = archive.comment.startswith(_CHECKSUM)
+        if whole and archive.comment[len(_CHECKSUM) :] != _hash_before_comment(handle, archive.comment):
+            raise DamagedFile("is truncated or damaged: its checksum is wrong")
         _check_members(members, os.fstat(handle.fileno()).st_size)
-        if archive.comment.startswith(_CHECKSUM):
-            if archive.comment[len(_CHECKSUM) :] != _hash_before_comment(handle, archive.comment):
-                raise DamagedFile("is truncated or damaged: its checksum is wrong")
-        else:
+        if not whole:
             for member in members:
                 with archive.open(member) as content:
                     while content.read(_BLOCK):
@@ -181,7 +202,7 @@ def _is_pickle(member: zipfile.ZipInfo) -> bool:
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
-    """The members are stored one after another, as torch.save writes them, so that together they are no larger than the file."""
+    """Raise unless members are stored one after another, as torch.save writes them: all are no larger than the file."""
     for member in members:
         if member.flag_bits & 1:
             raise UnreadableFile("is not a checkpoint but an encrypted archive: extract it first")
@@ -231,7 +252,7 @@ def _check_pickles(stream: io.BytesIO, count: int) -> None:
                     f"is not a checkpoint of an NVAE: its structure has more than {MOST_OPERATIONS} parts"
                 )
             if operation.name == "GLOBAL":
-                globals_.add(argument.replace(" ", "."))
+                globals_.add(str(argument).replace(" ", "."))
             elif isinstance(argument, str) and argument.lower().replace("-", "_") in _GROWING:
                 growing.add(argument)
     foreign = sorted(globals_ - _GLOBALS - numpy_pickles.GLOBALS.keys())

@@ -232,7 +232,9 @@ def load_model(
         facts["kind"] = "official"
     problem = not_finite(model.state_dict().items())
     if problem is not None:
-        raise CheckpointError(f"checkpoint {file}: {problem}, so nothing can be computed with it{_advice(file)}")
+        raise CheckpointError(
+            f"checkpoint {file}: {problem}, so nothing can be computed with it{_advice(file)}"
+        )
     return to_format(model.to(map_location), torch.channels_last).eval(), facts
 
 
@@ -309,15 +311,18 @@ def set_aside(folder: Path, label: str) -> Path:
 def recover(folder: Path) -> str | None:
     """Make sure that the newest checkpoint of a run folder is whole: where it is damaged and the previous one is not, the
     previous one takes its place. Returns what was done, None when nothing was."""
-    try:
-        load(folder / NAME)
-        return None
-    except DamagedCheckpoint as error:
-        problem = str(error).removesuffix(_advice(folder / NAME))
-    except CheckpointError:
+    newest = folder / NAME
+    if not newest.exists():
         return None
     try:
-        step = load(folder / PREVIOUS).get("progress", {}).get("step")
+        torch_files.read(newest)
+        return None
+    except torch_files.UnreadableFile as error:
+        problem = f"checkpoint {newest} {error}"
+    except OSError:
+        return None  # loading says what is wrong
+    try:
+        step = load_training(folder / PREVIOUS)["progress"]["step"]
     except CheckpointError:
         return None
     kept = set_aside(folder, "damaged")

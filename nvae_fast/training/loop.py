@@ -38,7 +38,14 @@ if TYPE_CHECKING:
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
 # Options on which it depends whether a step is finite.
-_DECIDES_STEPS = ("learning_rate", "learning_rate_min", "warmup_epochs", "grad_clip", "autocast", "accumulate")
+_DECIDES_STEPS = (
+    "learning_rate",
+    "learning_rate_min",
+    "warmup_epochs",
+    "grad_clip",
+    "autocast",
+    "accumulate",
+)
 
 
 class TrainingDiverged(RuntimeError):
@@ -322,9 +329,7 @@ class Trainer:
             advice.append("leave out --autocast")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
-        return (
-            f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
-        )
+        return f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
 
     def _good_checkpoint(self) -> str:
         """A sentence with the last good checkpoint, which is made the newest one when no step after the newest was finite."""
