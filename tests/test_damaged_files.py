@@ -268,3 +268,30 @@ def test_hostile_files_run_nothing_and_take_little_memory(tmp_path):
     assert len(grown) == len(files)
     assert max(grown.values()) < 500, grown
     assert not ran.exists()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")]
+)
+def test_too_little_memory_is_not_damage(tmp_path, monkeypatch, error):
+    """A whole checkpoint must not be set aside because it could not be read now."""
+    ours(tmp_path / checkpoint.NAME)
+    ours(tmp_path / checkpoint.PREVIOUS)
+
+    def failing(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr(torch, "load", failing)
+    assert checkpoint.recover(tmp_path) is None
+    with pytest.raises(CheckpointError, match=r"checkpoint\.pt cannot be read: Cannot allocate memory"):
+        checkpoint.load(tmp_path)
+    with pytest.raises(OSError, match=r"Cannot allocate memory: .*checkpoint\.pt"):
+        nf.load_official(tmp_path / checkpoint.NAME)
+    assert sorted(os.listdir(tmp_path)) == [checkpoint.PREVIOUS, checkpoint.NAME]
+
+
+def test_tensors_are_moved_when_asked(tmp_path):
+    ours(tmp_path / checkpoint.NAME)
+    moved = checkpoint.load(tmp_path, map_location="meta")
+    assert {value.device.type for value in moved["model"].values()} == {"meta"}
+    assert moved["progress"] == {"step": 3}

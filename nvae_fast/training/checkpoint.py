@@ -103,7 +103,8 @@ def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
     truncated or not what was written. Nothing in the file can run code: it is read with `weights_only=True`.
     """
     file = resolve(path)
-    return _ours(_read(file, map_location), file)
+    document = _ours(_read(file), file)
+    return document if str(map_location) == "cpu" else _moved(document, map_location)
 
 
 def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,9 +125,9 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-def _read(file: Path, map_location: str | torch.device = "cpu") -> Any:
+def _read(file: Path) -> Any:
     try:
-        return torch_files.read(file, map_location=map_location)
+        return torch_files.read(file)
     except torch_files.DamagedFile as error:
         raise DamagedCheckpoint(f"checkpoint {file} {error}{_advice(file)}") from error
     except torch_files.UnreadableFile as error:
@@ -162,6 +163,17 @@ def _require(found: Any, wanted: Any, where: str) -> None:
             raise CheckpointError(f"{where} lacks {', '.join(missing)}")
         for key, part in wanted.items():
             _require(found[key], part, f"{where}: {key}" if ":" not in where else f"{where}[{key!r}]")
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    """`value` with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
