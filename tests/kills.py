@@ -39,8 +39,8 @@ class Specks:
         return self.pixels[torch.as_tensor(indices)].clone()
 
 
-def train(folder: Path, steps: int) -> None:
-    """Start a run, or resume it as `train --resume` does."""
+def train(folder: Path, steps: int, ready: int | None = None) -> None:
+    """Start a run, or resume it as `train --resume` does; write to the descriptor ``ready`` before the first step."""
     config = TrainingConfig(
         batch_size=4, max_steps=steps, log_every=5, checkpoint_every=7, warmup_epochs=0.1, learning_rate=1e-3
     )
@@ -53,24 +53,34 @@ def train(folder: Path, steps: int) -> None:
         folder.mkdir(exist_ok=True)
         torch.manual_seed(0)
     model = nf.NVAE(nf.NVAEConfig(**{**TINY, "image_size": 8, "num_groups_per_scale": 1}))
-    Trainer(model, config, Specks(), folder, state=state, quiet=True).run()
+    run = Trainer(model, config, Specks(), folder, state=state, quiet=True)
+    if ready is not None:
+        os.write(ready, b".")
+    run.run()
 
 
-def in_a_process(work: Callable[[], None], seconds: float | None = None) -> int:
-    """Run ``work`` in a fork, killed after so many ``seconds``; returns the signal that ended it, 0 for none."""
+def in_a_process(work: Callable[[int], None], seconds: float | None = None) -> int:
+    """Run ``work`` in a fork, killed so many ``seconds`` after it wrote to the descriptor that it is given.
+
+    Returns the signal that ended it, 0 for none.
+    """
+    reader, writer = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of forks: this process has no threads
         child = os.fork()
     if not child:
         code = 1
         try:
-            work()
+            work(writer)
             code = 0
         finally:
             os._exit(code)
+    os.close(writer)
     if seconds is not None:
+        os.read(reader, 1)
         time.sleep(seconds)
         os.kill(child, signal.SIGKILL)
+    os.close(reader)
     _, status = os.waitpid(child, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the run failed"
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
@@ -80,11 +90,14 @@ def killed_run(folder: Path, steps: int, kills: int, seed: int = 0) -> list[int]
     """The step of the newest checkpoint after each of ``kills`` kills; then the run is finished."""
     chance, found = random.Random(seed), []
     while len(found) < kills:
-        if in_a_process(lambda: train(folder, steps), chance.uniform(0.0, 1.0)) != signal.SIGKILL:
+        if (
+            in_a_process(lambda ready: train(folder, steps, ready), chance.uniform(0.0, 0.8))
+            != signal.SIGKILL
+        ):
             raise AssertionError(f"the run ended after {len(found)} kills: give it more steps")
         whole = (folder / checkpoint.NAME).exists()
         found.append(checkpoint.load(folder)["progress"]["step"] if whole else 0)
-    in_a_process(lambda: train(folder, steps))
+    in_a_process(lambda ready: train(folder, steps))
     return found
 
 

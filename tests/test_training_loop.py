@@ -316,6 +316,20 @@ def test_a_checkpoint_after_which_nothing_was_finite_is_not_the_newest(tmp_path,
     assert resumed.run().skipped == 0
 
 
+def test_images_that_are_not_finite_say_nothing_of_the_checkpoint(tmp_path, digits):
+    config = TINY_TRAINING.replace(checkpoint_every=2, max_bad_steps=3, max_steps=4)
+    trainer(tmp_path, digits, config).run()
+    state = checkpoint.load_training(tmp_path)
+    run = trainer(tmp_path, digits, config.replace(max_steps=20), state=state)
+    run.dataset.batch, real = lambda *given: real(*given) * float("nan"), run.dataset.batch
+    try:
+        with pytest.raises(TrainingDiverged, match=r"and the images are not.*checkpoint\.pt \(step 4\)"):
+            run.run()
+    finally:
+        run.dataset.batch = real
+    assert checkpoint.load(tmp_path)["progress"]["step"] == 4
+
+
 def test_weights_that_are_not_finite_are_not_saved(tmp_path, digits):
     run = trainer(tmp_path, digits, TINY_TRAINING.replace(checkpoint_every=2))
     real = run._take_step
