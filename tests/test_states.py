@@ -14,7 +14,8 @@ from training_runs import tiny_model
 
 import nvae_fast as nf
 from nvae_fast.cli import main
-from nvae_fast.models.states import build, not_finite
+from nvae_fast.models.building import build
+from nvae_fast.models.states import not_finite
 from nvae_fast.training import CheckpointError, checkpoint, load_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -221,3 +222,25 @@ def test_numpy_integers_are_integers(tmp_path):
             model.sample(wrong)
     with pytest.raises(TypeError, match=r"num_latent_per_group must be int, got 2\.5"):
         model.config.replace(num_latent_per_group=np.float64(2.5))
+
+
+def test_numpy_integers_elsewhere(digits):
+    i, model = np.int64, tiny_model().eval()
+    sampler = nf.training.Sampler(model)
+    for first in (None, 3):
+        numpy_first = None if first is None else i(first)
+        assert torch.equal(
+            sampler(i(2), seed=i(2**62), first=numpy_first), sampler(2, seed=2**62, first=first)
+        )
+    given = {"samples": 1, "batch_size": 4, "seed": 2**62, "max_images": 4}
+    result = nf.training.evaluate(model, digits, **{key: i(value) for key, value in given.items()})
+    assert result == nf.training.evaluate(model, digits, **given)
+    assert type(result.seed) is type(result.samples) is int
+    with pytest.raises(TypeError, match=r"evaluate: samples must be an int, got 1\.5"):
+        nf.training.evaluate(model, digits, samples=1.5)
+    data = nf.data.open_dataset("digits", image_size=i(32), channels=i(1), num_bits=i(8))
+    loader = nf.data.BatchLoader(data, i(4), seed=i(2**62), workers=i(0), rank=i(0), world_size=i(1))
+    plain = nf.data.BatchLoader(data, 4, seed=2**62)
+    assert torch.equal(next(iter(loader.epoch(i(1), i(2)))), next(iter(plain.epoch(1, 2))))
+    assert torch.equal(nf.philox_normal((i(3), i(2)), i(1)), nf.philox_normal((3, 2), 1))
+    assert nf.distributions.DiscMixLogistic(torch.zeros(1, 100, 2, 2), i(10), i(8)).num_mix == 10

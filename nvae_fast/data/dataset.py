@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from . import hashing
+from .integers import plain
 
 logger = logging.getLogger("nvae_fast.data")
 
@@ -71,6 +72,7 @@ class ImageDataset:
     """
 
     def __init__(self, source: Source, *, split: str, num_bits: int = 8, binarize: bool = False) -> None:
+        num_bits = plain(num_bits)
         if isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8:
             raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
         channels, height, width = source.shape

@@ -18,9 +18,10 @@ import torch
 
 from nvae_fast.io import atomic_file, keep_as, sync_folder
 from nvae_fast.models import official, torch_files
+from nvae_fast.models.building import build
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
-from nvae_fast.models.states import build, not_finite
+from nvae_fast.models.states import not_finite
 from nvae_fast.training.config import TrainingConfig
 
 FORMAT = "nvae_fast.checkpoint"
