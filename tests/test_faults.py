@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import time
@@ -242,22 +241,40 @@ def test_a_folder_that_cannot_be_written(tmp_path, options, monkeypatch, capsys)
     assert not list((tmp_path / "empty").iterdir())
 
 
-def test_a_truncated_checkpoint_and_its_advice(tmp_path, options, capsys):
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "page"])
+def test_a_damaged_checkpoint_makes_way_for_the_previous_one(tmp_path, options, damage, capsys):
     folder = tmp_path / "run"
     few = [*options, "--out", str(folder), "--max-steps", "5"]
     assert main(few) == 0
-    file = folder / checkpoint.NAME
-    file.write_bytes(file.read_bytes()[:1000])
+    file, previous = folder / checkpoint.NAME, folder / checkpoint.PREVIOUS
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    content = {"truncated": data[:1000], "flipped": data, "empty": b"", "page": b"<html>"}[damage]
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=rf"{file} .*; use the previous one, {previous} \(copy it over"):
+        checkpoint.load(folder)
+    assert f"{previous}, step 4: --resume" in run_folder.how_to_continue(folder)
     capsys.readouterr()
     again = [*options, "--out", str(folder), "--resume", "--max-steps", "6"]
-    assert main(again) == 2
-    text = capsys.readouterr().err
-    previous = folder / checkpoint.PREVIOUS
-    assert f"{file} is truncated or damaged; use the previous one, {previous} (copy it over" in text
-    assert f"{previous}, step 4: --resume" in run_folder.how_to_continue(folder)
-    shutil.copy(previous, file)
     assert main(again) == 0
+    text = capsys.readouterr().err
+    kept = folder / "checkpoint-damaged.pt"
+    assert f"checkpoint {file} is " in text
+    assert f"it is kept as {kept}, and {previous} (step 4) takes its place" in text
+    assert kept.read_bytes() == content
     assert checkpoint.load(folder)["progress"]["step"] == 6
+    assert checkpoint.load(previous)["progress"]["step"] == 4
+
+
+def test_two_damaged_checkpoints_are_refused(tmp_path, options, capsys):
+    folder = tmp_path / "run"
+    assert main([*options, "--out", str(folder), "--max-steps", "5"]) == 0
+    for name in (checkpoint.NAME, checkpoint.PREVIOUS):
+        (folder / name).write_bytes(b"")
+    before = sorted(f.name for f in folder.iterdir())
+    assert main([*options, "--out", str(folder), "--resume", "--max-steps", "6"]) == 2
+    assert f"{folder / checkpoint.NAME} is truncated or damaged" in capsys.readouterr().err
+    assert sorted(f.name for f in folder.iterdir()) == before
 
 
 @pytest.mark.parametrize("kind", ["npy", "idx", "png"])

@@ -242,3 +242,130 @@ def test_two_processes_train_one_model(tmp_path):
     assert state["progress"]["steps_per_epoch"] == 1500 // 4
     assert [line["step"] for line in metrics.read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert (tmp_path / "run" / "samples.png").exists()
+
+
+def test_random_kills_and_a_run_without_any_end_alike(tmp_path):
+    command = [sys.executable, str(Path(__file__).parent / "kills.py"), "3", str(tmp_path / "runs")]
+    found = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr
+    assert "3 kills" in found.stdout
+
+
+def with_bad_steps(run: Trainer, bad) -> list[int]:
+    """Let the steps for which ``bad`` holds see NaN; returns the list of the steps at which checkpoints are written."""
+    real, save, saved = run._take_step, run.save, []
+
+    def take(x):
+        return real(x * float("nan") if bad(run.step) else x)
+
+    def count():
+        before = run._last_saved
+        save()
+        if run._last_saved != before:
+            saved.append(run.step)
+
+    run._take_step, run.save = take, count
+    return saved
+
+
+def test_no_checkpoint_is_written_between_bad_steps(tmp_path, digits):
+    config = TINY_TRAINING.replace(max_steps=14, checkpoint_every=2, max_bad_steps=9)
+    run = trainer(tmp_path, digits, config)
+    saved = with_bad_steps(run, lambda step: 3 <= step < 9)
+    assert run.run().skipped == 6
+    # The one due at step 4 waits for step 10, the first finite one.
+    assert saved == [0, 2, 10, 12, 14]
+
+
+def test_a_checkpoint_after_which_nothing_was_finite_is_not_the_newest(tmp_path, digits):
+    run = trainer(tmp_path, digits, TINY_TRAINING.replace(max_steps=50, checkpoint_every=2, max_bad_steps=3))
+    real = run._take_step
+
+    def take(x):
+        result = real(x)
+        if run.step == 5:  # the update of this step was too large: weights are finite, what follows is not
+            with torch.no_grad():
+                run.model.stem.log_weight_norm.fill_(80.0)
+        return result
+
+    run._take_step = take
+    with pytest.raises(
+        TrainingDiverged,
+        match=r"3 times in a row.*\(step 6, kept as .*-diverged\.pt\).*now .*checkpoint\.pt \(step 4\)",
+    ):
+        run.run()
+    names = {
+        name: checkpoint.load(tmp_path / name)["progress"]["step"]
+        for name in os.listdir(tmp_path)
+        if "pt" in name
+    }
+    assert names == {checkpoint.NAME: 4, checkpoint.PREVIOUS: 4, "checkpoint-diverged.pt": 6}
+    resumed = trainer(
+        tmp_path, digits, TINY_TRAINING.replace(max_steps=8), state=checkpoint.load_training(tmp_path)
+    )
+    assert resumed.run().skipped == 0
+
+
+def test_images_that_are_not_finite_say_nothing_of_the_checkpoint(tmp_path, digits):
+    config = TINY_TRAINING.replace(checkpoint_every=2, max_bad_steps=3, max_steps=4)
+    trainer(tmp_path, digits, config).run()
+    state = checkpoint.load_training(tmp_path)
+    run = trainer(tmp_path, digits, config.replace(max_steps=20), state=state)
+    run.dataset.batch, real = lambda *given: real(*given) * float("nan"), run.dataset.batch
+    try:
+        with pytest.raises(TrainingDiverged, match=r"and the images are not.*checkpoint\.pt \(step 4\)"):
+            run.run()
+    finally:
+        run.dataset.batch = real
+    assert checkpoint.load(tmp_path)["progress"]["step"] == 4
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path, digits):
+    run = trainer(tmp_path, digits, TINY_TRAINING.replace(checkpoint_every=2))
+    real = run._take_step
+
+    def take(x):
+        result = real(x)
+        if run.step == 3:
+            with torch.no_grad():
+                run.model.stem.weight[0] = float("inf")
+        return result
+
+    run._take_step = take
+    advice = r"step 4: stem\.weight holds an infinity.*last good checkpoint is .*checkpoint\.pt \(step 2\)"
+    with pytest.raises(TrainingDiverged, match=advice):
+        run.run()
+    assert checkpoint.load(tmp_path)["progress"]["step"] == 2
+
+
+@pytest.mark.parametrize("change", [{}, {"learning_rate": 1e-4}, {"grad_clip": 1.0}])
+def test_other_rates_restart_the_count_of_bad_steps(tmp_path, digits, change):
+    config = TINY_TRAINING.replace(max_steps=6, max_bad_steps=4, warmup_epochs=0, learning_rate_min=0)
+    run = trainer(tmp_path, digits, config)
+    with_bad_steps(run, lambda step: step >= 3)
+    assert run.run().skipped == 3
+    state = checkpoint.load_training(tmp_path)
+    assert state["progress"]["bad_in_a_row"] == 3
+    again = trainer(tmp_path, digits, config.replace(max_steps=8, **change), state=state)
+    with_bad_steps(again, lambda step: step == 6)
+    if change:
+        assert again.run().step == 8
+    else:
+        with pytest.raises(TrainingDiverged, match="4 times in a row"):
+            again.run()
+
+
+def test_a_state_that_does_not_fit_names_the_run(tmp_path, digits):
+    trainer(tmp_path, digits).run()
+    for part, change in (
+        ("optimizer", lambda part: part["state"][0].pop("exp_avg")),
+        ("optimizer", lambda part: part["state"][0].update(exp_avg=torch.zeros(2))),
+        ("optimizer", lambda part: part["param_groups"][0].update(params=[0])),
+        ("rng", lambda part: part.update(torch=torch.zeros(3))),
+        ("awaiting_data", lambda part: part.append("nowhere")),
+        ("model", lambda part: part.update({"stem.weight": 3})),
+    ):
+        state = checkpoint.load_training(tmp_path)
+        change(state[part])
+        with pytest.raises(CheckpointError, match=rf"{tmp_path}, does not fit: "):
+            trainer(tmp_path, digits, state=state)

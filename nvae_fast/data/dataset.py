@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import hashing
+from .integers import plain
 
 logger = logging.getLogger("nvae_fast.data")
 
@@ -95,6 +96,7 @@ class ImageDataset:
     def __init__(
         self, source: Source, *, split: str, num_bits: int | None = None, binarize: bool | None = False
     ) -> None:
+        num_bits = plain(num_bits)
         if num_bits is not None and (
             isinstance(num_bits, bool) or not isinstance(num_bits, int) or not 1 <= num_bits <= 8
         ):

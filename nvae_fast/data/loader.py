@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import hashing
 from .dataset import ImageDataset
+from .integers import plain
 
 _ORDER, _NOISE, _FLIP = (
     1,
@@ -55,6 +56,9 @@ class BatchLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        batch_size, workers, rank, world_size, seed = map(
+            plain, (batch_size, workers, rank, world_size, seed)
+        )
         for name, value, least in (
             ("batch_size", batch_size, 1),
             ("workers", workers, 0),
@@ -108,6 +112,7 @@ class BatchLoader:
         The batches are those that `epoch(epoch)` gives after skipping the first `start_batch`, bit for bit,
         without computing them. Raises ValueError when either is out of range.
         """
+        epoch, start_batch = plain(epoch), plain(start_batch)
         for name, value in (("epoch", epoch), ("start_batch", start_batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:
                 raise ValueError(f"{name}: expected an integer of at least 0, got {value!r}")

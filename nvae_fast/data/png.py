@@ -13,6 +13,8 @@ from torch import Tensor
 
 from nvae_fast.io import atomic_file
 
+from .integers import plain
+
 _GAP = 2  # pixels between images
 _GAP_VALUE = 128
 
@@ -51,6 +53,7 @@ def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
         )
     if images.is_complex():
         raise TypeError(f"images: expected real values in [0,1], got {images.dtype}")
+    columns = plain(columns)
     if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
         raise ValueError(f"columns: expected a positive integer or None, got {columns!r}")
     values = images.detach().double().cpu().numpy()

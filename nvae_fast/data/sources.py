@@ -10,6 +10,7 @@ from pathlib import Path
 from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images
 from .dataset import ImageDataset, Source
 from .decode import SUFFIXES, looks_encoded
+from .integers import plain
 from .lazy import MAX_SKIPPED, check_max_skipped
 
 logger = logging.getLogger("nvae_fast.data")
@@ -65,6 +66,7 @@ def open_dataset(
     """
     if split not in ("train", "test"):
         raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    image_size, channels, num_bits = plain(image_size), plain(channels), plain(num_bits)
     for argument, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{argument}: expected a positive integer or None, got {value!r}")

@@ -26,6 +26,7 @@ class DiscMixLogistic:
     """
 
     def __init__(self, param: torch.Tensor, num_mix: int = 10, num_bits: int = 8) -> None:
+        num_mix, num_bits = _checks.plain(num_mix), _checks.plain(num_bits)
         for name, value, most in (("num_mix", num_mix, None), ("num_bits", num_bits, 16)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"DiscMixLogistic: {name} must be an int, got {type(value).__name__}")

@@ -254,16 +254,6 @@ class NVAEConfig:
                 raise ValueError(f"NVAEConfig: {field.name} must be <= {highest}, got {reprlib.repr(value)}")
         self._validate()
 
-    @property
-    def num_cells(self) -> int:
-        """Cells of the whole model, those of the flows included."""
-        towers = self.num_groups * (self.num_cell_per_cond_enc + self.num_cell_per_cond_dec + self.num_nf)
-        return (
-            towers
-            + self.num_preprocess_blocks * self.num_preprocess_cells
-            + self.num_postprocess_blocks * self.num_postprocess_cells
-        )
-
     def _validate(self) -> None:
         def require(holds: bool, message: str) -> None:
             if not holds:

@@ -15,10 +15,10 @@ import torch
 
 from nvae_fast.io import atomic_file
 from nvae_fast.models import torch_files
+from nvae_fast.models.building import build
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.models.official_keys import state_dict
-from nvae_fast.models.states import build
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import pickle
 import pickletools
 import re
 import stat
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from nvae_fast.models import numpy_pickles
 MOST_PICKLED_BYTES = 1 << 25
 MOST_OPERATIONS = 2_000_000
 
+_lock = threading.Lock()
 _CHECKSUM = b"nvae_fast sha256 "
 _BLOCK = 1 << 20
 # How a file of torch.save without an archive begins (PyTorch before 1.6): a magic number and a protocol version, pickled.
@@ -97,51 +99,53 @@ class DamagedFile(UnreadableFile):
     """A file of torch.save that is truncated, or not what was written."""
 
 
-def read(path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu") -> Any:
-    """The object in the file ``path`` of torch.save, its tensors on ``map_location``; nothing in the file can run code.
+def read(path: str | os.PathLike[str]) -> Any:
+    """The object in the file ``path`` of torch.save, its tensors on the CPU; nothing in the file can run code.
+
+    Files of PyTorch before 1.6 carry no checksums: where their tensors are damaged, it cannot be noticed.
 
     Raises:
         DamagedFile: it is truncated, or a checksum in it is wrong. UnreadableFile: it is something else, is compressed or
-        encrypted, or names objects that are not plain data. OSError: it cannot be read.
+        encrypted, or names objects that are not plain data. OSError: it cannot be read, or there is not enough memory.
     """
-    with open_regular(path) as handle:
+    with open_regular(path) as handle, _damage(path):
         head = handle.read(512)
-        with _damage():
-            if head.startswith(b"PK\x03\x04"):
-                _check_archive(handle)
-            elif head.startswith(_LEGACY):
-                handle.seek(0)  # the tensors after the pickles carry no checksum
-                _check_pickles(io.BytesIO(handle.read(MOST_PICKLED_BYTES)), _LEGACY_PICKLES)
-            else:
-                raise _something_else(head)
-            handle.seek(0)
-            extra = [
-                (argparse.Namespace, "argparse.Namespace"),
-                *((v, k) for k, v in numpy_pickles.GLOBALS.items()),
-            ]
-            with torch.serialization.safe_globals(extra):
-                document = torch.load(handle, map_location=map_location, weights_only=True)
-            return numpy_pickles.unwrap(document)
+        if head.startswith(b"PK\x03\x04"):
+            _check_archive(handle)
+        elif head.startswith(_LEGACY):
+            handle.seek(0)  # the tensors after the pickles carry no checksum
+            _check_pickles(io.BytesIO(handle.read(MOST_PICKLED_BYTES)), _LEGACY_PICKLES)
+        else:
+            raise _something_else(head)
+        handle.seek(0)
+        extra: list[Any] = [(value, name) for name, value in numpy_pickles.GLOBALS.items()]
+        extra.append((argparse.Namespace, "argparse.Namespace"))
+        # The list of globals is shared by all threads.
+        with _lock, torch.serialization.safe_globals(extra):
+            document = torch.load(handle, map_location="cpu", weights_only=True)
+        return numpy_pickles.unwrap(document)
 
 
 @contextlib.contextmanager
-def _damage() -> Iterator[None]:
+def _damage(path: str | os.PathLike[str]) -> Iterator[None]:
     """Damage shows as whatever breaks first: zipfile, pickletools and torch.load raise errors of a dozen kinds."""
     try:
         yield
     except UnreadableFile:
         raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM), str(path)) from error
         # A wrong offset in an archive is an invalid argument to the system.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
-            raise
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise DamagedFile(f"is truncated or damaged: {_first_line(error)}") from error
 
 
 def write(document: Any, handle: IO[bytes]) -> None:
     """Write ``document`` as torch.save does, with a SHA-256 of all of it as the comment of the archive."""
     hashing = _Hashing(handle)
-    torch.save(document, hashing)
+    torch.save(document, hashing)  # type: ignore[arg-type]  # it writes and flushes only
     comment = _CHECKSUM + hashing.digest.hexdigest().encode()
     # An archive ends with the length of its comment, in two bytes.
     handle.seek(-2, os.SEEK_END)
@@ -182,11 +186,11 @@ def _something_else(head: bytes) -> UnreadableFile:
 def _check_archive(handle: IO[bytes]) -> None:
     with zipfile.ZipFile(handle) as archive:
         members = archive.infolist()
+        whole = archive.comment.startswith(_CHECKSUM)
+        if whole and archive.comment[len(_CHECKSUM) :] != _hash_before_comment(handle, archive.comment):
+            raise DamagedFile("is truncated or damaged: its checksum is wrong")
         _check_members(members, os.fstat(handle.fileno()).st_size)
-        if archive.comment.startswith(_CHECKSUM):
-            if archive.comment[len(_CHECKSUM) :] != _hash_before_comment(handle, archive.comment):
-                raise DamagedFile("is truncated or damaged: its checksum is wrong")
-        else:
+        if not whole:
             for member in members:
                 with archive.open(member) as content:
                     while content.read(_BLOCK):
@@ -202,7 +206,7 @@ def _is_pickle(member: zipfile.ZipInfo) -> bool:
 
 
 def _check_members(members: list[zipfile.ZipInfo], size: int) -> None:
-    """The members are stored one after another, as torch.save writes them, so that together they are no larger than the file."""
+    """Raise unless members are stored one after another, as torch.save writes them: all are no larger than the file."""
     for member in members:
         if member.flag_bits & 1:
             raise UnreadableFile("is not a checkpoint but an encrypted archive: extract it first")
@@ -252,7 +256,7 @@ def _check_pickles(stream: io.BytesIO, count: int) -> None:
                     f"is not a checkpoint of an NVAE: its structure has more than {MOST_OPERATIONS} parts"
                 )
             if operation.name == "GLOBAL":
-                globals_.add(argument.replace(" ", "."))
+                globals_.add(str(argument).replace(" ", "."))
             elif isinstance(argument, str) and argument.lower().replace("-", "_") in _GROWING:
                 growing.add(argument)
     foreign = sorted(globals_ - _GLOBALS - numpy_pickles.GLOBALS.keys())

@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -179,12 +180,19 @@ def choices(op: str, allowed: tuple[int, ...], **values: int) -> tuple[int, ...]
     return tuple(values.values())
 
 
-def size(op: str, name: str, value: Any) -> None:
-    """``value`` is an int >= 0."""
+def size(op: str, name: str, value: Any) -> int:
+    """``value`` as an int >= 0."""
+    value = plain(value)
     if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
         raise TypeError(f"{op}: {name} must be an int, got {type(value).__name__}")
     if value < 0:
         raise ValueError(f"{op}: {name} must be >= 0, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def plain(value: Any) -> Any:
+    """A NumPy integer as an int; anything else as it is, for the caller to judge."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def flag(op: str, name: str, value: Any) -> None:

@@ -100,8 +100,8 @@ def philox_words(seed: int | Tensor, n_blocks: int, first_block: int = 0) -> Ten
         TypeError: seed is neither int nor int64 tensor, a count is not an int.
         ValueError: seed tensor not 0-d, negative count.
     """
-    _checks.size("philox_words", "n_blocks", n_blocks)
-    _checks.size("philox_words", "first_block", first_block)
+    n_blocks = _checks.size("philox_words", "n_blocks", n_blocks)
+    first_block = _checks.size("philox_words", "first_block", first_block)
     given = _checks.seed("philox_words", _no_seed("philox_words") if seed is None else seed, None)
     return _words(given, n_blocks, first_block)
 
@@ -120,7 +120,7 @@ def split_seed(seed: int | Tensor, n: int) -> Tensor:
     Raises:
         TypeError, ValueError: as :func:`philox_words`.
     """
-    _checks.size("split_seed", "n", n)
+    n = _checks.size("split_seed", "n", n)
     return _split(_checks.seed("split_seed", _no_seed("split_seed") if seed is None else seed, None), n)
 
 
@@ -140,7 +140,7 @@ def _no_seed(op: str) -> NoReturn:
 def _checked_size(size: Any) -> list[int]:
     if isinstance(size, (int, torch.SymInt, str)) or not isinstance(size, Sequence):
         raise TypeError(f"philox_normal: size must be a sequence of ints, got {type(size).__name__}")
-    shape = list(size)
+    shape = [_checks.plain(extent) for extent in size]
     for extent in shape:
         if not isinstance(extent, (int, torch.SymInt)) or isinstance(extent, bool):
             raise TypeError(

@@ -18,9 +18,10 @@ import torch
 
 from nvae_fast.io import atomic_file, keep_as, sync_folder
 from nvae_fast.models import official, torch_files
+from nvae_fast.models.building import build
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
-from nvae_fast.models.states import build, not_finite
+from nvae_fast.models.states import not_finite
 from nvae_fast.training.config import TrainingConfig
 
 FORMAT = "nvae_fast.checkpoint"
@@ -103,7 +104,8 @@ def load(path: str | os.PathLike[str], *, map_location: str | torch.device = "cp
     truncated or not what was written. Nothing in the file can run code: it is read with `weights_only=True`.
     """
     file = resolve(path)
-    return _ours(_read(file, map_location), file)
+    document = _ours(_read(file), file)
+    return document if str(map_location) == "cpu" else _moved(document, map_location)
 
 
 def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -124,9 +126,9 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
     return document
 
 
-def _read(file: Path, map_location: str | torch.device = "cpu") -> Any:
+def _read(file: Path) -> Any:
     try:
-        return torch_files.read(file, map_location=map_location)
+        return torch_files.read(file)
     except torch_files.DamagedFile as error:
         raise DamagedCheckpoint(f"checkpoint {file} {error}{_advice(file)}") from error
     except torch_files.UnreadableFile as error:
@@ -162,6 +164,17 @@ def _require(found: Any, wanted: Any, where: str) -> None:
             raise CheckpointError(f"{where} lacks {', '.join(missing)}")
         for key, part in wanted.items():
             _require(found[key], part, f"{where}: {key}" if ":" not in where else f"{where}[{key!r}]")
+
+
+def _moved(value: Any, device: str | torch.device) -> Any:
+    """`value` with its tensors on `device`."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_moved(item, device) for item in value)
+    return value
 
 
 def resolve(path: str | os.PathLike[str]) -> Path:
@@ -311,15 +324,18 @@ def set_aside(folder: Path, label: str) -> Path:
 def recover(folder: Path) -> str | None:
     """Make sure that the newest checkpoint of a run folder is whole: where it is damaged and the previous one is not, the
     previous one takes its place. Returns what was done, None when nothing was."""
-    try:
-        load(folder / NAME)
-        return None
-    except DamagedCheckpoint as error:
-        problem = str(error).removesuffix(_advice(folder / NAME))
-    except CheckpointError:
+    newest = folder / NAME
+    if not newest.exists():
         return None
     try:
-        step = load(folder / PREVIOUS).get("progress", {}).get("step")
+        torch_files.read(newest)
+        return None
+    except torch_files.UnreadableFile as error:
+        problem = f"checkpoint {newest} {error}"
+    except OSError:
+        return None  # loading says what is wrong
+    try:
+        step = load_training(folder / PREVIOUS)["progress"]["step"]
     except CheckpointError:
         return None
     kept = set_aside(folder, "damaged")

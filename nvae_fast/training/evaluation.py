@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
+from nvae_fast.ops import _checks
 from nvae_fast.training import seeds
 from nvae_fast.training.distributed import World, fingerprint
 from nvae_fast.training.objective import full_precision
@@ -156,6 +157,12 @@ def evaluate(
     arguments, on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`);
     the model itself is not changed.
     """
+    samples, batch_size = (
+        _checks.whole("evaluate", "samples", samples),
+        _checks.whole("evaluate", "batch_size", batch_size),
+    )
+    seed = _checks.whole("evaluate", "seed", seed)
+    max_images = None if max_images is None else _checks.whole("evaluate", "max_images", max_images)
     for name, value in (("samples", samples), ("batch_size", batch_size), ("max_images", max_images)):
         if value is not None and value < 1:
             raise ValueError(f"evaluate: {name} must be at least 1, got {value}")

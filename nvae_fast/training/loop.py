@@ -176,8 +176,9 @@ class Trainer:
                 stopping, due, number = False, False, 0
                 while not stopping and self.position < self.total_steps:
                     begun = time.perf_counter()
-                    result, facts = self._take_step(next(batches))
-                    self._judge(result, progress)
+                    images = next(batches)
+                    result, facts = self._take_step(images)
+                    self._judge(result, images, progress)
                     pace.append(time.perf_counter() - begun)
                     self._advance(time.perf_counter() - started, statistics.median(pace))
                     self._report(result, facts, log, progress)
@@ -315,7 +316,7 @@ class Trainer:
         )
         return result, {"kl_coefficient": coefficient, "learning_rate": rate, "lambda": weight}
 
-    def _judge(self, result: StepResult, progress: Progress) -> None:
+    def _judge(self, result: StepResult, images: Tensor, progress: Progress) -> None:
         self.averages.add(result)
         if not result.skipped:
             self.bad_in_a_row = 0
@@ -329,30 +330,43 @@ class Trainer:
                 f"step skipped ({self.bad_in_a_row} in a row, {self.skipped} in all)"
             )
         if self.bad_in_a_row >= self.config.max_bad_steps:
-            raise TrainingDiverged(
-                self._advice(f"loss or gradient was not finite {self.bad_in_a_row} times in a row")
-            )
+            problem = f"loss or gradient was not finite {self.bad_in_a_row} times in a row"
+            if self.world.largest(float(not bool(torch.isfinite(images).all())))[0]:
+                raise TrainingDiverged(
+                    self._advice(f"{problem}, and the images are not", blame_weights=False)
+                )
+            raise TrainingDiverged(self._advice(problem))
 
-    def _advice(self, problem: str) -> str:
+    def _advice(self, problem: str, *, blame_weights: bool = True) -> str:
         advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
         if self.config.autocast:
             advice.append("leave out --autocast")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
-        return f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {self._good_checkpoint()}"
+        good = None
+        # A checkpoint after which no step was finite may hold the weights that made them so.
+        if blame_weights and not self._proven and self._last_saved > 0:
+            good = self._step_back()
+        good = (
+            good
+            or f"The last good checkpoint is {self.folder / checkpoint.NAME} (step {max(self._last_saved, 0)})"
+        )
+        return f"training stopped at step {self.step}: {problem}. What may help: {', '.join(advice)}. {good}"
 
-    def _good_checkpoint(self) -> str:
-        """A sentence with the last good checkpoint, which is made the newest one when no step after the newest was finite."""
-        newest, previous = self.folder / checkpoint.NAME, self.folder / checkpoint.PREVIOUS
-        if not self._proven and self._last_saved > 0 and self.world.is_main and previous.exists():
-            with contextlib.suppress(checkpoint.CheckpointError, OSError):
-                step = checkpoint.load_training(previous)["progress"]["step"]
-                kept = checkpoint.set_aside(self.folder, "diverged")
-                return (
-                    f"No step after the newest checkpoint (step {self._last_saved}, kept as {kept}) was finite. The last good "
-                    f"checkpoint is the one before, now {newest} (step {step})"
-                )
-        return f"The last good checkpoint is {newest} (step {max(self._last_saved, 0)})"
+    def _step_back(self) -> str | None:
+        """Make the previous checkpoint the newest one; returns a sentence that says so, None where there is none."""
+        if not self.world.is_main:
+            return "The first process says which checkpoint is the last good one"
+        previous = self.folder / checkpoint.PREVIOUS
+        try:
+            step = checkpoint.load_training(previous)["progress"]["step"]
+            kept = checkpoint.set_aside(self.folder, "diverged")
+        except (checkpoint.CheckpointError, OSError):
+            return None
+        return (
+            f"No step after the newest checkpoint (step {self._last_saved}, kept as {kept}) was finite. The last good "
+            f"checkpoint is the one before, now {self.folder / checkpoint.NAME} (step {step})"
+        )
 
     def _advance(self, elapsed: float, pace: float) -> None:
         limit = self.config.time_limit * 60 if self.config.time_limit is not None else None

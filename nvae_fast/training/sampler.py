@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
+from nvae_fast.ops import _checks
 from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder
 from nvae_fast.training.seeds import mix_seed
 
@@ -65,6 +66,7 @@ class Sampler:
         image `first + i` is then drawn from streams of its own, the same in any batch and on any process. None: one
         stream for the batch, which is faster by a launch or two an image where launches count.
         """
+        n, seed = _checks.whole("Sampler", "n", n), _checks.whole("Sampler", "seed", seed)
         if first is None:
             self._image_seeds = None
             self._latent.write(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 from nvae_fast.data.hashing import splitmix64
 
 # One constant per purpose keeps, say, the noise of step 5 apart from the order of epoch 5.
@@ -18,5 +20,5 @@ def mix_seed(*parts: int) -> int:
     """
     state = 0x6A09E667F3BCC908
     for part in parts:
-        state = splitmix64(state ^ splitmix64(part))
+        state = splitmix64(state ^ splitmix64(operator.index(part)))
     return state >> 1
