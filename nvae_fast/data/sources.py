@@ -21,6 +21,7 @@ _OPENERS: dict[str, Opener] = {
     "npy": arrays.open_array,
     "idx": idx.open_idx,
     "cifar10": cifar.open_cifar10,
+    "cifar100": cifar.open_cifar100,
     "lmdb": lmdb_images.open_lmdb,
 }
 _LAZY = ("folder", "lmdb")  # sources whose images are decoded one by one, so that one may be damaged
@@ -46,7 +47,8 @@ def open_dataset(
         "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
         "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
         "idx"      MNIST's IDX files, raw or .gz, one file or their folder
-        "cifar10"  CIFAR-10's binary version, its folder or one batch
+        "cifar10"  CIFAR-10, the binary or the Python version: their folder, .tar.gz, or one batch
+        "cifar100" CIFAR-100, the same
         "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
     split: "train" or "test". A path that knows no splits gives all its images for both, and says so in the
     log for "test".
@@ -115,21 +117,22 @@ def detect(path: Path) -> str:
 def _detect_folder(path: Path) -> str:
     if any(lmdb_images.find_database(path, split) for split in ("train", "test")):
         return "lmdb"
-    if any(
-        idx.find_file(path / sub, split)
-        for sub in ("", "MNIST/raw", "raw", "MNIST")
-        for split in ("train", "test")
-    ):
-        return "idx"
-    if cifar.find_folder(path) is not None:
-        return "cifar10"
+    found = [name for name in ("cifar10", "cifar100") if cifar.find(path, name) is not None]
+    if any(idx.find_file(path / sub, split) for sub in idx.FOLDERS for split in ("train", "test")):
+        found.append("idx")
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: several data sets are in this folder ({', '.join(found)}): kind (--data-kind) chooses one"
+        )
+    if found:
+        return found[0]
     if any(arrays.find_file(path, split) for split in ("train", "test")):
         return "npy"
     if folder.has_images(path):
         return "folder"
     raise ValueError(
         f"{path}: nothing recognised in this folder. Looked for an LMDB (data.mdb, "
-        f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR-10 ({cifar.FILE_NAMES}), "
+        f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR ({cifar.FILE_NAMES}), "
         f"numpy files (train.npy, test.npy, or .npz) and images "
         f"({', '.join(SUFFIXES)}), these also in folders below"
     )
@@ -140,17 +143,19 @@ def _detect_file(path: Path) -> str:
         head = file.read(contents.HEAD)
     if head.startswith((b"\x93NUMPY", b"PK")):
         return "npy"
+    if cifar.is_archive(path):
+        return "cifar100" if "100" in path.name else "cifar10"
     if head.startswith((b"\0\0\x08", b"\x1f\x8b")) or "idx3-ubyte" in path.name:
         return "idx"
     if lmdb_images.is_database_file(head):
         return "lmdb"
-    if path.suffix == ".bin":
-        return "cifar10"
+    if path.suffix == ".bin" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "cifar10"  # a file of either data set
     if path.suffix in (".npy", ".npz"):
         return "npy"
     hint = " (a single image: give the folder it is in)" if looks_encoded(head) else ""
     raise ValueError(
         f"{path}: not recognised{hint}. Looked for the first bytes of a .npy or .npz, an IDX file (raw or "
-        f".gz), an LMDB file, or the name of a CIFAR-10 batch (.bin); "
+        f".gz), an LMDB file, or a CIFAR batch; "
         f"it starts with {head[:8].hex() or 'nothing: the file is empty'}{contents.but_it_is(head) if head else ''}"
     )
