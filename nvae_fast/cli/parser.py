@@ -153,7 +153,10 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     )
     _max_skipped(parser)
     parser.add_argument(
-        "--split", choices=["train", "test"], default="test", help="which part of the data (default: test)"
+        "--split",
+        choices=["train", "validation", "test"],
+        default="test",
+        help="which part of the data (default: test; the validation part where there is no test part)",
     )
     _number(parser, "--samples", 1, "K, draws of the importance-weighted bound, for every image", "draws")
     _number(parser, "--batch-size", 32, "images evaluated together", "images")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import contents
-from .arrays import SPLIT_NAMES
+from .arrays import SPLIT_NAMES, other_splits
 from .decode import (
     MAX_FILE_BYTES,
     SUFFIXES,
@@ -32,7 +32,7 @@ def split_folder(path: Path, split: str) -> tuple[Path, bool]:
     for name in SPLIT_NAMES[split]:
         if (path / name).is_dir():
             return path / name, True
-    other = [n for n in SPLIT_NAMES["test" if split == "train" else "train"] if (path / n).is_dir()]
+    other = [name for name in other_splits(split) if (path / name).is_dir()]
     if other:
         looked = ", ".join(SPLIT_NAMES[split])
         raise FileNotFoundError(

@@ -1,5 +1,7 @@
 """LMDB databases as prepared for NVAE: the key of sample i is str(i) in ASCII, the value an image.
 
+Where keys are no numbers, as in LSUN's databases, samples are in the order of the keys.
+
 A value is either an encoded image (PNG, JPEG, ...), decoded, centre-cropped and resized like the files of a
 folder, or the raw uint8 bytes of H x W x C (C = 3 unless `channels` says 1). Raw square images are recognised
 by their length, and so is CelebA's aligned format of 218x178x3.
@@ -43,7 +45,12 @@ def find_database(path: Path, split: str) -> tuple[Path, bool] | None:
     if path.is_file() or (path / "data.mdb").is_file():
         return path, False
     for name in SPLIT_NAMES[split]:
-        for candidate in (path / f"{name}.lmdb", path / name):
+        categories = sorted(path.glob(f"*_{name}_lmdb"))  # as LSUN is published
+        if len(categories) > 1:
+            raise ValueError(
+                f"{path}: several databases, give one of them: {', '.join(map(str, categories))}"
+            )
+        for candidate in (path / f"{name}.lmdb", path / name, *categories):
             if (candidate.is_file() and candidate.suffix == ".lmdb") or (candidate / "data.mdb").is_file():
                 return candidate, True
     return None
@@ -112,6 +119,13 @@ class _Database:
         except lmdb.Error as error:
             raise DatasetError(f"{self.file}: damaged LMDB database ({error}); copy it again") from error
 
+    def other_keys(self) -> list[bytes] | None:
+        """All keys in order when the first is no number, else None: they are '0' to 'N-1' then."""
+        with self.environment().begin(buffers=False) as transaction, transaction.cursor() as cursor:
+            if not cursor.first() or bytes(cursor.key()).isdigit():
+                return None
+            return [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+
 
 _databases: weakref.WeakValueDictionary[str, _Database] = weakref.WeakValueDictionary()
 
@@ -155,6 +169,7 @@ class LmdbImages(LazyImages):
         if count == 0:
             raise ValueError(f"{path}: an empty LMDB database")
         skipped = Skipped(str(path), count, max_skipped)
+        self._keys = self._database.other_keys()
         self.raw_shape: tuple[int, int, int] | None = None
         size, bands = self._first(count, image_size, channels, skipped.most)
         self.values = PixelRange()
@@ -190,7 +205,7 @@ class LmdbImages(LazyImages):
                 f"{self.path}: {count} entries, but none has the key '0'; expected keys '0' to 'N-1'"
             ) from first
         text = str(first)
-        where = "" if text.startswith(str(self.path)) else f"{self.path}, key '0': damaged image: "
+        where = "" if text.startswith(str(self.path)) else f"{self.label(0)}: damaged image: "
         raise ValueError(where + text) from first
 
     def _raw_shape(
@@ -201,8 +216,8 @@ class LmdbImages(LazyImages):
         asked = image_size is not None and length == image_size * image_size * bands
         if not asked and _holds_floats(value):
             raise DatasetError(
-                f"{self.path}: the value of key '{index}' has {length} bytes that are floating-point numbers; expected the "
-                "uint8 bytes (0 to 255) of an image, or an encoded image (PNG, JPEG, ...)"
+                f"{self.path}: the value of key {self._key(index)} has {length} bytes that are floating-point numbers; "
+                "expected the uint8 bytes (0 to 255) of an image, or an encoded image (PNG, JPEG, ...)"
             )
         if side and side * side * bands == length:
             return side, side, bands
@@ -214,7 +229,7 @@ class LmdbImages(LazyImages):
             else "H*H*3 bytes (square images)"
         )
         raise ValueError(
-            f"{self.path}: the value of key '{index}' has {length} bytes, "
+            f"{self.path}: the value of key {self._key(index)} has {length} bytes, "
             f"neither an encoded image (PNG, JPEG, ...) nor {expected}"
             + contents.but_it_is(value[: contents.HEAD])
         )
@@ -250,10 +265,14 @@ class LmdbImages(LazyImages):
         self._database = _database(self.path)
 
     def _value(self, index: int) -> bytes:
-        value = self._database.value(str(index).encode("ascii"))
+        key = str(index).encode("ascii") if self._keys is None else self._keys[index]
+        value = self._database.value(key)
         if value is None:
-            raise KeyError(f"no key '{index}'")
+            raise KeyError(f"no key {self._key(index)}")
         return value
+
+    def _key(self, index: int) -> str:
+        return f"'{index}'" if self._keys is None else repr(self._keys[index])[1:]
 
     def decode(self, index: int) -> np.ndarray:
         value = self._value(index)
@@ -275,7 +294,7 @@ class LmdbImages(LazyImages):
         return fit_image(image.fromarray(pixels if bands == 3 else pixels[..., 0]), size, bands)
 
     def label(self, index: int) -> str:
-        return f"{self.path}, key '{index}'"
+        return f"{self.path}, key {self._key(index)}"
 
 
 def open_lmdb(

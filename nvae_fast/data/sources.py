@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images
+from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
 from .decode import SUFFIXES, looks_encoded
 from .lazy import MAX_SKIPPED, check_max_skipped
@@ -23,7 +23,10 @@ _OPENERS: dict[str, Opener] = {
     "cifar10": cifar.open_cifar10,
     "cifar100": cifar.open_cifar100,
     "lmdb": lmdb_images.open_lmdb,
+    "omniglot": omniglot.open_omniglot,
 }
+SPLITS = ("train", "validation", "test")
+_TWO_SPLITS = ("idx", "cifar10", "cifar100", "omniglot")
 _LAZY = ("folder", "lmdb")  # sources whose images are decoded one by one, so that one may be damaged
 KINDS = (*_BUILTIN, *_OPENERS)
 """What :func:`open_dataset` knows to open: the values of its ``kind``."""
@@ -45,13 +48,15 @@ def open_dataset(
 
     name_or_path: "digits", "photos" (built in; write "./digits" for a folder of that name), or a path to
         "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
-        "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
+        "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), a folder of train.npy, test.npy,
+                   or the batches of ImageNet at 32 or 64 pixels (train_data_batch_*.npz, val_data.npz)
         "idx"      MNIST's IDX files, raw or .gz, one file or their folder
         "cifar10"  CIFAR-10, the binary or the Python version: their folder, .tar.gz, or one batch
         "cifar100" CIFAR-100, the same
         "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
-    split: "train" or "test". A path that knows no splits gives all its images for both, and says so in the
-    log for "test".
+        "omniglot" chardata.mat, or its folder (needs scipy)
+    split: "train", "validation" or "test". Where there is a validation part and no test part, that is the test part. A
+    path that knows no splits gives all its images for each, and says so in the log for the last two.
     image_size: pixels a side; None: what the source has. channels: 1 or 3; None: what the source has.
     num_bits: 1..8 bits a pixel. kind: None detects it from the content.
     binarize: a Bernoulli draw at every load. likelihood: that of the model, "bernoulli" binarises and any other does not.
@@ -65,8 +70,8 @@ def open_dataset(
     ValueError that names the file, what was expected and what came; ModuleNotFoundError that says what to
     install when a needed package is missing.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split (--split): expected {', '.join(map(repr, SPLITS))}, got {split!r}")
     for argument, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError(f"{argument}: expected a positive integer or None, got {value!r}")
@@ -85,6 +90,8 @@ def open_dataset(
 
     name = os.fspath(name_or_path)
     source: Source
+    if split == "validation" and (kind or name) in _BUILTIN:
+        raise ValueError(f"split (--split): {kind or name} has train and test images, no validation images")
     if kind in _BUILTIN or (kind is None and name in _BUILTIN):
         source = _BUILTIN[kind or name](split, image_size, channels)
         own_split = True
@@ -97,14 +104,18 @@ def open_dataset(
         if not path.is_dir():
             contents.check_regular(path)
         kind = kind or detect(path)
+        if split == "validation" and kind in _TWO_SPLITS:
+            raise ValueError(f"split (--split): {path} has train and test images, no validation images")
         options = {"max_skipped": max_skipped} if kind in _LAZY else {}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
-    if split == "test" and not own_split:
+    if split != "train" and not own_split:
         logger.warning(
-            "%s has no splits: all of its %d images are given as the test split; "
-            "if you train on it too, keep a test set apart",
+            "%s has no splits: all of its %d images are given as the %s split; "
+            "if you train on it too, keep a %s set apart",
             name,
             len(source),
+            split,
+            split,
         )
     return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
 
@@ -126,14 +137,16 @@ def _detect_folder(path: Path) -> str:
         )
     if found:
         return found[0]
-    if any(arrays.find_file(path, split) for split in ("train", "test")):
+    if (path / omniglot.FILE_NAME).is_file():
+        return "omniglot"
+    if any(arrays.find_files(path, split) for split in SPLITS):
         return "npy"
     if folder.has_images(path):
         return "folder"
     raise ValueError(
         f"{path}: nothing recognised in this folder. Looked for an LMDB (data.mdb, "
         f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR ({cifar.FILE_NAMES}), "
-        f"numpy files (train.npy, test.npy, or .npz) and images "
+        f"numpy files (train.npy, test.npy, .npz, {omniglot.FILE_NAME}) and images "
         f"({', '.join(SUFFIXES)}), these also in folders below"
     )
 
@@ -147,6 +160,8 @@ def _detect_file(path: Path) -> str:
         return "cifar100" if "100" in path.name else "cifar10"
     if head.startswith((b"\0\0\x08", b"\x1f\x8b")) or "idx3-ubyte" in path.name:
         return "idx"
+    if head.startswith(b"MATLAB"):
+        return "omniglot"
     if lmdb_images.is_database_file(head):
         return "lmdb"
     if path.suffix == ".bin" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
