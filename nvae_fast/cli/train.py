@@ -11,7 +11,14 @@ from typing import Any
 import torch
 
 from nvae_fast.cli import options
-from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, versions
+from nvae_fast.cli.common import (
+    image_options,
+    open_images,
+    report_skipped,
+    reporter,
+    run_on_processes,
+    versions,
+)
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
@@ -72,17 +79,24 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
         model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
         kind = arguments.data_kind or state["data"].get("kind")
+        images = state["data"]
     else:
         chosen = training_preset(arguments.preset or "digits_demo")
         config = chosen.training.replace(**training_given)
         model_config = chosen.model_config()
         if model_given:
             model_config = model_config.replace(**model_given)
-        data, kind = arguments.data or chosen.data, arguments.data_kind
+        data, kind, images = arguments.data or chosen.data, arguments.data_kind, None
         if data is None:
             raise ValueError(f"preset {chosen.name} needs --data, the path of its images")
         folder = Path(arguments.out or f"runs/{chosen.name}")
-    dataset = open_images(data, kind, "train", model_config, arguments.max_skipped_images)
+    how = image_options(arguments, model_config, images)
+    dataset = open_images(data, kind, "train", model_config, how)
+    if images is not None and images.get("reading") not in (None, dataset.reading):
+        raise ValueError(
+            f"--crop and --resample cannot change when a run is resumed: it has {images['reading']}, "
+            f"{dataset.reading} was asked for"
+        )
     if config.threads is not None:
         torch.set_num_threads(config.threads)
 
@@ -109,7 +123,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
             f"{folder / checkpoint.NAME}, continue with --resume --out {folder}"
         )
         return 128 + result.signal
-    _final_pictures(trainer, data, kind, arguments.max_skipped_images)
+    _final_pictures(trainer, data, kind, how)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
@@ -169,7 +183,7 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
     return config
 
 
-def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: float) -> None:
+def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
     config, model = trainer.config, trainer.model
     own = trainer.folder / "samples.png" if trainer.world.is_main else None
     with run_folder.writing(trainer.folder / "samples.png"):
@@ -183,7 +197,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: 
     if not trainer.world.is_main:
         return
     try:
-        dataset = open_images(data, kind, "test", model.config, max_skipped)
+        dataset = open_images(data, kind, "test", model.config, how)
     except (ValueError, OSError):
         # Plain folders and arrays may have no test part; its training images show as much.
         dataset = trainer.dataset

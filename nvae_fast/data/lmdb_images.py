@@ -26,6 +26,7 @@ from .decode import (
     DamagedImage,
     DatasetError,
     PixelRange,
+    Reading,
     find_range,
     fit_image,
     looks_encoded,
@@ -160,8 +161,14 @@ class LmdbImages(LazyImages):
     """The samples '0' .. 'N-1' of a database. Opened read-only, without lock, once per process."""
 
     def __init__(
-        self, path: Path, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+        self,
+        path: Path,
+        image_size: int | None,
+        channels: int | None,
+        max_skipped: float = MAX_SKIPPED,
+        reading: Reading | None = None,
     ) -> None:
+        self.reading = reading or Reading()
         self.path = path
         require("lmdb", "lmdb", "reading an LMDB database")
         self._database = _database(path)
@@ -192,9 +199,10 @@ class LmdbImages(LazyImages):
                 value = self._value(index)
                 if looks_encoded(value[:16]):
                     with open_image(value) as picture:
-                        return image_size or min(picture.size), channels or 3
+                        return image_size or self.reading.side(picture.size), channels or 3
                 self.raw_shape = self._raw_shape(value, index, image_size, channels)
-                return image_size or min(self.raw_shape[:2]), self.raw_shape[2]
+                height, width, bands = self.raw_shape
+                return image_size or self.reading.side((width, height)), bands
             except DatasetError:
                 raise
             except (DamagedImage, ValueError, KeyError) as error:
@@ -279,30 +287,42 @@ class LmdbImages(LazyImages):
         bands, size, _ = self.shape
         if self.raw_shape is None or (len(value) != math.prod(self.raw_shape) and looks_encoded(value[:16])):
             with open_image(value) as picture:
-                return fit_image(picture, size, bands, self.values)
+                return fit_image(picture, size, bands, self.values, self.reading)
         if len(value) != math.prod(self.raw_shape):
             raise ValueError(
                 f"{len(value)} bytes, expected {math.prod(self.raw_shape)} for {self.raw_shape} (H,W,C)"
             )
+        height, width, _ = self.raw_shape
+        if not height == width == size == self.reading.side((width, height)):
+            return fit_image(self._picture(value), size, bands, self.values, self.reading)
         pixels = np.frombuffer(value, dtype=np.uint8).reshape(self.raw_shape)
         if self.values.eight != 1:
             self.values.check_eight(int(pixels.max()))
             pixels = pixels * np.uint8(self.values.eight)
-        if self.raw_shape[:2] == (size, size):
-            return pixels.transpose(2, 0, 1)
+        return pixels.transpose(2, 0, 1)
+
+    def _picture(self, value: bytes) -> Any:
+        """A Pillow image of a raw value."""
+        assert self.raw_shape is not None
         image = require("PIL.Image", "Pillow", "resizing images")
-        return fit_image(image.fromarray(pixels if bands == 3 else pixels[..., 0]), size, bands)
+        pixels = np.frombuffer(value, dtype=np.uint8).reshape(self.raw_shape)
+        return image.fromarray(pixels if self.raw_shape[2] == 3 else pixels[..., 0])
 
     def label(self, index: int) -> str:
         return f"{self.path}, key {self._key(index)}"
 
 
 def open_lmdb(
-    path: Path, split: str, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+    path: Path,
+    split: str,
+    image_size: int | None,
+    channels: int | None,
+    max_skipped: float = MAX_SKIPPED,
+    reading: Reading | None = None,
 ) -> tuple[LmdbImages, bool]:
     """The images and whether the database is the split's own."""
     found = find_database(path, split)
     if found is None:
         names = ", ".join(f"{name}.lmdb" for name in SPLIT_NAMES[split])
         raise FileNotFoundError(f"{path}: no {split} database; looked for data.mdb, {names}")
-    return LmdbImages(found[0], image_size, channels, max_skipped), found[1]
+    return LmdbImages(found[0], image_size, channels, max_skipped, reading), found[1]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
-from .decode import SUFFIXES, looks_encoded
+from .decode import PUBLISHED, RESAMPLE, SUFFIXES, Reading, looks_encoded
 from .lazy import MAX_SKIPPED, check_max_skipped
 
 logger = logging.getLogger("nvae_fast.data")
@@ -43,6 +45,9 @@ def open_dataset(
     binarize: bool | None = None,
     likelihood: str | None = None,
     max_skipped: float = MAX_SKIPPED,
+    crop: int | None = None,
+    resample: str | None = None,
+    dataset: str | None = None,
 ) -> ImageDataset:
     """Open a built-in set by name or images from a path.
 
@@ -64,6 +69,9 @@ def open_dataset(
     8, and one-channel images are binarised.
     max_skipped: the share of images of a folder or LMDB that may be damaged. Those are skipped and named; more of them
     are an error, and so is a file that cannot be reached.
+    crop, resample: of the images of a folder or LMDB: pixels a side of the centre crop (None: the short side), and the
+    filter that resizes it, "lanczos" (None) or "bilinear". dataset: the name of a published data set, whose crop and
+    filter are taken where none is given: "celeba_64" is a 148x148 crop of aligned faces (178x218), bilinear.
 
     One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Pixels that are 0 and 1 only become 0 and
     255, with a warning. Other types than uint8 and bool in arrays are refused. Raises FileNotFoundError or
@@ -87,13 +95,16 @@ def open_dataset(
     if binarize is None and likelihood is not None:
         binarize = likelihood == "bernoulli"
     max_skipped = check_max_skipped(max_skipped)
+    reading = _reading(crop, resample, dataset)
 
     name = os.fspath(name_or_path)
     source: Source
     if split == "validation" and (kind or name) in _BUILTIN:
         raise ValueError(f"split (--split): {kind or name} has train and test images, no validation images")
     if kind in _BUILTIN or (kind is None and name in _BUILTIN):
-        source = _BUILTIN[kind or name](split, image_size, channels)
+        kind = kind or name
+        _check_lazy(kind, name, crop, resample)
+        source = _BUILTIN[kind](split, image_size, channels)
         own_split = True
     else:
         path = Path(name).expanduser()
@@ -106,7 +117,8 @@ def open_dataset(
         kind = kind or detect(path)
         if split == "validation" and kind in _TWO_SPLITS:
             raise ValueError(f"split (--split): {path} has train and test images, no validation images")
-        options = {"max_skipped": max_skipped} if kind in _LAZY else {}
+        _check_lazy(kind, name, crop, resample)
+        options = {"max_skipped": max_skipped, "reading": reading} if kind in _LAZY else {}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
     if split != "train" and not own_split:
         logger.warning(
@@ -118,6 +130,25 @@ def open_dataset(
             split,
         )
     return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+
+
+def _check_lazy(kind: str, name: str, crop: int | None, resample: str | None) -> None:
+    if kind not in _LAZY and (crop is not None or resample is not None):
+        raise ValueError(
+            f"crop, resample (--crop, --resample): {name} holds images that are taken as they are ({kind}); "
+            f"expected a folder of images or an LMDB"
+        )
+
+
+def _reading(crop: int | None, resample: str | None, dataset: str | None) -> Reading:
+    if crop is not None and (isinstance(crop, bool) or not isinstance(crop, int) or crop < 1):
+        raise ValueError(f"crop (--crop): expected a positive integer or None, got {crop!r}")
+    if resample not in (None, *RESAMPLE):
+        raise ValueError(f"resample (--resample): expected one of {', '.join(RESAMPLE)}, got {resample!r}")
+    published = PUBLISHED.get(dataset or "", Reading())
+    if crop is not None:
+        published = replace(published, crop=crop, only=None)
+    return published if resample is None else replace(published, resample=resample)
 
 
 def detect(path: Path) -> str:
