@@ -198,7 +198,7 @@ def test_builtin_arguments():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"split": "valid"}, "split: expected 'train' or 'test', got 'valid'"),
+        ({"split": "valid"}, r"split \(--split\): expected 'train', 'validation', 'test', got 'valid'"),
         ({"num_bits": 9}, "num_bits: expected an integer from 1 to 8, got 9"),
         ({"num_bits": 2.0}, "num_bits: expected an integer from 1 to 8, got 2.0"),
         ({"channels": 2}, "channels: expected 1, 3 or None, got 2"),

@@ -120,6 +120,30 @@ def test_images_of_another_range_are_refused(change, advice):
         net.reconstruction_loss(out.logits, wrong)
 
 
+@pytest.mark.parametrize(
+    ("likelihood", "channels"), [("bernoulli", 1), ("normal", 3), ("mixture_logistic", 3)]
+)
+def test_likelihoods_refuse_another_range(likelihood, channels):
+    net, x = model(likelihood, channels), torch.rand(2, channels, 8, 8).round()
+    distribution = net.likelihood(net(x, seed=0).logits.detach())
+    for wrong in (2 * x - 1, 255 * x):
+        with pytest.raises(ValueError, match=r"\.log_prob: x must hold images in \[0, 1\]"):
+            distribution.log_prob(wrong)
+
+
+def test_gray_images_for_a_bernoulli_likelihood_are_mentioned():
+    net, x = model("bernoulli", 3), torch.rand(2, 3, 8, 8)
+    logits = net(x, seed=0).logits
+    with pytest.warns(
+        UserWarning, match="reconstruction_loss: x has values between 0 and 1, and the likelihood is"
+    ):
+        net.reconstruction_loss(logits, x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model("bernoulli", 3).reconstruction_loss(logits, x.round())
+        model("normal", 3).reconstruction_loss(torch.zeros(2, 6, 8, 8), x)
+
+
 def test_images_within_the_tolerance_and_nan_pass():
     net = model("normal", 3)
     net((torch.rand(2, 3, 8, 8) + 1 / 256).clamp(max=1 + 1 / 256), seed=0)

@@ -17,7 +17,6 @@ import torch
 from nvae_fast.cli import options
 from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
-from nvae_fast.data.lazy import MAX_SKIPPED
 from nvae_fast.training import distributed
 from nvae_fast.training.signals import watch_interrupts
 from nvae_fast.version import __version__
@@ -54,9 +53,9 @@ def run_on_processes(
 
 
 def open_images(
-    data: str, kind: str | None, split: str, model_config: Any, max_skipped: float = MAX_SKIPPED
+    data: str, kind: str | None, split: str, model_config: Any, options: dict[str, Any] | None = None
 ) -> Any:
-    """The dataset of ``data``, its images as the model takes them."""
+    """The dataset of ``data``, its images as the model takes them; options: as :func:`image_options` gives them."""
     return open_dataset(
         data,
         split=split,
@@ -65,7 +64,36 @@ def open_images(
         num_bits=model_config.num_x_bits,
         kind=kind,
         likelihood=model_config.likelihood_name,
-        max_skipped=max_skipped,
+        **(options or {}),
+    )
+
+
+def image_options(
+    arguments: argparse.Namespace, model_config: Any, trained: dict[str, Any] | None
+) -> dict[str, Any]:
+    """How images are read: as the command line says, else as the run of the checkpoint read them, else as published.
+
+    trained: what a checkpoint says about its data; None or empty for a new run and for an official checkpoint. Runs
+    of 0.1.0 say nothing about it and cropped to the short side.
+    """
+    options: dict[str, Any] = {"max_skipped": arguments.max_skipped_images}
+    if not trained or arguments.crop is not None or arguments.resample is not None:
+        return {
+            **options,
+            "crop": arguments.crop,
+            "resample": arguments.resample,
+            "dataset": model_config.dataset,
+        }
+    reading = trained.get("reading")
+    if reading is None:
+        return options
+    if reading["only"] is not None:
+        return {**options, "dataset": model_config.dataset}
+    default = {"crop": None, "resample": "lanczos", "only": None}
+    return (
+        options
+        if reading == default
+        else {**options, "crop": reading["crop"], "resample": reading["resample"]}
     )
 
 

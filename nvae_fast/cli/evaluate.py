@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from nvae_fast.cli import options
 from nvae_fast.cli.common import (
     check_writable,
+    image_options,
     open_images,
     report_skipped,
     reporter,
     run_on_processes,
     set_threads,
 )
+from nvae_fast.data.decode import EVALUATED_ON
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
@@ -35,12 +38,17 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     data, kind = arguments.data, arguments.data_kind
+    trained = facts.get("data", {})
     if data is None:
-        trained = facts.get("data", {})
         data, kind = trained.get("source"), kind or trained.get("kind")
         if data is None:
             raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
-    dataset = open_images(data, kind, arguments.split, model.config, arguments.max_skipped_images)
+    how = image_options(arguments, model.config, trained)
+
+    def opened(part: str) -> Any:
+        return open_images(data, kind, part, model.config, how)
+
+    split, dataset = _open_split(arguments.split, model.config, say, opened)
     total = min(len(dataset), arguments.max_images or len(dataset))
     progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
     try:
@@ -60,7 +68,7 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     report_skipped(dataset, say)
     if not world.is_main:
         return 0
-    report = {"checkpoint": facts["path"], "data": data, "split": arguments.split, **result.to_dict()}
+    report = {"checkpoint": facts["path"], "data": data, "split": split, **result.to_dict()}
     if arguments.json is not None:
         text = json.dumps(report, indent=2) + "\n"
         if arguments.json == "-":
@@ -72,6 +80,21 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     else:
         print(_evaluation_table(report))
     return 0
+
+
+def _open_split(
+    split: str | None, model_config: Any, say: Any, opened: Callable[[str], Any]
+) -> tuple[str, Any]:
+    """(split, its dataset): the one asked for, else the one the data set was published with, else the test part."""
+    if split is not None:
+        return split, opened(split)
+    if model_config.dataset in EVALUATED_ON:
+        part = EVALUATED_ON[model_config.dataset]
+        try:
+            return part, opened(part)
+        except (FileNotFoundError, ValueError) as error:
+            say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
+    return "test", opened("test")
 
 
 def _evaluation_table(report: dict[str, Any]) -> str:

@@ -112,7 +112,22 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse
     return parser
 
 
-def _max_skipped(parser: argparse._ActionsContainer) -> None:
+def _image_options(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--crop",
+        type=options.whole_number,
+        default=None,
+        metavar="N",
+        help="centre crop of the images of a folder or LMDB [pixels] (default: the short side; 148 for the aligned faces "
+        "of celeba_64; a checkpoint's own)",
+    )
+    parser.add_argument(
+        "--resample",
+        choices=["bilinear", "lanczos"],
+        default=None,
+        help="filter that resizes the images of a folder or LMDB (default: lanczos; bilinear for celeba_64; a "
+        "checkpoint's own)",
+    )
     parser.add_argument(
         "--max-skipped-images",
         type=float,
@@ -171,7 +186,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
-    _max_skipped(run)
+    _image_options(run)
     run.add_argument(
         "--out",
         default=None,
@@ -205,9 +220,13 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
-    _max_skipped(parser)
+    _image_options(parser)
     parser.add_argument(
-        "--split", choices=["train", "test"], default="test", help="which part of the data (default: test)"
+        "--split",
+        choices=["train", "validation", "test"],
+        default=None,
+        help="which part of the data (default: test, or the validation part where there is no test part; validation "
+        "for celeba_64, as published)",
     )
     _number(parser, "--samples", 1, "K, draws of the importance-weighted bound, for every image", "draws")
     _number(parser, "--batch-size", 32, "images evaluated together", "images")

@@ -14,6 +14,7 @@ import torch
 
 from nvae_fast.cli import options
 from nvae_fast.cli.common import (
+    image_options,
     open_images,
     report_skipped,
     reporter,
@@ -95,14 +96,21 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         model_config = _resumed_model(state, model_given, arguments.preset)
         data = arguments.data or state["data"].get("source") or state["data"]["name"]
         kind = arguments.data_kind or state["data"].get("kind")
+        images = state["data"]
     else:
         with options.errors_name_options():
             config, model_config, data = _new_run(
                 arguments.preset, arguments.data, training_given, model_given
             )
-        kind = arguments.data_kind
+        kind, images = arguments.data_kind, None
     set_threads(config.threads)
-    dataset = open_images(data, kind, "train", model_config, arguments.max_skipped_images)
+    how = image_options(arguments, model_config, images)
+    dataset = open_images(data, kind, "train", model_config, how)
+    if images is not None and images.get("reading") not in (None, dataset.reading):
+        raise ValueError(
+            f"--crop and --resample cannot change when a run is resumed: it has {images['reading']}, "
+            f"{dataset.reading} was asked for"
+        )
 
     torch.manual_seed(config.seed)
     model = NVAE(model_config)
@@ -129,7 +137,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             f"{folder / checkpoint.NAME}, continue with --resume --out {folder}"
         )
         return 128 + result.signal
-    _final_pictures(trainer, data, kind, arguments.max_skipped_images)
+    _final_pictures(trainer, data, kind, how)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     return 0
@@ -221,7 +229,7 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
     return config
 
 
-def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: float) -> None:
+def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
     config, model = trainer.config, trainer.model
     own = trainer.folder / "samples.png" if trainer.world.is_main else None
     with run_folder.writing(trainer.folder / "samples.png"):
@@ -235,7 +243,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, max_skipped: 
     if not trainer.world.is_main:
         return
     try:
-        dataset = open_images(data, kind, "test", model.config, max_skipped)
+        dataset = open_images(data, kind, "test", model.config, how)
     except (ValueError, OSError):
         # Plain folders and arrays may have no test part; its training images show as much.
         dataset = trainer.dataset

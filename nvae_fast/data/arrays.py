@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -17,23 +18,37 @@ from .retry import is_io_error, retry
 
 _KEYS = {
     "train": ("train", "x_train", "train_images", "train_x"),
+    "validation": ("val", "x_val", "val_images", "validation"),
     "test": ("test", "x_test", "test_images", "test_x", "val", "x_val", "val_images", "validation"),
 }
 _COMMON_KEYS = ("images", "x", "data", "arr_0")
 _IN_MEMORY = 1 << 28  # bytes; a larger .npy file stays on disk, its images are read when they are asked for
-SPLIT_NAMES = {"train": ("train",), "test": ("test", "val", "valid", "validation")}
+# Where a data set has a validation part and no test part, that is what a test is made with.
+SPLIT_NAMES = {
+    "train": ("train",),
+    "validation": ("validation", "valid", "val"),
+    "test": ("test", "val", "valid", "validation"),
+}
+# ImageNet at 32 and 64 pixels as it is published: arrays `data` (N, 3*H*H) of red, green and blue planes.
+_BATCHES = {"train": "train_data_batch_*.npz", "validation": "val_data.npz", "test": "val_data.npz"}
 # Images do not compress like this; a file made to fill the memory does. Below so many bytes it does not matter.
 _LARGEST_RATIO = 200
 _RATIO_FROM = 1 << 26
 
 
-def find_file(folder: Path, split: str) -> Path | None:
-    """train.npy or train.npz (test, val, valid, validation for the test split) in `folder`, or None."""
+def find_files(folder: Path, split: str) -> list[Path]:
+    """The split's files in `folder`: train.npy or train.npz (test, val, valid, validation for the test split), or the
+    batches of ImageNet in the order of their numbers; none when there are none."""
     for name in SPLIT_NAMES[split]:
         for ending in (".npy", ".npz"):
             if (folder / (name + ending)).is_file():
-                return folder / (name + ending)
-    return None
+                return [folder / (name + ending)]
+    return sorted(folder.glob(_BATCHES[split]), key=lambda path: (len(path.name), path.name))
+
+
+def other_splits(split: str) -> tuple[str, ...]:
+    """The names of parts that are not a split's own."""
+    return tuple(n for names in SPLIT_NAMES.values() for n in names if n not in SPLIT_NAMES[split])
 
 
 def check_expansion(size: int, compressed: int, where: str) -> None:
@@ -98,8 +113,8 @@ class FileArray:
 
     dtype = np.dtype(np.uint8)
 
-    def __init__(self, path: Path, header: _Header, channels: int | None) -> None:
-        self._path, self._channels, self._offset = os.fspath(path), channels, header.offset
+    def __init__(self, path: Path, header: _Header, channels: int | None, start: int = 0) -> None:
+        self._path, self._channels, self._offset = os.fspath(path), channels, start + header.offset
         self._image = header.shape[1:]
         empty = to_nchw(np.empty((0, *self._image), self.dtype), self._path, channels)
         self.shape = (header.shape[0], *empty.shape[1:])
@@ -117,6 +132,26 @@ class FileArray:
         return to_nchw(rows, self._path, self._channels)
 
 
+class _Parts:
+    """Arrays (N,C,H,W), or objects indexed like one, one after another."""
+
+    dtype = np.dtype(np.uint8)
+
+    def __init__(self, parts: list[Any]) -> None:
+        self._parts = parts
+        self._ends = np.cumsum([part.shape[0] for part in parts])
+        self.shape = (int(self._ends[-1]), *parts[0].shape[1:])
+
+    def __getitem__(self, indices: np.ndarray) -> np.ndarray:
+        out = np.empty((len(indices), *self.shape[1:]), self.dtype)
+        which = np.searchsorted(self._ends, indices, side="right")
+        for number in np.unique(which):
+            rows = which == number
+            part = self._parts[number]
+            out[rows] = part[indices[rows] - (self._ends[number] - part.shape[0])]
+        return out
+
+
 def _read_npy(path: Path, channels: int | None) -> tuple[Any, bool]:
     """The pixels (N,C,H,W) of a .npy file, and whether they are bool."""
     with open(path, "rb") as file:
@@ -132,7 +167,8 @@ def _choose(names: list[str], path: Path, split: str) -> tuple[str, bool]:
     wanted = [name for name in _KEYS[split] if name in names]
     if wanted:
         return wanted[0], True
-    other = [name for name in names if name in _KEYS["test" if split == "train" else "train"]]
+    known = {name for keys in _KEYS.values() for name in keys}
+    other = [name for name in names if name in known]
     if other:
         raise ValueError(f"{path}: no {split} images; looked for {', '.join(_KEYS[split])}, found {names}")
     wanted = [name for name in _COMMON_KEYS if name in names] or (names if len(names) == 1 else [])
@@ -142,7 +178,19 @@ def _choose(names: list[str], path: Path, split: str) -> tuple[str, bool]:
     return wanted[0], False
 
 
-def _read_npz(path: Path, split: str) -> tuple[np.ndarray, bool]:
+def _start(path: Path, entry: zipfile.ZipInfo) -> int:
+    """Where the bytes of an entry that is not compressed begin in the file."""
+    with open(path, "rb") as file:
+        file.seek(entry.header_offset)
+        head = file.read(30)
+    if len(head) < 30:
+        raise ValueError("damaged zip archive")
+    name, extra = struct.unpack_from("<HH", head, 26)
+    return int(entry.header_offset + 30 + name + extra)
+
+
+def _read_npz(path: Path, split: str, channels: int | None) -> tuple[Any, bool, bool]:
+    """The pixels (N,C,H,W), whether they are bool, and whether the array is named after the split."""
     with zipfile.ZipFile(path) as archive:
         arrays = [entry for entry in archive.infolist() if entry.filename.endswith(".npy")]
         entries = {entry.filename.removesuffix(".npy"): entry for entry in arrays}
@@ -155,7 +203,31 @@ def _read_npz(path: Path, split: str) -> tuple[np.ndarray, bool]:
             raise ValueError(f"array {name!r} is encrypted; unpack it and save a plain .npz")
         check_expansion(entry.file_size, entry.compress_size, where)
         with archive.open(entry) as file:
-            return _Header(file, entry.file_size, where).read(file, where), named
+            header = _Header(file, entry.file_size, where)
+            is_bool = header.dtype == np.bool_
+            stored = entry.compress_type == zipfile.ZIP_STORED
+            if stored and header.bytes > _IN_MEMORY and not header.fortran:
+                return FileArray(path, header, channels, _start(path, entry)), is_bool, named
+            return to_nchw(header.read(file, where), where, channels), is_bool, named
+
+
+def _read(path: Path, split: str, channels: int | None) -> tuple[Any, bool, bool]:
+    """As `_read_npz`, of a .npy or .npz file. ValueError names the file and what is wrong with it."""
+    try:
+        with open(path, "rb") as file:
+            head = file.read(contents.HEAD)
+        if head.startswith(b"\x93NUMPY"):
+            return *_read_npy(path, channels), False
+        if head.startswith(b"PK"):
+            return _read_npz(path, split, channels)
+        raise ValueError(
+            f"wrong magic number {head[:6].hex() or '(empty file)'}, expected a .npy or .npz file"
+            + contents.but_it_is(head)
+        )
+    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise many kinds
+        if isinstance(error, MemoryError) or is_io_error(error) or str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"{path}: cannot be read as a numpy file: {error}") from error
 
 
 def open_array(
@@ -167,30 +239,20 @@ def open_array(
     ...), else images, x, data or arr_0, else its only array. Layouts and sizes: `fit.to_nchw` and
     `fit.array_source`.
     """
-    own_split = False
-    if path.is_dir():
-        found = find_file(path, split)
-        if found is None:
-            raise FileNotFoundError(
-                f"{path}: no {split} images; looked for {SPLIT_NAMES[split]} with .npy or .npz"
-            )
-        path, own_split = found, True
-    try:
-        with open(path, "rb") as file:
-            head = file.read(contents.HEAD)
-        if head.startswith(b"\x93NUMPY"):
-            pixels, is_bool = _read_npy(path, channels)
-        elif head.startswith(b"PK"):
-            array, named = _read_npz(path, split)
-            own_split, is_bool = own_split or named, array.dtype == np.bool_
-            pixels = to_nchw(array, str(path), channels)
-        else:
+    if not path.is_dir():
+        pixels, is_bool, own_split = _read(path, split, channels)
+        return array_source(pixels, str(path), image_size, channels, is_bool=is_bool), own_split
+    files = find_files(path, split)
+    if not files:
+        raise FileNotFoundError(
+            f"{path}: no {split} images; looked for {SPLIT_NAMES[split]} with .npy or .npz, and {_BATCHES[split]}"
+        )
+    parts = [_read(file, split, channels) for file in files]
+    for file, (pixels, _, _) in zip(files, parts, strict=True):
+        if pixels.shape[1:] != parts[0][0].shape[1:]:
             raise ValueError(
-                f"wrong magic number {head[:6].hex() or '(empty file)'}, expected a .npy or .npz file"
-                + contents.but_it_is(head)
+                f"{file}: images of shape {pixels.shape[1:]}, those of {files[0].name} have {parts[0][0].shape[1:]}"
             )
-    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise many kinds
-        if isinstance(error, MemoryError) or is_io_error(error) or str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: cannot be read as a numpy file: {error}") from error
-    return array_source(pixels, str(path), image_size, channels, is_bool=is_bool), own_split
+    together = _Parts([pixels for pixels, _, _ in parts]) if len(files) > 1 else parts[0][0]
+    is_bool = all(part[1] for part in parts)
+    return array_source(together, str(files[0]), image_size, channels, is_bool=is_bool), True

@@ -6,6 +6,7 @@ import copy
 import logging
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,6 +162,12 @@ class ImageDataset:
     def skipped(self) -> list[tuple[str, str]]:
         """(file, reason) of the unreadable images met so far."""
         return self.source.skipped
+
+    @property
+    def reading(self) -> dict[str, Any] | None:
+        """The crop and the filter that images are read with, as plain values; None where they are taken as they are."""
+        reading = getattr(self.source, "reading", None)
+        return None if reading is None else asdict(reading)
 
     def __len__(self) -> int:
         return len(self.source)

@@ -90,6 +90,42 @@ class PixelRange:
             )
 
 
+RESAMPLE = ("lanczos", "bilinear")
+"""The filters that images may be resized with."""
+_CELEBA_ALIGNED = (178, 218)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How an image becomes a square of the size that is asked for.
+
+    crop: pixels a side of the centre crop; None: the short side. resample: one of `RESAMPLE`. only: (width, height) of
+    the images that `crop` is meant for, others are cropped to their short side; None: all of them.
+    """
+
+    crop: int | None = None
+    resample: str = "lanczos"
+    only: tuple[int, int] | None = None
+
+    def side(self, size: tuple[int, int]) -> int:
+        """Pixels a side of the centre crop of an image of (width, height). DatasetError when that is smaller."""
+        short = min(size)
+        if self.crop is None or (self.only is not None and size != tuple(self.only)):
+            return short
+        if self.crop > short:
+            raise DatasetError(
+                f"crop (--crop): {self.crop} is more than the short side of an image of {size[0]}x{size[1]} pixels"
+            )
+        return self.crop
+
+
+# CelebA 64 was published with this crop of the aligned faces.
+PUBLISHED = {"celeba_64": Reading(148, "bilinear", _CELEBA_ALIGNED)}
+"""How the images of a published data set are read, where it is not as others are."""
+EVALUATED_ON = {"celeba_64": "validation"}
+"""The part that published results of a data set belong to, where it is not the test part."""
+
+
 def _family(picture: Any) -> str:
     """ "eight" for gray or RGB of 8 bits, "sixteen" for wider integers, "real" for floats, else ""."""
     if picture.mode.startswith("I"):
@@ -151,13 +187,15 @@ def _scaled(picture: Any, white: float) -> np.ndarray:
     return out
 
 
-def fit_image(picture: Any, size: int, channels: int, values: PixelRange | None = None) -> np.ndarray:
-    """uint8 (C,size,size), RGB or gray: upright by its EXIF tag, centre-cropped, resized (Lanczos).
+def fit_image(
+    picture: Any, size: int, channels: int, values: PixelRange | None = None, reading: Reading | None = None
+) -> np.ndarray:
+    """uint8 (C,size,size), RGB or gray: upright by its EXIF tag, centre-cropped and resized as `reading` says.
 
     A picture that already has this size keeps its pixels unchanged. Raises DatasetError when its values
     contradict `values`.
     """
-    values = values or PixelRange()
+    values, reading = values or PixelRange(), reading or Reading()
     image = require("PIL.Image", "Pillow", "reading image files")
     require("PIL.ImageOps", "Pillow", "reading image files").exif_transpose(picture, in_place=True)
     family = _family(picture)
@@ -166,7 +204,7 @@ def fit_image(picture: Any, size: int, channels: int, values: PixelRange | None 
         picture = picture.point(lambda value: value * 255)
     elif family in ("sixteen", "real"):  # which convert() would clip instead of scale
         picture = image.fromarray(_scaled(picture, values.sixteen if family == "sixteen" else values.real))
-    side = min(picture.size)
+    side = reading.side(picture.size)
     left, top = (picture.width - side) // 2, (picture.height - side) // 2
     mode = "RGB" if channels == 3 else "L"
     if picture.mode != mode:
@@ -174,6 +212,6 @@ def fit_image(picture: Any, size: int, channels: int, values: PixelRange | None 
     if (left, top, picture.width, picture.height) != (0, 0, side, side):
         picture = picture.crop((left, top, left + side, top + side))
     if side != size:
-        picture = picture.resize((size, size), image.Resampling.LANCZOS)
+        picture = picture.resize((size, size), image.Resampling[reading.resample.upper()])
     pixels = np.asarray(picture, dtype=np.uint8).reshape(size, size, channels)
     return pixels.transpose(2, 0, 1)

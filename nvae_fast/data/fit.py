@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
@@ -29,7 +30,7 @@ def check_dtype(dtype: np.dtype[Any], shape: tuple[int, ...], where: str) -> Non
 
 
 def to_nchw(pixels: np.ndarray, where: str, channels: int | None) -> np.ndarray:
-    """uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), C in {1, 3} -> uint8 (N,C,H,W), a view.
+    """uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), C in {1, 3}, or flat (N,H*H) or (N,3*H*H) -> uint8 (N,C,H,W).
 
     Which of the two four-dimensional layouts it is follows from which axis has 1 or 3 entries. Where both have
     (say (N,3,3,3), or (N,1,28,1)), `channels` decides, then square images are preferred, then channels last.
@@ -38,6 +39,11 @@ def to_nchw(pixels: np.ndarray, where: str, channels: int | None) -> np.ndarray:
     if pixels.dtype == np.bool_:
         pixels = pixels.view(np.uint8)
     shapes = "(N,H,W), (N,H,W,C) or (N,C,H,W) with C = 1 or 3"
+    if pixels.ndim == 2:  # flat rows: no length is both that of a gray and of an RGB square
+        for bands in (1, 3):
+            side = math.isqrt(pixels.shape[1] // bands)
+            if side and bands * side * side == pixels.shape[1]:
+                return pixels.reshape(-1, bands, side, side)
     if pixels.ndim == 3:
         return pixels[:, None]
     if pixels.ndim != 4:

@@ -12,12 +12,13 @@ from typing import Any
 import numpy as np
 
 from . import contents
-from .arrays import SPLIT_NAMES
+from .arrays import SPLIT_NAMES, other_splits
 from .decode import (
     MAX_FILE_BYTES,
     SUFFIXES,
     DamagedImage,
     PixelRange,
+    Reading,
     find_range,
     fit_image,
     looks_encoded,
@@ -32,7 +33,7 @@ def split_folder(path: Path, split: str) -> tuple[Path, bool]:
     for name in SPLIT_NAMES[split]:
         if (path / name).is_dir():
             return path / name, True
-    other = [n for n in SPLIT_NAMES["test" if split == "train" else "train"] if (path / n).is_dir()]
+    other = [name for name in other_splits(split) if (path / name).is_dir()]
     if other:
         looked = ", ".join(SPLIT_NAMES[split])
         raise FileNotFoundError(
@@ -118,12 +119,18 @@ class FolderImages(LazyImages):
     Opening looks at the first bytes of every file: those that are not an image at all are skipped there and
     then and take no index. What fails later, when decoded, keeps its index and is replaced (see
     LazyImages). `image_size` None: the short side of the first readable image; `channels` None: 1 when that
-    image is gray, else 3. max_skipped: the share of the files that may be damaged.
+    image is gray, else 3. max_skipped: the share of the files that may be damaged. reading: the crop and the filter.
     """
 
     def __init__(
-        self, path: Path, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+        self,
+        path: Path,
+        image_size: int | None,
+        channels: int | None,
+        max_skipped: float = MAX_SKIPPED,
+        reading: Reading | None = None,
     ) -> None:
+        self.reading = reading or Reading()
         root = os.fspath(path)
         files = sorted(walk_images(path), key=lambda file: file[len(root) :].split(os.sep))
         if not files:
@@ -158,7 +165,7 @@ class FolderImages(LazyImages):
             try:
                 with open_image(read_file(file)) as picture:
                     gray = picture.mode in ("1", "L", "LA") or picture.mode[0] in "IF"
-                    return min(picture.size), 1 if gray else 3
+                    return self.reading.side(picture.size), 1 if gray else 3
             except DamagedImage as error:  # counted when it is decoded
                 reasons.append(f"{file}: {error}")
         raise ValueError(
@@ -179,15 +186,20 @@ class FolderImages(LazyImages):
 
     def decode(self, index: int) -> np.ndarray:
         with open_image(read_file(self.files[index])) as picture:
-            return fit_image(picture, self.shape[1], self.shape[0], self.values)
+            return fit_image(picture, self.shape[1], self.shape[0], self.values, self.reading)
 
     def label(self, index: int) -> str:
         return self.files[index]
 
 
 def open_folder(
-    path: Path, split: str, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+    path: Path,
+    split: str,
+    image_size: int | None,
+    channels: int | None,
+    max_skipped: float = MAX_SKIPPED,
+    reading: Reading | None = None,
 ) -> tuple[FolderImages, bool]:
     """The images and whether they come from a subfolder named after the split."""
     folder, own_split = split_folder(path, split)
-    return FolderImages(folder, image_size, channels, max_skipped), own_split
+    return FolderImages(folder, image_size, channels, max_skipped, reading), own_split

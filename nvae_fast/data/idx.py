@@ -21,6 +21,7 @@ from .dataset import MemoryImages
 from .fit import array_source
 
 _PREFIX = {"train": "train", "test": "t10k"}
+FOLDERS = ("", "MNIST/raw", "raw", "MNIST", "FashionMNIST/raw", "KMNIST/raw")
 FILE_NAMES = "train-images-idx3-ubyte and t10k-images-idx3-ubyte, with or without .gz"
 
 
@@ -84,13 +85,17 @@ def _read_pixels(file: Any, path: Path, size: int, *, compressed: bool) -> np.nd
 def open_idx(
     path: Path, split: str, image_size: int | None, channels: int | None
 ) -> tuple[MemoryImages, bool]:
-    """The images of an IDX file (False), or the split's file in a folder, MNIST/raw, raw, MNIST (True)."""
+    """The images of an IDX file (False), or the split's file in a folder or one of `FOLDERS` below it (True)."""
     file: Path | None = path
     if path.is_dir():
-        folders = [path, path / "MNIST" / "raw", path / "raw", path / "MNIST"]
-        file = next((found for folder in folders if (found := find_file(folder, split)) is not None), None)
-        if file is None:
+        found = [file for sub in FOLDERS if (file := find_file(path / sub, split)) is not None]
+        if not found:
             raise FileNotFoundError(f"{path}: no {split} images; looked for {FILE_NAMES}")
+        if len(found) > 1:
+            raise ValueError(
+                f"{path}: several files of {split} images, give the folder of one: {[*map(str, found)]}"
+            )
+        file = found[0]
     assert file is not None
     source = array_source(read_idx(file)[:, None], str(file), image_size, channels)
     source.binary_format = True

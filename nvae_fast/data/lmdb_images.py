@@ -1,5 +1,7 @@
 """LMDB databases as prepared for NVAE: the key of sample i is str(i) in ASCII, the value an image.
 
+Where keys are no numbers, as in LSUN's databases, samples are in the order of the keys.
+
 A value is either an encoded image (PNG, JPEG, ...), decoded, centre-cropped and resized like the files of a
 folder, or the raw uint8 bytes of H x W x C (C = 3 unless `channels` says 1). Raw square images are recognised
 by their length, and so is CelebA's aligned format of 218x178x3.
@@ -24,6 +26,7 @@ from .decode import (
     DamagedImage,
     DatasetError,
     PixelRange,
+    Reading,
     find_range,
     fit_image,
     looks_encoded,
@@ -43,7 +46,12 @@ def find_database(path: Path, split: str) -> tuple[Path, bool] | None:
     if path.is_file() or (path / "data.mdb").is_file():
         return path, False
     for name in SPLIT_NAMES[split]:
-        for candidate in (path / f"{name}.lmdb", path / name):
+        categories = sorted(path.glob(f"*_{name}_lmdb"))  # as LSUN is published
+        if len(categories) > 1:
+            raise ValueError(
+                f"{path}: several databases, give one of them: {', '.join(map(str, categories))}"
+            )
+        for candidate in (path / f"{name}.lmdb", path / name, *categories):
             if (candidate.is_file() and candidate.suffix == ".lmdb") or (candidate / "data.mdb").is_file():
                 return candidate, True
     return None
@@ -112,6 +120,13 @@ class _Database:
         except lmdb.Error as error:
             raise DatasetError(f"{self.file}: damaged LMDB database ({error}); copy it again") from error
 
+    def other_keys(self) -> list[bytes] | None:
+        """All keys in order when the first is no number, else None: they are '0' to 'N-1' then."""
+        with self.environment().begin(buffers=False) as transaction, transaction.cursor() as cursor:
+            if not cursor.first() or bytes(cursor.key()).isdigit():
+                return None
+            return [bytes(key) for key in cursor.iternext(keys=True, values=False)]
+
 
 _databases: weakref.WeakValueDictionary[str, _Database] = weakref.WeakValueDictionary()
 
@@ -146,8 +161,14 @@ class LmdbImages(LazyImages):
     """The samples '0' .. 'N-1' of a database. Opened read-only, without lock, once per process."""
 
     def __init__(
-        self, path: Path, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+        self,
+        path: Path,
+        image_size: int | None,
+        channels: int | None,
+        max_skipped: float = MAX_SKIPPED,
+        reading: Reading | None = None,
     ) -> None:
+        self.reading = reading or Reading()
         self.path = path
         require("lmdb", "lmdb", "reading an LMDB database")
         self._database = _database(path)
@@ -155,6 +176,7 @@ class LmdbImages(LazyImages):
         if count == 0:
             raise ValueError(f"{path}: an empty LMDB database")
         skipped = Skipped(str(path), count, max_skipped)
+        self._keys = self._database.other_keys()
         self.raw_shape: tuple[int, int, int] | None = None
         size, bands = self._first(count, image_size, channels, skipped.most)
         self.values = PixelRange()
@@ -177,9 +199,10 @@ class LmdbImages(LazyImages):
                 value = self._value(index)
                 if looks_encoded(value[:16]):
                     with open_image(value) as picture:
-                        return image_size or min(picture.size), channels or 3
+                        return image_size or self.reading.side(picture.size), channels or 3
                 self.raw_shape = self._raw_shape(value, index, image_size, channels)
-                return image_size or min(self.raw_shape[:2]), self.raw_shape[2]
+                height, width, bands = self.raw_shape
+                return image_size or self.reading.side((width, height)), bands
             except DatasetError:
                 raise
             except (DamagedImage, ValueError, KeyError) as error:
@@ -190,7 +213,7 @@ class LmdbImages(LazyImages):
                 f"{self.path}: {count} entries, but none has the key '0'; expected keys '0' to 'N-1'"
             ) from first
         text = str(first)
-        where = "" if text.startswith(str(self.path)) else f"{self.path}, key '0': damaged image: "
+        where = "" if text.startswith(str(self.path)) else f"{self.label(0)}: damaged image: "
         raise ValueError(where + text) from first
 
     def _raw_shape(
@@ -201,8 +224,8 @@ class LmdbImages(LazyImages):
         asked = image_size is not None and length == image_size * image_size * bands
         if not asked and _holds_floats(value):
             raise DatasetError(
-                f"{self.path}: the value of key '{index}' has {length} bytes that are floating-point numbers; expected the "
-                "uint8 bytes (0 to 255) of an image, or an encoded image (PNG, JPEG, ...)"
+                f"{self.path}: the value of key {self._key(index)} has {length} bytes that are floating-point numbers; "
+                "expected the uint8 bytes (0 to 255) of an image, or an encoded image (PNG, JPEG, ...)"
             )
         if side and side * side * bands == length:
             return side, side, bands
@@ -214,7 +237,7 @@ class LmdbImages(LazyImages):
             else "H*H*3 bytes (square images)"
         )
         raise ValueError(
-            f"{self.path}: the value of key '{index}' has {length} bytes, "
+            f"{self.path}: the value of key {self._key(index)} has {length} bytes, "
             f"neither an encoded image (PNG, JPEG, ...) nor {expected}"
             + contents.but_it_is(value[: contents.HEAD])
         )
@@ -250,40 +273,56 @@ class LmdbImages(LazyImages):
         self._database = _database(self.path)
 
     def _value(self, index: int) -> bytes:
-        value = self._database.value(str(index).encode("ascii"))
+        key = str(index).encode("ascii") if self._keys is None else self._keys[index]
+        value = self._database.value(key)
         if value is None:
-            raise KeyError(f"no key '{index}'")
+            raise KeyError(f"no key {self._key(index)}")
         return value
+
+    def _key(self, index: int) -> str:
+        return f"'{index}'" if self._keys is None else repr(self._keys[index])[1:]
 
     def decode(self, index: int) -> np.ndarray:
         value = self._value(index)
         bands, size, _ = self.shape
         if self.raw_shape is None or (len(value) != math.prod(self.raw_shape) and looks_encoded(value[:16])):
             with open_image(value) as picture:
-                return fit_image(picture, size, bands, self.values)
+                return fit_image(picture, size, bands, self.values, self.reading)
         if len(value) != math.prod(self.raw_shape):
             raise ValueError(
                 f"{len(value)} bytes, expected {math.prod(self.raw_shape)} for {self.raw_shape} (H,W,C)"
             )
+        height, width, _ = self.raw_shape
+        if not height == width == size == self.reading.side((width, height)):
+            return fit_image(self._picture(value), size, bands, self.values, self.reading)
         pixels = np.frombuffer(value, dtype=np.uint8).reshape(self.raw_shape)
         if self.values.eight != 1:
             self.values.check_eight(int(pixels.max()))
             pixels = pixels * np.uint8(self.values.eight)
-        if self.raw_shape[:2] == (size, size):
-            return pixels.transpose(2, 0, 1)
+        return pixels.transpose(2, 0, 1)
+
+    def _picture(self, value: bytes) -> Any:
+        """A Pillow image of a raw value."""
+        assert self.raw_shape is not None
         image = require("PIL.Image", "Pillow", "resizing images")
-        return fit_image(image.fromarray(pixels if bands == 3 else pixels[..., 0]), size, bands)
+        pixels = np.frombuffer(value, dtype=np.uint8).reshape(self.raw_shape)
+        return image.fromarray(pixels if self.raw_shape[2] == 3 else pixels[..., 0])
 
     def label(self, index: int) -> str:
-        return f"{self.path}, key '{index}'"
+        return f"{self.path}, key {self._key(index)}"
 
 
 def open_lmdb(
-    path: Path, split: str, image_size: int | None, channels: int | None, max_skipped: float = MAX_SKIPPED
+    path: Path,
+    split: str,
+    image_size: int | None,
+    channels: int | None,
+    max_skipped: float = MAX_SKIPPED,
+    reading: Reading | None = None,
 ) -> tuple[LmdbImages, bool]:
     """The images and whether the database is the split's own."""
     found = find_database(path, split)
     if found is None:
         names = ", ".join(f"{name}.lmdb" for name in SPLIT_NAMES[split])
         raise FileNotFoundError(f"{path}: no {split} database; looked for data.mdb, {names}")
-    return LmdbImages(found[0], image_size, channels, max_skipped), found[1]
+    return LmdbImages(found[0], image_size, channels, max_skipped, reading), found[1]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
-from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images
+from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
-from .decode import SUFFIXES, looks_encoded
+from .decode import PUBLISHED, RESAMPLE, SUFFIXES, Reading, looks_encoded
 from .integers import plain
 from .lazy import MAX_SKIPPED, check_max_skipped
 
@@ -22,8 +23,12 @@ _OPENERS: dict[str, Opener] = {
     "npy": arrays.open_array,
     "idx": idx.open_idx,
     "cifar10": cifar.open_cifar10,
+    "cifar100": cifar.open_cifar100,
     "lmdb": lmdb_images.open_lmdb,
+    "omniglot": omniglot.open_omniglot,
 }
+SPLITS = ("train", "validation", "test")
+_TWO_SPLITS = ("idx", "cifar10", "cifar100", "omniglot")
 _LAZY = ("folder", "lmdb")  # sources whose images are decoded one by one, so that one may be damaged
 KINDS = (*_BUILTIN, *_OPENERS)
 """What :func:`open_dataset` knows to open: the values of its ``kind``."""
@@ -40,17 +45,23 @@ def open_dataset(
     binarize: bool | None = None,
     likelihood: str | None = None,
     max_skipped: float = MAX_SKIPPED,
+    crop: int | None = None,
+    resample: str | None = None,
+    dataset: str | None = None,
 ) -> ImageDataset:
     """Open a built-in set by name or images from a path.
 
     name_or_path: "digits", "photos" (built in; write "./digits" for a folder of that name), or a path to
         "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
-        "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), or a folder of train.npy, test.npy
+        "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), a folder of train.npy, test.npy,
+                   or the batches of ImageNet at 32 or 64 pixels (train_data_batch_*.npz, val_data.npz)
         "idx"      MNIST's IDX files, raw or .gz, one file or their folder
-        "cifar10"  CIFAR-10's binary version, its folder or one batch
+        "cifar10"  CIFAR-10, the binary or the Python version: their folder, .tar.gz, or one batch
+        "cifar100" CIFAR-100, the same
         "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
-    split: "train" or "test". A path that knows no splits gives all its images for both, and says so in the
-    log for "test".
+        "omniglot" chardata.mat, or its folder (needs scipy)
+    split: "train", "validation" or "test". Where there is a validation part and no test part, that is the test part. A
+    path that knows no splits gives all its images for each, and says so in the log for the last two.
     image_size: pixels a side; None: what the source has. channels: 1 or 3; None: what the source has.
     num_bits: 1..8 bits a pixel. kind: None detects it from the content.
     binarize: a Bernoulli draw at every load. likelihood: that of the model, "bernoulli" binarises and any other does not.
@@ -58,14 +69,17 @@ def open_dataset(
     8, and one-channel images are binarised.
     max_skipped: the share of images of a folder or LMDB that may be damaged. Those are skipped and named; more of them
     are an error, and so is a file that cannot be reached.
+    crop, resample: of the images of a folder or LMDB: pixels a side of the centre crop (None: the short side), and the
+    filter that resizes it, "lanczos" (None) or "bilinear". dataset: the name of a published data set, whose crop and
+    filter are taken where none is given: "celeba_64" is a 148x148 crop of aligned faces (178x218), bilinear.
 
     One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Pixels that are 0 and 1 only become 0 and
     255, with a warning. Other types than uint8 and bool in arrays are refused. Raises FileNotFoundError or
     ValueError that names the file, what was expected and what came; ModuleNotFoundError that says what to
     install when a needed package is missing.
     """
-    if split not in ("train", "test"):
-        raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split (--split): expected {', '.join(map(repr, SPLITS))}, got {split!r}")
     image_size, channels, num_bits = plain(image_size), plain(channels), plain(num_bits)
     for argument, value in (("image_size", image_size), ("channels", channels)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -82,11 +96,16 @@ def open_dataset(
     if binarize is None and likelihood is not None:
         binarize = likelihood == "bernoulli"
     max_skipped = check_max_skipped(max_skipped)
+    reading = _reading(crop, resample, dataset)
 
     name = os.fspath(name_or_path)
     source: Source
+    if split == "validation" and (kind or name) in _BUILTIN:
+        raise ValueError(f"split (--split): {kind or name} has train and test images, no validation images")
     if kind in _BUILTIN or (kind is None and name in _BUILTIN):
-        source = _BUILTIN[kind or name](split, image_size, channels)
+        kind = kind or name
+        _check_lazy(kind, name, crop, resample)
+        source = _BUILTIN[kind](split, image_size, channels)
         own_split = True
     else:
         path = Path(name).expanduser()
@@ -97,16 +116,40 @@ def open_dataset(
         if not path.is_dir():
             contents.check_regular(path)
         kind = kind or detect(path)
-        options = {"max_skipped": max_skipped} if kind in _LAZY else {}
+        if split == "validation" and kind in _TWO_SPLITS:
+            raise ValueError(f"split (--split): {path} has train and test images, no validation images")
+        _check_lazy(kind, name, crop, resample)
+        options = {"max_skipped": max_skipped, "reading": reading} if kind in _LAZY else {}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
-    if split == "test" and not own_split:
+    if split != "train" and not own_split:
         logger.warning(
-            "%s has no splits: all of its %d images are given as the test split; "
-            "if you train on it too, keep a test set apart",
+            "%s has no splits: all of its %d images are given as the %s split; "
+            "if you train on it too, keep a %s set apart",
             name,
             len(source),
+            split,
+            split,
         )
     return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+
+
+def _check_lazy(kind: str, name: str, crop: int | None, resample: str | None) -> None:
+    if kind not in _LAZY and (crop is not None or resample is not None):
+        raise ValueError(
+            f"crop, resample (--crop, --resample): {name} holds images that are taken as they are ({kind}); "
+            f"expected a folder of images or an LMDB"
+        )
+
+
+def _reading(crop: int | None, resample: str | None, dataset: str | None) -> Reading:
+    if crop is not None and (isinstance(crop, bool) or not isinstance(crop, int) or crop < 1):
+        raise ValueError(f"crop (--crop): expected a positive integer or None, got {crop!r}")
+    if resample not in (None, *RESAMPLE):
+        raise ValueError(f"resample (--resample): expected one of {', '.join(RESAMPLE)}, got {resample!r}")
+    published = PUBLISHED.get(dataset or "", Reading())
+    if crop is not None:
+        published = replace(published, crop=crop, only=None)
+    return published if resample is None else replace(published, resample=resample)
 
 
 def detect(path: Path) -> str:
@@ -117,22 +160,25 @@ def detect(path: Path) -> str:
 def _detect_folder(path: Path) -> str:
     if any(lmdb_images.find_database(path, split) for split in ("train", "test")):
         return "lmdb"
-    if any(
-        idx.find_file(path / sub, split)
-        for sub in ("", "MNIST/raw", "raw", "MNIST")
-        for split in ("train", "test")
-    ):
-        return "idx"
-    if cifar.find_folder(path) is not None:
-        return "cifar10"
-    if any(arrays.find_file(path, split) for split in ("train", "test")):
+    found = [name for name in ("cifar10", "cifar100") if cifar.find(path, name) is not None]
+    if any(idx.find_file(path / sub, split) for sub in idx.FOLDERS for split in ("train", "test")):
+        found.append("idx")
+    if len(found) > 1:
+        raise ValueError(
+            f"{path}: several data sets are in this folder ({', '.join(found)}): kind (--data-kind) chooses one"
+        )
+    if found:
+        return found[0]
+    if (path / omniglot.FILE_NAME).is_file():
+        return "omniglot"
+    if any(arrays.find_files(path, split) for split in SPLITS):
         return "npy"
     if folder.has_images(path):
         return "folder"
     raise ValueError(
         f"{path}: nothing recognised in this folder. Looked for an LMDB (data.mdb, "
-        f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR-10 ({cifar.FILE_NAMES}), "
-        f"numpy files (train.npy, test.npy, or .npz) and images "
+        f"train.lmdb, validation.lmdb), MNIST ({idx.FILE_NAMES}), CIFAR ({cifar.FILE_NAMES}), "
+        f"numpy files (train.npy, test.npy, .npz, {omniglot.FILE_NAME}) and images "
         f"({', '.join(SUFFIXES)}), these also in folders below"
     )
 
@@ -142,17 +188,21 @@ def _detect_file(path: Path) -> str:
         head = file.read(contents.HEAD)
     if head.startswith((b"\x93NUMPY", b"PK")):
         return "npy"
+    if cifar.is_archive(path):
+        return "cifar100" if "100" in path.name else "cifar10"
     if head.startswith((b"\0\0\x08", b"\x1f\x8b")) or "idx3-ubyte" in path.name:
         return "idx"
+    if head.startswith(b"MATLAB"):
+        return "omniglot"
     if lmdb_images.is_database_file(head):
         return "lmdb"
-    if path.suffix == ".bin":
-        return "cifar10"
+    if path.suffix == ".bin" or head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return "cifar10"  # a file of either data set
     if path.suffix in (".npy", ".npz"):
         return "npy"
     hint = " (a single image: give the folder it is in)" if looks_encoded(head) else ""
     raise ValueError(
         f"{path}: not recognised{hint}. Looked for the first bytes of a .npy or .npz, an IDX file (raw or "
-        f".gz), an LMDB file, or the name of a CIFAR-10 batch (.bin); "
+        f".gz), an LMDB file, or a CIFAR batch; "
         f"it starts with {head[:8].hex() or 'nothing: the file is empty'}{contents.but_it_is(head) if head else ''}"
     )

@@ -32,9 +32,15 @@ DATASETS: Mapping[str, ImageFormat] = {
     "omniglot": ImageFormat(32, 1, True, border=2),
     "cifar10": ImageFormat(32, 3, False),
     "imagenet_32": ImageFormat(32, 3, False),
+    "imagenet_64": ImageFormat(64, 3, False),
     "celeba_64": ImageFormat(64, 3, False),
     "celeba_256": ImageFormat(256, 3, False),
     "ffhq": ImageFormat(256, 3, False),
+    **{
+        f"lsun_{place}_{size}": ImageFormat(size, 3, False)
+        for place in ("bedroom", "church", "tower")
+        for size in (64, 128, 256)
+    },
     "digits": ImageFormat(32, 1, True),
     "photos": ImageFormat(32, 3, False),
 }

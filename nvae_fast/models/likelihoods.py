@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from nvae_fast.models.pixels import check_unit_range
 from nvae_fast.models.seeds import check_per_image, is_per_image
 from nvae_fast.ops import _checks
 from nvae_fast.ops._squash import soft_clamp, unpack
@@ -47,6 +48,12 @@ class Likelihood(Protocol):
         ...
 
 
+def _check_range(op: str, x: torch.Tensor) -> None:
+    """ValueError unless x is in [0, 1]; not on a GPU, which every call would wait for."""
+    if isinstance(x, torch.Tensor) and not x.is_cuda:
+        check_unit_range(op, "x", x)
+
+
 def _each(
     params: torch.Tensor,
     seeds: torch.Tensor,
@@ -80,6 +87,7 @@ class Bernoulli:
             TypeError, ValueError: ``x`` is not such a floating tensor on the parameters' device.
         """
         _checks.shape("Bernoulli.log_prob", "x", x, tuple(self.logits.shape), self.logits)
+        _check_range("Bernoulli.log_prob", x)
         return -F.binary_cross_entropy_with_logits(
             self.logits, x.to(self.logits.dtype), reduction="none"
         ).sum(1)
@@ -119,6 +127,7 @@ class MixtureLogistic:
         Raises:
             TypeError, ValueError: ``x`` is not such a floating tensor on the parameters' device.
         """
+        _check_range("MixtureLogistic.log_prob", x)
         return mixture_logistic_log_prob(
             self.params, x, num_mixtures=self.num_mixtures, num_bits=self.num_bits
         )
@@ -161,6 +170,7 @@ class Normal:
         """
         b, channels, h, w = self.params.shape
         _checks.shape("Normal.log_prob", "x", x, (b, channels // 2, h, w), self.params)
+        _check_range("Normal.log_prob", x)
         # The operator sums over pixels; one "pixel" per batch entry keeps them apart: (B, 2C, H, W) -> (B H W, 2C, 1, 1).
         value = (
             (2.0 * x.to(self.params.dtype) - 1.0).permute(0, 2, 3, 1).reshape(b * h * w, channels // 2, 1, 1)

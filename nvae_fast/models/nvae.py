@@ -20,7 +20,7 @@ from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import is_frozen, refuse
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
-from nvae_fast.models.pixels import can_read, check_unit_range
+from nvae_fast.models.pixels import can_read, check_unit_range, warn_if_gray
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
 from nvae_fast.models.states import check_values, plain_name, plain_names
@@ -214,9 +214,12 @@ class NVAE(nn.Module):
 
     def _check_range(self, op: str, x: torch.Tensor) -> None:
         """ValueError unless x is in [0, 1]. On a GPU only the first images of each mode are looked at, for it waits."""
-        if not can_read(x) or (x.is_cuda and (op, self.training) in self._checked):
+        first = (op, self.training) not in self._checked
+        if not can_read(x) or (x.is_cuda and not first):
             return
         check_unit_range(op, "x", x)
+        if first and op != "NVAE" and self.config.likelihood_name == "bernoulli":
+            warn_if_gray(op, "x", x)
         self._checked.add((op, self.training))
 
     def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:

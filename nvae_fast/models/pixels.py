@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 
 from nvae_fast.ops import _backend
@@ -16,7 +18,8 @@ def can_read(x: torch.Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _backend.transforms_active()
-        or type(x) not in (torch.Tensor, torch.nn.Parameter)
+        or type(x) not in (torch.Tensor, torch.nn.Parameter)  # FakeTensor, DTensor, and what is no tensor
+        or not x.is_floating_point()
         or x.is_meta
         or x.numel() == 0
         or (x.is_cuda and torch.cuda.is_current_stream_capturing())
@@ -38,4 +41,14 @@ def check_unit_range(op: str, name: str, x: torch.Tensor) -> None:
         )
         raise ValueError(
             f"{op}: {name} must hold images in [0, 1], got values from {low:.4g} to {high:.4g}: {advice}"
+        )
+
+
+def warn_if_gray(op: str, name: str, x: torch.Tensor) -> None:
+    """Warn when images for a Bernoulli likelihood have values between 0 and 1."""
+    if can_read(x) and bool(((x > 0) & (x < 1)).any()):
+        warnings.warn(
+            f"{op}: {name} has values between 0 and 1, and the likelihood is Bernoulli, whose images are 0 and 1: the "
+            "result is a cross-entropy, not a log-probability; binarise the images, or choose another likelihood",
+            stacklevel=4,
         )

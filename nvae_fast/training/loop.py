@@ -248,6 +248,7 @@ class Trainer:
                 "images": len(self.dataset),
                 "image_size": self.dataset.image_size,
                 "channels": self.dataset.channels,
+                "reading": getattr(self.dataset, "reading", None),
             },
             "rng": {"torch": torch.get_rng_state()},
         }
