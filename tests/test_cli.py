@@ -158,12 +158,12 @@ def test_train_refuses_an_existing_run_and_moves_it_aside_when_told(run, tmp_pat
 
 def configuration(*words: str) -> tuple[TrainingConfig, nf.NVAEConfig, str]:
     """What `train` with these options trains, without training it."""
-    from nvae_fast.cli.train import _new_run
+    from nvae_fast.cli.train import new_run
 
     arguments = cli.parse(["train", *words])
     training = options.given(arguments, [field.name for field in dataclasses.fields(TrainingConfig)])
     model = options.given(arguments, options.MODEL_HELP)
-    return _new_run(arguments.preset, arguments.data, training, model)
+    return new_run(arguments.preset, arguments.data, training, model)
 
 
 def test_without_a_preset_options_have_the_defaults_of_the_library():

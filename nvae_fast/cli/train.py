@@ -99,7 +99,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         images = state["data"]
     else:
         with options.errors_name_options():
-            config, model_config, data = _new_run(
+            config, model_config, data = new_run(
                 arguments.preset, arguments.data, training_given, model_given
             )
         kind, images = arguments.data_kind, None
@@ -143,7 +143,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     return 0
 
 
-def _new_run(
+def new_run(
     preset_name: str | None, data: str | None, training_given: dict[str, Any], model_given: dict[str, Any]
 ) -> tuple[TrainingConfig, NVAEConfig, str]:
     """The configurations of a run and its data: the options given, then those of the preset, then the defaults."""
