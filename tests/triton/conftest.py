@@ -26,6 +26,12 @@ else:
     interpreter.prepare()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """numpy warns where the interpreter computes with infinities and NaN, which some of the tests are about."""
+    for module in ("triton.runtime.interpreter", "interpreter"):
+        config.addinivalue_line("filterwarnings", f"ignore::RuntimeWarning:{module}")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Refuse other tests beside these: they would meet the interpreter."""
     others = [item.nodeid for item in items if HERE not in item.path.parents]
