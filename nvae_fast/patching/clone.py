@@ -18,8 +18,8 @@ def clone(
 ) -> nn.Module:
     """Return a copy of ``module`` with its own parameters and buffers, without hooks.
 
-    They are in ``dtype`` and on ``device`` (None: the same). Forwards of ours are bound to the copy. copy.deepcopy would refuse tensors with a graph that forward left in the module (a
-    normalised weight), and copy hooks.
+    They are in ``dtype`` and on ``device`` (None: the same). Forwards of ours are bound to the copy. copy.deepcopy would
+    refuse tensors with a graph that forward left in the module (a normalised weight), and copy hooks.
     """
     return _module(module, {}, (dtype, device))
 
