@@ -96,7 +96,7 @@ def test_what_a_hook_changes_is_used(which: str) -> None:
     for part in parts(hooked, LAYERS[which]):
         part.register_forward_hook(lambda module, args, output: 2 * output)
     for parent in list(wrapped.modules()):
-        for name, child in list(parent.named_children()):
+        for child in list(parent.children()):
             if isinstance(child, LAYERS[which]):
                 # InvertedResidual asks the layers themselves for their attributes.
                 child.forward = Doubled(copy.copy(child)).forward

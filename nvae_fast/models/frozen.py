@@ -43,7 +43,8 @@ def freeze(module: nn.Module) -> nn.Module:
 
     The copy has no parameters, only buffers; ``train()``, ``load_state_dict()`` and inputs that require gradients raise
     RuntimeError. It can be copied, pickled, moved to another device or dtype, compiled and captured in a CUDA graph. Later
-    changes of ``module`` do not reach it: freeze again. Parts with hooks (pruning), parametrisations or another forward are copied as they are.
+    changes of ``module`` do not reach it: freeze again. Parts with hooks (pruning), parametrisations or another forward are
+    copied as they are.
 
     NVAE (arXiv 2007.03898), section 3.1.1.
 

@@ -47,14 +47,14 @@ class AccelerationReport:
 def accelerate(model: Model, *, repair: bool = False) -> Model:
     """Replace the forward of each recognised part of an NVAE-type model by one with this package's kernels.
 
-    Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged over
-    the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
+    Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged
+    over the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
     ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
     depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no
-    channel are not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN, 1x1,
-    BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in
-    one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are
-    replaced.
+    channel are not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN,
+    1x1, BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs
+    in one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts
+    are replaced.
 
     Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
     float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`

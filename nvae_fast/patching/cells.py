@@ -46,7 +46,7 @@ def _by_parts(module: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
 def _whole_cell(
     module: Any, x: torch.Tensor, *, plan: Plan, sets: tuple[tuple[str, ...], ...], strict: bool = False
 ) -> torch.Tensor:
-    """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise instead of running the parts."""
+    """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise, do not run the parts."""
     skip = module.skip(x)
     modules = inside(module)
     why = _obstacle(module, modules, plan)

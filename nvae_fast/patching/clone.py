@@ -16,10 +16,10 @@ Place = tuple[torch.dtype, torch.device | None]
 def clone(
     module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> nn.Module:
-    """Return a copy of ``module`` with its own parameters and buffers in ``dtype``, on ``device`` (None: the same), without hooks.
+    """Return a copy of ``module`` with its own parameters and buffers, without hooks.
 
-    Forwards of ours are bound to the copy. copy.deepcopy would refuse tensors with a graph that forward left in the module (a
-    normalised weight), and copy hooks.
+    They are in ``dtype`` and on ``device`` (None: the same). Forwards of ours are bound to the copy. copy.deepcopy would
+    refuse tensors with a graph that forward left in the module (a normalised weight), and copy hooks.
     """
     return _module(module, {}, (dtype, device))
 
