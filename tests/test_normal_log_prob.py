@@ -111,6 +111,25 @@ def test_layouts_repeats_and_empty(route: str, device: torch.device) -> None:
     assert assert_empty_works(op, empty, NAMES)["output 0"].shape == (0, 2)
 
 
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)])
+def test_z_and_params_of_different_dtypes(dtypes: tuple, memory_format: torch.memory_format) -> None:
+    """As if both were float32. A gradient has the dtype of its argument and is rounded once."""
+    z, params = (
+        torch.randn(3, channels, 5, 7).to(dtype).contiguous(memory_format=memory_format).requires_grad_()
+        for channels, dtype in zip((4, 8), dtypes, strict=True)
+    )
+    found, expected = nf.normal_log_prob(z, params), nf.normal_log_prob(z.float(), params.float())
+    assert torch.equal(found, expected)
+    gradients = torch.autograd.grad(found.sum(), (z, params))
+    wanted = torch.autograd.grad(expected.sum(), (z, params))
+    assert all(torch.equal(a, b) for a, b in zip(gradients, wanted, strict=True))
+    assert [g.dtype for g in gradients] == list(dtypes)
+    for needs in ((True, False), (False, True), (False, False)):
+        args = (torch.ones(3, 4), z.detach(), params.detach(), 5.0, 0.01, *needs)
+        torch.library.opcheck(torch.ops.nvae_fast.normal_log_prob_backward.default, args)
+        assert [g.dtype for g in torch.ops.nvae_fast.normal_log_prob_backward(*args)] == list(dtypes)
+
+
 def test_no_double_backward() -> None:
     tensors = inputs()
     leaf = tensors["z"].requires_grad_()

@@ -68,7 +68,7 @@ template <class V, class F>
 static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64_t end, F run,
                      int64_t group = 1) {
   using S = typename V::Scalar;
-  S eps[MapShape::kSpan + V::size];  // whole vectors are read from the last elements on
+  alignas(64) S eps[MapShape::kSpan + V::size];  // whole vectors are read from the last elements on
   const NoiseSource source(noise ? *noise : Noise{});
   const auto stretch = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at, int64_t most) {
     const int64_t b = row / m.channels, c = row % m.channels;

@@ -1,6 +1,6 @@
 """Call every operator of ``torch.ops.nvae_fast`` at random and compare with its formula.
 
-    python tests/sanitize/fuzz.py --cases 5000 [--seed 0] [--first 0] [--only residual_normal] [--journal FILE]
+    PYTHONPATH=tests python -m sanitize.fuzz --cases 5000 [--seed 0] [--first 0] [--only residual_normal] [--journal FILE]
 
 Every second call has an argument of another shape, dtype, length or value than it should. Then an exception or the formula's
 result is expected. The calls follow from seed and number; ``make sanitize`` runs them with AddressSanitizer and UBSan, which
@@ -14,18 +14,14 @@ import copy
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-import calls  # noqa: E402
-
-import nvae_fast  # noqa: E402
-from nvae_fast.ops import _extension, _op  # noqa: E402
+import nvae_fast
+from nvae_fast.ops import _extension, _op
+from sanitize import calls
 
 # Of the norm of a result; the tests of the operators have tight ones.
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-8, torch.bfloat16: 3e-2, torch.float16: 1e-2}
