@@ -9,8 +9,8 @@ namespace nvae {
 
 // Arguments of both forward and backward; `type` becomes the dtype in which the maps are read and written.
 static NormalLogProbArgs describe(const char* op, const Tensor& z, const std::optional<Tensor>& params,
-                                  std::optional<double> clamp, double sigma_floor,
-                                  ScalarType& type, std::vector<Tensor>& keep_alive) {
+                                  std::optional<double> clamp, double sigma_floor, ScalarType& type,
+                                  std::vector<Tensor>& keep_alive) {
   NVAE_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W), got ", shape_text(z));
   NormalLogProbArgs a;
   static_cast<MapShape&>(a) = shape_of(z, z.size(1));

@@ -12,8 +12,8 @@ namespace nvae {
 static ResidualNormalArgs describe(const char* op, const Tensor& posterior,
                                    const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
                                    const std::optional<Tensor>& seed, bool residual,
-                                   std::optional<double> clamp, double sigma_floor,
-                                   ScalarType& type, std::vector<Tensor>& keep_alive) {
+                                   std::optional<double> clamp, double sigma_floor, ScalarType& type,
+                                   std::vector<Tensor>& keep_alive) {
   check_packed(op, "posterior", posterior);
   ResidualNormalArgs a;
   static_cast<MapShape&>(a) = shape_of(posterior, posterior.size(1) / 2);
@@ -35,8 +35,8 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_normal(
     const std::optional<Tensor>& seed, bool residual, std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> keep_alive;
   ScalarType type;
-  ResidualNormalArgs a =
-      describe("residual_normal", posterior, prior, noise, seed, residual, clamp, sigma_floor, type, keep_alive);
+  ResidualNormalArgs a = describe("residual_normal", posterior, prior, noise, seed, residual, clamp,
+                                  sigma_floor, type, keep_alive);
   const Tensor z = empty_map(posterior, a.channels, type, a.channels_last);
   PartialSums sums(a, a.kSums);
   a.z = z.mutable_data_ptr();
