@@ -45,9 +45,9 @@ def test_a_wrong_result_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 # Each call indexes outside of the argument that the message names, unless that is checked.
 SMALL = z(2, 24)
 WRONG: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
-    (OPS.gate_coefficients, (SMALL, None, None, z(6, 24), z(0), z(24, 6), z(24), 1.0), r"b1 must have shape \(6,\), got \(0,\)"),
+    (OPS.gate_coefficients, (SMALL, None, None, z(6, 24), z(0), z(24, 6), z(24), 1.0), r"b1 must have shape \(6,\)"),
     (OPS.gate_coefficients, (SMALL, None, None, z(6, 24), z(6), z(24, 5), z(24), 1.0), "w2 must have shape"),
-    (OPS.gate_coefficients, (SMALL, z(24), None, z(6, 24), z(6), z(24, 6), z(24), 1.0), "scale and shift must be given together"),
+    (OPS.gate_coefficients, (SMALL, z(24), None, z(6, 24), z(6), z(24, 6), z(24), 1.0), "scale and shift must be given"),
     (OPS.gate_coefficients, (SMALL, None, None, z(6, 24).double(), z(6), z(24, 6), z(24), 1.0), "w1 must be Float"),
     (OPS.gate_coefficients, (z(24), None, None, z(6, 24), z(6), z(24, 6), z(24), 1.0), "mean must have two dimensions"),
     (
@@ -113,16 +113,22 @@ def test_wrong_arguments_are_named(op: Any, args: tuple[Any, ...], message: str)
 
 
 def test_out_of_memory_names_operator_size_and_device() -> None:
-    with pytest.raises(torch.OutOfMemoryError, match=r"^philox_normal: out of memory: could not allocate 4\.4 TB on cpu$"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"^philox_normal: out of memory: could not allocate 4\.4 TB on cpu$"
+    ):
         nf.philox_normal((2**40,), 0)
     with pytest.raises(RuntimeError, match=r"philox_normal: out of memory: could not allocate 73\.8 EB"):
         nf.philox_normal((2**62, 4), 0)  # more bytes than an int64 counts
     many = z(1).expand(2**15, 2, 2**10, 2**10)
-    with pytest.raises(torch.OutOfMemoryError, match=r"^residual_normal: out of memory: could not allocate 274\.9 GB"):
+    with pytest.raises(
+        torch.OutOfMemoryError, match=r"^residual_normal: out of memory: could not allocate 274\.9 GB"
+    ):
         nf.residual_normal(many, seed=0)
-    with pytest.raises(torch.OutOfMemoryError, match="^residual_normal: out of memory"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"^residual_normal: out of memory"):
         nf.residual_normal(many.detach().requires_grad_(), seed=0)
-    with pytest.raises(RuntimeError, match=r"^channel_statistics: out of memory: could not allocate 137\.4 GB on cpu$"):
+    with pytest.raises(
+        RuntimeError, match=r"^channel_statistics: out of memory: could not allocate 137\.4 GB on cpu$"
+    ):
         OPS.channel_statistics(many[:, :1], False)
 
 

@@ -63,7 +63,9 @@ class Draw:
             return values.permute(order).contiguous().permute(inverse)
         if kind < 0.8:  # gaps
             wide = [n + self.one(0, 1, 3) for n in shape]
-            out = torch.zeros(wide, dtype=dtype)[tuple(slice(w - n, w) for n, w in zip(shape, wide, strict=True))]
+            out = torch.zeros(wide, dtype=dtype)[
+                tuple(slice(w - n, w) for n, w in zip(shape, wide, strict=True))
+            ]
             return out.copy_(values)
         if kind < 0.88:  # an offset that no vector is aligned to
             out = torch.zeros(values.numel() + 1, dtype=dtype)[1:].view(shape)
@@ -404,7 +406,9 @@ def derived_backward(d: Draw, name: str, formula: Callable[..., Any]) -> list[An
 
 def wrong_tensor(d: Draw, t: Tensor) -> Tensor:
     """``t`` with another shape or dtype."""
-    kind = d.one("grow", "shrink", "zero", "unsqueeze", "drop", "flat", "transpose", "scalar", "dtype", "dtype")
+    kind = d.one(
+        "grow", "shrink", "zero", "unsqueeze", "drop", "flat", "transpose", "scalar", "dtype", "dtype"
+    )
     shape = list(t.shape)
     if kind == "dtype":
         return t.to(d.one(*WRONG_DTYPES))
@@ -429,7 +433,9 @@ def wrong_value(d: Draw, value: Any) -> Any:
         return None if d.chance(0.05) else wrong_tensor(d, value)
     if value is None:
         return d.one(
-            lambda: torch.randn(d.one((), (3,), (2, 3), (2, 4, 3, 3)), generator=d.generator), lambda: "relu", lambda: [0]
+            lambda: torch.randn(d.one((), (3,), (2, 3), (2, 4, 3, 3)), generator=d.generator),
+            lambda: "relu",
+            lambda: [0],
         )()
     if isinstance(value, bool):
         return not value
