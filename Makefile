@@ -5,6 +5,7 @@
 #   make build    environment and extension only
 #   make bench    benchmarks of this machine -> benchmarks/results/
 #   make lint     ruff, clang-format, mypy
+#   make sanitize the C++ operators' tests and random calls under AddressSanitizer and UBSan
 #   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
 #   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
 
@@ -32,7 +33,7 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 200
 
 .NOTPARALLEL:
-.PHONY: all build test test-fast demo bench lint gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
+.PHONY: all build test test-fast demo bench lint sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
 
 all: build
 
@@ -71,6 +72,25 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(VENV)/bin/mypy
 	$(PY) -m benchmarks.report --readme --check
+
+# A build of the CPU kernels with sanitizers, and the operators' tests and CASES random calls with each instruction set.
+SANITIZE := build/sanitize
+CASES ?= 5000
+SANITIZED_TESTS := residual_normal normal_sample normal_log_prob mixture_logistic_kernels depthwise_conv2d batch_norm_swish \
+	squeeze_excite weight_norm weight_norm_many philox channel_statistics plane_affine elu adamax operator_fuzz
+CXX_FILE = $$($${CXX:-g++} -print-file-name=$(1))
+sanitize: build
+	NVAE_FAST_SANITIZE=address,undefined NVAE_FAST_NO_CUDA=1 NVAE_FAST_REQUIRE_EXTENSION=1 \
+		$(PY) setup.py -q build --build-base $(SANITIZE) --build-lib $(SANITIZE)/lib
+	@set -e; export PYTHONPATH=$(SANITIZE)/lib:tests OMP_NUM_THREADS=1; \
+	export LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)"; \
+	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1; \
+	for capability in baseline avx2 avx512; do \
+		export NVAE_FAST_CPU_CAPABILITY=$$capability; \
+		echo "$$capability: $(CASES) random calls"; \
+		$(PY) -m sanitize.fuzz --cases $(CASES) --journal $(SANITIZE)/call.txt || { cat $(SANITIZE)/call.txt; exit 1; }; \
+		$(PY) -m pytest -q -x -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py); \
+	done
 
 # A second environment: CUDA libraries of some 5 GB, importable without a driver.
 $(VENV_CUDA)/.installed: pyproject.toml

@@ -111,8 +111,8 @@ inline Activation activation_of(const char* op, const char* name, const std::opt
 // The value of a seed tensor on the CPU.
 inline uint64_t seed_of(const char* op, const Tensor& seed) {
   NVAE_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, op,
-             ": seed must be an int64 tensor of one element, got ",
-             torch::headeronly::toString(seed.scalar_type()), " of shape ", shape_text(seed));
+             ": seed must be a 0-d int64 tensor, got ", torch::headeronly::toString(seed.scalar_type()),
+             " of shape ", shape_text(seed));
   return static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
 }
 

@@ -57,19 +57,19 @@ class NoiseSource {
         pixels % 4 == 0 && first % 4 == 0 && block + VecF::size * (pixels / 4) < (uint64_t(1) << 32);
     if (given_ || !aligned) return gather<VecF::size>(b, c, n, channels, pixels, first, count, out);
     // Lane j walks the blocks of channel c + j: four pixels a block, nothing to shuffle.
-    uint64_t even[Wide::size], odd[Wide::size];
-    for (int i = 0; i < Wide::size; ++i) {
+    uint64_t even[Words64::size], odd[Words64::size];
+    for (int i = 0; i < Words64::size; ++i) {
       even[i] = block + static_cast<uint64_t>(2 * i) * static_cast<uint64_t>(pixels / 4);
       odd[i] = block + static_cast<uint64_t>(2 * i + 1) * static_cast<uint64_t>(pixels / 4);
     }
-    const Wide even_base = Wide::load(even), odd_base = Wide::load(odd);
+    const Words64 even_base = Words64::load(even), odd_base = Words64::load(odd);
     constexpr int kStage = 8;
     alignas(64) uint32_t words[kStage][4][VecF::size];
     for (int64_t quad = 0; 4 * quad < count; quad += kStage) {
       const int64_t left = (count - 4 * quad + 3) / 4;
       const int stage = left < kStage ? static_cast<int>(left) : kStage;
       for (int s = 0; s < stage; ++s) {
-        const Wide step(static_cast<uint64_t>(quad + s));
+        const Words64 step(static_cast<uint64_t>(quad + s));
         Bits w[4];
         philox_words(even_base + step, odd_base + step, key_, w);
         for (int k = 0; k < 4; ++k) w[k].store(words[s][k]);

@@ -46,23 +46,23 @@ struct PhiloxKey {
 };
 
 struct PhiloxState {
-  Wide c0, c1, c2, c3;
+  Words64 c0, c1, c2, c3;
 };
 
 // Of a 64-bit lane only the lower half counts, so the upper half of a product needs no clearing.
-NVAE_INLINE PhiloxState philox_first_rounds(Wide block, const PhiloxKey& key) {
-  const Wide m0(static_cast<uint64_t>(0xD2511F53u)), m1(static_cast<uint64_t>(0xCD9E8D57u));
-  const Wide p0 = mul32(m0, block), p1 = mul32(m1, upper(p0) ^ Wide(key.first1));
-  return {upper(p1) ^ Wide(key.second0), p1, p0 ^ Wide(key.second2), Wide(key.second3)};
+NVAE_INLINE PhiloxState philox_first_rounds(Words64 block, const PhiloxKey& key) {
+  const Words64 m0(static_cast<uint64_t>(0xD2511F53u)), m1(static_cast<uint64_t>(0xCD9E8D57u));
+  const Words64 p0 = mul32(m0, block), p1 = mul32(m1, upper(p0) ^ Words64(key.first1));
+  return {upper(p1) ^ Words64(key.second0), p1, p0 ^ Words64(key.second2), Words64(key.second3)};
 }
 NVAE_INLINE void philox_round(PhiloxState& s, uint64_t k0, uint64_t k1) {
-  const Wide m0(static_cast<uint64_t>(0xD2511F53u)), m1(static_cast<uint64_t>(0xCD9E8D57u));
-  const Wide p0 = mul32(m0, s.c0), p1 = mul32(m1, s.c2);
-  s = {xor3(upper(p1), s.c1, Wide(k0)), p1, xor3(upper(p0), s.c3, Wide(k1)), p0};
+  const Words64 m0(static_cast<uint64_t>(0xD2511F53u)), m1(static_cast<uint64_t>(0xCD9E8D57u));
+  const Words64 p0 = mul32(m0, s.c0), p1 = mul32(m1, s.c2);
+  s = {xor3(upper(p1), s.c1, Words64(k0)), p1, xor3(upper(p0), s.c3, Words64(k1)), p0};
 }
 
 // The lower halves of the block numbers count; the upper half is the key's.
-NVAE_INLINE void philox_words(Wide even, Wide odd, const PhiloxKey& key, Bits w[4]) {
+NVAE_INLINE void philox_words(Words64 even, Words64 odd, const PhiloxKey& key, Bits w[4]) {
   PhiloxState a = philox_first_rounds(even, key), b = philox_first_rounds(odd, key);
 #pragma GCC unroll 8
   for (int i = 2; i < 10; ++i) {
@@ -89,10 +89,10 @@ NVAE_INLINE void normals4(const Bits w[4], VecF z[4]) {
 // Blocks in such an order over the lanes that transpose_chunks puts their elements into memory order: lane 4c
 // + j holds block chunks * j + c, where chunks = VecF::size / 4.
 struct BlockLanes {
-  uint64_t even[Wide::size], odd[Wide::size];
+  uint64_t even[Words64::size], odd[Words64::size];
   NVAE_INLINE static int block_of_lane(int lane) { return VecF::size / 4 * (lane % 4) + lane / 4; }
   NVAE_INLINE BlockLanes() {
-    for (int i = 0; i < Wide::size; ++i) {
+    for (int i = 0; i < Words64::size; ++i) {
       even[i] = static_cast<uint64_t>(block_of_lane(2 * i));
       odd[i] = static_cast<uint64_t>(block_of_lane(2 * i + 1));
     }
@@ -126,10 +126,10 @@ class NormalStream {
  private:
   // Words of `batches` batches from `block` on, in the lane order of BlockLanes.
   NVAE_INLINE void make_words(const PhiloxKey& key, uint64_t block, int batches, uint32_t* words) const {
-    const Wide even = Wide::load(order_.even), odd = Wide::load(order_.odd);
+    const Words64 even = Words64::load(order_.even), odd = Words64::load(order_.odd);
     for (int i = 0; i < batches; ++i, block += VecF::size) {
       Bits w[4];
-      philox_words(Wide(block) + even, Wide(block) + odd, key, w);
+      philox_words(Words64(block) + even, Words64(block) + odd, key, w);
       for (int k = 0; k < 4; ++k) w[k].store(words + i * batch + k * VecF::size);
     }
   }

@@ -42,7 +42,7 @@ NVAE_INLINE VecD plain_nan(VecD x) { return x; }
 // The two parameters of a normal and the derivatives of each by its raw parameter (free when not used).
 template <class V>
 struct Squashed {
-  V mu, sigma, slope_mu, slope_sigma;
+  V mu, sigma, d_mu, d_sigma;
 };
 
 template <class V>
@@ -76,13 +76,13 @@ class Squasher {
   // u = clamp tanh(raw / clamp) of M raw parameters, and du/draw. Network outputs are of the size of 1, so
   // that raw is nearly always within [-clamp, clamp]: there u is raw plus an odd polynomial (good to 0.93
   // units in the last place of tanh), with clamp folded into the coefficients; only vectors with a lane
-  // outside also run the general function. The M polynomials stand side by side, because one alone is a chain
-  // in which every step waits for the one before.
+  // outside also run the general function. The M polynomials are interleaved, because each is a chain in which
+  // every step waits for the previous one.
   template <int M>
-  NVAE_INLINE void tanh_clamp(const V (&raw)[M], V (&u)[M], V (&slope)[M]) const {
+  NVAE_INLINE void tanh_clamp(const V (&raw)[M], V (&u)[M], V (&derivative)[M]) const {
     if (!clamped_) {
 #pragma GCC unroll 4
-      for (int i = 0; i < M; ++i) u[i] = raw[i], slope[i] = V(S(1));
+      for (int i = 0; i < M; ++i) u[i] = raw[i], derivative[i] = V(S(1));
       return;
     }
     V square[M];
@@ -101,38 +101,38 @@ class Squasher {
     for (int i = 0; i < M; ++i) {
       u[i] = fma(u[i], square[i] * raw[i], raw[i]);
       const V t = u[i] * V(inverse_);
-      slope[i] = fnma(t, t, V(S(1)));
+      derivative[i] = fnma(t, t, V(S(1)));
     }
     if (V::size == 1 || !__builtin_expect(all(inside), 1)) {
 #pragma GCC unroll 4
       for (int i = 0; i < M; ++i) {
-        const Bent b = outside(raw[i], {u[i], slope[i]}, bound_, clamp_, inverse_);
+        const Clamped b = outside(raw[i], {u[i], derivative[i]}, bound_, clamp_, inverse_);
         u[i] = b.u;
-        slope[i] = b.slope;
+        derivative[i] = b.derivative;
       }
     }
   }
-  // exp of a bent log sigma.
+  // exp of a clamped log sigma.
   NVAE_INLINE V exponential(V u) const { return moderate_ ? exp_moderate(u) : exp(u); }
 
   NVAE_INLINE Squashed<V> operator()(V raw_mu, V raw_log_sigma) const {
     const V raw[2] = {raw_mu, raw_log_sigma};
-    V u[2], slope[2];
-    tanh_clamp(raw, u, slope);
+    V u[2], derivative[2];
+    tanh_clamp(raw, u, derivative);
     const V e = exponential(u[1]);
-    return {u[0], e + V(floor_), slope[0], slope[1] * e};
+    return {u[0], e + V(floor_), derivative[0], derivative[1] * e};
   }
 
  private:
-  struct Bent {
-    V u, slope;
+  struct Clamped {
+    V u, derivative;
   };
   // The lanes outside [-bound, bound], or every lane of float64; the others as they are. Never inlined: code
-  // that is rarely run should not lie between what always is.
-  __attribute__((noinline)) static Bent outside(V raw, Bent inner, S bound, S clamp, S inverse) {
+  // that rarely runs should not be between code that always does.
+  __attribute__((noinline)) static Clamped outside(V raw, Clamped inner, S bound, S clamp, S inverse) {
     const auto inside = V::size > 1 ? abs(raw) <= V(bound) : abs(raw) < V(S(0));
     const V t = plain_nan(tanh(V::size > 1 ? raw * V(inverse) : raw / V(clamp)));
-    return {select(inside, inner.u, V(clamp) * t), select(inside, inner.slope, fnma(t, t, V(S(1))))};
+    return {select(inside, inner.u, V(clamp) * t), select(inside, inner.derivative, fnma(t, t, V(S(1))))};
   }
 };
 

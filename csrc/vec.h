@@ -9,7 +9,7 @@
 //   Vec<float>   size lanes of float32
 //   Vec<double>  one lane with the same interface, for float64 kernels and gradcheck
 //   Bits         size lanes of uint32; arithmetic wraps
-//   Wide         size / 2 lanes of uint64 that keep_alive 32-bit factors
+//   Words64      size / 2 lanes of uint64, whose lower halves are factors of 32 bits
 //   Mask         one truth value per lane
 //
 //   Vec(x)  V::load(p)  V::load(p, n)     p: float, double, bf16 or f16, converted; n < size lanes, the rest 0

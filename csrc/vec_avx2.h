@@ -152,23 +152,27 @@ NVAE_INLINE VecF uint_to_float(Bits b) {
 NVAE_INLINE Bits to_int(VecF a) { return _mm256_cvtps_epi32(a.v); }
 
 // Lanes of 64 bits, each holding one 32-bit factor (the upper half is ignored by mul32).
-struct Wide {
+struct Words64 {
   __m256i v;
   static constexpr int size = 4;
-  Wide() = default;
-  NVAE_INLINE Wide(__m256i x) : v(x) {}
-  NVAE_INLINE explicit Wide(uint64_t x) : v(_mm256_set1_epi64x(static_cast<long long>(x))) {}
-  NVAE_INLINE static Wide load(const uint64_t* p) {
+  Words64() = default;
+  NVAE_INLINE Words64(__m256i x) : v(x) {}
+  NVAE_INLINE explicit Words64(uint64_t x) : v(_mm256_set1_epi64x(static_cast<long long>(x))) {}
+  NVAE_INLINE static Words64 load(const uint64_t* p) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   }
 };
-NVAE_INLINE Wide operator+(Wide a, Wide b) { return _mm256_add_epi64(a.v, b.v); }
-NVAE_INLINE Wide operator^(Wide a, Wide b) { return _mm256_xor_si256(a.v, b.v); }
-NVAE_INLINE Wide mul32(Wide a, Wide b) { return _mm256_mul_epu32(a.v, b.v); }
-NVAE_INLINE Wide upper(Wide a) { return _mm256_srli_epi64(a.v, 32); }
-NVAE_INLINE Wide xor3(Wide a, Wide b, Wide c) { return _mm256_xor_si256(a.v, _mm256_xor_si256(b.v, c.v)); }
+NVAE_INLINE Words64 operator+(Words64 a, Words64 b) { return _mm256_add_epi64(a.v, b.v); }
+NVAE_INLINE Words64 operator^(Words64 a, Words64 b) { return _mm256_xor_si256(a.v, b.v); }
+NVAE_INLINE Words64 mul32(Words64 a, Words64 b) { return _mm256_mul_epu32(a.v, b.v); }
+NVAE_INLINE Words64 upper(Words64 a) { return _mm256_srli_epi64(a.v, 32); }
+NVAE_INLINE Words64 xor3(Words64 a, Words64 b, Words64 c) {
+  return _mm256_xor_si256(a.v, _mm256_xor_si256(b.v, c.v));
+}
 // Lower halves side by side: lane 2i from a, lane 2i + 1 from b.
-NVAE_INLINE Bits merge(Wide a, Wide b) { return _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa); }
+NVAE_INLINE Bits merge(Words64 a, Words64 b) {
+  return _mm256_blend_epi32(a.v, _mm256_slli_epi64(b.v, 32), 0xaa);
+}
 
 // Within each chunk of four lanes, transpose four vectors: out[j] lane 4c + k = z_k lane 4c + j.
 NVAE_INLINE void transpose_chunks(VecF z0, VecF z1, VecF z2, VecF z3, VecF* out) {

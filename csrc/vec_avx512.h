@@ -140,21 +140,23 @@ NVAE_INLINE Bits to_int(VecF a) { return _mm512_cvtps_epi32(a.v); }
 NVAE_INLINE VecF scale_by_power(VecF a, VecF n) { return _mm512_scalef_ps(a.v, n.v); }
 
 // Lanes of 64 bits, each holding one 32-bit factor (the upper half is ignored by mul32).
-struct Wide {
+struct Words64 {
   __m512i v;
   static constexpr int size = 8;
-  Wide() = default;
-  NVAE_INLINE Wide(__m512i x) : v(x) {}
-  NVAE_INLINE explicit Wide(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
-  NVAE_INLINE static Wide load(const uint64_t* p) { return _mm512_loadu_si512(p); }
+  Words64() = default;
+  NVAE_INLINE Words64(__m512i x) : v(x) {}
+  NVAE_INLINE explicit Words64(uint64_t x) : v(_mm512_set1_epi64(static_cast<long long>(x))) {}
+  NVAE_INLINE static Words64 load(const uint64_t* p) { return _mm512_loadu_si512(p); }
 };
-NVAE_INLINE Wide operator+(Wide a, Wide b) { return _mm512_add_epi64(a.v, b.v); }
-NVAE_INLINE Wide operator^(Wide a, Wide b) { return _mm512_xor_si512(a.v, b.v); }
-NVAE_INLINE Wide mul32(Wide a, Wide b) { return _mm512_mul_epu32(a.v, b.v); }
-NVAE_INLINE Wide upper(Wide a) { return _mm512_srli_epi64(a.v, 32); }
-NVAE_INLINE Wide xor3(Wide a, Wide b, Wide c) { return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96); }
+NVAE_INLINE Words64 operator+(Words64 a, Words64 b) { return _mm512_add_epi64(a.v, b.v); }
+NVAE_INLINE Words64 operator^(Words64 a, Words64 b) { return _mm512_xor_si512(a.v, b.v); }
+NVAE_INLINE Words64 mul32(Words64 a, Words64 b) { return _mm512_mul_epu32(a.v, b.v); }
+NVAE_INLINE Words64 upper(Words64 a) { return _mm512_srli_epi64(a.v, 32); }
+NVAE_INLINE Words64 xor3(Words64 a, Words64 b, Words64 c) {
+  return _mm512_ternarylogic_epi64(a.v, b.v, c.v, 0x96);
+}
 // Lower halves side by side: lane 2i from a, lane 2i + 1 from b.
-NVAE_INLINE Bits merge(Wide a, Wide b) {
+NVAE_INLINE Bits merge(Words64 a, Words64 b) {
   return _mm512_mask_shuffle_epi32(a.v, 0xaaaa, b.v, static_cast<_MM_PERM_ENUM>(0xa0));
 }
 

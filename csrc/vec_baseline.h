@@ -143,31 +143,31 @@ NVAE_INLINE VecF round_even(VecF a) {
 NVAE_INLINE Bits to_int(VecF a) { return (U4) __builtin_convertvector(round_even(a).v, I4); }
 
 // Lanes of 64 bits, each holding one 32-bit factor (the upper half is ignored by mul32).
-struct Wide {
+struct Words64 {
   U2 v;
   static constexpr int size = 2;
-  Wide() = default;
-  NVAE_INLINE Wide(U2 x) : v(x) {}
-  NVAE_INLINE explicit Wide(uint64_t x) : v(U2{x, x}) {}
-  NVAE_INLINE static Wide load(const uint64_t* p) {
+  Words64() = default;
+  NVAE_INLINE Words64(U2 x) : v(x) {}
+  NVAE_INLINE explicit Words64(uint64_t x) : v(U2{x, x}) {}
+  NVAE_INLINE static Words64 load(const uint64_t* p) {
     U2 x;
     std::memcpy(&x, p, 16);
     return x;
   }
 };
-NVAE_INLINE Wide operator+(Wide a, Wide b) { return a.v + b.v; }
-NVAE_INLINE Wide operator^(Wide a, Wide b) { return a.v ^ b.v; }
-NVAE_INLINE Wide mul32(Wide a, Wide b) {
+NVAE_INLINE Words64 operator+(Words64 a, Words64 b) { return a.v + b.v; }
+NVAE_INLINE Words64 operator^(Words64 a, Words64 b) { return a.v ^ b.v; }
+NVAE_INLINE Words64 mul32(Words64 a, Words64 b) {
 #ifdef __SSE2__
   return (U2)_mm_mul_epu32((__m128i)a.v, (__m128i)b.v);
 #else
   return (a.v & 0xffffffffu) * (b.v & 0xffffffffu);
 #endif
 }
-NVAE_INLINE Wide upper(Wide a) { return a.v >> 32; }
-NVAE_INLINE Wide xor3(Wide a, Wide b, Wide c) { return a.v ^ b.v ^ c.v; }
+NVAE_INLINE Words64 upper(Words64 a) { return a.v >> 32; }
+NVAE_INLINE Words64 xor3(Words64 a, Words64 b, Words64 c) { return a.v ^ b.v ^ c.v; }
 // Lower halves side by side: lane 2i from a, lane 2i + 1 from b.
-NVAE_INLINE Bits merge(Wide a, Wide b) {
+NVAE_INLINE Bits merge(Words64 a, Words64 b) {
   const U2 lower = {0xffffffffu, 0xffffffffu};
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
   return (U4)((a.v << 32) | (b.v & lower));

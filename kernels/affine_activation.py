@@ -24,9 +24,9 @@ from nvae_fast.kernels.pointwise import activate, activation_derivative
 def forward_kernel(
     x, scale, shift, y, channels, pixels, c_tiles, parts,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     p = first + tl.arange(0, BP)[None, :]
     mask = (c < channels) & (p < pixels)
     at = offsets(b, c, p, channels, pixels, LAST)
@@ -39,10 +39,10 @@ def forward_kernel(
 def reduce_kernel(
     grad, x, scale, shift, pivot, g, y, workspace, batches, channels, pixels, c_tiles, parts,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
     """``pivot``, ``g`` and ``y`` may be None."""
-    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     factor = coefficient(scale, b, c, 0, channels)
     constant = coefficient(shift, b, c, 0, channels)
     sum_g = tl.zeros((BC, BP), tl.float32)
@@ -53,15 +53,15 @@ def reduce_kernel(
         at = offsets(b, c, p, channels, pixels, LAST)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         u = value * factor + constant
-        slope = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * activation_derivative(u, ACTIVATION)
+        d_u = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * activation_derivative(u, ACTIVATION)
         if g is not None:
-            tl.store(g + at, slope.to(g.dtype.element_ty), mask=mask)
+            tl.store(g + at, d_u.to(g.dtype.element_ty), mask=mask)
         if y is not None:
             tl.store(y + at, activate(u, ACTIVATION).to(y.dtype.element_ty), mask=mask)
         if pivot is not None:
             value -= coefficient(pivot, b, c, 0, channels)
-        sum_g += tl.where(mask, slope, 0.0)
-        sum_gx += tl.where(mask, slope * value, 0.0)
+        sum_g += tl.where(mask, d_u, 0.0)
+        sum_gx += tl.where(mask, d_u * value, 0.0)
     leave(workspace, 0, sum_g, b, c, part, batches, channels, parts)
     leave(workspace, 1, sum_gx, b, c, part, batches, channels, parts)
 
@@ -70,9 +70,9 @@ def reduce_kernel(
 def gradient_kernel(
     grad, x, scale, shift, alpha, beta, gamma, out, channels, pixels, c_tiles, parts,
     ACTIVATION: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     p = first + tl.arange(0, BP)[None, :]
     mask = (c < channels) & (p < pixels)
     at = offsets(b, c, p, channels, pixels, LAST)
@@ -80,8 +80,8 @@ def gradient_kernel(
     upstream = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32)
     u = value * coefficient(scale, b, c, 0, channels) + coefficient(shift, b, c, 0, channels)
     linear = value * coefficient(beta, b, c, 0, channels) + coefficient(gamma, b, c, 0, channels)
-    slope = upstream * activation_derivative(u, ACTIVATION)
-    found = slope * coefficient(alpha, b, c, 0, channels) + linear
+    d_u = upstream * activation_derivative(u, ACTIVATION)
+    found = d_u * coefficient(alpha, b, c, 0, channels) + linear
     tl.store(out + at, found.to(out.dtype.element_ty), mask=mask)
 
 

@@ -19,9 +19,9 @@ from nvae_fast.kernels.planes import dense, is_last, leave, offsets, plan, progr
 @triton.jit(do_not_specialize=["batches"])
 def parts_kernel(
     x, workspace, batches, channels, pixels, c_tiles, parts,
-    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    LAST: tl.constexpr, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     pivot = tl.load(x + offsets(b, c, first, channels, pixels, LAST), mask=c < channels, other=0.0)
     pivot = pivot.to(tl.float32)
     pivot = tl.where(pivot - pivot == 0.0, pivot, 0.0)

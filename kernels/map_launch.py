@@ -30,7 +30,7 @@ BUSY_WARPS = 3  # on a scheduler; with fewer it waits for their results
 # (tiles of the map, tiles that one program adds up): adding across threads at the end costs about a third of a tile, but
 # a multiprocessor wants several programs.
 SUM_TILES = ((32768, 8), (16384, 4), (8192, 2), (0, 1))
-_INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves room for the masked elements of the last tile
+_INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves space for the masked elements of the last tile
 
 
 class View(NamedTuple):
@@ -99,8 +99,10 @@ class Map:
         tensors = [view.tensor for view in views if view.tensor is not None]
         furthest = [sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in tensors]
         access = 4 if self.dtype == torch.float32 else 8
-        wide = max(2 * self.count, *furthest, 0) > _INT32_LIMIT
-        plan = _plan(self.batches, self.channels, self.pixels, self.by_channels, width, access, wide, sums)
+        offsets64 = max(2 * self.count, *furthest, 0) > _INT32_LIMIT
+        plan = _plan(
+            self.batches, self.channels, self.pixels, self.by_channels, width, access, offsets64, sums
+        )
         return Launch(self, *plan)
 
 
@@ -192,13 +194,13 @@ def _plan(
     by_channels: bool,
     width: int,
     access: int,
-    wide: bool,
+    offsets64: bool,
     sums: bool,
 ) -> tuple[Tile, int, int, int]:
     """The tile, chunks of pixels, programs and warps for a map that is not empty; ``width`` is of the longest run of channels,
     ``access`` of a run of pixels."""
     make = _channel_plans if by_channels else _row_plans
-    plans = make(batches, channels, pixels, width, access, wide, sums)
+    plans = make(batches, channels, pixels, width, access, offsets64, sums)
     return min(plans, key=lambda plan: _cost(*plan, sums))
 
 
@@ -220,7 +222,7 @@ def _iterations(tiles: int, all_tiles: int, sums: bool) -> int:
 
 
 def _row_plans(
-    batches: int, channels: int, pixels: int, width: int, access: int, wide: bool, sums: bool
+    batches: int, channels: int, pixels: int, width: int, access: int, offsets64: bool, sums: bool
 ) -> Iterator[tuple[Tile, int, int, int]]:
     quads = pixels % 4 == 0
     for elements, warps in ROW_TILES:
@@ -229,13 +231,13 @@ def _row_plans(
         lanes = elements // width
         blocks, tiles = -(-batches * channels // lanes), -(-pixels // width)
         iterations = _iterations(tiles, blocks * tiles, sums)
-        tile = Tile(False, quads, wide, lanes, width, 1, run, width, iterations, 1, 1, 1, lanes)
+        tile = Tile(False, quads, offsets64, lanes, width, 1, run, width, iterations, 1, 1, 1, lanes)
         chunks = -(-tiles // iterations)
         yield tile, chunks, blocks * chunks, warps
 
 
 def _channel_plans(
-    batches: int, channels: int, pixels: int, longest: int, access: int, wide: bool, sums: bool
+    batches: int, channels: int, pixels: int, longest: int, access: int, offsets64: bool, sums: bool
 ) -> Iterator[tuple[Tile, int, int, int]]:
     quads = pixels % 4 == 0
     step = 4 if quads else 1
@@ -255,7 +257,7 @@ def _channel_plans(
                 chunks = -(-tiles // iterations)
                 parts = min(bundle // groups, batches * chunks)
                 tile = Tile(
-                    True, quads, wide, lanes, width, step, access, slots * step, iterations, groups, slices, parts, bundle
+                    True, quads, offsets64, lanes, width, step, access, slots * step, iterations, groups, slices, parts, bundle
                 )  # fmt: skip
                 yield tile, chunks, -(-batches * chunks // parts) * slices, lanes // 32
                 slots *= 2

@@ -33,7 +33,7 @@ class Tile(NamedTuple):
 
     by_channels: bool
     quads: bool  # H*W is a multiple of 4: four adjacent pixels are one Philox block
-    wide: bool  # 64-bit offsets
+    offsets64: bool  # 64-bit offsets
     lanes: int
     width: int
     pixels: int  # of a lane, a tile each: 4 for channels with quads, else 1
@@ -48,7 +48,7 @@ class Tile(NamedTuple):
 
 BY_CHANNELS = tl.constexpr(0)
 QUADS = tl.constexpr(1)
-WIDE = tl.constexpr(2)
+OFFSETS64 = tl.constexpr(2)
 LANES = tl.constexpr(3)
 WIDTH = tl.constexpr(4)
 PIXELS = tl.constexpr(5)
@@ -65,7 +65,7 @@ BUNDLE = tl.constexpr(12)
 def _index(TILE: tl.constexpr):
     """Of this program."""
     index = tl.program_id(0)
-    if TILE[WIDE]:
+    if TILE[OFFSETS64]:
         index = index.to(tl.int64)
     return index
 

@@ -21,7 +21,7 @@ from nvae_fast.kernels.pointwise import exponential, reciprocal
 from nvae_fast.ops._squash import empty_map
 
 BLOCK = 128  # a pixel a thread of 4 warps
-_INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves room for the masked elements of the last program
+_INT32_LIMIT = 2**31 - 2**22  # of offsets: leaves space for the masked elements of the last program
 NEAR = tl.constexpr(12.0)
 SPLIT = tl.constexpr(0x53504C54)  # the third counter word of split_seed
 
@@ -66,10 +66,10 @@ def _clamp(x):
 
 
 @triton.jit
-def _pixels(count, pixels, BLOCK: tl.constexpr, WIDE: tl.constexpr):
+def _pixels(count, pixels, BLOCK: tl.constexpr, OFFSETS64: tl.constexpr):
     """Sample and pixel of every lane, and which lanes are pixels."""
     first = tl.program_id(0)
-    if WIDE:
+    if OFFSETS64:
         first = first.to(tl.int64)
     i = first * BLOCK + tl.arange(0, BLOCK)
     b = i // pixels
@@ -141,13 +141,13 @@ def _terms(value, mean, raw_log_scale, half, log_density, FAR: tl.constexpr, GRA
         safe_gap = tl.maximum(gap, 1e-10)
         den = tl.where(inside, inside_den * safe_gap, 1.0 + e)
         quotient = reciprocal(tl.where(edge, tl.where(own, far, both_e), den))
-        slope = (1.0 - e) * quotient
+        d_e = (1.0 - e) * quotient
         through = safe_gap * quotient
         u = eg * both_e * through
         w = g * far * through
-        by_size = tl.where(inside, (e - 1.0) * (e + 1.0) * g * through, -slope)
+        by_size = tl.where(inside, (e - 1.0) * (e + 1.0) * g * through, -d_e)
         widths = 2.0 * d * (g * g) * inside_den * quotient
-        by_log = tl.where(inside, -((size + d) * u + difference * w + widths), tl.fma(size, slope, -1.0))
+        by_log = tl.where(inside, -((size + d) * u + difference * w + widths), tl.fma(size, d_e, -1.0))
         pull = tl.where(own, eg, g) * quotient
         by_m = tl.where(m < 0, -by_size, by_size)
         by_m = tl.where(low, pull, tl.where(high, -pull, by_m))
@@ -222,9 +222,9 @@ def _log_prob(
 @triton.jit(do_not_specialize=["count"])
 def log_prob_kernel(
     parameters, x, out, count, pixels, half, log_density, batch, channel, pixel, x_batch, x_channel, x_pixel,
-    M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    i, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    i, b, p, mask = _pixels(count, pixels, BLOCK, OFFSETS64)
     row = parameters + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     top, rest = _normaliser(row, channel, mask, M)
@@ -241,9 +241,9 @@ def _store(place, value, mask):
 def log_prob_backward_kernel(
     grad, parameters, x, out, count, pixels, half, log_density, grad_batch, grad_pixel, batch, channel, pixel, x_batch,
     x_channel, x_pixel, out_batch, out_channel, out_pixel,
-    M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, FAR: tl.constexpr, BLOCK: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, OFFSETS64)
     row = parameters + b * batch + p * pixel
     red, green, blue = _image(x, b, p, x_batch, x_channel, x_pixel, mask)
     upstream = _load(grad + b * grad_batch + p * grad_pixel, mask)
@@ -295,9 +295,9 @@ def mean_kernel(
     pixel,
     M: tl.constexpr,
     BLOCK: tl.constexpr,
-    WIDE: tl.constexpr,
+    OFFSETS64: tl.constexpr,
 ):
-    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, OFFSETS64)
     row = parameters + b * batch + p * pixel
     top, rest = _normaliser(row, channel, mask, M)
     red = tl.zeros_like(top)
@@ -338,9 +338,9 @@ def _sub_seed(seed, block):
 @triton.jit(do_not_specialize=["seed", "count"])
 def sample_kernel(
     parameters, seed, out, count, pixels, temperature, batch, channel, pixel,
-    M: tl.constexpr, BLOCK: tl.constexpr, WIDE: tl.constexpr,
+    M: tl.constexpr, BLOCK: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
-    _, b, p, mask = _pixels(count, pixels, BLOCK, WIDE)
+    _, b, p, mask = _pixels(count, pixels, BLOCK, OFFSETS64)
     row = parameters + b * batch + p * pixel
     parent = tl.load(seed)
     zero = tl.program_id(0) * 0
@@ -399,9 +399,9 @@ def _count(op: str, params: torch.Tensor) -> int:
 
 def _run(kernel: Any, count: int, tensors: tuple[torch.Tensor, ...], *args: Any, **constants: Any) -> None:
     """One program for each BLOCK pixels; ``tensors``: what the kernel touches."""
-    wide = max(_reach(t) for t in tensors) > _INT32_LIMIT
+    offsets64 = max(_reach(t) for t in tensors) > _INT32_LIMIT
     device = tensors[0].device
-    launch(kernel, triton.cdiv(count, BLOCK), device, *args, BLOCK=BLOCK, WIDE=wide, **constants)
+    launch(kernel, triton.cdiv(count, BLOCK), device, *args, BLOCK=BLOCK, OFFSETS64=offsets64, **constants)
 
 
 def _levels(num_bits: int) -> tuple[float, float, bool]:

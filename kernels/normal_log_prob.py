@@ -124,7 +124,7 @@ def backward_kernel(
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     for k in tl.static_range(COUNT):
         if parameters is not None:
-            mu, sigma, slope_mu, slope_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
+            mu, sigma, d_mu, d_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
             one_over = inverse(sigma, CLAMP)
             w = (value[k] - mu) * one_over
         else:
@@ -134,8 +134,8 @@ def backward_kernel(
         if grad_z is not None:
             store(grad_z, map_at, map_step, k, -scaled * w, mask, TILE)
         if grad_params is not None:
-            store(grad_params, packed_mu, packed_step, k, scaled * w * slope_mu, mask, TILE)
-            store(grad_params, packed_ls, packed_step, k, scaled * tl.fma(w, w, -1.0) * slope_ls, mask, TILE)
+            store(grad_params, packed_mu, packed_step, k, scaled * w * d_mu, mask, TILE)
+            store(grad_params, packed_ls, packed_step, k, scaled * tl.fma(w, w, -1.0) * d_ls, mask, TILE)
 
 
 def normal_log_prob(

@@ -72,11 +72,11 @@ def backward_kernel(
     packed_ls = offsets(b, c_ls, at, packed_batch, packed_step, TILE)
     map_at = offsets(b, c, at, map_batch, map_step, TILE)
     for k in tl.static_range(COUNT):
-        _, sigma, slope_mu, slope_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
+        _, sigma, d_mu, d_ls = squash_with_derivatives(raw_mu[k], raw_ls[k], floor, CLAMP)
         scaled = g[k] * temperature
         if grad_params is not None:
-            store(grad_params, packed_mu, packed_step, k, g[k] * slope_mu, mask, TILE)
-            store(grad_params, packed_ls, packed_step, k, scaled * eps[k] * slope_ls, mask, TILE)
+            store(grad_params, packed_mu, packed_step, k, g[k] * d_mu, mask, TILE)
+            store(grad_params, packed_ls, packed_step, k, scaled * eps[k] * d_ls, mask, TILE)
         if grad_noise is not None:
             store(grad_noise, map_at, map_step, k, scaled * sigma, mask, TILE)
 

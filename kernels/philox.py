@@ -113,12 +113,14 @@ def normal_kernel(out, seed, count, BLOCKS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["seed"])
-def normal_channels_last_kernel(out, seed, lanes, channels, quads, BLOCKS: tl.constexpr, WIDE: tl.constexpr):
+def normal_channels_last_kernel(
+    out, seed, lanes, channels, quads, BLOCKS: tl.constexpr, OFFSETS64: tl.constexpr
+):
     """(n, c, 4 quads pixels) stored channels_last. Lane (n * quads + quad) * channels + c makes one block:
     four pixels of one channel, so that neighbouring lanes store to neighbouring addresses.
     """
     first = tl.program_id(0)
-    if WIDE:
+    if OFFSETS64:
         first = first.to(tl.int64)
     lane = first * BLOCKS + tl.arange(0, BLOCKS)
     row = lane // channels
@@ -136,11 +138,11 @@ def normal_channels_last_kernel(out, seed, lanes, channels, quads, BLOCKS: tl.co
 
 @triton.jit(do_not_specialize=["seed"])
 def normal_channels_last_odd_kernel(
-    out, seed, count, channels, pixels, BLOCKS: tl.constexpr, WIDE: tl.constexpr
+    out, seed, count, channels, pixels, BLOCKS: tl.constexpr, OFFSETS64: tl.constexpr
 ):
     """The same for any number of pixels: a lane per element, each making its whole block."""
     first = tl.program_id(0)
-    if WIDE:
+    if OFFSETS64:
         first = first.to(tl.int64)
     place = first * BLOCKS + tl.arange(0, BLOCKS)
     row = place // channels
@@ -175,18 +177,18 @@ def philox_normal(
     if count == 0:
         return out
     channels, pixels = (size[1], math.prod(size[2:])) if channels_last else (1, count)
-    wide = count > 2**31 - 4 * blocks
+    offsets64 = count > 2**31 - 4 * blocks
     if channels == 1 or pixels == 1:
         launch(normal_kernel, triton.cdiv(count, 4 * blocks), seed.device, out, seed, count, BLOCKS=blocks)
     elif pixels % 4 == 0:
         launch(
             normal_channels_last_kernel, triton.cdiv(count // 4, blocks), seed.device,
-            out, seed, count // 4, channels, pixels // 4, BLOCKS=blocks, WIDE=wide,
+            out, seed, count // 4, channels, pixels // 4, BLOCKS=blocks, OFFSETS64=offsets64,
         )  # fmt: skip
     else:
         launch(
             normal_channels_last_odd_kernel, triton.cdiv(count, blocks), seed.device,
-            out, seed, count, channels, pixels, BLOCKS=blocks, WIDE=wide,
+            out, seed, count, channels, pixels, BLOCKS=blocks, OFFSETS64=offsets64,
         )  # fmt: skip
     return out
 

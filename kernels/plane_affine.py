@@ -25,10 +25,10 @@ from nvae_fast.kernels.planes import (
 def affine_kernel(
     x, a, y, k, constant, out, a_batch, k_batch, constant_batch, channels, pixels, c_tiles, parts,
     X_LAST: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
     """``y``, ``k`` (its coefficients) and ``constant`` may be None."""
-    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, _, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     p = first + tl.arange(0, BP)[None, :]
     mask = (c < channels) & (p < pixels)
     at = offsets(b, c, p, channels, pixels, LAST)
@@ -48,10 +48,10 @@ def affine_kernel(
 def dots_kernel(
     x, y, pivot, workspace, batches, channels, pixels, c_tiles, parts,
     X_LAST: tl.constexpr, LAST: tl.constexpr,
-    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr,
+    BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr,
 ):  # fmt: skip
     """``pivot`` may be None."""
-    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, WIDE)
+    b, c, part, first = program(c_tiles, parts, BC, BP, TIMES, OFFSETS64)
     sum_x = tl.zeros((BC, BP), tl.float32)
     sum_xy = tl.zeros((BC, BP), tl.float32)
     for i in range(TIMES):

@@ -97,16 +97,16 @@ def plan(op: str, x: torch.Tensor, *, by_channels: bool, mixed: bool = False, su
     times = 1
     while sums and times < min(LONGEST, tiles) and b * c_tiles * -(-tiles // (2 * times)) >= PROGRAMS:
         times *= 2
-    wide = x.numel() + 2 * ELEMENTS * times > _INT32_LIMIT
-    constants = {"BC": bc, "BP": bp, "TIMES": times, "WIDE": wide}
+    offsets64 = x.numel() + 2 * ELEMENTS * times > _INT32_LIMIT
+    constants = {"BC": bc, "BP": bp, "TIMES": times, "OFFSETS64": offsets64}
     return Planes(c, pixels, c_tiles, -(-tiles // times), b, x.device, constants)
 
 
 @triton.jit
-def program(c_tiles, parts, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, WIDE: tl.constexpr):
+def program(c_tiles, parts, BC: tl.constexpr, BP: tl.constexpr, TIMES: tl.constexpr, OFFSETS64: tl.constexpr):
     """This program's sample, channels (BC, 1), part, and first pixel."""
     index = tl.program_id(0)
-    if WIDE:
+    if OFFSETS64:
         index = index.to(tl.int64)
     part = index % parts
     rest = index // parts

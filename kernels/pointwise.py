@@ -51,7 +51,7 @@ def _clamp(x, BOUND: tl.constexpr):
 
 
 @triton.jit
-def _bend(raw, C: tl.constexpr):
+def _tanh_clamp(raw, C: tl.constexpr):
     """``C tanh(raw / C)`` for C within [0.01, 100], where its powers stay in range: ``x - D / Q`` of the clamped x, where
     D / Q is a minimax fit, weighted to where values are. What is subtracted is small below C, and the result good to an
     ulp; further out it loses digits, 5e-6 at worst. The fit ends 4e-6 above C, so that the last clamp makes everything
@@ -68,7 +68,7 @@ def _bend(raw, C: tl.constexpr):
 
 
 @triton.jit
-def _slope(raw, C: tl.constexpr):
+def _tanh_derivative(raw, C: tl.constexpr):
     """``1 - tanh^2`` at raw / C with all its digits: ``4 e / (1 + e)^2`` with ``e = exp(-2 |raw / C|)``, which fades as it
     should where the difference would leave the rounding of a 1."""
     e = tl.exp2(tl.fma(tl.abs(raw), -2.8853900817779268 / C, 2.0))  # four times e
@@ -104,9 +104,9 @@ def soft_clamp(raw, CLAMP: tl.constexpr):
     if CLAMP == 0:
         return raw
     elif (CLAMP < 0.01) | (CLAMP > 100.0):
-        return _bend(raw / CLAMP, 1.0) * CLAMP
+        return _tanh_clamp(raw / CLAMP, 1.0) * CLAMP
     else:
-        return _bend(raw, CLAMP)
+        return _tanh_clamp(raw, CLAMP)
 
 
 @triton.jit
@@ -115,9 +115,9 @@ def soft_clamp_derivative(raw, CLAMP: tl.constexpr):
     if CLAMP == 0:
         return tl.zeros_like(raw) + 1.0
     elif (CLAMP < 0.01) | (CLAMP > 100.0):
-        return _slope(raw / CLAMP, 1.0)
+        return _tanh_derivative(raw / CLAMP, 1.0)
     else:
-        return _slope(raw, CLAMP)
+        return _tanh_derivative(raw, CLAMP)
 
 
 @triton.jit

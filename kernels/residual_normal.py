@@ -192,12 +192,12 @@ def backward_kernel(
             if RESIDUAL:
                 raw_mu_q = raw_mu_q + p_mu[k]
                 raw_ls_q = raw_ls_q + p_ls[k]
-            mu_p, sigma_p, slope_mu_p, slope_ls_p = squash_with_derivatives(p_mu[k], p_ls[k], floor, CLAMP)
-            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
+            mu_p, sigma_p, d_mu_p, d_ls_p = squash_with_derivatives(p_mu[k], p_ls[k], floor, CLAMP)
+            mu_q, sigma_q, d_mu_q, d_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
             inverse_p = inverse(sigma_p, CLAMP)
             distance = (mu_q - mu_p) * inverse_p
         else:
-            mu_q, sigma_q, slope_mu_q, slope_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
+            mu_q, sigma_q, d_mu_q, d_ls_q = squash_with_derivatives(raw_mu_q, raw_ls_q, floor, CLAMP)
             inverse_p = 1.0 / (1.0 + floor)
             distance = mu_q * inverse_p
         inverse_q = inverse(sigma_q, CLAMP)
@@ -229,15 +229,15 @@ def backward_kernel(
             to_sigma_q += g_kl * (ratio * inverse_p - inverse_q)
             to_sigma_p += g_kl * (1.0 - distance * distance - ratio * ratio)
         if THROUGH_Z or THROUGH_PRIOR:
-            to_mu_q = to_mu_q * slope_mu_q
-        to_sigma_q = to_sigma_q * slope_ls_q
+            to_mu_q = to_mu_q * d_mu_q
+        to_sigma_q = to_sigma_q * d_ls_q
         if grad_posterior is not None:
             store(grad_posterior, packed_mu, packed_step, k, to_mu_q, mask, TILE)
             store(grad_posterior, packed_ls, packed_step, k, to_sigma_q, mask, TILE)
         if grad_prior is not None:
             if THROUGH_PRIOR:
-                to_mu_p = to_mu_p * slope_mu_p
-                to_sigma_p = to_sigma_p * inverse_p * slope_ls_p
+                to_mu_p = to_mu_p * d_mu_p
+                to_sigma_p = to_sigma_p * inverse_p * d_ls_p
             if RESIDUAL:
                 to_mu_p += to_mu_q
                 to_sigma_p += to_sigma_q

@@ -109,7 +109,7 @@ def backward_kernel(
         tl.store(to_norm + row, along.to(TYPE), mask=exists)
     if NEED_WEIGHT:
         to_weight = tl.load(place + 4).to(tl.pointer_type(TYPE))
-        # The norm's slope at zero is taken as zero, as PyTorch does.
+        # The norm's derivative at zero is taken as zero, as PyTorch does.
         back = tl.where(norm > 0.0, along * inverse / norm, 0.0)
         for start in range(0, columns, COLUMNS):
             inside = exists & (start + column < columns)

@@ -1,5 +1,5 @@
-// The passes of batch_norm_swish, compiled once per capability: act(scale x + shift) in one pass, and two for
-// its gradient, of which the first makes the sums over pixels.
+// The kernels of affine_activation and batch_norm_swish, compiled once per capability: act(scale x + shift), and
+// two for its gradient, the first of which computes the sums over pixels.
 #include "affine_activation.h"
 
 #include "../activation.h"

@@ -42,7 +42,7 @@ static void rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
     V s0(S(0)), s1(S(0)), q0(S(0)), q1(S(0));
     const int64_t full = count - count % V::size;
     int64_t i = 0;
-    while (i < full) {  // a stretch is added up before it joins the others: fewer roundings
+    while (i < full) {  // partial sums of a run first: fewer roundings
       const int64_t end = full - i < kStretch * V::size ? full : i + kStretch * V::size;
       V t0(S(0)), t1(S(0)), r0(S(0)), r1(S(0));
       for (; i + 2 * V::size <= end; i += 2 * V::size) {

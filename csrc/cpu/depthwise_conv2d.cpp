@@ -90,7 +90,8 @@ DepthwiseGeometry geometry_of(const char* op, const Tensor& x, const Tensor& wei
   return g;
 }
 
-// Taps of the plan as vectors of channels: [vector][tap][lane], folded and zero where dead or no channel is.
+// Taps of the plan as vectors of channels: [vector][tap][lane], folded. Zero for a tap that is left out and for
+// a lane without a channel.
 template <class S>
 void pack_taps(const DepthwiseGeometry& g, const std::vector<DepthwiseFold>& folds, const S* weight,
                int64_t channels, int lanes, int64_t begin, int64_t end, S* out) {
@@ -323,7 +324,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> depthwise_conv2d_backward(
   check_depthwise_backward(op, grad, out, alpha.has_value(), beta.has_value(), gamma.has_value(), x, stride,
                            upsample);
   a.x = view(x, job.keep_alive);
-  // As x is laid out where both are more than a pixel: then no row takes two forms.
+  // In the layout of x, so that a row has one form.
   const bool format = a.x.channels_last;
   a.grad = view(to_dtype(grad, x.scalar_type()), format, job.keep_alive);
   if (alpha) {

@@ -1,9 +1,10 @@
 // The per-capability kernels of depthwise_conv2d*.vec.cpp and their arguments.
 //
 // Forward and backward are one computation. A row of a stationary map (y forward; x and its gradient
-// backward) meets rows of a scanned map (h = act(scale x + shift) forward; dy backward) that wait in scratch
-// memory as vectors of channels, with zeros to their left and right. A plan (depthwise_conv2d_plan.h) says
-// which scanned pixel meets which tap; stride, dilation and upsampling are nothing but different plans.
+// backward) is combined with rows of a scanned map (h = act(scale x + shift) forward; dy backward), which are
+// in scratch memory as vectors of channels, with zeros to their left and right. A plan
+// (depthwise_conv2d_plan.h) says which scanned pixel is multiplied by which tap; stride, dilation and
+// upsampling differ in their plans only.
 #pragma once
 #include <cstdint>
 
@@ -20,7 +21,7 @@ struct DepthwiseMap {
   int64_t height = 0, width = 0;
 };
 
-// A rectangle of taps: for rows k < rows and columns l < cols, tap first + k * cols + l joins the stationary
+// A rectangle of taps: for rows k < rows and columns l < cols, tap first + k * cols + l connects the stationary
 // pixel (R, J) of a phase with the scanned pixel (R * row_scale + row[k], col + (J * col_scale + l) * step).
 struct DepthwiseSegment {
   const int* row;
@@ -37,7 +38,7 @@ struct DepthwisePhase {
 struct DepthwisePlan {
   int row_phases = 1, col_phases = 1, row_scale = 1, col_scale = 1, step = 1;
   int first_row = 0, last_row = 0;         // smallest and largest entry of row[] in all segments
-  int left = 0, right = 0;                 // zeros beside a scanned row
+  int left = 0, right = 0;                 // zeros to the left and right of a scanned row
   const DepthwisePhase* phases = nullptr;  // row by row
   int taps = 0;
 };

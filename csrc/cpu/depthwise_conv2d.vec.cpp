@@ -20,8 +20,8 @@ void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x, int64_
     for (int g = 0; g < c.count; ++g) {
       const V raw = load<V>(from + g * V::size, lanes<V>(c, g));
       const V u = fma(V::load(constants + 2 * g * V::size), raw, V::load(constants + (2 * g + 1) * V::size));
-      V slope;
-      activate<activation, false>(u, slope).store(to + g * vector);
+      V derivative;
+      activate<activation, false>(u, derivative).store(to + g * vector);
     }
   }
 }
@@ -32,16 +32,16 @@ void finish_row(const DepthwiseArgs& a, const Group& c, typename V::Scalar* out)
   for (int g = 0; g < c.count; ++g) {
     const V scale = constant<V>(a.out_scale, c, g, 1.0), shift = constant<V>(a.out_shift, c, g, 0.0);
     for (int64_t s = 0; s < a.y.width; ++s, out += V::size) {
-      V slope;
-      activate<activation, false>(fma(scale, V::load(out), shift), slope).store(out);
+      V derivative;
+      activate<activation, false>(fma(scale, V::load(out), shift), derivative).store(out);
     }
   }
 }
 
 // A row of y from scratch to memory, and its part of the statistics.
 template <class V, class T>
-void leave_row(const DepthwiseArgs& a, const Group& c, int64_t b, int64_t row, typename V::Scalar* out,
-               double* sums, bool start) {
+void store_row_sum(const DepthwiseArgs& a, const Group& c, int64_t b, int64_t row, typename V::Scalar* out,
+                   double* sums, bool start) {
   using S = typename V::Scalar;
   const int64_t width = a.y.width, vector = width * V::size;
   if (a.y.channels_last) {
@@ -142,7 +142,7 @@ void forward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) 
           else
             finish_row<V, 0>(a, c, out);
         }
-        leave_row<V, T>(a, c, b, R * plan.row_phases + e, out, sums, start);
+        store_row_sum<V, T>(a, c, b, R * plan.row_phases + e, out, sums, start);
         start = false;
       }
     }

@@ -1,20 +1,20 @@
-// The backward kernel of depthwise_conv2d: rows of dy in a ring; every pixel of x meets the dy its taps
-// reached, which gives its own gradient and its part of every other in one pass.
+// The backward kernel of depthwise_conv2d. It reads maps once: rows of dy are kept in a ring, and each pixel of
+// x is combined with the dy that depends on it, for its own gradient and its share of all others.
 #include "depthwise_conv2d_taps.h"
 
 namespace nvae {
 namespace NVAE_ISA {
 namespace {
 
-// Rows of scratch memory beside the ring, a vector of `width` pixels each for every vector of the group, and
+// Rows of scratch memory besides the ring, a vector of `width` pixels each for every vector of the group, and
 // per-channel constants and sums.
 enum { kScale, kShift, kPivot, kAlpha, kBeta, kGamma, kScaleSum, kShiftSum, kConstants };
 
 template <class S>
 struct Scratch {
   Ring<S> ring;
-  S *h, *slope, *dh, *planar, *planar_out, *constants;
-  int64_t vector;  // of h, slope and dh
+  S *h, *derivative, *dh, *planar, *planar_out, *constants;
+  int64_t vector;  // of h, derivative and dh
 };
 
 template <class V>
@@ -33,8 +33,8 @@ Scratch<typename V::Scalar> cut_scratch(const DepthwiseArgs& a, void* memory) {
   s.vector = a.x.width * V::size;
   s.ring = make_ring<V>(a, a.grad.width, static_cast<S*>(memory));
   s.h = s.ring.data + ring_size<V>(a, a.grad.width);
-  s.slope = s.h + a.group * s.vector;
-  s.dh = s.slope + a.group * s.vector;
+  s.derivative = s.h + a.group * s.vector;
+  s.dh = s.derivative + a.group * s.vector;
   s.planar = s.dh + a.group * s.vector;
   s.planar_out = s.planar + widest * V::size;
   s.constants = s.planar_out + widest * V::size;
@@ -71,25 +71,25 @@ void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x,
       const S* constants = s.constants + g * kConstants * V::size;
       const int64_t at = g * s.vector + i * V::size;
       const V raw = load<V>(x.p + i * x.pixel + g * V::size, lanes<V>(c, g));
-      V slope;
+      V derivative;
       activate<activation, true>(
-          fma(V::load(constants + kScale * V::size), raw, V::load(constants + kShift * V::size)), slope)
+          fma(V::load(constants + kScale * V::size), raw, V::load(constants + kShift * V::size)), derivative)
           .store(s.h + at);
-      if constexpr (activation != 0) slope.store(s.slope + at);
+      if constexpr (activation != 0) derivative.store(s.derivative + at);
     }
 }
 
 // du = dh act', its sums, and grad_x = scale du into `to`.
 template <class V, class T, class U>
-void leave_row(const DepthwiseArgs& a, const Group& c, Row<const T> x, const Row<U>* to,
-               const Scratch<typename V::Scalar>& s, bool affine) {
+void store_row_sum(const DepthwiseArgs& a, const Group& c, Row<const T> x, const Row<U>* to,
+                   const Scratch<typename V::Scalar>& s, bool affine) {
   using S = typename V::Scalar;
   for (int64_t i = 0; i < a.x.width; ++i)
     for (int g = 0; g < c.count; ++g) {
       S* constants = s.constants + g * kConstants * V::size;
       const int64_t at = g * s.vector + i * V::size;
       V du = V::load(s.dh + at);
-      if (a.activation != 0) du = du * V::load(s.slope + at);
+      if (a.activation != 0) du = du * V::load(s.derivative + at);
       if (to)
         store(du * V::load(constants + kScale * V::size), to->p + i * to->pixel + g * V::size,
               lanes<V>(c, g));
@@ -180,13 +180,13 @@ void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end)
                     s.h + g * s.vector, s.dh + g * s.vector);
           if (!data) return;
           if (!a.grad_x.data) {
-            leave_row<V>(a, c, x, static_cast<const Row<T>*>(nullptr), s, sums != nullptr);
+            store_row_sum<V>(a, c, x, static_cast<const Row<T>*>(nullptr), s, sums != nullptr);
           } else if (a.grad_x.channels_last) {
             const Row<T> to{place<T>(a.grad_x, b, c.first, r), a.grad_x.pixel};
-            leave_row<V>(a, c, x, &to, s, sums != nullptr);
+            store_row_sum<V>(a, c, x, &to, s, sums != nullptr);
           } else {
             const Row<S> to{s.planar_out, V::size};
-            leave_row<V>(a, c, x, &to, s, sums != nullptr);
+            store_row_sum<V>(a, c, x, &to, s, sums != nullptr);
             scatter_row<V, T>(a.grad_x, b, c, r, s.planar_out);
           }
         });

@@ -1,11 +1,11 @@
 // Plans of depthwise_conv2d. Along one axis, with p = K / 2:
 //
-//   forward   y[i] meets h[i stride + (u - p) dilation]           with tap u
-//             upsampled: y[2I + e] meets h[I + m]                 with the sum of u, (e + (u - p) dilation) /
+//   forward   y[i] takes h[i stride + (u - p) dilation]           with tap u
+//             upsampled: y[2I + e] takes h[I + m]                 with the sum of u, (e + (u - p) dilation) /
 //             2 = m, rounded down
-//   backward  x[r] meets dy[(r - (u - p) dilation) / stride]      with tap u, where that is a whole number:
+//   backward  x[r] takes dy[(r - (u - p) dilation) / stride]      with tap u, where that is a whole number:
 //             stride 2 has a phase for even and one for odd r
-//             upsampled: x[r] meets dy[2r + q]                    with the sum of u, (p - u) dilation = q or
+//             upsampled: x[r] takes dy[2r + q]                    with the sum of u, (p - u) dilation = q or
 //             q - 1
 //
 // so that upsampling costs (K + 1)^2 / 4 taps an output pixel instead of K^2 (not with dilation).
@@ -26,8 +26,8 @@ struct Axis {
 
 int floor_half(int n) { return n >= 0 ? n / 2 : (n - 1) / 2; }
 
-// `interleave`: a dilated axis with stride 1 becomes two phases, so that neighbours of a phase meet
-// neighbours in steps of two. Rows do not need it: they may lie anywhere.
+// `interleave`: a dilated axis with stride 1 becomes two phases, so that adjacent pixels of a phase take
+// pixels two apart. Rows do not need it: they may be anywhere.
 Axis make_axis(const DepthwiseGeometry& g, bool backward, bool interleave) {
   Axis axis;
   const int k = g.kernel, p = k / 2, d = g.dilation;

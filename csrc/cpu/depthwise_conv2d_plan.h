@@ -1,4 +1,4 @@
-// Which scanned pixel meets which tap: the plans behind csrc/cpu/depthwise_conv2d.h.
+// Which scanned pixel is multiplied by which tap: the plans behind csrc/cpu/depthwise_conv2d.h.
 #pragma once
 #include <memory>
 #include <vector>

@@ -20,21 +20,21 @@ NVAE_INLINE void store(V v, T* p, int n) {
 }
 
 // act(u), and its derivative where it is asked for.
-template <int activation, bool derivative, class V>
-NVAE_INLINE V activate(V u, V& slope) {
+template <int activation, bool with_derivative, class V>
+NVAE_INLINE V activate(V u, V& derivative) {
   using S = typename V::Scalar;
   const V one(S(1));
   if constexpr (activation == 1) {
     // A division by infinity gives the limit 0 for large negative u.
     const V sigma = one / (one + exp(-u));
     const V h = u * sigma;
-    if constexpr (derivative) slope = fma(h, one - sigma, sigma);
+    if constexpr (with_derivative) derivative = fma(h, one - sigma, sigma);
     return h;
   } else if constexpr (activation == 2) {
     V e, less_one;
     exp_and_less_one(u, e, less_one);
     const auto positive = u > V(S(0));
-    if constexpr (derivative) slope = select(positive, one, e);
+    if constexpr (with_derivative) derivative = select(positive, one, e);
     return select(positive, u, less_one);
   } else {
     return u;

@@ -150,7 +150,7 @@ static Ring<typename V::Scalar> make_ring(const DepthwiseArgs& a, int64_t width,
   return {data, a.ring(), a.plan.left + width + a.plan.right, V::size, a.plan.left};
 }
 
-// One row of a phase, for vector g: every segment whose scanned rows lie inside the image. `rows` is the
+// One row of a phase, for vector g: every segment whose scanned rows are inside the image. `rows` is the
 // height of the scanned map, `width` that of the stationary one.
 template <class V, bool data, bool weight>
 static void run_phase(const DepthwiseArgs& a, const DepthwisePhase& phase, int64_t R, int64_t rows,

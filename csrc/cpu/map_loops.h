@@ -49,11 +49,11 @@ struct Raw {
   }
 };
 
-// One stretch of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is
+// A segment of a task: n lanes (pixels of a row, or channels) times `steps` steps. Lane j of step i is
 // element `at + i * map_step` + j of a dense map, and is at `eps + i * V::size` (rows: eps + i) in the
 // noise.
 template <class S>
-struct Stretch {
+struct Segment {
   int64_t task, b, c, p;  // first element
   int64_t row;            // b * channels + c
   int64_t count;          // pixels
@@ -62,18 +62,18 @@ struct Stretch {
   const S* eps;
 };
 
-// Calls run(stretch) for each task of a contiguous map: a span of one row. Short rows share a draw of noise
-// and, up to `group` of them, a stretch.
+// Calls run(segment) for each task of a contiguous map: a span of one row. Short rows share one call for noise
+// and, up to `group` of them, a segment.
 template <class V, class F>
 static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64_t end, F run,
                      int64_t group = 1) {
   using S = typename V::Scalar;
-  S eps[MapShape::kSpan + V::size];  // whole vectors are read from the last elements on
+  alignas(64) S eps[MapShape::kSpan + V::size];  // whole vectors are read from the last elements on
   const NoiseSource source(noise ? *noise : Noise{});
-  const auto stretch = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at, int64_t most) {
+  const auto segment = [&](int64_t task, int64_t row, int64_t p, int64_t count, const S* at, int64_t most) {
     const int64_t b = row / m.channels, c = row % m.channels;
     const int64_t rows = most < m.channels - c ? most : m.channels - c;
-    run(Stretch<S>{task, b, c, p, row, rows * count, rows, row * m.pixels + p,
+    run(Segment<S>{task, b, c, p, row, rows * count, rows, row * m.pixels + p,
                    (b * 2 * m.channels + c) * m.pixels + p, at});
     return rows;
   };
@@ -83,7 +83,7 @@ static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64
       const int64_t row = task / spans, p = task % spans * m.span();
       const int64_t count = m.pixels - p < m.span() ? m.pixels - p : m.span();
       if (noise) source.fill(row * m.pixels + p, count, eps);
-      stretch(task, row, p, count, eps, 1);
+      segment(task, row, p, count, eps, 1);
     }
     return;
   }
@@ -92,11 +92,11 @@ static void for_rows(const MapShape& m, const Noise* noise, int64_t begin, int64
     const int64_t n = end - task < rows ? end - task : rows;
     if (noise) source.fill(task * m.pixels, n * m.pixels, eps);
     for (int64_t i = 0; i < n;)
-      i += stretch(task + i, task + i, 0, m.pixels, eps + i * m.pixels, n - i < group ? n - i : group);
+      i += segment(task + i, task + i, 0, m.pixels, eps + i * m.pixels, n - i < group ? n - i : group);
   }
 }
 
-// channels_last: calls run(stretch, n) for every block of n <= V::size channels of every task.
+// channels_last: calls run(segment, n) for every block of n <= V::size channels of every task.
 template <class V, class F>
 static void for_channels(const MapShape& m, const Noise* noise, int64_t begin, int64_t end, F run) {
   using S = typename V::Scalar;
@@ -109,7 +109,7 @@ static void for_channels(const MapShape& m, const Noise* noise, int64_t begin, i
     for (int64_t c = 0; c < m.channels; c += V::size) {
       const int n = m.channels - c < V::size ? static_cast<int>(m.channels - c) : V::size;
       if (noise) source.fill_channels(b, c, n, m.channels, m.pixels, p, count, eps);
-      run(Stretch<S>{task, b, c, p, b * m.channels + c, count, 1, pixel * m.channels + c,
+      run(Segment<S>{task, b, c, p, b * m.channels + c, count, 1, pixel * m.channels + c,
                      pixel * 2 * m.channels + c, eps},
           n);
     }
@@ -129,14 +129,14 @@ NVAE_INLINE V channel_gradients(const double* grads, int64_t row, int n) {
   return V::load(lanes);
 }
 
-// Leaves lane-wise sums where the second stage finds them: partial[(task * kinds + kind) * lanes + channel].
+// Stores lane-wise sums for the second stage: partial[(task * kinds + kind) * lanes + channel].
 template <class V>
-NVAE_INLINE void leave_row(V sums, double constant, double* partial, int64_t task, int kinds, int kind) {
+NVAE_INLINE void store_row_sum(V sums, double constant, double* partial, int64_t task, int kinds, int kind) {
   partial[task * kinds + kind] = sum(sums) - constant;
 }
 template <class V>
-NVAE_INLINE void leave_channels(V sums, double constant, double* partial, const MapShape& m, int64_t task,
-                                int64_t c, int n, int kinds, int kind) {
+NVAE_INLINE void store_channel_sums(V sums, double constant, double* partial, const MapShape& m, int64_t task,
+                                    int64_t c, int n, int kinds, int kind) {
   typename V::Scalar lanes[V::size];
   sums.store(lanes);
   double* out = partial + (task * kinds + kind) * m.channels + c;

@@ -1,6 +1,6 @@
 // mixture_logistic_log_prob, its backward pass and the mean, compiled once per capability. The formulas are
 // the docstring of nvae_fast/ops/mixture_logistic.py. Lanes are pixels. A tile holds every parameter of as
-// many pixels as a vector has lanes; the backward pass makes the gradient in place.
+// many pixels as a vector has lanes; the backward kernel computes the gradient in place.
 #include "mixture_logistic.h"
 
 #include "pixel_tiles.h"
@@ -68,7 +68,8 @@ class Likelihood {
 
   // mean: with the shift by the colours before.
   template <bool kGradient>
-  NVAE_INLINE Terms<V> operator()(const Colour<V>& x, V mean, V raw_log_scale, Derivatives<V>& slope) const {
+  NVAE_INLINE Terms<V> operator()(const Colour<V>& x, V mean, V raw_log_scale,
+                                  Derivatives<V>& derivative) const {
     const V zero(S(0)), one(S(1)), two(S(2));
     const V log_scale = max(V(S(-7)), raw_log_scale);  // NaN passes
     const V inverse = exp(-log_scale), centred = x.value - mean;
@@ -111,12 +112,12 @@ class Likelihood {
       V den = select(inside, inside_den * safe_gap, one + e);
       if (x.edge) den = select(x.low | x.high, select(own, far, sum), den);
       const V quotient = one / den;
-      const V slope_e = (one - e) * quotient, through_gap = safe_gap * quotient;
+      const V d_e = (one - e) * quotient, through_gap = safe_gap * quotient;
       const V u = eg * sum * through_gap, w = g * far * through_gap;
-      V by_size = select(inside, (e - one) * (e + one) * g * through_gap, -slope_e);
+      V by_size = select(inside, (e - one) * (e + one) * g * through_gap, -d_e);
       V by_log =
           select(inside, -fma(size + d, u, fma(difference, w, two * d * (g * g) * inside_den * quotient)),
-                 fma(size, slope_e, V(S(-1))));
+                 fma(size, d_e, V(S(-1))));
       V by_m = copysign(V(S(1)), m) * by_size;
       if (x.edge) {
         const M edge = x.low | x.high;
@@ -124,8 +125,8 @@ class Likelihood {
         by_m = select(x.low, pull, select(x.high, -pull, by_m));
         by_log = select(edge, -(select(own, size + d, difference) * pull), by_log);
       }
-      slope.mean = -inverse * by_m;
-      slope.log_scale = select(raw_log_scale >= V(S(-7)), by_log, zero);
+      derivative.mean = -inverse * by_m;
+      derivative.log_scale = select(raw_log_scale >= V(S(-7)), by_log, zero);
     }
     return t;
   }
@@ -262,8 +263,8 @@ static void log_prob_backward(const MixtureLogistic& a, int64_t begin, int64_t e
       const V share = grad * exp(sum.share(V::load(t.totals + m * V::size)));
       fnma(grad, exp(V::load(t.weights + m * V::size)), share).store(t.logits + m * V::size);
       for (int i = 0; i < 9; ++i) {
-        S* slope = t.colours + (i * t.mixtures + m) * V::size;
-        (V::load(slope) * share).store(slope);
+        S* derivative = t.colours + (i * t.mixtures + m) * V::size;
+        (V::load(derivative) * share).store(derivative);
       }
     }
     store_tile<T>(t.logits, a.out, map, b, p, n);

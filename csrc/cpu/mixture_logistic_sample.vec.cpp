@@ -37,7 +37,8 @@ class WordStream {
   NVAE_INLINE void make(uint64_t block, uint32_t* out) const {
     Bits w[4];
     VecF z[4];
-    philox_words(Wide(block) + Wide::load(order_.even), Wide(block) + Wide::load(order_.odd), key_, w);
+    philox_words(Words64(block) + Words64::load(order_.even), Words64(block) + Words64::load(order_.odd),
+                 key_, w);
     transpose_chunks(from_bits(w[0]), from_bits(w[1]), from_bits(w[2]), from_bits(w[3]), z);
     for (int j = 0; j < 4; ++j) bits(z[j]).store(out + j * VecF::size);
   }

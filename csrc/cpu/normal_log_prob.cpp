@@ -7,20 +7,21 @@
 
 namespace nvae {
 
+// Arguments of both forward and backward; `type` becomes the dtype in which the maps are read and written.
 static NormalLogProbArgs describe(const char* op, const Tensor& z, const std::optional<Tensor>& params,
-                                  std::optional<double> clamp, double sigma_floor,
+                                  std::optional<double> clamp, double sigma_floor, ScalarType& type,
                                   std::vector<Tensor>& keep_alive) {
   NVAE_CHECK(z.dim() == 4, op, ": z must have shape (B, Z, H, W), got ", shape_text(z));
   NormalLogProbArgs a;
   static_cast<MapShape&>(a) = shape_of(z, z.size(1));
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
-  const ScalarType type = common_type(dtype_of(op, "z", z), z, params);
+  type = common_type(op, "z", z, "params", params);
   a.dtype = dtype_of(op, "z", type);
-  a.z = packed_view(to_dtype(z, type), a.channels_last, keep_alive);
+  a.z = packed_view(converted(z, type, keep_alive), a.channels_last, keep_alive);
   if (params) {
     check_packed(op, "params", *params);
     check_map(op, "z", z, *params);
-    a.params = packed_view(to_dtype(*params, type), a.channels_last, keep_alive);
+    a.params = packed_view(converted(*params, type, keep_alive), a.channels_last, keep_alive);
   }
   return a;
 }
@@ -28,7 +29,8 @@ static NormalLogProbArgs describe(const char* op, const Tensor& z, const std::op
 static Tensor normal_log_prob(const Tensor& z, const std::optional<Tensor>& params,
                               std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> keep_alive;
-  NormalLogProbArgs a = describe("normal_log_prob", z, params, clamp, sigma_floor, keep_alive);
+  ScalarType type;
+  NormalLogProbArgs a = describe("normal_log_prob", z, params, clamp, sigma_floor, type, keep_alive);
   PartialSums sums(a, 1);
   a.partial = sums.data();
   for_tasks(a, [&](int64_t begin, int64_t end) { NVAE_CALL(normal_log_prob_forward, a, begin, end); });
@@ -42,10 +44,10 @@ static std::tuple<Tensor, Tensor> normal_log_prob_backward(const Tensor& grad, c
   const char* op = "normal_log_prob_backward";
   std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
-  NormalLogProbArgs a = describe(op, z, params, clamp, sigma_floor, keep_alive);
+  ScalarType type;
+  NormalLogProbArgs a = describe(op, z, params, clamp, sigma_floor, type, keep_alive);
   a.grad = sums_gradient(op, "grad", grad, a, sums);
   need_params = need_params && params;
-  const ScalarType type = common_type(dtype_of(op, "z", z), z, params);
   const Tensor grad_z = empty_unless(need_z, z, a.channels, type, a.channels_last);
   const Tensor grad_params = empty_unless(need_params, z, 2 * a.channels, type, a.channels_last);
   if (need_z) a.grad_z = grad_z.mutable_data_ptr();

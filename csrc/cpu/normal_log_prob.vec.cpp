@@ -7,7 +7,7 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// n lanes at element i of a stretch.
+// n lanes at element i of a segment.
 template <class V, class T>
 struct Density {
   using S = typename V::Scalar;
@@ -31,8 +31,8 @@ struct Density {
             scaled = grad * inverse;
     if (a.grad_z) store(-(scaled * w), static_cast<T*>(a.grad_z) + map, n);
     if (T* out = static_cast<T*>(a.grad_params)) {
-      store(scaled * w * p.slope_mu, out + packed, n);
-      store(scaled * fma(w, w, V(S(-1))) * p.slope_sigma, out + packed + log_sigma, n);
+      store(scaled * w * p.d_mu, out + packed, n);
+      store(scaled * fma(w, w, V(S(-1))) * p.d_sigma, out + packed + log_sigma, n);
     }
   }
 };
@@ -41,19 +41,20 @@ template <class V, class T>
 static void forward(const NormalLogProbArgs& a, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
   const Density<V, T> density(a);
-  const auto places = [&](const Stretch<S>& s, Raw<T>& z, Raw<T>& raw) {
+  const auto places = [&](const Segment<S>& s, Raw<T>& z, Raw<T>& raw) {
     z = Raw<T>(a.z, 0, s.b, s.c, s.p);
     raw = Raw<T>(a.params, a.channels, s.b, s.c, s.p);
   };
   Raw<T> z(Packed{}, 0, 0, 0, 0), raw = z;
   if (a.channels_last)
-    return for_channels<V>(a, nullptr, begin, end, [&](const Stretch<S>& s, int n) {
+    return for_channels<V>(a, nullptr, begin, end, [&](const Segment<S>& s, int n) {
       places(s, z, raw);
       V sums(S(0));
       for (int64_t i = 0; i < s.count; ++i) sums = sums + density.log_prob(z, raw, i, n);
-      leave_channels(sums, kLogSqrt2Pi * static_cast<double>(s.count), a.partial, a, s.task, s.c, n, 1, 0);
+      store_channel_sums(sums, kLogSqrt2Pi * static_cast<double>(s.count), a.partial, a, s.task, s.c, n, 1,
+                         0);
     });
-  for_rows<V>(a, nullptr, begin, end, [&](const Stretch<S>& s) {
+  for_rows<V>(a, nullptr, begin, end, [&](const Segment<S>& s) {
     places(s, z, raw);
     z.step = raw.step = 1;
     V sums(S(0));
@@ -61,7 +62,7 @@ static void forward(const NormalLogProbArgs& a, int64_t begin, int64_t end) {
     for (; i + V::size <= s.count; i += V::size) sums = sums + density.log_prob(z, raw, i, V::size);
     if (const int n = static_cast<int>(s.count - i))
       sums = sums + keep(density.log_prob(z, raw, i, n), n, S(0));
-    leave_row(sums, kLogSqrt2Pi * static_cast<double>(s.count), a.partial, s.task, 1, 0);
+    store_row_sum(sums, kLogSqrt2Pi * static_cast<double>(s.count), a.partial, s.task, 1, 0);
   });
 }
 
@@ -70,14 +71,14 @@ static void backward(const NormalLogProbArgs& a, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
   const Density<V, T> density(a);
   if (a.channels_last)
-    return for_channels<V>(a, nullptr, begin, end, [&](const Stretch<S>& s, int n) {
+    return for_channels<V>(a, nullptr, begin, end, [&](const Segment<S>& s, int n) {
       const Raw<T> z(a.z, 0, s.b, s.c, s.p), raw(a.params, a.channels, s.b, s.c, s.p);
       const V grad = channel_gradients<V>(a.grad, s.row, n);
       for (int64_t i = 0; i < s.count; ++i)
         density.gradients(z, raw, i, grad, s.map + i * a.channels, s.packed + i * 2 * a.channels, a.channels,
                           n);
     });
-  for_rows<V>(a, nullptr, begin, end, [&](const Stretch<S>& s) {
+  for_rows<V>(a, nullptr, begin, end, [&](const Segment<S>& s) {
     const Raw<T> z(a.z, 0, s.b, s.c, s.p), raw(a.params, a.channels, s.b, s.c, s.p);
     const V grad = row_gradient<V>(a.grad, s.row);
     const int64_t log_sigma = a.channels * a.pixels;

@@ -6,7 +6,7 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// n lanes at element i of a stretch. map and packed: of the first lane, in dense maps and dense packed
+// n lanes at element i of a segment. map and packed: of the first lane, in dense maps and dense packed
 // parameters.
 template <class V, class T>
 struct Sampler {
@@ -29,8 +29,8 @@ struct Sampler {
     const Squashed<V> q = at(raw, i, n);
     const V grad = load<V>(static_cast<const T*>(a.grad_z) + map, n), hot = grad * V(temperature);
     if (T* out = static_cast<T*>(a.grad_params)) {
-      store(grad * q.slope_mu, out + packed, n);
-      store(hot * eps * q.slope_sigma, out + packed + log_sigma, n);
+      store(grad * q.d_mu, out + packed, n);
+      store(hot * eps * q.d_sigma, out + packed + log_sigma, n);
     }
     if (a.grad_noise) store_as(hot * q.sigma, a.grad_noise, a.noise.dtype, map, n);
   }
@@ -41,7 +41,7 @@ template <class V, class T, class F>
 static void walk(const NormalSampleArgs& a, int64_t begin, int64_t end, F step) {
   using S = typename V::Scalar;
   if (a.channels_last) {
-    for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<S>& s, int n) {
+    for_channels<V>(a, &a.noise, begin, end, [&](const Segment<S>& s, int n) {
       const Raw<T> raw(a.params, a.channels, s.b, s.c, s.p);
       for (int64_t i = 0; i < s.count; ++i)
         step(raw, i, V::load(s.eps + i * V::size), s.map + i * a.channels, s.packed + i * 2 * a.channels,
@@ -49,7 +49,7 @@ static void walk(const NormalSampleArgs& a, int64_t begin, int64_t end, F step) 
     });
     return;
   }
-  for_rows<V>(a, &a.noise, begin, end, [&](const Stretch<S>& s) {
+  for_rows<V>(a, &a.noise, begin, end, [&](const Segment<S>& s) {
     Raw<T> raw(a.params, a.channels, s.b, s.c, s.p);
     raw.step = 1;
     const int64_t log_sigma = a.channels * a.pixels;

@@ -12,7 +12,6 @@ namespace nvae {
 inline void check_packed(const char* op, const char* name, const Tensor& t) {
   NVAE_CHECK(t.dim() == 4 && t.size(1) % 2 == 0, op, ": ", name, " must have shape (B, 2Z, H, W), got ",
              shape_text(t));
-  dtype_of(op, name, t);
 }
 
 // A map (B, Z, H, W) that belongs to packed parameters.
@@ -28,10 +27,19 @@ inline Tensor empty_map(const Tensor& like, int64_t channels, ScalarType type, b
   return allocate({like.size(0), channels, like.size(2), like.size(3)}, type, like, channels_last);
 }
 
-// The dtype in which a kernel reads maps of two dtypes: it computes in the accumulation type, so converting
-// both to that loses nothing.
-inline ScalarType common_type(Dtype dtype, const Tensor& t, const std::optional<Tensor>& other) {
-  return other && other->scalar_type() != t.scalar_type() ? accumulation_type(dtype) : t.scalar_type();
+// The dtype in which a kernel reads two maps. Of two dtypes it is the accumulation type of the first: converting
+// to that loses nothing of what the kernel computes with.
+inline ScalarType common_type(const char* op, const char* name, const Tensor& t, const char* other_name,
+                              const std::optional<Tensor>& other) {
+  const ScalarType type = t.scalar_type();
+  if (!other || other->scalar_type() == type) return type;
+  dtype_of(op, other_name, *other);
+  return accumulation_type(dtype_of(op, name, type));
+}
+inline const Tensor& converted(const Tensor& t, ScalarType type, std::vector<Tensor>& keep_alive) {
+  if (t.scalar_type() == type) return t;
+  keep_alive.push_back(to_dtype(t, type));
+  return keep_alive.back();
 }
 
 // t as a dense tensor of the layout asked for; a copy only when it is laid out otherwise.
@@ -88,7 +96,7 @@ inline Noise noise_of(const char* op, const Tensor& packed, const std::optional<
 // An upstream gradient in the layout and dtype of its map.
 inline const void* map_gradient(const Tensor& grad, ScalarType type, bool channels_last,
                                 std::vector<Tensor>& keep_alive) {
-  return dense(to_dtype(grad, type), channels_last, keep_alive).const_data_ptr();
+  return dense(converted(grad, type, keep_alive), channels_last, keep_alive).const_data_ptr();
 }
 // An upstream gradient of sums (B, Z) as float64, null when there is none. Converted here: it is small and
 // often expanded from one number, and two calls of the dispatcher would take longer.

@@ -89,10 +89,10 @@ void philox_blocks(uint64_t seed, uint32_t stream, uint64_t first_block, int64_t
     const int64_t n = static_cast<uint64_t>(count) < left ? count : static_cast<int64_t>(left);
     const PhiloxKey key(seed, static_cast<uint32_t>(upper_half), stream);
     for (int64_t done = 0; done < n; done += VecF::size) {
-      const Wide base(first_block + static_cast<uint64_t>(done));
+      const Words64 base(first_block + static_cast<uint64_t>(done));
       Bits w[4];
       uint32_t lanes[4][VecF::size];
-      philox_words(base + Wide::load(order.even), base + Wide::load(order.odd), key, w);
+      philox_words(base + Words64::load(order.even), base + Words64::load(order.odd), key, w);
       for (int k = 0; k < 4; ++k) w[k].store(lanes[k]);
       for (int lane = 0; lane < VecF::size; ++lane) {
         const int64_t block = done + BlockLanes::block_of_lane(lane);

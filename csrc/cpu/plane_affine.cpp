@@ -20,10 +20,10 @@ static bool is_dense(const Tensor& t, bool channels_last) {
   return true;
 }
 
-// x beside a map whose format is `channels_last`: as it is when dense in either format, else a copy in that
-// one; says whether it is the other one.
-static bool beside(const Tensor& x, ScalarType type, bool channels_last, const void** data,
-                   std::vector<Tensor>& keep_alive) {
+// Sets `data` to x for a kernel whose other map is in the format `channels_last`: x itself where it is dense in
+// either format, else a copy in that one. Returns whether the formats differ.
+static bool set_data(const Tensor& x, ScalarType type, bool channels_last, const void** data,
+                     std::vector<Tensor>& keep_alive) {
   keep_alive.push_back(x);
   if (x.scalar_type() != type) keep_alive.push_back(to_dtype(x, type));
   const Tensor& same = keep_alive.back();
@@ -55,7 +55,7 @@ Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor
   PlaneAffineArgs args;
   static_cast<MapShape&>(args) = planes_of(like);
   args.dtype = dtype_of(op, "y", like);
-  args.mixed = beside(x, like.scalar_type(), last, &args.x, keep_alive);
+  args.mixed = set_data(x, like.scalar_type(), last, &args.x, keep_alive);
   if (y) args.y = dense(*y, last, keep_alive).const_data_ptr();
   args.a = planes("a", a, args, args.dtype, keep_alive);
   if (b) args.b = planes("b", *b, args, args.dtype, keep_alive);
@@ -80,7 +80,7 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
   static_cast<MapShape&>(args) = planes_of(x);
   args.dtype = dtype_of(op, "x", x);
   args.x = dense(x, last, keep_alive).const_data_ptr();
-  args.mixed = beside(y, x.scalar_type(), last, &args.y, keep_alive);
+  args.mixed = set_data(y, x.scalar_type(), last, &args.y, keep_alive);
   args.x_channels_last = last;
   args.channels_last |= args.mixed;
   std::optional<Coefficients> pivots;

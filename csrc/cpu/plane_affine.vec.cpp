@@ -1,4 +1,4 @@
-// plane_affine and plane_dots, compiled once per capability. Maps of the two memory formats meet through
+// plane_affine and plane_dots, compiled once per capability. Maps of two memory formats are combined in
 // square tiles that are transposed in registers.
 #include "plane_affine.h"
 

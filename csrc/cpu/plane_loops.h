@@ -73,7 +73,7 @@ NVAE_INLINE void each_vector(int64_t count, F run) {
 
 // Sums over the pixels of a channels_last task: channels are taken kBlock at a time and pixels kGroup at a
 // time, so that memory is read nearly in order and the sums stay in the innermost cache. A group is added up
-// before it joins the others: the fewer additions a value goes through, the fewer roundings.
+// before it is added to the others: the fewer additions a value goes through, the fewer roundings.
 constexpr int64_t kBlock = 1024;
 constexpr int kGroup = 8;
 template <class V, int kinds>

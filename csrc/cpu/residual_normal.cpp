@@ -8,24 +8,23 @@
 
 namespace nvae {
 
-// Arguments of both forward and backward. Copies that had to be made are kept alive in `keep_alive`.
+// Arguments of both forward and backward; `type` becomes the dtype in which the maps are read and written.
 static ResidualNormalArgs describe(const char* op, const Tensor& posterior,
                                    const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
                                    const std::optional<Tensor>& seed, bool residual,
-                                   std::optional<double> clamp, double sigma_floor,
+                                   std::optional<double> clamp, double sigma_floor, ScalarType& type,
                                    std::vector<Tensor>& keep_alive) {
   check_packed(op, "posterior", posterior);
   ResidualNormalArgs a;
   static_cast<MapShape&>(a) = shape_of(posterior, posterior.size(1) / 2);
   a.residual = residual && prior.has_value();
   a.squash = {clamp.has_value(), clamp.value_or(0.0), sigma_floor};
-  const ScalarType type = common_type(dtype_of(op, "posterior", posterior), posterior, prior);
+  type = common_type(op, "posterior", posterior, "prior", prior);
   a.dtype = dtype_of(op, "posterior", type);
-  a.posterior = packed_view(to_dtype(posterior, type), a.channels_last, keep_alive);
+  a.posterior = packed_view(converted(posterior, type, keep_alive), a.channels_last, keep_alive);
   if (prior) {
-    check_packed(op, "prior", *prior);
-    check_floating_like(op, "prior", *prior, "posterior", posterior);
-    a.prior = packed_view(to_dtype(*prior, type), a.channels_last, keep_alive);
+    check_same_shape(op, "prior", *prior, "posterior", posterior);
+    a.prior = packed_view(converted(*prior, type, keep_alive), a.channels_last, keep_alive);
   }
   a.noise = noise_of(op, posterior, noise, seed, a.channels_last, keep_alive);
   return a;
@@ -35,9 +34,9 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor> residual_normal(
     const Tensor& posterior, const std::optional<Tensor>& prior, const std::optional<Tensor>& noise,
     const std::optional<Tensor>& seed, bool residual, std::optional<double> clamp, double sigma_floor) {
   std::vector<Tensor> keep_alive;
-  ResidualNormalArgs a =
-      describe("residual_normal", posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
-  const ScalarType type = common_type(dtype_of("residual_normal", "posterior", posterior), posterior, prior);
+  ScalarType type;
+  ResidualNormalArgs a = describe("residual_normal", posterior, prior, noise, seed, residual, clamp,
+                                  sigma_floor, type, keep_alive);
   const Tensor z = empty_map(posterior, a.channels, type, a.channels_last);
   PartialSums sums(a, a.kSums);
   a.z = z.mutable_data_ptr();
@@ -56,9 +55,9 @@ static std::tuple<Tensor, Tensor, Tensor> residual_normal_backward(
   const char* op = "residual_normal_backward";
   std::vector<Tensor> keep_alive;
   std::vector<std::vector<double>> sums;
+  ScalarType type;
   ResidualNormalArgs a =
-      describe(op, posterior, prior, noise, seed, residual, clamp, sigma_floor, keep_alive);
-  const ScalarType type = common_type(dtype_of(op, "posterior", posterior), posterior, prior);
+      describe(op, posterior, prior, noise, seed, residual, clamp, sigma_floor, type, keep_alive);
   if (grad_z) {
     check_map(op, "grad_z", *grad_z, posterior);
     a.grad_z = map_gradient(*grad_z, type, a.channels_last, keep_alive);

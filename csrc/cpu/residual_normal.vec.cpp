@@ -9,21 +9,21 @@
 namespace nvae {
 namespace NVAE_ISA {
 
-// A kernel of this length is bound by what one core can keep_alive in flight: written as one loop, every element
-// waits through some forty dependent operations. So a block of vectors goes through short loops, each of
-// which overlaps with its own next turns, by way of buffers in the first-level cache.
+// Written as one loop, every element would wait for some forty dependent operations, more than one core can
+// overlap. So a block of vectors goes through short loops, whose iterations overlap, with buffers in the
+// first-level cache between them.
 template <class V>
 struct Block {
   using S = typename V::Scalar;
   static constexpr int kVectors = 16;
   struct Normal {
-    alignas(64) S mu[kVectors * V::size], exp_ls[kVectors * V::size];          // sigma without its floor
-    alignas(64) S slope_mu[kVectors * V::size], slope_ls[kVectors * V::size];  // of the soft clamps
+    alignas(64) S mu[kVectors * V::size], exp_ls[kVectors * V::size];  // sigma without its floor
+    alignas(64) S d_mu[kVectors * V::size], d_ls[kVectors * V::size];  // of the soft clamps
   };
   Normal q, p;
 };
 
-// A stretch as vectors: `full` ones and, up to `total`, such of n lanes.
+// A segment as vectors: `full` of them have all lanes, the others up to `total` have n.
 template <class V>
 struct Vectors {
   int64_t full, total;
@@ -44,7 +44,7 @@ struct Vectors {
     for (; v < end; ++v) body(v, n);
   }
 };
-// Short rows of a sample that share a block, where they lie one after the other and end with a vector.
+// How many short rows of a sample share a block: more than one where they are adjacent and end with a vector.
 template <class V>
 static int64_t rows_together(const ResidualNormalArgs& a) {
   const bool adjacent =
@@ -85,21 +85,21 @@ struct Model {
             const T *mu_p = p.mu + v * p_step, *ls_p = p.log_sigma + v * p_step;
             prefetch(mu_q), prefetch(ls_q), prefetch(mu_p), prefetch(ls_p);
             V raw[4] = {load<V>(mu_q, n), load<V>(ls_q, n), load<V>(mu_p, n), load<V>(ls_p, n)}, u[4],
-              slope[4];
+              derivative[4];
             if (residual) {
               raw[0] = raw[0] + raw[2];
               raw[1] = raw[1] + raw[3];
             }
-            squash.tanh_clamp(raw, u, slope);
+            squash.tanh_clamp(raw, u, derivative);
             put(u[0], block.q.mu, v);
             put(u[1], block.q.exp_ls, v);
             put(u[2], block.p.mu, v);
             put(u[3], block.p.exp_ls, v);
             if (kSlopes) {
-              put(slope[0], block.q.slope_mu, v);
-              put(slope[1], block.q.slope_ls, v);
-              put(slope[2], block.p.slope_mu, v);
-              put(slope[3], block.p.slope_ls, v);
+              put(derivative[0], block.q.d_mu, v);
+              put(derivative[1], block.q.d_ls, v);
+              put(derivative[2], block.p.d_mu, v);
+              put(derivative[3], block.p.d_ls, v);
             }
           });
     } else {
@@ -108,13 +108,13 @@ struct Model {
             const T *mu_q = q.mu + v * q_step, *ls_q = q.log_sigma + v * q_step;
             prefetch(mu_q), prefetch(ls_q);
             const V raw[2] = {load<V>(mu_q, n), load<V>(ls_q, n)};
-            V u[2], slope[2];
-            squash.tanh_clamp(raw, u, slope);
+            V u[2], derivative[2];
+            squash.tanh_clamp(raw, u, derivative);
             put(u[0], block.q.mu, v);
             put(u[1], block.q.exp_ls, v);
             if (kSlopes) {
-              put(slope[0], block.q.slope_mu, v);
-              put(slope[1], block.q.slope_ls, v);
+              put(derivative[0], block.q.d_mu, v);
+              put(derivative[1], block.q.d_ls, v);
             }
           });
     }
@@ -190,7 +190,7 @@ class Sums {
   int per_log_, count_ = 0;
 };
 
-// Writes z of one stretch and calls leave(row, sums) at the end of each of its rows. kRow: only the first n
+// Writes z of one segment and calls leave(row, sums) at the end of each of its rows. kRow: only the first n
 // lanes of a vector count, else the sums of the others are never read.
 template <bool kRow, class V, class T, class F>
 static void forward_stretch(const Model<V, T>& model, const Vectors<V>& vectors, int64_t rows,
@@ -239,14 +239,14 @@ static void forward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end
   const Model<V, T> model(a);
   for_rows<V>(
       a, &a.noise, begin, end,
-      [&](const Stretch<typename V::Scalar>& s) {
+      [&](const Segment<typename V::Scalar>& s) {
         const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
         const double constant = kLogSqrt2Pi * static_cast<double>(s.count / s.rows);
         forward_stretch<true>(model, Vectors<V>::of_row(s.count), s.rows, q, p, V::size, V::size, s.eps,
                               static_cast<T*>(a.z) + s.map, V::size, [&](int64_t row, const Sums<V>& sums) {
-                                leave_row(sums.kl, 0.0, a.partial, s.task + row, a.kSums, 0);
-                                leave_row(sums.log_q, constant, a.partial, s.task + row, a.kSums, 1);
-                                leave_row(sums.log_p, constant, a.partial, s.task + row, a.kSums, 2);
+                                store_row_sum(sums.kl, 0.0, a.partial, s.task + row, a.kSums, 0);
+                                store_row_sum(sums.log_q, constant, a.partial, s.task + row, a.kSums, 1);
+                                store_row_sum(sums.log_p, constant, a.partial, s.task + row, a.kSums, 2);
                               });
       },
       rows_together<V>(a));
@@ -255,19 +255,20 @@ static void forward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t end
 template <class V, class T>
 static void forward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
   const Model<V, T> model(a);
-  for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
+  for_channels<V>(a, &a.noise, begin, end, [&](const Segment<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
     const double constant = kLogSqrt2Pi * static_cast<double>(s.count);
-    forward_stretch<false>(model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps,
-                           static_cast<T*>(a.z) + s.map, a.channels, [&](int64_t, const Sums<V>& sums) {
-                             leave_channels(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
-                             leave_channels(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
-                             leave_channels(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
-                           });
+    forward_stretch<false>(
+        model, Vectors<V>::of_channels(s.count, n), 1, q, p, q.step, p.step, s.eps,
+        static_cast<T*>(a.z) + s.map, a.channels, [&](int64_t, const Sums<V>& sums) {
+          store_channel_sums(sums.kl, 0.0, a.partial, a, s.task, s.c, n, a.kSums, 0);
+          store_channel_sums(sums.log_q, constant, a.partial, a, s.task, s.c, n, a.kSums, 1);
+          store_channel_sums(sums.log_p, constant, a.partial, a, s.task, s.c, n, a.kSums, 2);
+        });
   });
 }
 
-// Where the gradients of one stretch go and come from. Steps are from vector to vector; log_sigma is from mu
+// Where the gradients of one segment go and come from. Steps are from vector to vector; log_sigma is from mu
 // to log sigma in the dense packed gradients.
 template <class T>
 struct Gradients {
@@ -354,8 +355,8 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
           const V into_z = g_z - through_p;
           const V to_sigma_q = g.z || g.log_p ? fma(into_z, eps, sigma_q_alone) : sigma_q_alone;
           V mu_q(S(0));
-          if (g.z || g.kl || g.log_p) mu_q = (into_z + from_kl) * V::load(block.q.slope_mu + place);
-          const V ls_q = to_sigma_q * (V::load(block.q.slope_ls + place) * V::load(block.q.exp_ls + place));
+          if (g.z || g.kl || g.log_p) mu_q = (into_z + from_kl) * V::load(block.q.d_mu + place);
+          const V ls_q = to_sigma_q * (V::load(block.q.d_ls + place) * V::load(block.q.exp_ls + place));
           const int64_t packed = g.packed + v * g.packed_step;
           if (g.posterior) g.leave(g.posterior, mu_q, ls_q, packed, n);
           if (g.prior) {
@@ -365,9 +366,9 @@ static void backward_stretch(const Model<V, T>& model, const Vectors<V>& vectors
               // d kl / d sigma_p = (1 - d^2 - r^2) / sigma_p
               if (g.kl) to_sigma_p = up.kl * fnma(d, d, fnma(r, r, one));
               if (g.log_p) to_sigma_p = fma(up.log_p, fma(w, w, -one), to_sigma_p);
-              mu_p = (through_p - from_kl) * V::load(block.p.slope_mu + place);
-              ls_p = inverse_p * to_sigma_p *
-                     (V::load(block.p.slope_ls + place) * V::load(block.p.exp_ls + place));
+              mu_p = (through_p - from_kl) * V::load(block.p.d_mu + place);
+              ls_p =
+                  inverse_p * to_sigma_p * (V::load(block.p.d_ls + place) * V::load(block.p.exp_ls + place));
             }
             if (model.residual) {
               mu_p = mu_p + mu_q;
@@ -394,7 +395,7 @@ static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t en
   const Model<V, T> model(a);
   for_rows<V>(
       a, &a.noise, begin, end,
-      [&](const Stretch<typename V::Scalar>& s) {
+      [&](const Segment<typename V::Scalar>& s) {
         const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
         Gradients<T> g(a, s.map, s.packed);
         g.map_step = g.packed_step = V::size;
@@ -412,7 +413,7 @@ static void backward_rows(const ResidualNormalArgs& a, int64_t begin, int64_t en
 template <class V, class T>
 static void backward_channels(const ResidualNormalArgs& a, int64_t begin, int64_t end) {
   const Model<V, T> model(a);
-  for_channels<V>(a, &a.noise, begin, end, [&](const Stretch<typename V::Scalar>& s, int n) {
+  for_channels<V>(a, &a.noise, begin, end, [&](const Segment<typename V::Scalar>& s, int n) {
     const Raw<T> q(a.posterior, a.channels, s.b, s.c, s.p), p(a.prior, a.channels, s.b, s.c, s.p);
     Gradients<T> g(a, s.map, s.packed);
     const SumGradients<V> up{channel_gradients<V>(a.grad_kl, s.row, n),

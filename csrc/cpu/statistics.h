@@ -33,7 +33,7 @@ inline void merge(const MapShape& m, const double* part_mean, const double* part
   }
 }
 
-// x is dense and walked as m says. Nothing has mean 0 and spread 0.
+// x is dense, with the layout that `walked` describes. An empty map has mean 0 and m2 0.
 inline Statistics statistics_of(const MapShape& walked, Dtype dtype, const void* x, bool per_sample) {
   ChannelStatisticsArgs a;
   static_cast<MapShape&>(a) = per_sample ? walked : folded(walked);

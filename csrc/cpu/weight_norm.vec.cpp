@@ -94,7 +94,7 @@ struct Rows {
     const V scale = length(row) * inverse, along = total(dots) * scale;
     if (layer.grad_log_norm) store(along, static_cast<T*>(layer.grad_log_norm) + row, 1);
     if (!layer.grad_weight) return;
-    // The norm's slope at zero is taken as zero, as PyTorch does.
+    // The norm's derivative at zero is taken as zero, as PyTorch does.
     const V back = select(norm > V(S(0)), along * inverse / norm, V(S(0)));
     T* out = static_cast<T*>(layer.grad_weight) + row * layer.columns;
     over<V>(layer.columns, [&](int, int64_t i, int n) {

@@ -108,7 +108,8 @@ std::string describe(int error, const Problem& p) {
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, static_cast<int>(p.device));
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, static_cast<int>(p.device));
     return "this binary holds no code for GPU " + std::to_string(p.device) + ", of compute capability " +
-           std::to_string(major) + "." + std::to_string(minor) + "; nvae_fast.depthwise_conv2d runs in PyTorch there";
+           std::to_string(major) + "." + std::to_string(minor) +
+           "; nvae_fast.depthwise_conv2d runs in PyTorch there";
   }
   const int64_t needed = shared_memory(p);
   int64_t limit = 0;

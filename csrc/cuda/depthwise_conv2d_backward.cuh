@@ -51,15 +51,15 @@ struct OnLoadGradient {
   }
 };
 
-// What a thread knows of scale and shift, and its sums of their gradients. Of swish scale, shift, h and slope are
-// times kSwishUnit; with dh divided by its square the gradients of x are right and the sums divided by the unit.
+// Scale and shift of a thread's channel, and its sums of their gradients. With swish, scale, shift, h and derivative are
+// multiplied by kSwishUnit; with dh divided by its square the gradients of x are right and the sums divided by the unit.
 struct Affine {
   float scale, pivot, shift_sum, scale_sum;
   // Of a row of x: h, and what add() needs of it later.
   template <Dtype D, int ACTIVATION, int P>
   __device__ __forceinline__ void enter(const typename Word<D>::Type* x, float shift, float* h, bool keeps,
                                         float2* keep) const {
-    float value[P], slope[P];
+    float value[P], derivative[P];
 #pragma unroll
     for (int p = 0; p < P; ++p) {
       value[p] = widen<D>(x[p * kLanes]);
@@ -70,16 +70,16 @@ struct Affine {
       for (int p = 0; p < P; ++p) {
         const float sigmoid = reciprocal(1.f + power_of_two(h[p]));
         h[p] *= sigmoid;
-        slope[p] = fmaf(kSwishUnit, sigmoid, fmaf(-h[p], sigmoid, h[p]));
+        derivative[p] = fmaf(kSwishUnit, sigmoid, fmaf(-h[p], sigmoid, h[p]));
       }
     } else {
-      activate_all<P>(h, slope, ACTIVATION);
+      activate_all<P>(h, derivative, ACTIVATION);
     }
     if (!keeps) return;
 #pragma unroll
-    for (int p = 0; p < P; ++p) keep[p * kLanes] = make_float2(value[p], slope[p]);
+    for (int p = 0; p < P; ++p) keep[p * kLanes] = make_float2(value[p], derivative[p]);
   }
-  // From dh, x and the slope of the activation: the gradients of x.
+  // From dh, x and the derivative of the activation: the gradients of x.
   template <bool FULL, int P>
   __device__ __forceinline__ void add(const float* dh, const float2* kept, int columns, float* gradient) {
 #pragma unroll
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__((BackwardShape<K, XS, DS, U>::kThreads),
   using StageOf = typename Shape::template StageOf<D>;
   constexpr int kRow = P * kLanes;  // elements of a row that are a warp's
   const int walkers = w.column_groups * w.images;
-  // Of group 0, each thread its own: (x, slope) by [walker][ring row][column][lane].
+  // Of group 0, each thread its own: (x, derivative) by [walker][ring row][column][lane].
   float2* kept_all = reinterpret_cast<float2*>(tile + StageOf::kTile);
   float2* kept = kept_all + walker * (U * kRow) + lane;
   // [walker][boundary][parity of chunk][ring row][column][lane]

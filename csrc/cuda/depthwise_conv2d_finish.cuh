@@ -75,7 +75,7 @@ __global__ void __launch_bounds__(32 * kStrands) depthwise_finish_gradients(cons
   const int64_t channel = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x % 32;
   const int strand = threadIdx.x / 32, result = blockIdx.y, weights = a.kernel * a.kernel;
   const bool exists = channel < a.channels;
-  if (result < weights && !a.weight) return;  // nobody wrote its partial sums
+  if (result < weights && !a.weight) return;  // its partial sums were not written
   int rows[4], used = 1;
   if (result >= weights) {
     rows[0] = a.taps * a.taps + result - weights;

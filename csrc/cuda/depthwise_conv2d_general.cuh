@@ -155,10 +155,10 @@ __global__ void __launch_bounds__(kGeneralThreads, 1)
           }
         }
       }
-      S slope;
+      S derivative;
       const S x = load.raw(b, r, c);
-      activate(load.scale * x + load.shift, static_cast<int>(p.activation), slope);
-      const S du = dh * slope;
+      activate(load.scale * x + load.shift, static_cast<int>(p.activation), derivative);
+      const S du = dh * derivative;
       if (p.grad_x) store_any(p.grad_x, p.dtype, load.map.at(b, channel, r, c), load.scale * du);
       shift_sum += du;
       scale_sum += du * (x - pivot);

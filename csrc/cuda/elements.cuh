@@ -168,16 +168,16 @@ __device__ __forceinline__ S activate(S u, int activation) {
 }
 // The activation and its derivative.
 template <class S>
-__device__ __forceinline__ S activate(S u, int activation, S& slope) {
-  slope = S(1);
+__device__ __forceinline__ S activate(S u, int activation, S& derivative) {
+  derivative = S(1);
   if (activation == kSwish) {
     const S s = sigmoid(u);
-    slope = s + s * (u - u * s);
+    derivative = s + s * (u - u * s);
     return u * s;
   }
   if (activation == kElu && !(u > S(0))) {
     const S e = exp_minus_one(u);
-    slope = e + S(1);
+    derivative = e + S(1);
     return e;
   }
   return u;
@@ -197,23 +197,23 @@ __device__ __forceinline__ void activate_all(float* u, int activation) {
   }
 }
 template <int N>
-__device__ __forceinline__ void activate_all(float* u, float* slope, int activation) {
+__device__ __forceinline__ void activate_all(float* u, float* derivative, int activation) {
   if (activation == kSwish) {
     NVAE_REGION(0);
 #pragma unroll
-    for (int i = 0; i < N; ++i) u[i] = activate(u[i], kSwish, slope[i]);
+    for (int i = 0; i < N; ++i) u[i] = activate(u[i], kSwish, derivative[i]);
   } else if (activation == kElu) {
     NVAE_REGION(0);
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const float e = exp_minus_one(u[i]);
-      slope[i] = u[i] > 0.f ? 1.f : e + 1.f;
+      derivative[i] = u[i] > 0.f ? 1.f : e + 1.f;
       u[i] = u[i] > 0.f ? u[i] : e;
     }
   } else {
     NVAE_REGION(0);
 #pragma unroll
-    for (int i = 0; i < N; ++i) slope[i] = 1.f;
+    for (int i = 0; i < N; ++i) derivative[i] = 1.f;
   }
 }
 

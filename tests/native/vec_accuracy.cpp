@@ -141,7 +141,7 @@ static int stream() {
       Bits w[4];
       VecF z[4];
       float lanes[VecF::size];
-      philox_words(Wide(block), Wide(block), PhiloxKey(seed, static_cast<uint32_t>(block >> 32)), w);
+      philox_words(Words64(block), Words64(block), PhiloxKey(seed, static_cast<uint32_t>(block >> 32)), w);
       normals4(w, z);
       z[(first + i) % 4].store(lanes);
       wrong += got[i] != lanes[0];

@@ -158,10 +158,10 @@ def test_launch_choices() -> None:
             lanes = programs * tile.iterations * tile.lanes * tile.width * tile.pixels
             assert batches * 20 * pixels >= busy * lanes, (pixels, tile)
     small = torch.empty(1, 4, 2, 2)
-    assert not Map("op", small, packed=True).launch(sums=False).tile.wide
+    assert not Map("op", small, packed=True).launch(sums=False).tile.offsets64
     large = torch.empty(1).expand(5, 2**16, 2**13, 1)
     space = Map("op", large, packed=True)
-    assert space.launch(sums=False).tile.wide
+    assert space.launch(sums=False).tile.offsets64
 
 
 def test_float64_is_the_references() -> None:
