@@ -36,7 +36,9 @@ class _Budget(TorchFunctionMode):
     def __init__(self, state: Mapping[str, Any]) -> None:
         super().__init__()
         tensors = [
-            value for value in state.values() if isinstance(value, torch.Tensor) and not value.is_sparse
+            value
+            for value in state.values()
+            if isinstance(value, torch.Tensor) and value.layout is torch.strided
         ]
         # Elements in memory: an expanded tensor shows many more.
         elements = {

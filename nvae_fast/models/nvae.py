@@ -453,8 +453,12 @@ class NVAE(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch.nn.Module.load_state_dict, also for a ``state_dict`` of a wrapped model (torch.compile, data parallelism,
-        averaging), whose names have prefixes such as ``_orig_mod.`` and ``module.``.
+        """As torch.nn.Module.load_state_dict, also for the state of a wrapped model.
+
+        Args:
+            state_dict: tensors by name. The names may have the prefixes of torch.compile, data parallelism and averaging, such
+                as ``_orig_mod.`` and ``module.``.
+            strict: raise for names that are missing or surplus. assign: take the tensors themselves, not their values.
 
         Raises:
             TypeError: ``state_dict`` is no mapping of names to tensors, or a value is not floating where a weight is.
