@@ -7,7 +7,6 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
