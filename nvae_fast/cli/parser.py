@@ -100,6 +100,7 @@ def make_parser() -> argparse.ArgumentParser:
     _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
     _sample_parser(_add(commands, "sample", "draw new images from a model"))
     _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
+    _prepare_parser(_add(commands, "prepare", "a data set as it is downloaded into LMDB databases"))
     _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
     return parser
 
@@ -290,6 +291,30 @@ def _convert_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
     parser.add_argument("target", help="checkpoint to write, in the other format")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
+
+
+def _prepare_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "kind",
+        choices=["celeba", "ffhq", "imagenet", "folder", "tfrecord"],
+        help="celeba: img_align_celeba with list_eval_partition.txt, kept whole; ffhq, folder: image files; imagenet: "
+        "folders train and val; tfrecord: raw images",
+    )
+    parser.add_argument("source", metavar="SRC", help="folder that holds the data set")
+    parser.add_argument(
+        "target", metavar="DST", help="folder to write; one that was stopped goes on where it was"
+    )
+    _number(parser, "--size", None, "side of the images; 256 for ffhq, 32 for imagenet", "pixels")
+    _image_options(parser)
+    parser.add_argument(
+        "--validation",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of images, the last by name, of a folder without splits (default: 0.1)",
+    )
+    _number(parser, "--workers", 4, "threads that decode images", "threads")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 
 def _info_parser(parser: argparse.ArgumentParser) -> None:

@@ -12,6 +12,7 @@ extra `data` installs them: `pip install ".[data]"` in this package's sources).
 from .dataset import ImageDataset
 from .loader import BatchLoader
 from .png import save_grid
+from .preparation import prepare
 from .sources import KINDS, open_dataset
 
-__all__ = ["KINDS", "BatchLoader", "ImageDataset", "open_dataset", "save_grid"]
+__all__ = ["KINDS", "BatchLoader", "ImageDataset", "open_dataset", "prepare", "save_grid"]
