@@ -272,7 +272,7 @@ class _Cell(torch.autograd.Function):
         statistics: tuple[Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
         if not single:
             upsampled = n_in * (4 if stride == -1 else 1)
-            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
+            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
