@@ -226,7 +226,7 @@ class _Cell(torch.autograd.Function):
             a = conv1x1(xhat, expand)
             gram = None
             if _gram_pays(b * h * w, *expand.shape):
-                rows = xhat.permute(0, 2, 3, 1).reshape(b * h * w, -1).to(acc_dtype)
+                rows = xhat.permute(0, 2, 3, 1).reshape(-1, xl.shape[1]).to(acc_dtype)
                 gram = rows.t() @ rows
                 squares = ((expand @ gram) * expand).sum(1)
             else:
