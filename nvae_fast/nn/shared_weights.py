@@ -125,9 +125,12 @@ def _convolutions(model: nn.Module) -> dict[Convolution, None]:
     waiting = list(model._modules.values())
     while waiting:
         module = waiting.pop()
-        if module is None or module._compiled_call_impl is not None or not is_plain(module):
+        is_convolution = isinstance(module, WeightNormed)
+        if module is None or not (is_convolution or module._modules):
             continue
-        if isinstance(module, WeightNormed):
+        if module._compiled_call_impl is not None or not is_plain(module):
+            continue
+        if is_convolution:
             found[module] = None
         else:
             waiting += module._modules.values()
