@@ -156,16 +156,17 @@ def test_resume_continues_and_guards_the_settings(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys):
+def test_a_truncated_checkpoint_names_the_way_out(run, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         (folder / name).write_bytes((run / name).read_bytes())
     data = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(data[:1000])
-    line = failing(capsys, "train", "--out", folder, "--resume")
-    assert "truncated or damaged; use the previous one" in line
-    assert "checkpoint-previous.pt" in line
+    for command in (["evaluate", folder], ["sample", folder, "--out", tmp_path / "s.png"]):
+        line = failing(capsys, *command)
+        assert f"{folder / 'checkpoint.pt'} is truncated or damaged: " in line
+        assert f"; use the previous one, {folder / 'checkpoint-previous.pt'}" in line
 
 
 @pytest.mark.parametrize(
