@@ -321,6 +321,26 @@ def test_npy_headers(tmp_path, content, message):
             open_dataset(tmp_path / name)
 
 
+def refusal(path: Path) -> str:
+    """What is said about a file; its own name and a colon where nothing is wrong."""
+    try:
+        open_dataset(path)
+    except ValueError as error:
+        return str(error)
+    return f"{path}: "
+
+
+def test_wrong_offsets_in_a_zip_archive(tmp_path):
+    """Some make zipfile seek to a negative position, an OSError that names nothing."""
+    np.savez(tmp_path / "x.npz", random_pixels(3, 8, 8, 3))
+    whole = (tmp_path / "x.npz").read_bytes()
+    end = whole.rindex(b"PK\x05\x06")
+    for at in range(end, len(whole)):
+        for value in (0, 255):
+            (tmp_path / "x.npz").write_bytes(whole[:at] + bytes([value]) + whole[at + 1 :])
+            assert refusal(tmp_path / "x.npz").startswith(f"{tmp_path / 'x.npz'}: ")
+
+
 def test_fortran_order(tmp_path):
     pixels = random_pixels(3, 8, 8, 3)
     np.save(tmp_path / "x.npy", np.asfortranarray(pixels))
