@@ -282,6 +282,14 @@ def test_pages_and_pointers_are_named(tmp_path, name, content, what):
         open_dataset(tmp_path / name)
 
 
+@pytest.mark.parametrize("name", ["x.png", "train.lmdb", "chardata.mat"])
+def test_pages_in_a_folder_are_named(tmp_path, name):
+    for content, what in ((HTML, "an HTML page"), (LFS, "a git-lfs pointer")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=rf"{name}.*{what}"):
+            open_dataset(tmp_path)
+
+
 def test_a_page_in_gzip(tmp_path):
     (tmp_path / "x.gz").write_bytes(gzip.compress(HTML))
     with pytest.raises(ValueError, match=r"x\.gz: wrong magic number 3c21444f.*an HTML page"):

@@ -1,6 +1,6 @@
 """Unpickling of arrays, strings, numbers and their containers. Nothing in a file is ever called.
 
-CIFAR's Python version is pickled. Unpickling calls what the file names, so here a name stands for a record that
+CIFAR's Python version is pickled. Unpickling calls what the file names, so here a name makes a record that
 keeps its arguments, and only the few names that numpy writes for an array are known.
 """
 
