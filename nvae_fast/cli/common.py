@@ -1,4 +1,4 @@
-"""What several commands do."""
+"""Functions that several commands share."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def run_on_processes(
 def open_images(
     data: str, kind: str | None, split: str, model_config: Any, options: dict[str, Any] | None = None
 ) -> Any:
-    """The dataset of ``data``, its images as the model takes them; options: as :func:`image_options` gives them."""
+    """Open ``data`` with the image size, channels and bits that the model takes; options: as :func:`image_options` gives them."""
     return open_dataset(
         data,
         split=split,
@@ -98,7 +98,7 @@ def image_options(
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of what results depend on."""
+    """{package: version} of the packages that results depend on."""
     versions = {
         "nvae_fast": __version__,
         "python": platform.python_version(),
@@ -115,7 +115,7 @@ def versions() -> dict[str, str]:
 
 
 def check_writable(path: str | Path, overwrite: bool) -> None:
-    """Raise ValueError unless a file can be written at ``path``; only ``overwrite`` replaces one."""
+    """Raise ValueError unless a file can be written at ``path``. An existing file needs ``overwrite``."""
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{file} is a folder, a file name is needed")
@@ -138,7 +138,7 @@ def set_threads(count: int | None) -> None:
 
 
 def reporter(quiet: bool) -> Any:
-    """A function that prints a line to stderr, or nothing when ``quiet``."""
+    """A function that prints a line to stderr, or nothing if ``quiet``."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -148,7 +148,7 @@ def reporter(quiet: bool) -> Any:
 
 
 def report_skipped(dataset: Any, say: Any) -> None:
-    """Say how many images of ``dataset`` could not be read."""
+    """Report how many images of ``dataset`` could not be read."""
     if dataset.skipped:
         file, reason = dataset.skipped[0]
         say(f"{len(dataset.skipped)} unreadable image(s) skipped, the first: {file}: {reason}")

@@ -1,4 +1,4 @@
-"""A line that says how a long job is doing, on stderr: redrawn on a terminal, one now and then elsewhere."""
+"""Progress of a long job on stderr: one line that is redrawn on a terminal, a new line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOG_INTERVAL = 5.0
 class Progress:
     """Progress of a job of `total` parts.
 
-    label: what is going on ("train"). unit: what is counted ("step"). quiet: show nothing at all.
+    label: name of the job ("train"). unit: name of a part ("step"). quiet: show nothing.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Progress:
         self._first: float | None = None
 
     def update(self, done: float, text: str = "", *, count: str | None = None, force: bool = False) -> None:
-        """Show that `done` parts are done; shown at most every few seconds unless forced.
+        """Show that `done` parts are done, at most every few seconds unless `force` is True.
 
         count: shown in place of "done/total".
         """
@@ -56,7 +56,7 @@ class Progress:
         self._show(line)
 
     def message(self, text: str) -> None:
-        """A line of its own that stays, above the progress line."""
+        """Print a line above the progress line."""
         if self.terminal and self._width:
             self.stream.write("\r" + " " * self._width + "\r")
             self._width = 0
@@ -64,7 +64,7 @@ class Progress:
         self.stream.flush()
 
     def close(self) -> None:
-        """End the terminal line, so that what follows starts on a new one."""
+        """End the line on a terminal, so that later output starts on a new line."""
         if self.terminal and self._width:
             self.stream.write("\n")
             self.stream.flush()
@@ -82,7 +82,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     total = int(max(seconds, 0.0))
     hours, rest = divmod(total, 3600)
     minutes, left = divmod(rest, 60)
