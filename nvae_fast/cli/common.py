@@ -55,7 +55,7 @@ def run_on_processes(
 def open_images(
     data: str, kind: str | None, split: str, model_config: Any, options: dict[str, Any] | None = None
 ) -> Any:
-    """Open ``data`` with the image size, channels and bits that the model takes; options: as :func:`image_options` gives them."""
+    """Open ``data`` with the image size, channels and bits of the model. options: the result of :func:`image_options`."""
     return open_dataset(
         data,
         split=split,
