@@ -258,7 +258,9 @@ def test_an_editable_install_is_found_beside_a_folder_of_its_name(unpacked: Path
     with zipfile.ZipFile(made) as archive:
         archive.extractall(target)
     code = (
-        "import site, sys; from importlib.util import find_spec\n"
+        "import os, site, sys; from importlib.util import find_spec\n"
+        # The environment of the tests may have an editable install of its own.
+        "sys.path[:] = [p for p in sys.path if not os.path.exists(os.path.join(p, 'nvae_fast', '__init__.py'))]\n"
         "sys.meta_path[:] = [f for f in sys.meta_path if '__editable__' not in getattr(f, '__module__', '')]\n"
         f"site.addsitedir({str(target)!r}); print(find_spec('nvae_fast').origin)"
     )

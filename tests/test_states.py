@@ -185,18 +185,18 @@ def test_a_configuration_larger_than_its_state_is_not_built(monkeypatch):
     state, config = tiny_model().state_dict(), tiny_model().config
     never = lambda model: pytest.fail("it was built")  # noqa: E731
     with pytest.raises(ValueError, match="its options ask for a larger model than its state is of"):
-        build(config.replace(num_channels_enc=10**5), state, never)
+        build(config.replace(num_channels_enc=2**16), state, never)
     monkeypatch.setattr(building, "NVAE", lambda config: pytest.fail("building began"))
     for change in (
-        {"num_preprocess_cells": 10**6, "num_postprocess_cells": 10**6},
-        {"num_groups_per_scale": 10**6},
-        {"num_nf": 10**6},
+        {"num_preprocess_cells": 1500, "num_postprocess_cells": 1500},
+        {"num_groups_per_scale": 1000},
+        {"num_nf": 1500},
     ):
-        with pytest.raises(ValueError, match=r"its options ask for \d{7} cells, its state has \d+ entries"):
+        with pytest.raises(ValueError, match=r"its options ask for \d{4} cells, its state has \d+ entries"):
             build(config.replace(**change), state, never)
     for name in ("num_latent_scales", "num_preprocess_blocks"):
         change = {name: 10**9, name.replace("pre", "post"): 10**9}
-        with pytest.raises(ValueError, match=r"halvings of an image, must be < 32, got 10000000\d\d"):
+        with pytest.raises(ValueError, match=rf"{name} must be <= \d+, got 10+"):
             config.replace(**change)
 
 
