@@ -31,16 +31,14 @@ def run_on_processes(
     return code
 
 
-def open_images(data: str, kind: str | None, split: str, model_config: Any) -> Any:
-    """The dataset of ``data``, its images as the model takes them."""
-    return open_dataset(
-        data,
-        split=split,
-        image_size=model_config.resolution,
-        channels=model_config.channels,
-        num_bits=model_config.num_x_bits,
-        kind=kind,
-    )
+def open_images(data: str, kind: str | None, split: str, model_config: Any, **changes: Any) -> Any:
+    """The dataset of ``data``, its images as the model takes them, but for ``changes``."""
+    options = {
+        "image_size": model_config.resolution,
+        "channels": model_config.channels,
+        "num_bits": model_config.num_x_bits,
+    }
+    return open_dataset(data, split=split, kind=kind, **{**options, **changes})
 
 
 def versions() -> dict[str, str]:
@@ -52,7 +50,7 @@ def versions() -> dict[str, str]:
         "cuda": torch.version.cuda or "not in this PyTorch",
         "numpy": np.__version__,
     }
-    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard"):
+    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard", "torch-fidelity"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

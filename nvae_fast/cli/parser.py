@@ -48,7 +48,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _train_parser(_add(commands, "train", "train a model, or continue a run"))
     _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
+    _fid_parser(_add(commands, "fid", "Frechet inception distance between images of a model and a dataset"))
     _sample_parser(_add(commands, "sample", "draw new images from a model"))
+    _plot_parser(_add(commands, "plot", "the curves of one or several runs, as a picture"))
     _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
     _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
     return parser
@@ -160,9 +162,92 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     _machine(parser)
 
 
+def _fid_parser(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Needs torch-fidelity (pip install torch-fidelity) and the weights of its InceptionV3 in a local file; "
+        "nothing is downloaded. The usual FID takes 50000 samples and the images of the training split."
+    )
+    parser.add_argument(
+        "--inception",
+        required=True,
+        metavar="FILE",
+        help="weights of InceptionV3, such as torch-fidelity's weights-inception-2015-12-05-6726825d.pth "
+        "(default: none, one is needed)",
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to compare with (default: the data the checkpoint was trained on)",
+    )
+    parser.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    parser.add_argument(
+        "--split", choices=["train", "test"], default=None, help="which part of the data (default: train)"
+    )
+    _number(parser, "--max-images", None, "only the first so many images of the data", "images")
+    parser.add_argument(
+        "--stats",
+        default=None,
+        metavar="FILE",
+        help=".npz file of mu and sigma: read in place of the data where it exists, written where it does not "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--layer",
+        choices=["64", "192", "768", "2048"],
+        default="2048",
+        help="features to compare, by their number; fewer need fewer images (default: 2048, the published FID)",
+    )
+    parser.add_argument(
+        "--kid", action="store_true", help="the kernel inception distance as well (default: no)"
+    )
+    _number(parser, "--kid-size", 1000, "images in each of the 100 random subsets of --kid", "images")
+    _sampling(parser, 50_000)
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        default=None,
+        metavar="FILE",
+        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
+    )
+    _machine(parser)
+
+
+def _plot_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="run", help="run folder, or a metrics.jsonl")
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="FILE",
+        help="picture to write: .png, .pdf or .svg (default: curves.png in the run's folder, for one run)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: no)")
+    parser.add_argument("--quiet", action="store_true", help="no notes (default: no)")
+
+
 def _sample_parser(parser: argparse.ArgumentParser) -> None:
+    _sampling(parser, 64)
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
+    )
+    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
+    parser.add_argument(
+        "--npy",
+        default=None,
+        metavar="FILE",
+        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
+    _machine(parser)
+
+
+def _sampling(parser: argparse.ArgumentParser, number: int) -> None:
+    """What is drawn, from which model, and how."""
     parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
-    _number(parser, "--number", 64, "images to draw", "images", short="-n")
+    _number(parser, "--number", number, "images to draw", "images", short="-n")
     parser.add_argument(
         "--temperature",
         type=float,
@@ -186,18 +271,6 @@ def _sample_parser(parser: argparse.ArgumentParser) -> None:
         "checkpoint (default: no)",
     )
     _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
-    parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
-    )
-    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
-    parser.add_argument(
-        "--npy",
-        default=None,
-        metavar="FILE",
-        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
-    _machine(parser)
 
 
 def _convert_parser(parser: argparse.ArgumentParser) -> None:
