@@ -58,7 +58,8 @@ test-fast: build
 demo: build
 	$(PY) -m nvae_fast train --preset digits_demo --data digits --out runs/demo --overwrite
 	$(PY) -m nvae_fast evaluate runs/demo --threads 1 --json runs/demo/evaluation.json
-	@echo "look at runs/demo/samples.png and runs/demo/reconstructions.png"
+	$(PY) -m nvae_fast plot runs/demo
+	@echo "look at samples.png, reconstructions.png and curves.png in runs/demo"
 
 bench: build
 	$(PY) -m benchmarks --json benchmarks/results/$$($(PY) -m benchmarks --machine-name).json --plot benchmarks/results

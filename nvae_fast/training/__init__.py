@@ -20,6 +20,7 @@ from nvae_fast.training.fid import (
 )
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
+from nvae_fast.training.plot import plot_runs
 from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
 from nvae_fast.training.run_folder import RunFolderError
 from nvae_fast.training.sampler import Sampler
@@ -55,6 +56,7 @@ __all__ = [
     "load_inception",
     "load_model",
     "model_statistics",
+    "plot_runs",
     "preset",
     "start_world",
 ]

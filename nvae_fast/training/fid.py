@@ -340,7 +340,9 @@ def _read_arrays(path: str | os.PathLike[str], name: str) -> dict[str, np.ndarra
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise ValueError("it holds one array without a name")
         with archive:
-            found = {key: archive[key] for key in ("mu", "sigma", "facts") if key in archive.files}
+            found: dict[str, np.ndarray] = {
+                key: archive[key] for key in ("mu", "sigma", "facts") if key in archive.files
+            }
     except FileNotFoundError:
         raise FileNotFoundError(f"no {name}") from None
     except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:

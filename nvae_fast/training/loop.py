@@ -165,8 +165,10 @@ class Trainer:
                     self._advance(time.perf_counter() - started, statistics.median(pace))
                     self._report(result, facts, log, progress)
                     done = self.position >= self.total_steps
-                    if self.config.sample_every and self.step % self.config.sample_every == 0:
+                    if self._pictures_due():
                         self._pictures(f"samples-{self.step:07d}.png")
+                    if log is not None and (done or self._pictures_due()):
+                        log.pictures(self.step, self.model, self.dataset, seed=self.config.seed)
                     stopping = bool(self.world.largest(float(stop.signal is not None))[0])
                     if done or stopping or self.step % self.config.checkpoint_every == 0:
                         self.save()
@@ -335,6 +337,7 @@ class Trainer:
                 "step": self.step,
                 "epoch": round(self.step / self.steps_per_epoch, 4),
                 **means,
+                **self.averages.groups(self.model.config.num_groups),
                 "bits_per_dim": None if nats is None else bits_per_dim(nats, self.model.config.dims),
                 **facts,
                 "images_per_second": round(speed, 2),
@@ -347,6 +350,9 @@ class Trainer:
 
     def _images(self) -> int:
         return self.config.batch_size * self.world.size
+
+    def _pictures_due(self) -> bool:
+        return bool(self.config.sample_every) and self.step % self.config.sample_every == 0
 
     def _pictures(self, name: str) -> None:
         if not self.world.is_main:
