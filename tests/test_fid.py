@@ -218,6 +218,7 @@ SKEW = np.array([[1.0, 5.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
         ({**FULL, "sigma": np.full((3, 3), np.inf)}, "sigma holds values that are not finite"),
         ({**FULL, "sigma": SKEW}, "sigma is no covariance"),
         ({**FULL, "sigma": -np.eye(3)}, "sigma is no covariance"),
+        ({**FULL, "facts": np.array("[1")}, "facts, which nvae_fast writes as JSON, cannot be read"),
         ({**FULL, "mu": np.array([object()] * 3)}, "not an .npz file of mu and sigma that can be read"),
     ],
 )
@@ -414,6 +415,14 @@ def test_fid_takes_the_statistics_of_other_programs(command, tmp_path):
     assert json.loads(out)["reference"] == {"stats": str(tmp_path / "s.npz"), "images": None}
 
 
+def test_statistics_of_images_of_another_size_are_refused(command, tmp_path):
+    facts = {"image_size": 64}
+    FeatureStatistics(np.zeros(WIDTH), np.eye(WIDTH), 100, facts).save(tmp_path / "s.npz")
+    code, _, line = command("--stats", tmp_path / "s.npz", "--number", "20")
+    assert code == 2
+    assert "is of images of 64 pixels a side, those of the model have 32" in line
+
+
 def test_statistics_of_something_else_are_refused(command, tmp_path):
     options = ["--number", "20", "--max-images", "70", "--quiet"]
     assert command("--stats", tmp_path / "s.npz", *options)[0] == 0
@@ -427,7 +436,9 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
         assert code == 2
         assert message in line
     (tmp_path / "w.pth").write_bytes(b"other weights")
-    assert "was made with --inception" in command("--stats", tmp_path / "s.npz", *options)[2]
+    assert (
+        "was made with other weights than --inception" in command("--stats", tmp_path / "s.npz", *options)[2]
+    )
     np.savez(tmp_path / "s.npz", mu=np.zeros(5), sigma=np.eye(5))
     assert "has 5 features, --layer 64 has 64" in command("--stats", tmp_path / "s.npz", *options)[2]
 

@@ -31,14 +31,16 @@ def run_on_processes(
     return code
 
 
-def open_images(data: str, kind: str | None, split: str, model_config: Any, **changes: Any) -> Any:
-    """The dataset of ``data``, its images as the model takes them, but for ``changes``."""
-    options = {
-        "image_size": model_config.resolution,
-        "channels": model_config.channels,
-        "num_bits": model_config.num_x_bits,
-    }
-    return open_dataset(data, split=split, kind=kind, **{**options, **changes})
+def open_images(data: str, kind: str | None, split: str, model_config: Any) -> Any:
+    """The dataset of ``data``, its images as the model takes them."""
+    return open_dataset(
+        data,
+        split=split,
+        image_size=model_config.resolution,
+        channels=model_config.channels,
+        num_bits=model_config.num_x_bits,
+        kind=kind,
+    )
 
 
 def versions() -> dict[str, str]:

@@ -19,6 +19,7 @@ from nvae_fast.cli.common import (
     run_on_processes,
     set_threads,
 )
+from nvae_fast.data import ImageDataset
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, fid
@@ -67,7 +68,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     extract = fid.load_inception(arguments.inception, layer=arguments.layer, device=world.device)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
-    known = _known_statistics(arguments, features, say)
+    known = _known_statistics(arguments, model, features, say)
     options = {"batch_size": arguments.batch_size, "keep_features": arguments.kid, "world": world}
     world.agree({"--stats (whether the file exists)": known is not None, "--inception": features})
     real = known or _real_statistics(arguments, model, facts, extract, features, options, quiet)
@@ -90,7 +91,6 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
             extract,
             arguments.number,
             temperature=arguments.temperature,
-            pixels=arguments.pixels,
             seed=arguments.seed,
             on_batch=on_batch,
             **options,
@@ -124,7 +124,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
 
 
 def _known_statistics(
-    arguments: argparse.Namespace, features: dict[str, str], say: Callable[[str], None]
+    arguments: argparse.Namespace, model: Any, features: dict[str, str], say: Callable[[str], None]
 ) -> FeatureStatistics | None:
     """The statistics in the file of --stats, None where there is none yet. Raises ValueError when they do not fit."""
     if arguments.stats is None or not Path(arguments.stats).exists():
@@ -135,21 +135,22 @@ def _known_statistics(
         raise ValueError(
             f"{name} has {found.mu.size} features, --layer {arguments.layer} has {arguments.layer}"
         )
-    wanted: dict[str, Any] = {
-        "--layer": ("layer", features["layer"]),
-        "--inception": ("inception", features["inception"]),
-    }
-    wanted |= {"--data": ("data", arguments.data), "--split": ("split", arguments.split)}
-    wanted |= {"--max-images": ("max_images", arguments.max_images)}
-    for option, (key, value) in wanted.items():
-        if value is None:
-            continue
-        if key in found.facts and found.facts[key] != value:
+    for key in ("data", "split", "max_images"):
+        option, value = f"--{key.replace('_', '-')}", getattr(arguments, key)
+        if value is not None and key not in found.facts:
+            say(f"{name} does not say which images it is of: they are used in place of {option} {value}")
+        elif value is not None and found.facts[key] != value:
             raise ValueError(
                 f"{name} was made with {option} {found.facts[key]}, not {value}: leave {option} out, or give another file"
             )
-        if key not in found.facts and option in ("--data", "--split", "--max-images"):
-            say(f"{name} does not say which images it is of: they are used in place of {option} {value}")
+    size = model.config.resolution
+    if found.facts.get("image_size", size) != size:
+        raise ValueError(
+            f"{name} is of images of {found.facts['image_size']} pixels a side, those of the model have {size}: give "
+            "another file"
+        )
+    if found.facts.get("inception", features["inception"]) != features["inception"]:
+        raise ValueError(f"{name} was made with other weights than --inception {arguments.inception}")
     return found
 
 
@@ -170,7 +171,7 @@ def _real_statistics(
             raise ValueError(f"{facts['path']} does not say what it was trained on: give --data, or --stats")
     split = arguments.split or "train"
     # The images themselves: all bits, and grey values in place of drawn black and white ones.
-    dataset = open_images(data, kind, split, model.config, num_bits=8, binarize=False)
+    dataset = ImageDataset(open_images(data, kind, split, model.config).source, split=split)
     total = min(len(dataset), arguments.max_images or len(dataset))
     if arguments.kid and arguments.kid_size > total:
         raise ValueError(f"--kid-size must be at most the {total} images of {data}, got {arguments.kid_size}")

@@ -48,8 +48,8 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     _train_parser(_add(commands, "train", "train a model, or continue a run"))
     _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
-    _fid_parser(_add(commands, "fid", "Frechet inception distance between images of a model and a dataset"))
     _sample_parser(_add(commands, "sample", "draw new images from a model"))
+    _fid_parser(_add(commands, "fid", "Frechet inception distance between images of a model and a dataset"))
     _plot_parser(_add(commands, "plot", "the curves of one or several runs, as a picture"))
     _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
     _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
@@ -162,11 +162,62 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     _machine(parser)
 
 
+def _sample_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    _number(parser, "--number", 64, "images to draw", "images", short="-n")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="factor on the sigma of every prior and on the pixel noise (default: 1)",
+    )
+    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
+    _number(parser, "--batch-size", 32, "images drawn together", "images")
+    parser.add_argument(
+        "--pixels",
+        choices=["auto", "mean", "sample"],
+        default="auto",
+        help="the likelihood's mean or a draw from it (default: auto: mean for binary images, else a draw)",
+    )
+    parser.add_argument(
+        "--readjust",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="re-estimate batch-norm statistics at this temperature first; the result is kept beside the "
+        "checkpoint (default: no)",
+    )
+    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
+    parser.add_argument(
+        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
+    )
+    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
+    parser.add_argument(
+        "--npy",
+        default=None,
+        metavar="FILE",
+        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
+    _machine(parser)
+
+
+def _convert_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
+    parser.add_argument("target", help="checkpoint to write, in the other format")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
+
+
+def _info_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
+
+
 def _fid_parser(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Needs torch-fidelity (pip install torch-fidelity) and the weights of its InceptionV3 in a local file; "
         "nothing is downloaded. The usual FID takes 50000 samples and the images of the training split."
     )
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
     parser.add_argument(
         "--inception",
         required=True,
@@ -204,7 +255,23 @@ def _fid_parser(parser: argparse.ArgumentParser) -> None:
         "--kid", action="store_true", help="the kernel inception distance as well (default: no)"
     )
     _number(parser, "--kid-size", 1000, "images in each of the 100 random subsets of --kid", "images")
-    _sampling(parser, 50_000)
+    _number(parser, "--number", 50_000, "images to draw", "images", short="-n")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="factor on the sigma of every prior, as sample has it (default: 1)",
+    )
+    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
+    _number(parser, "--batch-size", 32, "images drawn and compared together", "images")
+    parser.add_argument(
+        "--readjust",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="re-estimate batch-norm statistics at this temperature first, as sample does (default: no)",
+    )
+    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
     parser.add_argument(
         "--json",
         nargs="?",
@@ -226,61 +293,6 @@ def _plot_parser(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: no)")
     parser.add_argument("--quiet", action="store_true", help="no notes (default: no)")
-
-
-def _sample_parser(parser: argparse.ArgumentParser) -> None:
-    _sampling(parser, 64)
-    parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
-    )
-    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
-    parser.add_argument(
-        "--npy",
-        default=None,
-        metavar="FILE",
-        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
-    _machine(parser)
-
-
-def _sampling(parser: argparse.ArgumentParser, number: int) -> None:
-    """What is drawn, from which model, and how."""
-    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
-    _number(parser, "--number", number, "images to draw", "images", short="-n")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="factor on the sigma of every prior and on the pixel noise (default: 1)",
-    )
-    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
-    _number(parser, "--batch-size", 32, "images drawn together", "images")
-    parser.add_argument(
-        "--pixels",
-        choices=["auto", "mean", "sample"],
-        default="auto",
-        help="the likelihood's mean or a draw from it (default: auto: mean for binary images, else a draw)",
-    )
-    parser.add_argument(
-        "--readjust",
-        action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
-        help="re-estimate batch-norm statistics at this temperature first; the result is kept beside the "
-        "checkpoint (default: no)",
-    )
-    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
-
-
-def _convert_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
-    parser.add_argument("target", help="checkpoint to write, in the other format")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
-
-
-def _info_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
 
 
 def _number(

@@ -38,7 +38,7 @@ INSTALL = "pip install torch-fidelity"
 Extractor = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FeatureStatistics:
     """Mean and covariance of the features of a set of images.
 
@@ -85,7 +85,12 @@ class FeatureStatistics:
             raise ValueError(
                 f"{name}: sigma is no covariance, which is symmetric with a diagonal of at least 0"
             )
-        facts = json.loads(str(arrays["facts"])) if "facts" in arrays else {}
+        try:
+            facts = dict(json.loads(str(arrays["facts"]))) if "facts" in arrays else {}
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{name}: facts, which nvae_fast writes as JSON, cannot be read: {error}"
+            ) from error
         return cls(mu, sigma, facts.pop("images", None), facts)
 
 
