@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from processes import together
 from torch import nn
 from training_runs import digits_of, tiny_model, trainer
 
-from nvae_fast import cli
+import nvae_fast
+from nvae_fast import cli, training
 from nvae_fast.data import open_dataset
 from nvae_fast.training import (
     FeatureStatistics,
@@ -464,6 +466,19 @@ def test_bad_options_are_named(command, words, message):
     code, _, line = command("--number", "20", *words)
     assert code == 2
     assert message in line
+
+
+def test_the_lines_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "load_inception", lambda path, device: Features())
+    page = (Path(__file__).parent.parent / "docs" / "train.md").read_text(encoding="utf-8")
+    (block,) = re.findall(
+        r"^```python\n(from nvae_fast.training import dataset_statistics.*?)^```$", page, re.M | re.S
+    )
+    names = {"nvae_fast": nvae_fast, "PATH": "digits", "model": tiny_model().eval()}
+    exec(block.replace("50_000", "20"), names)
+    assert names["fid"] > 0
+    assert (tmp_path / "cifar10.npz").exists()
 
 
 def test_kid_with_the_command(command):
