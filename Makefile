@@ -40,7 +40,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) and the tools into $(VENV)"
 	@$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)" numpy setuptools wheel ninja packaging
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[data,plot,triton,dev]"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,triton,dev]"
 	@touch $@
 
 build: $(VENV)/.installed

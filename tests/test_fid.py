@@ -260,7 +260,9 @@ def weights(tmp_path_factory) -> Path:
         torch.manual_seed(0)
         network = found.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     for module in network.modules():
-        if isinstance(module, nn.Conv2d):  # PyTorch's own initialisation lets the images vanish from layer to layer
+        if isinstance(
+            module, nn.Conv2d
+        ):  # PyTorch's own initialisation lets the images vanish from layer to layer
             nn.init.kaiming_normal_(module.weight)
     torch.save(network.state_dict(), path)
     return path

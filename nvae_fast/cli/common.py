@@ -15,6 +15,7 @@ import torch
 
 from nvae_fast.data import open_dataset
 from nvae_fast.training import distributed
+from nvae_fast.training.progress import Progress
 from nvae_fast.version import __version__
 
 
@@ -87,6 +88,12 @@ def reporter(quiet: bool) -> Any:
             print(text, file=sys.stderr)
 
     return say
+
+
+def progress_of(arguments: argparse.Namespace, world: distributed.World, label: str, total: int) -> Progress:
+    """The progress of ``total`` images as --progress and --quiet ask for it, on the first process alone."""
+    quiet = arguments.quiet or not world.is_main
+    return Progress(label, total, unit="image", mode=arguments.progress, quiet=quiet)
 
 
 def report_skipped(dataset: Any, say: Any) -> None:

@@ -7,11 +7,17 @@ import json
 import sys
 from typing import Any
 
-from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, set_threads
+from nvae_fast.cli.common import (
+    open_images,
+    progress_of,
+    report_skipped,
+    reporter,
+    run_on_processes,
+    set_threads,
+)
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
-from nvae_fast.training.progress import Progress
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -31,7 +37,7 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
             raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
     dataset = open_images(data, kind, arguments.split, model.config)
     total = min(len(dataset), arguments.max_images or len(dataset))
-    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
+    progress = progress_of(arguments, world, "evaluate", total)
     try:
         result = evaluate(
             model,

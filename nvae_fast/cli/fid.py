@@ -7,13 +7,14 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from nvae_fast.cli.common import (
     check_writable,
     open_images,
+    progress_of,
     report_skipped,
     reporter,
     run_on_processes,
@@ -24,7 +25,6 @@ from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, fid
 from nvae_fast.training.fid import FeatureStatistics
-from nvae_fast.training.progress import Progress
 from nvae_fast.training.readjust import readjust
 
 
@@ -63,15 +63,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
-    quiet = arguments.quiet or not world.is_main
-    say = reporter(quiet)
+    say = reporter(arguments.quiet or not world.is_main)
     extract = fid.load_inception(arguments.inception, layer=arguments.layer, device=world.device)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
     known = _known_statistics(arguments, model, features, say)
     options = {"batch_size": arguments.batch_size, "keep_features": arguments.kid, "world": world}
     world.agree({"--stats (whether the file exists)": known is not None, "--inception": features})
-    real = known or _real_statistics(arguments, model, facts, extract, features, options, quiet)
+    real = known or _real_statistics(arguments, model, facts, extract, features, options, say)
     if known is None and arguments.stats is not None and world.is_main:
         real.save(arguments.stats)
         say(f"wrote {arguments.stats}")
@@ -85,14 +84,14 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
                 keep=world.is_main,
                 report=say,
             )
-    with _progress("samples", arguments.number, quiet) as on_batch:
+    with contextlib.closing(progress_of(arguments, world, "samples", arguments.number)) as progress:
         drawn = fid.model_statistics(
             model,
             extract,
             arguments.number,
             temperature=arguments.temperature,
             seed=arguments.seed,
-            on_batch=on_batch,
+            on_batch=progress.update,
             **options,
         )
     if not world.is_main:
@@ -161,7 +160,7 @@ def _real_statistics(
     extract: Any,
     features: dict[str, str],
     options: dict[str, Any],
-    quiet: bool,
+    say: Callable[[str], None],
 ) -> FeatureStatistics:
     data, kind = arguments.data, arguments.data_kind
     if data is None:
@@ -175,11 +174,11 @@ def _real_statistics(
     total = min(len(dataset), arguments.max_images or len(dataset))
     if arguments.kid and arguments.kid_size > total:
         raise ValueError(f"--kid-size must be at most the {total} images of {data}, got {arguments.kid_size}")
-    with _progress("images", total, quiet) as on_batch:
+    with contextlib.closing(progress_of(arguments, options["world"], "images", total)) as progress:
         found = fid.dataset_statistics(
-            dataset, extract, max_images=arguments.max_images, on_batch=on_batch, **options
+            dataset, extract, max_images=arguments.max_images, on_batch=progress.update, **options
         )
-    report_skipped(dataset, reporter(quiet))
+    report_skipped(dataset, say)
     origin = {
         "data": data,
         "split": split,
@@ -187,15 +186,6 @@ def _real_statistics(
         "image_size": dataset.image_size,
     }
     return dataclasses.replace(found, facts={**origin, **features})
-
-
-@contextlib.contextmanager
-def _progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    progress = Progress(label, total, unit="image", quiet=quiet)
-    try:
-        yield progress.update
-    finally:
-        progress.close()
 
 
 def _note_of_few(real: FeatureStatistics, drawn: FeatureStatistics, say: Callable[[str], None]) -> None:

@@ -80,6 +80,12 @@ def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
             metavar="N",
             help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
         )
+    group.add_argument(
+        "--progress",
+        choices=["auto", "plain", "none"],
+        default="auto",
+        help="a bar on a terminal where tqdm is installed, and lines elsewhere; lines; or nothing (default: auto)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 

@@ -58,6 +58,7 @@ class Trainer:
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
     size and channels. world: the processes of the run, None for this one alone. quiet: no progress line.
+    progress: "auto", "plain" or "none", see `Progress`.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.
@@ -73,6 +74,7 @@ class Trainer:
         world: World | None = None,
         state: dict[str, Any] | None = None,
         quiet: bool = False,
+        progress: str = "auto",
         data: tuple[str | None, str | None] = (None, None),
     ) -> None:
         from nvae_fast.data import BatchLoader
@@ -83,6 +85,7 @@ class Trainer:
         self.folder = folder
         self.data = data
         self.quiet = quiet or not self.world.is_main
+        self.progress = progress
         check_fit(model.config, dataset)
         self.world.agree(
             {
@@ -145,7 +148,7 @@ class Trainer:
                 resume_step=self.step if self._last_saved >= 0 else None,
                 tensorboard=self.config.tensorboard,
             )
-        progress = Progress("train", self.total_steps, quiet=self.quiet)
+        progress = Progress("train", self.total_steps, mode=self.progress, quiet=self.quiet)
         if self.world.device.type == "cuda" and not self.quiet:
             progress.message(f"step: {self.step_function.mode}")
         started = time.perf_counter() - self.elapsed
