@@ -50,7 +50,7 @@ def test_a_bar_on_a_terminal():
     text = shown(Terminal())
     last = text.replace("\n", "\r").rstrip("\r").split("\r")[-1]
     assert last.startswith("100%")
-    assert "train step 10/10  loss 10  left" in last
+    assert "train step 10/10  loss 10" in last
     assert "note" in text.splitlines(), "messages stay, on lines of their own"
     assert text.endswith("\n")
 
@@ -61,7 +61,7 @@ def test_a_bar_shows_the_count_in_place_of_the_position():
     bar = progress.Progress("train", 100, stream=stream)
     bar.update(20.5, count="7", force=True)
     bar.close()
-    assert "train step 7 " in stream.getvalue()
+    assert "train step 7" in stream.getvalue()
     assert " 20%" in stream.getvalue() or " 21%" in stream.getvalue()
 
 

@@ -99,7 +99,7 @@ class Progress:
             mininterval=BAR_INTERVAL,
             miniters=0,
             dynamic_ncols=True,
-            bar_format="{percentage:3.0f}% {bar:20} {desc}  left {remaining}",
+            bar_format="{percentage:3.0f}% {bar:20} left {remaining}  {desc}",
         )
 
     def _write(self, line: str) -> None:
