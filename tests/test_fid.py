@@ -343,9 +343,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, weights):
 def test_subsets_larger_than_the_images_are_refused():
     library()
     few = FeatureStatistics(np.zeros(2), np.eye(2), features=torch.zeros(5, 2))
-    with pytest.raises(
-        ValueError, match=r"size \(--kid-size\) must be from 2 to 5, the number of images, got 6"
-    ):
+    with pytest.raises(ValueError, match=r"size \(--kid\) must be from 2 to 5, the number of images, got 6"):
         kernel_distance(few, few, size=6)
     with pytest.raises(ValueError, match="must have their features"):
         kernel_distance(few, FeatureStatistics(np.zeros(2), np.eye(2)))
@@ -436,9 +434,10 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
     assert command("--stats", tmp_path / "s.npz", *options)[0] == 0
     for words, message in (
         (["--data", "photos"], "was made with --data digits, not photos: leave --data out"),
+        (["--data-kind", "npy"], "was made with --data-kind None, not npy"),
         (["--split", "test"], "was made with --split train, not test"),
         (["--max-images", "71"], "was made with --max-images 70, not 71"),
-        (["--kid", "--kid-size", "10"], "--kid needs the features of the images, which --stats"),
+        (["--kid", "10"], "--kid needs the features of the images, which --stats"),
     ):
         code, _, line = command("--stats", tmp_path / "s.npz", *options, *words)
         assert code == 2
@@ -456,6 +455,7 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
     [
         (["--number", "1"], "--number must be at least 2, got 1"),
         (["--max-images", "1"], "--max-images must be at least 2, got 1"),
+        (["--kid", "1"], "--kid must be at least 2, got 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--temperature", "0"], "--temperature must be greater than 0, got 0"),
         (["--stats", "s.txt"], "--stats must be an .npz file, got s.txt"),
@@ -463,7 +463,7 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
             ["--stats", "none/s.npz"],
             "--stats none/s.npz: there is no folder none that files can be written to",
         ),
-        (["--kid", "--number", "10"], "--kid-size must be at most the number of images, got 1000"),
+        (["--kid", "--number", "10"], "--kid must be at most the number of images, 10, got 1000"),
         (["--data", "none"], "(--data): no file or folder 'none'"),
         (["--json", "none/r.json"], "the folder of none/r.json does not exist"),
     ],
@@ -489,10 +489,8 @@ def test_the_lines_of_the_page(tmp_path, monkeypatch):
 
 def test_kid_with_the_command(command):
     library()
-    options = ["--number", "40", "--max-images", "30", "--kid", "--json", "--quiet"]
-    code, out, _ = command(*options, "--kid-size", "20")
+    options = ["--number", "40", "--max-images", "30", "--json", "--quiet"]
+    code, out, _ = command(*options, "--kid", "20")
     assert code == 0
     assert np.isfinite(json.loads(out)["kid"])
-    assert (
-        "--kid-size must be at most the number of images, got 31" in command(*options, "--kid-size", "31")[2]
-    )
+    assert "--kid must be at most the number of images, 30, got 31" in command(*options, "--kid", "31")[2]

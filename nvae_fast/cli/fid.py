@@ -35,7 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
         ("max_images", 2),
         ("batch_size", 1),
         ("readjust_passes", 1),
-        ("kid_size", 2),
+        ("kid", 2),
     ):
         value = getattr(arguments, name)
         if value is not None and value < least:
@@ -50,12 +50,12 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--stats {stats}: there is no folder {stats.parent} that files can be written to"
             )
-        if stats.exists() and arguments.kid:
+        if stats.exists() and arguments.kid is not None:
             raise ValueError(
                 f"--kid needs the features of the images, which --stats {stats} does not have: leave out one of the two"
             )
-    if arguments.kid and arguments.kid_size > min(arguments.number, arguments.max_images or arguments.number):
-        raise ValueError(f"--kid-size must be at most the number of images, got {arguments.kid_size}")
+    if arguments.kid is not None:
+        _check_subsets(arguments.kid, min(arguments.number, arguments.max_images or arguments.number))
     if arguments.json not in (None, "-"):
         check_writable(arguments.json, overwrite=True)
     set_threads(arguments)
@@ -68,7 +68,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
     known = _known_statistics(arguments, model, features, say)
-    options = {"batch_size": arguments.batch_size, "keep_features": arguments.kid, "world": world}
+    options = {"batch_size": arguments.batch_size, "keep_features": arguments.kid is not None, "world": world}
     world.agree({"--stats (whether the file exists)": known is not None, "--inception": features})
     real = known or _real_statistics(arguments, model, facts, extract, features, options, say)
     if known is None and arguments.stats is not None and world.is_main:
@@ -98,10 +98,8 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
         return 0
     _note_of_few(real, drawn, say)
     report: dict[str, Any] = {"checkpoint": facts["path"], "fid": fid.frechet_distance(drawn, real)}
-    if arguments.kid:
-        mean, deviation = fid.kernel_distance(
-            drawn, real, size=arguments.kid_size, seed=arguments.seed % 2**32
-        )
+    if arguments.kid is not None:
+        mean, deviation = fid.kernel_distance(drawn, real, size=arguments.kid, seed=arguments.seed % 2**32)
         report.update(kid=mean, kid_standard_deviation=deviation)
     report.update(
         images=drawn.images,
@@ -134,7 +132,7 @@ def _known_statistics(
         raise ValueError(
             f"{name} has {found.mu.size} features, --layer {arguments.layer} has {arguments.layer}"
         )
-    for key in ("data", "split", "max_images"):
+    for key in ("data", "data_kind", "split", "max_images"):
         option, value = f"--{key.replace('_', '-')}", getattr(arguments, key)
         if value is not None and key not in found.facts:
             say(f"{name} does not say which images it is of: they are used in place of {option} {value}")
@@ -172,8 +170,8 @@ def _real_statistics(
     # The images themselves: all bits, and grey values in place of drawn black and white ones.
     dataset = ImageDataset(open_images(data, kind, split, model.config).source, split=split)
     total = min(len(dataset), arguments.max_images or len(dataset))
-    if arguments.kid and arguments.kid_size > total:
-        raise ValueError(f"--kid-size must be at most the {total} images of {data}, got {arguments.kid_size}")
+    if arguments.kid is not None:
+        _check_subsets(arguments.kid, total)
     with contextlib.closing(progress_of(arguments, options["world"], "images", total)) as progress:
         found = fid.dataset_statistics(
             dataset, extract, max_images=arguments.max_images, on_batch=progress.update, **options
@@ -181,11 +179,17 @@ def _real_statistics(
     report_skipped(dataset, say)
     origin = {
         "data": data,
+        "data_kind": kind,
         "split": split,
         "max_images": arguments.max_images,
         "image_size": dataset.image_size,
     }
     return dataclasses.replace(found, facts={**origin, **features})
+
+
+def _check_subsets(size: int, images: int) -> None:
+    if size > images:
+        raise ValueError(f"--kid must be at most the number of images, {images}, got {size}")
 
 
 def _note_of_few(real: FeatureStatistics, drawn: FeatureStatistics, say: Callable[[str], None]) -> None:

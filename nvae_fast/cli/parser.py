@@ -258,9 +258,15 @@ def _fid_parser(parser: argparse.ArgumentParser) -> None:
         help="features to compare, by their number; fewer need fewer images (default: 2048, the published FID)",
     )
     parser.add_argument(
-        "--kid", action="store_true", help="the kernel inception distance as well (default: no)"
+        "--kid",
+        nargs="?",
+        const=1000,
+        type=options.whole_number,
+        default=None,
+        metavar="N",
+        help="the kernel inception distance as well, from 100 random subsets of N images, 1000 without N [images] "
+        "(default: none)",
     )
-    _number(parser, "--kid-size", 1000, "images in each of the 100 random subsets of --kid", "images")
     _number(parser, "--number", 50_000, "images to draw", "images", short="-n")
     parser.add_argument(
         "--temperature",

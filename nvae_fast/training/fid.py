@@ -269,7 +269,7 @@ def kernel_distance(
     fewest = min(len(first.features), len(second.features))
     if not 1 < size <= fewest:
         raise ValueError(
-            f"kernel_distance: size (--kid-size) must be from 2 to {fewest}, the number of images, got {size}"
+            f"kernel_distance: size (--kid) must be from 2 to {fewest}, the number of images, got {size}"
         )
     found = kid_features_to_metric(
         first.features,
