@@ -79,7 +79,9 @@ def _draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
         bits.plot(*_column(lines, "bits_per_dim"), colour, linewidth=1.2)
         rate.plot(*_column(lines, "learning_rate"), colour, linewidth=1.2)
         for key in _validation_keys(lines):
-            bits.plot(*_column(lines, key), "o", color=colour, markersize=4, markeredgecolor="black")
+            bits.plot(
+                *_column(lines, key), "o", color=colour, markersize=4, markeredgecolor="black", zorder=3
+            )
     for axis, title in (
         (loss, "loss (nats per image)"),
         (bits, "bits per dimension"),
@@ -88,6 +90,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
         axis.set_title(title)
         axis.grid(alpha=0.3)
         axis.set_xlabel("step")
+        axis.locator_params(axis="x", nbins=5)
     _limit(loss, runs, "loss")
     _limit(bits, runs, "bits_per_dim")
     rate.set_ylim(bottom=0)
@@ -147,7 +150,8 @@ def _draw_groups(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
         )
         axis.set_ylim(groups - 0.5, -0.5)
         axis.set_ylabel("group (0 is the coarsest)")
-        ticks = np.arange(0, groups, max(1, groups // 20))
+        axis.locator_params(axis="x", nbins=5)
+        ticks = np.arange(0, groups, 1 + groups // 40)
         axis.set_yticks(ticks)
         active = lines[-1].get("active_per_group") or []
         beside = axis.secondary_yaxis("right")
@@ -155,5 +159,7 @@ def _draw_groups(figure: Any, runs: dict[str, list[dict[str, Any]]]) -> None:
             ticks if len(active) == groups else [], [str(active[t]) for t in ticks if len(active) == groups]
         )
         beside.set_ylabel("active channels at the end")
+        for side in (axis, beside):
+            side.tick_params(axis="y", labelsize=min(10.0, 190 / len(ticks)))
     if shown is not None:
         figure.colorbar(shown, ax=list(axes), label="nats per image", pad=0.02)
