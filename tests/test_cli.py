@@ -97,7 +97,7 @@ def test_help_shows_the_real_defaults_and_units():
     assert f"(default: {config.num_latent_per_group};" in text["num_latent_per_group"]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "convert", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "fid", "sample", "plot", "convert", "info"])
 def test_help_prints(command, capsys):
     assert cli.main([command, "--help"]) == 0
     assert "usage: nvae_fast" in capsys.readouterr().out

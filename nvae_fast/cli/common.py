@@ -18,11 +18,26 @@ from nvae_fast.cli import options
 from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
 from nvae_fast.training import distributed
+from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import watch_interrupts
 from nvae_fast.version import __version__
 
 # Options in which processes may differ: paths of a node, its machine, and what only process 0 does.
-_LOCAL = {"checkpoint", "data", "out", "npy", "json", "overwrite", "device", "threads", "quiet", "debug"}
+_LOCAL = {
+    "checkpoint",
+    "data",
+    "debug",
+    "device",
+    "inception",
+    "json",
+    "npy",
+    "out",
+    "overwrite",
+    "progress",
+    "quiet",
+    "stats",
+    "threads",
+}
 
 
 def run_on_processes(
@@ -106,7 +121,7 @@ def versions() -> dict[str, str]:
         "cuda": torch.version.cuda or "not in this PyTorch",
         "numpy": np.__version__,
     }
-    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard"):
+    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard", "torch-fidelity"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -145,6 +160,12 @@ def reporter(quiet: bool) -> Any:
             print(text, file=sys.stderr)
 
     return say
+
+
+def progress_of(arguments: argparse.Namespace, world: distributed.World, label: str, total: int) -> Progress:
+    """The progress of ``total`` images as --progress and --quiet ask for it, on the first process alone."""
+    quiet = arguments.quiet or not world.is_main
+    return Progress(label, total, unit="image", mode=arguments.progress, quiet=quiet)
 
 
 def report_skipped(dataset: Any, say: Any) -> None:

@@ -13,6 +13,7 @@ from nvae_fast.cli.common import (
     check_writable,
     image_options,
     open_images,
+    progress_of,
     report_skipped,
     reporter,
     run_on_processes,
@@ -22,7 +23,6 @@ from nvae_fast.data.decode import EVALUATED_ON
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
-from nvae_fast.training.progress import Progress
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,7 +50,7 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
 
     split, dataset = _open_split(arguments.split, model.config, say, opened)
     total = min(len(dataset), arguments.max_images or len(dataset))
-    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
+    progress = progress_of(arguments, world, "evaluate", total)
     try:
         result = evaluate(
             model,

@@ -99,6 +99,8 @@ def make_parser() -> argparse.ArgumentParser:
     _train_parser(_add(commands, "train", "train a model, or continue a run"))
     _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
     _sample_parser(_add(commands, "sample", "draw new images from a model"))
+    _fid_parser(_add(commands, "fid", "Frechet inception distance between images of a model and a dataset"))
+    _plot_parser(_add(commands, "plot", "the curves of one or several runs, as a picture"))
     _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
     _prepare_parser(_add(commands, "prepare", "a data set as it is downloaded into LMDB databases"))
     _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
@@ -155,6 +157,12 @@ def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
             metavar="N",
             help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
         )
+    group.add_argument(
+        "--progress",
+        choices=["auto", "plain", "none"],
+        default="auto",
+        help="a bar on a terminal where tqdm is installed, and lines elsewhere; lines; or nothing (default: auto)",
+    )
     group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 
@@ -319,6 +327,95 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def _info_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
+
+
+def _fid_parser(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Needs torch-fidelity (pip install torch-fidelity) and the weights of its InceptionV3 in a local file; "
+        "nothing is downloaded. The usual FID takes 50000 samples and the images of the training split."
+    )
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    parser.add_argument(
+        "--inception",
+        required=True,
+        metavar="FILE",
+        help="weights of InceptionV3, such as torch-fidelity's weights-inception-2015-12-05-6726825d.pth "
+        "(default: none, one is needed)",
+    )
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to compare with (default: the data the checkpoint was trained on)",
+    )
+    parser.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    parser.add_argument(
+        "--split", choices=["train", "test"], default=None, help="which part of the data (default: train)"
+    )
+    _number(parser, "--max-images", None, "only the first so many images of the data", "images")
+    parser.add_argument(
+        "--stats",
+        default=None,
+        metavar="FILE",
+        help=".npz file of mu and sigma: read in place of the data where it exists, written where it does not "
+        "(default: none)",
+    )
+    parser.add_argument(
+        "--layer",
+        choices=["64", "192", "768", "2048"],
+        default="2048",
+        help="features to compare, by their number; fewer need fewer images (default: 2048, the published FID)",
+    )
+    parser.add_argument(
+        "--kid",
+        nargs="?",
+        const=1000,
+        type=options.whole_number,
+        default=None,
+        metavar="N",
+        help="the kernel inception distance as well, from 100 random subsets of N images, 1000 without N [images] "
+        "(default: none)",
+    )
+    _number(parser, "--number", 50_000, "images to draw", "images", short="-n")
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="factor on the sigma of every prior, as sample has it (default: 1)",
+    )
+    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
+    _number(parser, "--batch-size", 32, "images drawn and compared together", "images")
+    parser.add_argument(
+        "--readjust",
+        action=argparse.BooleanOptionalAction,
+        default=argparse.SUPPRESS,
+        help="re-estimate batch-norm statistics at this temperature first, as sample does (default: no)",
+    )
+    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        default=None,
+        metavar="FILE",
+        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
+    )
+    _machine(parser)
+
+
+def _plot_parser(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="run", help="run folder, or a metrics.jsonl")
+    parser.add_argument(
+        "--out",
+        default=None,
+        metavar="FILE",
+        help="picture to write: .png, .pdf or .svg (default: curves.png in the run's folder, for one run)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: no)")
+    parser.add_argument("--quiet", action="store_true", help="no notes (default: no)")
 
 
 def _number(

@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from nvae_fast.cli import options
-from nvae_fast.cli.common import check_writable, reporter, run_on_processes, set_threads
+from nvae_fast.cli.common import check_writable, progress_of, reporter, run_on_processes, set_threads
 from nvae_fast.data import save_grid
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, pictures
 from nvae_fast.training.config import check_bounds
-from nvae_fast.training.progress import Progress
 from nvae_fast.training.readjust import readjust
 
 
@@ -45,7 +44,7 @@ def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
                 keep=world.is_main,
                 report=say,
             )
-    progress = Progress("sample", arguments.number, unit="image", quiet=arguments.quiet or not world.is_main)
+    progress = progress_of(arguments, world, "sample", arguments.number)
     try:
         images = pictures.draw_images(
             model,

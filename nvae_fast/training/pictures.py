@@ -121,13 +121,21 @@ def write_samples(
             save_grid(draw_images(model, count, temperature=temperature, seed=seed), path)
 
 
-@torch.no_grad()
 def write_reconstructions(
     model: NVAE, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
 ) -> None:
     """A PNG grid in which every row of images (N,C,H,W, in [0,1]) has its reconstructions below it."""
     from nvae_fast.data import save_grid
 
+    grid, columns = with_reconstructions(model, images, columns=columns, seed=seed)
+    save_grid(grid, path, columns=columns)
+
+
+@torch.no_grad()
+def with_reconstructions(
+    model: NVAE, images: Tensor, *, columns: int = 8, seed: int = 0
+) -> tuple[Tensor, int]:
+    """(grid, columns): images (N,C,H,W) in [0,1] as they are written in rows, every row with its reconstructions below it."""
     frozen: Any = freeze(model)
     out = frozen(images.to(frozen.top_feature.device), seed=mix_seed(seed, 3))
     decoded = frozen.likelihood(out.logits).mean().float().cpu()
@@ -136,4 +144,4 @@ def write_reconstructions(
         rows += [images[start : start + columns].cpu().float(), decoded[start : start + columns]]
     if not rows:
         rows, columns = [images.cpu().float(), decoded], images.shape[0]
-    save_grid(torch.cat(rows), path, columns=columns)
+    return torch.cat(rows), columns

@@ -35,7 +35,8 @@ ADAMAX_EPS = 1e-3
 @dataclass(frozen=True)
 class StepResult:
     """The numbers of one step. loss: what was minimised; reconstruction, kl: means over the batch, nats an image; spectral,
-    batch_norm: the regularisers, not weighted; grad_norm: of all gradients, before clipping; skipped: it was undone."""
+    batch_norm: the regularisers, not weighted; grad_norm: of all gradients, before clipping; skipped: it was undone;
+    kl_per_channel: means over the batch of every latent channel's KL, group after group, coarsest scale first."""
 
     loss: float
     reconstruction: float
@@ -44,6 +45,7 @@ class StepResult:
     batch_norm: float
     grad_norm: float
     skipped: bool
+    kl_per_channel: tuple[float, ...] = ()
 
 
 class Step:
@@ -267,8 +269,17 @@ class Step:
     def _decide(self, values: Tensor) -> StepResult:
         if self.world.size > 1:  # one exchange: is all finite everywhere, and the numbers of the whole batch
             values = self.world.mean(values.double())
-        finite, loss, reconstruction, kl, spectral, batch_norm, norm = values.tolist()
-        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=finite != 1.0)
+        finite, loss, reconstruction, kl, spectral, batch_norm, *channels, norm = values.tolist()
+        return StepResult(
+            loss,
+            reconstruction,
+            kl,
+            spectral,
+            batch_norm,
+            norm,
+            finite != 1.0,
+            kl_per_channel=tuple(channels),
+        )
 
     def _clip(self) -> Tensor:
         """The gradient's norm over all parameters; scales the gradient when clipping is on."""
