@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ import numpy as np
 import torch
 
 from nvae_fast.data import open_dataset
+from nvae_fast.models.latents import linear_temperatures
+from nvae_fast.models.nvae import NVAE
 from nvae_fast.training import distributed
 from nvae_fast.version import __version__
 
@@ -69,6 +72,30 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"the folder of {file} does not exist")
     if file.exists() and not overwrite:
         raise ValueError(f"{file} exists already: --overwrite replaces it")
+
+
+def check_temperature(option: str, value: float | tuple[float, float]) -> None:
+    """Raise ValueError unless one number, or both ends of a range, are finite and greater than 0."""
+    ends = value if isinstance(value, tuple) else (value,)
+    if not all(0 < end < math.inf for end in ends):
+        shown = ":".join(f"{end:g}" for end in ends)
+        raise ValueError(f"{option} must be greater than 0, got {shown}")
+
+
+def temperatures(value: float | tuple[float, float], model: NVAE) -> float | list[float]:
+    """What `--temperature` means for a model: one number, or one for each group."""
+    return linear_temperatures(*value, model.config.num_groups) if isinstance(value, tuple) else value
+
+
+def images_of(arguments: argparse.Namespace, facts: dict[str, Any], model_config: Any) -> tuple[Any, str]:
+    """The dataset of `--data`, by default what the checkpoint was trained on, and its name."""
+    data, kind = arguments.data, arguments.data_kind
+    if data is None:
+        trained = facts.get("data", {})
+        data, kind = trained.get("source"), kind or trained.get("kind")
+        if data is None:
+            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
+    return open_images(data, kind, arguments.split, model_config), data
 
 
 def set_threads(arguments: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from nvae_fast.cli.common import open_images, report_skipped, reporter, run_on_processes, set_threads
+from nvae_fast.cli.common import images_of, report_skipped, reporter, run_on_processes, set_threads
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
@@ -23,13 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
-    data, kind = arguments.data, arguments.data_kind
-    if data is None:
-        trained = facts.get("data", {})
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
-            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
-    dataset = open_images(data, kind, arguments.split, model.config)
+    dataset, data = images_of(arguments, facts, model.config)
     total = min(len(dataset), arguments.max_images or len(dataset))
     progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
     try:

@@ -49,6 +49,8 @@ def make_parser() -> argparse.ArgumentParser:
     _train_parser(_add(commands, "train", "train a model, or continue a run"))
     _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
     _sample_parser(_add(commands, "sample", "draw new images from a model"))
+    _interpolate_parser(_add(commands, "interpolate", "pictures between pairs of images"))
+    _reconstruct_parser(_add(commands, "reconstruct", "images beside their reconstructions"))
     _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
     _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
     return parser
@@ -128,13 +130,13 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     options.add_dataclass_options(model, NVAEConfig, options.MODEL_HELP, note=_FROM_PRESET)
 
 
-def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
+def _images_of(parser: argparse.ArgumentParser, text: str) -> None:
     parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
     parser.add_argument(
         "--data",
         default=None,
         metavar="NAME_OR_PATH",
-        help="images to evaluate on (default: the data the checkpoint was trained on)",
+        help=f"{text} (default: the data the checkpoint was trained on)",
     )
     parser.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
@@ -142,6 +144,10 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split", choices=["train", "test"], default="test", help="which part of the data (default: test)"
     )
+
+
+def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
+    _images_of(parser, "images to evaluate on")
     _number(parser, "--samples", 1, "K, draws of the importance-weighted bound, for every image", "draws")
     _number(parser, "--batch-size", 32, "images evaluated together", "images")
     _number(parser, "--max-images", None, "only the first so many images", "images")
@@ -163,12 +169,14 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
 def _sample_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
     _number(parser, "--number", 64, "images to draw", "images", short="-n")
+    _temperature(parser, "factor on the sigma of every prior")
     parser.add_argument(
-        "--temperature",
+        "--pixel-temperature",
         type=float,
-        default=1.0,
+        default=None,
         metavar="X",
-        help="factor on the sigma of every prior and on the pixel noise (default: 1)",
+        help="factor on the noise of the likelihood (default: 1, whatever --temperature is, as images of NVAE are "
+        "published)",
     )
     _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
     _number(parser, "--batch-size", 32, "images drawn together", "images")
@@ -187,17 +195,106 @@ def _sample_parser(parser: argparse.ArgumentParser) -> None:
     )
     _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
     parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
+        "--out",
+        default=None,
+        metavar="FILE_OR_FOLDER",
+        help="FILE.png: a grid; any other name: a folder of images, resumed when it holds images of the same settings "
+        "(default: samples.png, or the folder samples for more than 256 images)",
+    )
+    parser.add_argument(
+        "--format",
+        choices=["png", "npz"],
+        default=None,
+        help="files of the folder: a PNG for each image, or shards of up to 1000 images, array arr_0, uint8 (N,H,W,C) "
+        "(default: png)",
+    )
+    parser.add_argument(
+        "--grid",
+        default=None,
+        metavar="FILE",
+        help="also write a PNG grid of the first 64 images of the folder (default: none)",
     )
     _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
     parser.add_argument(
         "--npy",
         default=None,
         metavar="FILE",
-        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
+        help="with a grid: also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
+    parser.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace existing files, and rename an existing folder (default: no)",
+    )
     _machine(parser)
+
+
+def _interpolate_parser(parser: argparse.ArgumentParser) -> None:
+    _images_of(parser, "images to go between")
+    _number(parser, "--pairs", None, "pairs of images, a row each; 6 unless --images is given", "pairs")
+    _number(parser, "--steps", 9, "pictures in a row, both ends included", "pictures")
+    parser.add_argument(
+        "--mode",
+        choices=["spherical", "linear"],
+        default="spherical",
+        help="way between the latents of two images, in every group: an arc keeps their length, which a straight line "
+        "shortens, as a lower temperature does (default: spherical)",
+    )
+    _latents_of(parser, "pairs of images by number, first and second of each pair in turn")
+    _picture(parser, "interpolations.png")
+
+
+def _reconstruct_parser(parser: argparse.ArgumentParser) -> None:
+    _images_of(parser, "images to reconstruct")
+    _number(
+        parser, "--number", None, "images, a column each; 10 unless --images is given", "images", short="-n"
+    )
+    parser.add_argument(
+        "--groups",
+        type=options.whole_number,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="also a row for each N: the first N latent groups of the image, the others drawn from the prior "
+        "(default: none)",
+    )
+    _temperature(parser, "factor on the sigma of the priors, with --groups", None)
+    _latents_of(parser, "images by number")
+    _picture(parser, "reconstructions.png")
+
+
+def _latents_of(parser: argparse.ArgumentParser, text: str) -> None:
+    parser.add_argument(
+        "--images",
+        type=options.whole_number,
+        nargs="+",
+        default=None,
+        metavar="N",
+        help=f"{text} (default: none, chosen at random by --seed)",
+    )
+    parser.add_argument(
+        "--posterior",
+        choices=["sample", "mean"],
+        default="sample",
+        help="latents of an image: drawn from its posterior, or the mean (default: sample)",
+    )
+    _number(parser, "--seed", 0, "seed of the choice of images and of all draws", "")
+
+
+def _picture(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("--out", default=out, metavar="FILE", help=f"PNG to write (default: {out})")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file (default: no)")
+    _machine(parser)
+
+
+def _temperature(parser: argparse.ArgumentParser, text: str, default: float | None = 1.0) -> None:
+    parser.add_argument(
+        "--temperature",
+        type=options.temperature,
+        default=default,
+        metavar="X",
+        help=f"{text}; FIRST:LAST goes from the coarsest to the finest group in equal steps (default: 1)",
+    )
 
 
 def _convert_parser(parser: argparse.ArgumentParser) -> None:

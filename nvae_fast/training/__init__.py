@@ -10,6 +10,7 @@ from nvae_fast.training.checkpoint import CheckpointError, load_model
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import ProcessLost, World, start_world
 from nvae_fast.training.evaluation import Evaluation, evaluate, importance_bound
+from nvae_fast.training.image_files import SampledFolder, sample_to_folder
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
 from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
@@ -25,6 +26,7 @@ __all__ = [
     "ProcessLost",
     "RunFolderError",
     "RunResult",
+    "SampledFolder",
     "Sampler",
     "Step",
     "StepResult",
@@ -42,5 +44,6 @@ __all__ = [
     "learning_rate",
     "load_model",
     "preset",
+    "sample_to_folder",
     "start_world",
 ]

@@ -46,9 +46,7 @@ def prepare(
                 f"run folder {folder} is not empty: --resume continues that run, --overwrite moves it aside "
                 "first, --out names another folder"
             )
-        aside = _free_name(folder)
-        os.rename(folder, aside)
-        note = f"moved the old {folder} to {aside}"
+        note = move_aside(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -57,6 +55,13 @@ def prepare(
         ) from error
     _check_writable(folder)
     return folder, note
+
+
+def move_aside(folder: Path) -> str:
+    """Rename a folder to `<name>.replaced-<time>`, and return a sentence that says so."""
+    aside = _free_name(folder)
+    os.rename(folder, aside)
+    return f"moved the old {folder} to {aside}"
 
 
 @contextlib.contextmanager
