@@ -253,7 +253,7 @@ def _reconstruct_parser(parser: argparse.ArgumentParser) -> None:
         "--groups",
         type=options.whole_number,
         nargs="+",
-        default=[],
+        default=None,
         metavar="N",
         help="also a row for each N: the first N latent groups of the image, the others drawn from the prior "
         "(default: none)",

@@ -42,7 +42,8 @@ def _reconstruct(arguments: argparse.Namespace, world: distributed.World) -> int
     say = reporter(arguments.quiet)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     groups = model.config.num_groups
-    for count in arguments.groups:
+    parts = arguments.groups or []
+    for count in parts:
         if not 1 <= count <= groups:
             raise ValueError(f"--groups must be from 1 to {groups}, the groups of this model, got {count}")
     dataset, name = images_of(arguments, facts, model.config)
@@ -50,7 +51,7 @@ def _reconstruct(arguments: argparse.Namespace, world: distributed.World) -> int
     found = Encoded(arguments, model, dataset, chosen)
     rows = [found.images]
     labels = ["image"]
-    for count in arguments.groups:
+    for count in parts:
         temperature = temperatures(1.0 if arguments.temperature is None else arguments.temperature, model)
         rows.append(found.pictures(found.latents[:count], temperature=temperature, seed=found.prior_seeds))
         labels.append(f"{count} of {groups}\ngroups")

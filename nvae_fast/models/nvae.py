@@ -18,13 +18,7 @@ from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import is_frozen, refuse
-from nvae_fast.models.inputs import (
-    Draw,
-    check_images,
-    check_latents,
-    group_draws,
-    group_temperatures,
-)
+from nvae_fast.models.inputs import Draw, check_images, check_latents, group_draws, group_temperatures
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
 from nvae_fast.nn import (

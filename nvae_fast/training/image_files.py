@@ -98,7 +98,7 @@ def sample_to_folder(
     temperatures = group_temperatures(op, temperature, model.config.num_groups)
     shape = (model.config.resolution, model.config.resolution, model.config.channels)
     settings = {
-        "format": _FORMAT,
+        "kind": _FORMAT,
         "version": 1,
         "nvae_fast": __version__,
         "weights": weights_hash(model),
@@ -106,7 +106,7 @@ def sample_to_folder(
         "temperature": [float(t) for t in temperatures],
         "pixels": pixels,
         "pixel_temperature": float(pixel_temperature) if pixels == "sample" else None,
-        "files": format,
+        "format": format,
         "shape": list(shape),
     }
     files = _Files(folder, format, shape)
@@ -142,6 +142,9 @@ def weights_hash(model: NVAE) -> str:
     """SHA-256 of names, shapes and values of a model's state, in hexadecimal."""
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
+        if not isinstance(value, torch.Tensor):  # extra state
+            digest.update(f"{name} {value!r}\n".encode())
+            continue
         tensor = value.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.flatten().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
@@ -240,7 +243,7 @@ def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
         raise ValueError(f"{folder} is not empty and has no {SETTINGS}: {advice}") from None
     except ValueError:
         found = None
-    if not isinstance(found, dict) or found.get("format") != _FORMAT:
+    if not isinstance(found, dict) or found.get("kind") != _FORMAT:
         raise ValueError(f"{path} is damaged or something else: {advice}")
     for name, value in settings.items():
         if name not in _NOT_COMPARED and found.get(name) != value:
