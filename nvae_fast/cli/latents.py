@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from nvae_fast.models.frozen import freeze
+from nvae_fast.models.nvae import NVAE
 from nvae_fast.training.seeds import mix_seed
 
 # Purposes of --seed.
@@ -43,8 +44,9 @@ class Encoded:
     """Images of a dataset and their latent variables; an image has the same ones whatever else is chosen."""
 
     def __init__(self, arguments: argparse.Namespace, model: Any, dataset: Any, chosen: list[int]) -> None:
-        self.model: Any = freeze(model)
-        device = self.model.top_feature.device
+        frozen: Any = freeze(model)
+        device = frozen.top_feature.device
+        self.model: NVAE = frozen
         self.images = dataset.batch(torch.tensor(chosen), mix_seed(arguments.seed, _BITS))
         self.prior_seeds = _seeds(arguments.seed, _PRIOR, chosen, device)
         drawn = arguments.posterior == "sample"

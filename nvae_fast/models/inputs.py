@@ -117,9 +117,9 @@ def group_temperatures(op: str, temperature: Any, groups: int) -> list[float]:
     """The temperature of every group, of one number or one for each group, each finite and >= 0."""
     if hasattr(temperature, "tolist"):  # arrays and numbers of NumPy, tensors
         temperature = temperature.tolist()
-    if not isinstance(temperature, Sequence) or isinstance(temperature, str):
-        _checks.temperature(op, temperature, zero=True)
-        return [temperature] * groups
+    if isinstance(temperature, str) or not isinstance(temperature, Sequence):
+        _checks.temperature(op, temperature, zero=True)  # type: ignore[arg-type]
+        return [temperature] * groups  # type: ignore[list-item]
     if len(temperature) != groups:
         raise ValueError(
             f"{op}: temperature must be one number or one per group ({groups}), got {len(temperature)} numbers"

@@ -69,13 +69,13 @@ def _between(a: torch.Tensor, b: torch.Tensor, fraction: float, mode: str) -> to
     left: Any = 1 - fraction
     right: Any = fraction
     if mode == "spherical":
-        u, v = (t / t.flatten(1).norm(dim=1).clamp_min(1e-300).view(-1, 1, 1, 1) for t in (x, y))
+        lengths = [t.flatten(1).norm(dim=1).view(-1, 1, 1, 1) for t in (x, y)]
+        u, v = x / lengths[0], y / lengths[1]
         # The angle by its half: exact also where the cosine is nearly 1.
         apart, together = ((u + sign * v).flatten(1).norm(dim=1) for sign in (-1, 1))
         angle = 2 * torch.atan2(apart, together).view(-1, 1, 1, 1)
         sine = torch.sin(angle)
-        arc = sine > _PARALLEL
-        sine = torch.where(arc, sine, 1.0)
+        arc = sine > _PARALLEL  # neither for parallel vectors nor for zeros, whose angle is NaN
         left = torch.where(arc, torch.sin(left * angle) / sine, left)
         right = torch.where(arc, torch.sin(right * angle) / sine, right)
     return (left * x + right * y).to(a.dtype)

@@ -116,26 +116,30 @@ def sample_to_folder(
     world.barrier()
     block = files.per_file if format == "npz" else batch_size
     batch_size = min(batch_size, block, count)
+    shard = np.empty(
+        (block if format == "npz" else 0, *shape), dtype=np.uint8
+    )  # one, or the heap would grow in pieces
     written = kept = 0
     # A block is a shard, or a batch of images. Each is computed as if alone, so that it does not matter who does it, and when.
     for start in range(block * world.rank, count, block * world.size):
         stop = min(start + block, count)
         missing = files.missing(start, stop)
         kept += stop - start - len(missing)
-        made = []
+        written += len(missing)
         for first in range(start, stop, batch_size) if missing else ():
             # Whole batches also at the end: one capture, and the same rounding whatever `count` is.
             drawn = to_pixels(sampler(batch_size, seed=seed, first=first).float())
-            made.append(drawn[: stop - first])
             if format == "png":
-                files.write_images(first, made.pop(), missing)
+                files.write_images(first, drawn, missing)
+            else:
+                shard[first - start : first - start + batch_size] = drawn[: block - (first - start)]
             if on_batch is not None and world.is_main:
                 on_batch(min(first + batch_size, stop))
-        if made:
-            files.write_shard(start, np.concatenate(made))
-        written += len(missing)
+        if missing and format == "npz":
+            files.write_shard(start, shard[: stop - start])
     totals = world.sum(torch.tensor([written, kept], dtype=torch.int64, device=sampler.device))
-    return SampledFolder(*totals.tolist(), note)
+    written, kept = totals.tolist()
+    return SampledFolder(written, kept, note)
 
 
 def weights_hash(model: NVAE) -> str:
