@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import struct
 from pathlib import Path
 
@@ -239,3 +241,25 @@ def test_wrong_options_are_named_and_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     assert message in failing(capsys, *(str(run) if word == "RUN" else word for word in given.split()))
     assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------------------ documentation
+
+
+PAGE = (Path(__file__).resolve().parent.parent / "docs" / "latents.md").read_text(encoding="utf-8")
+
+
+def test_the_page_is_true(run: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(run)
+    names: dict = {}
+    for block in re.findall(r"^```python\n(.*?)^```$", PAGE, re.M | re.S):
+        exec(block, names)
+    assert torch.equal(names["logits"], names["model"](names["x"], seed=1).logits)
+    assert names["images"].shape == (8, 1, 32, 32)
+    assert size_of(tmp_path / "middle.png")[1] == 4 * 66 - 2
+    commands = re.findall(r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", PAGE, re.M)
+    assert {line.split()[0] for line in commands} == {"interpolate", "reconstruct", "sample"}
+    for line in commands:
+        cli.parse(shlex.split(line))
