@@ -116,11 +116,10 @@ def sample_to_folder(
     world.barrier()
     block = files.per_file if format == "npz" else batch_size
     batch_size = min(batch_size, block, count)
-    shard = np.empty(
-        (block if format == "npz" else 0, *shape), dtype=np.uint8
-    )  # one, or the heap would grow in pieces
+    # One array for all shards: new ones fragment the heap.
+    shard = np.empty((block if format == "npz" else 0, *shape), dtype=np.uint8)
     written = kept = 0
-    # A block is a shard, or a batch of images. Each is computed as if alone, so that it does not matter who does it, and when.
+    # A block is a shard, or a batch of images. It is computed in the same batches by any process and after any interruption.
     for start in range(block * world.rank, count, block * world.size):
         stop = min(start + block, count)
         missing = files.missing(start, stop)
