@@ -22,7 +22,12 @@ OPS_FOLDER = Path(nf.__file__).parent / "ops"
 
 def test_every_operator_module_has_a_case_and_every_op_is_measured():
     public = {path.stem for path in OPS_FOLDER.glob("[!_]*") if path.is_dir() or path.suffix == ".py"}
-    public -= {"adamax", "affine_activation", "spectral_norm", "sync_batch_norm_swish"}  # measured in their callers
+    public -= {
+        "adamax",
+        "affine_activation",
+        "spectral_norm",
+        "sync_batch_norm_swish",
+    }  # measured in their callers
     assert set(modules()) == public
     assert {case.op for case in CASES.values()} == set(nf.backends())
     assert {case.module for case in CASES.values()} == public

@@ -11,14 +11,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from nvae_fast.cli import options
 from nvae_fast.cli.common import (
+    check_temperature,
     check_writable,
-    open_images,
+    images_of,
+    pixel_temperature,
     progress_of,
     report_skipped,
     reporter,
     run_on_processes,
     set_threads,
+    temperatures,
 )
 from nvae_fast.data import ImageDataset
 from nvae_fast.distributed import single_process
@@ -30,18 +34,10 @@ from nvae_fast.training.readjust import readjust
 
 def run(arguments: argparse.Namespace) -> int:
     """Report the distance between images of a model and those of a dataset."""
-    for name, least in (
-        ("number", 2),
-        ("max_images", 2),
-        ("batch_size", 1),
-        ("readjust_passes", 1),
-        ("kid", 2),
-    ):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-    if not arguments.temperature > 0:
-        raise ValueError(f"--temperature must be greater than 0, got {arguments.temperature:g}")
+    options.check_numbers(arguments, "number", "max_images", "kid", least=2)
+    options.check_numbers(arguments, "batch_size", "readjust_passes")
+    check_temperature("--temperature", arguments.temperature)
+    check_temperature("--pixel-temperature", arguments.pixel_temperature)
     if arguments.stats is not None:
         stats = Path(arguments.stats)
         if stats.suffix != ".npz" or stats.is_dir():
@@ -58,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         _check_subsets(arguments.kid, min(arguments.number, arguments.max_images or arguments.number))
     if arguments.json not in (None, "-"):
         check_writable(arguments.json, overwrite=True)
-    set_threads(arguments)
+    set_threads(arguments.threads)
     return run_on_processes(arguments, _fid)
 
 
@@ -68,9 +64,11 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
     known = _known_statistics(arguments, model, features, say)
-    options = {"batch_size": arguments.batch_size, "keep_features": arguments.kid is not None, "world": world}
+    temperature = temperatures(arguments.temperature, model)
+    of_pixels = pixel_temperature(arguments.pixel_temperature, model)
+    how = {"batch_size": arguments.batch_size, "keep_features": arguments.kid is not None, "world": world}
     world.agree({"--stats (whether the file exists)": known is not None, "--inception": features})
-    real = known or _real_statistics(arguments, model, facts, extract, features, options, say)
+    real = known or _real_statistics(arguments, model, facts, extract, features, how, say)
     if known is None and arguments.stats is not None and world.is_main:
         real.save(arguments.stats)
         say(f"wrote {arguments.stats}")
@@ -79,7 +77,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
             readjust(
                 model,
                 Path(facts["path"]),
-                temperature=arguments.temperature,
+                temperature=temperature,
                 passes=arguments.readjust_passes,
                 keep=world.is_main,
                 report=say,
@@ -89,10 +87,11 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
             model,
             extract,
             arguments.number,
-            temperature=arguments.temperature,
+            temperature=temperature,
+            pixel_temperature=of_pixels,
             seed=arguments.seed,
             on_batch=progress.update,
-            **options,
+            **how,
         )
     if not world.is_main:
         return 0
@@ -104,7 +103,8 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     report.update(
         images=drawn.images,
         features=drawn.mu.size,
-        temperature=arguments.temperature,
+        temperature=temperature,
+        pixel_temperature=of_pixels,
         seed=arguments.seed,
         **features,
     )
@@ -132,7 +132,7 @@ def _known_statistics(
         raise ValueError(
             f"{name} has {found.mu.size} features, --layer {arguments.layer} has {arguments.layer}"
         )
-    for key in ("data", "data_kind", "split", "max_images"):
+    for key in ("data", "data_kind", "split", "max_images", "crop", "resample"):
         option, value = f"--{key.replace('_', '-')}", getattr(arguments, key)
         if value is not None and key not in found.facts:
             say(f"{name} does not say which images it is of: they are used in place of {option} {value}")
@@ -157,32 +157,32 @@ def _real_statistics(
     facts: dict[str, Any],
     extract: Any,
     features: dict[str, str],
-    options: dict[str, Any],
+    how: dict[str, Any],
     say: Callable[[str], None],
 ) -> FeatureStatistics:
-    data, kind = arguments.data, arguments.data_kind
-    if data is None:
-        trained = facts.get("data", {})
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
-            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data, or --stats")
-    split = arguments.split or "train"
+    images, data, split = images_of(
+        arguments, facts, model.config, say, split="train", advice="give --data, or --stats"
+    )
     # The images themselves: all bits, and grey values in place of drawn black and white ones.
-    dataset = ImageDataset(open_images(data, kind, split, model.config).source, split=split)
+    dataset = ImageDataset(images.source, split=split)
     total = min(len(dataset), arguments.max_images or len(dataset))
     if arguments.kid is not None:
         _check_subsets(arguments.kid, total)
-    with contextlib.closing(progress_of(arguments, options["world"], "images", total)) as progress:
+    with contextlib.closing(progress_of(arguments, how["world"], "images", total)) as progress:
         found = fid.dataset_statistics(
-            dataset, extract, max_images=arguments.max_images, on_batch=progress.update, **options
+            dataset, extract, max_images=arguments.max_images, on_batch=progress.update, **how
         )
     report_skipped(dataset, say)
+    kind = arguments.data_kind
+    if arguments.data is None:
+        kind = kind or facts["data"].get("kind")
     origin = {
         "data": data,
         "data_kind": kind,
         "split": split,
         "max_images": arguments.max_images,
         "image_size": dataset.image_size,
+        **{key: value for key, value in (dataset.reading or {}).items() if key in ("crop", "resample")},
     }
     return dataclasses.replace(found, facts={**origin, **features})
 

@@ -133,6 +133,15 @@ def whole_number(text: str) -> int:
 whole_number.__name__ = "whole number"
 
 
+def temperature(text: str) -> float | tuple[float, float]:
+    """A number, or two for the coarsest and the finest group, as in 0.6:1.0."""
+    first, colon, last = text.partition(":")
+    return (float(first), float(last)) if colon else float(first)
+
+
+temperature.__name__ = "number or FIRST:LAST"
+
+
 def _optional(convert: Any) -> Any:
     def parse(text: str) -> Any:
         return None if text.lower() == "none" else convert(text)

@@ -18,6 +18,7 @@ from nvae_fast.training.fid import (
     load_inception,
     model_statistics,
 )
+from nvae_fast.training.image_files import SampledFolder, sample_to_folder
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
 from nvae_fast.training.plot import plot_runs
@@ -35,6 +36,7 @@ __all__ = [
     "ProcessLost",
     "RunFolderError",
     "RunResult",
+    "SampledFolder",
     "Sampler",
     "Step",
     "StepResult",
@@ -58,5 +60,6 @@ __all__ = [
     "model_statistics",
     "plot_runs",
     "preset",
+    "sample_to_folder",
     "start_world",
 ]

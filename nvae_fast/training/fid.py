@@ -16,7 +16,7 @@ import json
 import os
 import zipfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from nvae_fast.io import atomic_file
 from nvae_fast.training.distributed import World
+from nvae_fast.training.pictures import chosen_pixels
 from nvae_fast.training.sampler import Sampler
 
 if TYPE_CHECKING:
@@ -205,7 +206,8 @@ def model_statistics(
     extract: Extractor,
     number: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    pixel_temperature: float = 1.0,
     pixels: str = "auto",
     seed: int = 0,
     batch_size: int = 32,
@@ -215,13 +217,13 @@ def model_statistics(
 ) -> FeatureStatistics:
     """The statistics of the features of images drawn from a model, in memory that does not grow with their number.
 
-    model: an NVAE. extract: see :func:`dataset_statistics`. number: images to draw, at least 2. temperature, pixels:
-    as in `python -m nvae_fast sample`. seed: image i depends on (seed, i) alone. batch_size, keep_features,
-    on_batch, world: see :func:`dataset_statistics`. Raises ValueError for bad arguments or features that are not finite.
+    model: an NVAE. extract: see :func:`dataset_statistics`. number: images to draw, at least 2. temperature,
+    pixel_temperature, pixels: as in `python -m nvae_fast sample`, of whose images these are the statistics. seed: image i
+    depends on (seed, i) alone. batch_size, keep_features, on_batch, world: see :func:`dataset_statistics`. Raises
+    ValueError for bad arguments or features that are not finite.
     """
-    if pixels == "auto":
-        pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
-    sampler = Sampler(model, temperature=temperature, pixels=pixels)
+    pixels = chosen_pixels(model, pixels)
+    sampler = Sampler(model, temperature=temperature, pixel_temperature=pixel_temperature, pixels=pixels)
 
     def draw(first: int, count: int) -> Tensor:
         return sampler(count, seed=seed, first=first).float()

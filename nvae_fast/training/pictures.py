@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,8 @@ def draw_images(
     model: NVAE,
     count: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    pixel_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
     pixels: str = "auto",
@@ -37,16 +38,14 @@ def draw_images(
 ) -> Tensor:
     """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU; the model in evaluation mode.
 
-    temperature: multiplies every prior's sigma, and the likelihood's noise. seed: image i depends on (seed, i) alone;
+    temperature: multiplies every prior's sigma, or one for each group. pixel_temperature: multiplies the likelihood's noise;
+    1 by default, as images of NVAE are published. seed: image i depends on (seed, i) alone;
     another batch size gives the same images but for rounding, another number of processes exactly the same. pixels:
     "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean of a Bernoulli (gray values say
     more than black and white dots) and draws otherwise. on_batch(done) is called after every batch. world: several
     processes share the batches out; the first of them gets the images, the others none of them, (0,C,H,W).
     """
-    if pixels not in ("auto", "mean", "sample"):
-        raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
-    if pixels == "auto":
-        pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
+    pixels = chosen_pixels(model, pixels)
     world = world or World()
     batch_size = min(batch_size, max(count, 1))
     if world.size > 1:
@@ -62,7 +61,7 @@ def draw_images(
             }
         )
     shape = (model.config.channels, model.config.resolution, model.config.resolution)
-    sampler = Sampler(model, temperature=temperature, pixels=pixels)
+    sampler = Sampler(model, temperature=temperature, pixel_temperature=pixel_temperature, pixels=pixels)
     parts = []
     # Batches are those of one process, dealt out in turn: their images come out bit for bit the same.
     for start in range(0, count, batch_size * world.size):
@@ -79,6 +78,15 @@ def draw_images(
         if on_batch is not None:
             on_batch(min(start + batch_size * world.size, count))
     return torch.cat(parts) if parts else torch.zeros(0, *shape)
+
+
+def chosen_pixels(model: NVAE, pixels: str) -> str:
+    """What :class:`Sampler` calls the choice: "auto" is the mean of a Bernoulli, and a draw of any other likelihood."""
+    if pixels not in ("auto", "mean", "sample"):
+        raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
+    if pixels != "auto":
+        return pixels
+    return "mean" if model.config.likelihood_name == "bernoulli" else "sample"
 
 
 @contextlib.contextmanager
