@@ -1,4 +1,4 @@
-"""The passes of batch_norm_swish in Triton; formulas are the docstring of nvae_fast/ops/affine_activation.py."""
+"""affine_activation, its sums and its gradient in Triton; formulas are the docstring of nvae_fast/ops/affine_activation.py."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from nvae_fast.kernels.planes import (
     dense,
     empty_like,
     is_last,
-    leave,
     offsets,
     plan,
     program,
+    store_partial,
 )
 from nvae_fast.kernels.pointwise import activate, activation_derivative
 
@@ -62,8 +62,8 @@ def reduce_kernel(
             value -= coefficient(pivot, b, c, 0, channels)
         sum_g += tl.where(mask, d_u, 0.0)
         sum_gx += tl.where(mask, d_u * value, 0.0)
-    leave(workspace, 0, sum_g, b, c, part, batches, channels, parts)
-    leave(workspace, 1, sum_gx, b, c, part, batches, channels, parts)
+    store_partial(workspace, 0, sum_g, b, c, part, batches, channels, parts)
+    store_partial(workspace, 1, sum_gx, b, c, part, batches, channels, parts)
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """channel_statistics in Triton; formulas are the docstring of nvae_fast/ops/channel_statistics.py.
 
-One pass over x leaves sums of d and d^2 of every part, d the deviation from the part's first value; the second stage merges
-them in double precision, in a fixed order: with the mean m of everything,
+The first stage reads x once and stores sums of d and d^2 of every part, d the deviation from the part's first value; the
+second merges them in double precision, in a fixed order: with the mean m of everything,
 ``m2 = sum (s2 + 2 s1 (pivot - m) + n (pivot - m)^2)``.
 """
 
@@ -13,7 +13,7 @@ import triton.language as tl
 from triton import next_power_of_2
 
 from nvae_fast.kernels.launch import launch
-from nvae_fast.kernels.planes import dense, is_last, leave, offsets, plan, program
+from nvae_fast.kernels.planes import dense, is_last, offsets, plan, program, store_partial
 
 
 @triton.jit(do_not_specialize=["batches"])
@@ -34,8 +34,8 @@ def parts_kernel(
         d = tl.where(mask, value - pivot, 0.0)
         sums += d
         squares += d * d
-    leave(workspace, 0, sums, b, c, part, batches, channels, parts)
-    leave(workspace, 1, squares, b, c, part, batches, channels, parts)
+    store_partial(workspace, 0, sums, b, c, part, batches, channels, parts)
+    store_partial(workspace, 1, squares, b, c, part, batches, channels, parts)
     place = ((2 * parts + part) * batches + b) * channels + c
     tl.store(workspace + place, pivot, mask=c < channels)
 

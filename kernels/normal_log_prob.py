@@ -1,6 +1,6 @@
 """normal_log_prob in Triton; formulas are the docstring of nvae_fast/ops/normal_log_prob.py.
 
-One pass each: forward reads 3 Z a pixel and adds up over pixels, backward reads them again and writes up to 3 Z.
+Forward reads 3 Z values a pixel and adds up over pixels; backward reads them again and writes up to 3 Z.
 Arithmetic is float32; two runs are equal bit for bit.
 """
 

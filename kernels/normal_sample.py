@@ -1,6 +1,6 @@
 """normal_sample in Triton; formulas are the docstring of nvae_fast/ops/normal_sample.py.
 
-One pass each: forward reads 2 Z and writes Z a pixel, backward reads Z more and writes up to 3 Z; the noise is drawn from
+Forward reads 2 Z values a pixel and writes Z, backward reads Z more and writes up to 3 Z; the noise is drawn from
 the seed both times, unless it is given. Arithmetic is float32.
 """
 

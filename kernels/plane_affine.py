@@ -14,10 +14,10 @@ from nvae_fast.kernels.planes import (
     either,
     empty_like,
     is_last,
-    leave,
     offsets,
     plan,
     program,
+    store_partial,
 )
 
 
@@ -63,8 +63,8 @@ def dots_kernel(
             other -= coefficient(pivot, b, c, 0, channels)
         sum_x += value
         sum_xy += tl.where(mask, value * other, 0.0)
-    leave(workspace, 0, sum_x, b, c, part, batches, channels, parts)
-    leave(workspace, 1, sum_xy, b, c, part, batches, channels, parts)
+    store_partial(workspace, 0, sum_x, b, c, part, batches, channels, parts)
+    store_partial(workspace, 1, sum_xy, b, c, part, batches, channels, parts)
 
 
 def plane_affine(

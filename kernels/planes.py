@@ -130,7 +130,7 @@ def coefficient(pointer, b, c, batch, channels):
 
 
 @triton.jit
-def leave(workspace, kind, total, b, c, part, batches, channels, parts):
+def store_partial(workspace, kind, total, b, c, part, batches, channels, parts):
     """Sums of a part (BC, BP) where the second stage finds them."""
     place = ((kind * parts + part) * batches + b) * channels + c
     tl.store(workspace + place, tl.sum(total, 1, keep_dims=True), mask=c < channels)

@@ -91,7 +91,7 @@ def killed_run(folder: Path, steps: int, kills: int, seed: int = 0) -> list[int]
     chance, found = random.Random(seed), []
     while len(found) < kills:
         if (
-            in_a_process(lambda ready: train(folder, steps, ready), chance.uniform(0.0, 0.8))
+            in_a_process(lambda ready: train(folder, steps, ready), chance.uniform(0.0, 0.25))
             != signal.SIGKILL
         ):
             raise AssertionError(f"the run ended after {len(found)} kills: give it more steps")
@@ -107,7 +107,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     kills, folder = int(sys.argv[1]), Path(sys.argv[2])
     folder.mkdir()
-    length = 30 * kills
+    length = 50 * kills  # more than there is time for before the last kill
     train(folder / "whole", length)  # in this process, which then has imported everything
     steps = killed_run(folder / "parts", length, kills)
     same_runs(folder / "whole", folder / "parts")

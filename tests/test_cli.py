@@ -232,16 +232,17 @@ def test_resume_continues_and_guards_the_settings(tmp_path, capsys):
     assert not (tmp_path / "none").exists()
 
 
-def test_truncated_checkpoint_on_resume_names_the_way_out(run, tmp_path, capsys):
+def test_a_truncated_checkpoint_names_the_way_out(run, tmp_path, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     for name in ("checkpoint.pt", "checkpoint-previous.pt"):
         (folder / name).write_bytes((run / name).read_bytes())
     data = (folder / "checkpoint.pt").read_bytes()
     (folder / "checkpoint.pt").write_bytes(data[:1000])
-    line = failing(capsys, "train", "--out", folder, "--resume")
-    assert "truncated or damaged; use the previous one" in line
-    assert "checkpoint-previous.pt" in line
+    for command in (["evaluate", folder], ["sample", folder, "--out", tmp_path / "s.png"]):
+        line = failing(capsys, *command)
+        assert f"{folder / 'checkpoint.pt'} is truncated or damaged: " in line
+        assert f"; use the previous one, {folder / 'checkpoint-previous.pt'}" in line
 
 
 @pytest.mark.parametrize(
@@ -402,12 +403,16 @@ def test_readjusted_statistics_are_kept_beside_the_checkpoint(run, tmp_path, cap
     assert cli.main(words) == 0
     assert not calls
     assert (tmp_path / "s.png").read_bytes() == first
-    cache.write_bytes(cache.read_bytes()[:500])  # a damaged cache is made again
-    assert cli.main(words) == 0
-    assert len(calls) == 1
-    assert (tmp_path / "s.png").read_bytes() == first
+    whole = cache.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 64
+    for count, damaged in enumerate((whole[:500], flipped), 1):  # a damaged cache is made again
+        cache.write_bytes(damaged)
+        assert cli.main(words) == 0
+        assert len(calls) == count
+        assert (tmp_path / "s.png").read_bytes() == first
     assert cli.main([*words, "--temperature", "0.5"]) == 0
-    assert len(calls) == 2
+    assert len(calls) == 3
     assert len(list(tmp_path.glob("model.bn-*.pt"))) == 2
 
 

@@ -150,6 +150,7 @@ def test_other_pickles(tmp_path, value, message):
     [
         b"\x80\x02]r\xff\xff\xff\xff.",  # remembers a list under the index 2^32 - 1
         b"\x80\x04\x8e\xff\xff\xff\xff\xff\x00\x00\x00.",  # bytes of a length of 2^40
+        b"\x80\x05\x96\xff\xff\xff\xff\x00\x00\x00\x00.",  # a bytearray of 4 GB, which would be filled with zeros
         b"\x80\x02\x82\x01.",
         b"\x80\x02cbuiltins\neval\n.",
         b"\x80\x04\x8c\x05numpy\x8c\x07ndarray\x93}\x8c\x01ax\x62.",

@@ -148,3 +148,17 @@ def test_without_the_published_part_the_test_part_is_taken(tmp_path, capsys, mon
     captured = capsys.readouterr()
     assert json.loads(captured.out)["split"] == "test"
     assert "the test part is taken, celeba_64 was published on the validation part" in captured.err
+
+
+def test_the_share_of_skipped_images_is_an_option(tmp_path, capsys):
+    image_folder(tmp_path / "images", 20, size=64)
+    for i in (3, 5):
+        (tmp_path / "images" / "a" / f"00{i}.png").write_bytes(b"<html></html>")
+    train = f"train --preset celeba_64 --num-latent-scales 1 --num-nf 0 --data {tmp_path / 'images'} {SMALL} {STEPS}"
+    words = [*train.split(), "--out", str(tmp_path / "run")]
+    assert main(words) == 2
+    assert "2 of 20 images cannot be read" in capsys.readouterr().err
+    assert main([*words, "--max-skipped-images", "2"]) == 2
+    assert "--max-skipped-images): expected a share from 0 to 1, got 2.0" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert main([*words, "--max-skipped-images", "0.2"]) == 0

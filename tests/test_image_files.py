@@ -15,7 +15,6 @@ from training_runs import tiny_model
 import nvae_fast as nf
 from nvae_fast.training import image_files, sample_to_folder
 from nvae_fast.training.pictures import draw_images
-from nvae_fast.version import __version__
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -165,7 +164,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path: Path) -> None:
     # The same weights elsewhere, in another memory format, by another version: the same settings.
     (folder / "000001.png").unlink()
     settings = json.loads((folder / "samples.json").read_text())
-    assert settings["nvae_fast"] == __version__
+    assert settings["nvae_fast"] == nf.__version__
     (folder / "samples.json").write_text(json.dumps({**settings, "nvae_fast": "0.0.1"}))
     assert sample_to_folder(model_of().to(memory_format=torch.channels_last), folder, 3, seed=2).written == 1
 

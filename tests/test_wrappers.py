@@ -46,6 +46,20 @@ def test_an_exported_program_takes_any_batch(form: str, strict: bool) -> None:
             assert_close(found.kl, expected.kl, 1e-5)
 
 
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_cell_in_training_takes_any_batch(strict: bool) -> None:
+    """With the running statistics of the batch that it is given."""
+    torch.manual_seed(0)
+    cell = nf.nn.InvertedResidualCell(4, 4, 3, 5, squeeze_excite=True)
+    shapes = ({0: torch.export.Dim("batch", min=2, max=64)},)
+    program = torch.export.export(cell, (torch.rand(4, 4, 3, 3),), dynamic_shapes=shapes, strict=strict)
+    exported, x = program.module(), torch.rand(6, 4, 3, 3)
+    assert_close(exported(x), cell(x), 1e-5)
+    found = dict(exported.named_buffers())
+    for name, buffer in cell.named_buffers():
+        assert_close(found[name].double(), buffer.double(), 1e-5, name)
+
+
 def replicas(module: nn.Module, count: int) -> list[nn.Module]:
     """What nn.DataParallel makes on each of several GPUs."""
     made = []

@@ -1,5 +1,5 @@
-// The backward kernel of depthwise_conv2d: one pass over x and dy gives the gradients of x, of the weights,
-// of scale and of shift.
+// The backward kernel of depthwise_conv2d: it reads x and dy once for the gradients of x, of the weights, of
+// scale and of shift.
 //
 // Both convolutions pair an element of x with the same window of dy:
 //   dh[a] = sum_t weight[t] dy[a + pad - t]      grad_weight[t] = sum_a h[a] dy[a + pad - t]

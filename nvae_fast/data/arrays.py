@@ -14,7 +14,7 @@ import numpy as np
 from . import contents
 from .dataset import MemoryImages
 from .fit import array_source, check_dtype, to_nchw
-from .retry import is_io_error, retry
+from .retry import named, retry
 
 _KEYS = {
     "train": ("train", "x_train", "train_images", "train_x"),
@@ -213,7 +213,7 @@ def _read_npz(path: Path, split: str, channels: int | None) -> tuple[Any, bool, 
 
 def _read(path: Path, split: str, channels: int | None) -> tuple[Any, bool, bool]:
     """As `_read_npz`, of a .npy or .npz file. ValueError names the file and what is wrong with it."""
-    try:
+    with named(path, "cannot be read as a numpy file"):
         with open(path, "rb") as file:
             head = file.read(contents.HEAD)
         if head.startswith(b"\x93NUMPY"):
@@ -224,10 +224,6 @@ def _read(path: Path, split: str, channels: int | None) -> tuple[Any, bool, bool
             f"wrong magic number {head[:6].hex() or '(empty file)'}, expected a .npy or .npz file"
             + contents.but_it_is(head)
         )
-    except Exception as error:  # zipfile, zlib and numpy's parser of headers raise many kinds
-        if isinstance(error, MemoryError) or is_io_error(error) or str(error).startswith(str(path)):
-            raise
-        raise ValueError(f"{path}: cannot be read as a numpy file: {error}") from error
 
 
 def open_array(
@@ -240,14 +236,14 @@ def open_array(
     `fit.array_source`.
     """
     if not path.is_dir():
-        pixels, is_bool, own_split = _read(path, split, channels)
+        pixels, is_bool, own_split = retry(lambda: _read(path, split, channels), str(path))
         return array_source(pixels, str(path), image_size, channels, is_bool=is_bool), own_split
     files = find_files(path, split)
     if not files:
         raise FileNotFoundError(
             f"{path}: no {split} images; looked for {SPLIT_NAMES[split]} with .npy or .npz, and {_BATCHES[split]}"
         )
-    parts = [_read(file, split, channels) for file in files]
+    parts = [retry(lambda file=file: _read(file, split, channels), str(file)) for file in files]  # type: ignore[misc]
     for file, (pixels, _, _) in zip(files, parts, strict=True):
         if pixels.shape[1:] != parts[0][0].shape[1:]:
             raise ValueError(

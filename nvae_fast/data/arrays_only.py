@@ -1,6 +1,6 @@
 """Unpickling of arrays, strings, numbers and their containers. Nothing in a file is ever called.
 
-CIFAR's Python version is pickled. Unpickling calls what the file names, so here a name stands for a record that
+CIFAR's Python version is pickled. Unpickling calls what the file names, so here a name makes a record that
 keeps its arguments, and only the few names that numpy writes for an array are known.
 """
 
@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import pickle
-from typing import Any
+import struct
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -56,6 +58,22 @@ class _Unpickler(pickle._Unpickler):
             raise pickle.UnpicklingError(f"the file names {module}.{name}; only arrays and strings are read")
         return _Name(name)
 
+    dispatch: ClassVar[dict[int, Callable[[Any], None]]] = dict(pickle._Unpickler.dispatch)
+
+    def _load_bytearray8(self: Any) -> None:
+        """As the parent's, which makes as many bytes as the file says before it looks whether they are there."""
+        (length,) = struct.unpack("<Q", self.read(8))
+        data = self.read(length) if length < self._size else b""
+        if len(data) != length:
+            raise pickle.UnpicklingError(f"{length} bytes are announced, the file has {self._size}")
+        self.append(bytearray(data))
+
+    dispatch[pickle.BYTEARRAY8[0]] = _load_bytearray8
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__(io.BytesIO(data), encoding="bytes")
+        self._size = len(data)
+
     def get_extension(self, code: int) -> None:
         raise pickle.UnpicklingError("the file names an extension; only arrays and strings are read")
 
@@ -91,7 +109,7 @@ def loads(data: bytes) -> Any:
     Raises pickle.UnpicklingError when it names anything but an array, or is damaged.
     """
     try:
-        return _Unpickler(io.BytesIO(data), encoding="bytes").load()
+        return _Unpickler(data).load()
     except (pickle.UnpicklingError, MemoryError):
         raise
     except Exception as error:  # a damaged file may end in any kind

@@ -10,7 +10,6 @@ import logging
 import pickle
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from . import arrays_only, contents
 from .arrays import check_expansion
 from .dataset import MemoryImages
 from .fit import array_source
+from .retry import named, retry
 
 logger = logging.getLogger("nvae_fast.data")
 
@@ -74,7 +74,7 @@ def read_batch(path: Path) -> np.ndarray:
     """uint8 (N,3,32,32) of one batch file. ValueError names the file and what is wrong with it."""
     if contents.check_regular(path) > _MOST_BYTES:
         raise ValueError(f"{path}: larger than any file of CIFAR batches")
-    return _batch(path.read_bytes(), str(path))
+    return _batch(retry(path.read_bytes, str(path)), str(path))
 
 
 def _batch(data: bytes, where: str) -> np.ndarray:
@@ -124,17 +124,14 @@ def is_archive(path: Path) -> bool:
 def _members(path: Path, pattern: re.Pattern[str]) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the files of an archive whose name without folders matches."""
     size = contents.check_regular(path)
-    try:
-        with tarfile.open(path, "r:*") as archive:
-            for member in archive:
-                check_expansion(member.offset_data + member.size, size, str(path))
-                if member.isfile() and pattern.fullmatch(Path(member.name).name):
-                    if member.size > _MOST_BYTES:
-                        raise ValueError(f"{path}, {member.name}: larger than any file of CIFAR batches")
-                    file: Any = archive.extractfile(member)
-                    yield member.name, file.read()
-    except (tarfile.TarError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: damaged archive ({error}); download it again") from error
+    with named(path, "damaged archive, download it again"), tarfile.open(path, "r:*") as archive:
+        for member in archive:
+            check_expansion(member.offset_data + member.size, size, str(path))
+            if member.isfile() and pattern.fullmatch(Path(member.name).name):
+                if member.size > _MOST_BYTES:
+                    raise ValueError(f"{path}, {member.name}: larger than any file of CIFAR batches")
+                file: Any = archive.extractfile(member)
+                yield member.name, file.read()
 
 
 def _from_archive(path: Path, kind: str, split: str) -> list[np.ndarray]:

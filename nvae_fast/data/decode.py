@@ -25,7 +25,7 @@ _MAGIC = (
     b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"qoif",
 )  # fmt: skip
 # A small file may ask for any number of pixels. Within these bounds decoding takes less than 500 MB.
-MAX_PIXELS = 1 << 25
+MAX_PIXELS = 30_000_000
 MAX_FILE_BYTES = 1 << 28
 _ROWS_AT_ONCE = 256
 

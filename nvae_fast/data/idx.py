@@ -19,6 +19,7 @@ from . import contents
 from .arrays import check_expansion, read_into
 from .dataset import MemoryImages
 from .fit import array_source
+from .retry import retry
 
 _PREFIX = {"train": "train", "test": "t10k"}
 FOLDERS = ("", "MNIST/raw", "raw", "MNIST", "FashionMNIST/raw", "KMNIST/raw")
@@ -97,6 +98,6 @@ def open_idx(
             )
         file = found[0]
     assert file is not None
-    source = array_source(read_idx(file)[:, None], str(file), image_size, channels)
+    source = array_source(retry(lambda: read_idx(file), str(file))[:, None], str(file), image_size, channels)
     source.binary_format = True
     return source, path.is_dir()

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from . import contents
+
 _HEADER = 16
 _NODE = 8
 _BRANCH, _LEAF, _META = 0x01, 0x02, 0x08
@@ -76,6 +78,7 @@ def _newest(file: int, size: int, path: Path) -> tuple[int, int, int, int]:
         return page_size, best[-2], best[19], best[18]
     raise ValueError(
         f"{path}: cannot be opened as an LMDB database: damaged, or truncated: {size} bytes without two meta pages"
+        + contents.but_it_is(os.pread(file, contents.HEAD, 0))
     )
 
 

@@ -14,6 +14,7 @@ from .arrays import check_expansion
 from .dataset import MemoryImages
 from .extras import require
 from .fit import array_source
+from .retry import named
 
 FILE_NAME = "chardata.mat"
 _KEYS = {"train": "data", "test": "testdata"}
@@ -29,7 +30,9 @@ def open_omniglot(
     size = contents.check_regular(file)
     matlab = require("scipy.io", "scipy", "reading Omniglot's .mat file")
     key = _KEYS[split]
-    try:
+    with open(file, "rb") as opened:
+        head = contents.but_it_is(opened.read(contents.HEAD))
+    with named(file, f"cannot be read as a MATLAB file{head}"):
         shapes = {name: (shape, kind) for name, shape, kind in matlab.whosmat(str(file))}
         if key not in shapes:
             raise ValueError(f"no array {key!r} of {split} images, found {list(shapes)}")
@@ -40,15 +43,6 @@ def open_omniglot(
             )
         check_expansion(shape[0] * shape[1] * (8 if kind == "double" else 4), size, str(file))
         values = np.asarray(matlab.loadmat(str(file), variable_names=[key])[key], dtype=np.float32)
-    except MemoryError:
-        raise
-    except Exception as error:  # scipy's reader raises many kinds for a damaged file
-        if str(error).startswith(str(file)):
-            raise
-        raise ValueError(
-            f"{file}: cannot be read as a MATLAB file: {error}"
-            + contents.but_it_is(file.read_bytes()[: contents.HEAD])
-        ) from error
     if not (values.min(initial=0) >= 0 and values.max(initial=0) <= 1):
         raise ValueError(
             f"{file}: array {key!r} has values from {values.min():g} to {values.max():g}, expected 0 to 1"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 logger = logging.getLogger("nvae_fast.data")
@@ -20,9 +22,25 @@ _AT_ONCE = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENAMETOOLONG, errno.
 def is_io_error(error: BaseException) -> bool:
     """Whether `error` comes from the operating system and so says nothing about what the file holds.
 
-    Decoders raise OSError as well, without an error number.
+    Decoders raise OSError as well, without an error number, and EINVAL follows from a wrong offset in a file.
     """
-    return isinstance(error, OSError) and error.errno is not None
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
+
+
+@contextlib.contextmanager
+def named(path: str | os.PathLike[str], what: str) -> Iterator[None]:
+    """Turn any error of a reader into a ValueError ``<path>: <what>: <error>``, but for those that name the path already.
+
+    Readers of zip archives, of headers of arrays and of MATLAB files raise many kinds. Errors of the operating system
+    and a lack of memory or of a package pass.
+    """
+    try:
+        yield
+    except Exception as error:
+        passes = isinstance(error, MemoryError | ModuleNotFoundError) or is_io_error(error)
+        if passes or str(error).startswith(os.fspath(path)):
+            raise
+        raise ValueError(f"{os.fspath(path)}: {what}: {error or type(error).__name__}") from error
 
 
 def retry(action: Callable[[], T], what: str) -> T:
@@ -34,7 +52,7 @@ def retry(action: Callable[[], T], what: str) -> T:
         try:
             return action()
         except OSError as error:
-            if error.errno is None:
+            if not is_io_error(error):
                 raise
             reason = error.strerror or type(error).__name__
             if error.errno in _AT_ONCE:

@@ -1,4 +1,4 @@
-"""What an NVAE looks like: the architecture options by their well-known names, validated, with what follows from them.
+"""The configuration of an NVAE: architecture options by their well-known names, validated, and quantities derived from them.
 
 NVAE (arXiv 2007.03898), table 6 and appendix A; specification sections 3, 4 and 6.
 """
@@ -18,8 +18,8 @@ from nvae_fast.models.architectures import ARCHITECTURES
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """What a dataset's images are to the model: pixels a side, channels, likelihood family, border left out of the
-    reconstruction term (padding that is not data)."""
+    """The images of a dataset: height and width in pixels, channels, whether they are binary, and the width of the border
+    that is padding and left out of the reconstruction term."""
 
     size: int
     channels: int
@@ -72,7 +72,7 @@ class NVAEConfig:
         num_mixture_dec: components of the logistic mixture of RGB images; 1 means a normal likelihood.
         num_x_bits: bits per colour, 1 to 8.
         arch_instance: architecture of the cells, one of ``ARCHITECTURES``.
-        image_size, image_channels, likelihood: override what the dataset implies (pixels a side, channels, one of
+        image_size, image_channels, likelihood: override what the dataset implies (height and width, channels, one of
             ``LIKELIHOODS``); None keeps it.
 
     Raises:
@@ -156,7 +156,7 @@ class NVAEConfig:
 
     @property
     def resolution(self) -> int:
-        """Pixels a side of the images."""
+        """Height and width of the images in pixels."""
         return self.image_size or self._format.size
 
     @property

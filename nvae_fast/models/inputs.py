@@ -25,7 +25,7 @@ Shapes = Sequence[tuple[int, int, int]]
 
 
 def check_images(op: str, model: NVAE, x: Any) -> None:
-    """Raise what a layer inside would raise, before the batch norms in front of it count the batch."""
+    """Raise for images that a layer inside would refuse, before the batch norms in front of it count the batch."""
     c = model.config
     expected = (c.channels, c.resolution, c.resolution)
     if not isinstance(x, torch.Tensor):

@@ -27,7 +27,7 @@ __all__ = ["Bernoulli", "Likelihood", "MixtureLogistic", "Normal"]
 
 
 class Likelihood(Protocol):
-    """What :meth:`nvae_fast.NVAE.likelihood` returns: one of the classes of this module."""
+    """Result of :meth:`nvae_fast.NVAE.likelihood`: one of the classes of this module."""
 
     def log_prob(self, x: torch.Tensor) -> torch.Tensor:
         """Log-probability (log-density for the normal) of x (B, C, H, W) in [0, 1]: (B, H, W) in nats."""
@@ -38,8 +38,8 @@ class Likelihood(Protocol):
 
         Args:
             temperature: > 0, a factor on the noise.
-            seed: int or 0-d int64 tensor of the Philox stream; None takes one from the device's default generator. (B,) of
-                them: one an image, which is then drawn whatever else is in the batch.
+            seed: int or 0-d int64 tensor of the Philox stream; None takes one from the device's default generator. An
+                int64 tensor (B,) holds one per image, whose draw then does not depend on the rest of the batch.
         """
         ...
 

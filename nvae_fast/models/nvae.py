@@ -125,7 +125,7 @@ class NVAE(nn.Module):
                 self.postprocess.append(cell(architecture.postprocess, dec, multiplier))
         self.image_head = WeightNormConv2d(dec * multiplier, c.head_channels, 3)
         self.spectral = SpectralEstimate(self)
-        # Keep a cell's input only and compute the cell again in the backward pass.
+        # Activation checkpointing: keep the input of each cell only and compute the cell again in the backward pass.
         self.checkpoint_cells = False
         self._checked: set[tuple[str, bool]] = set()
 
@@ -156,8 +156,8 @@ class NVAE(nn.Module):
         Args:
             x: images (B, C, H, W) in [0, 1]. Other ranges are refused.
             noise: per group a standard normal tensor (B, Z, H, W) or None to draw; None draws all.
-            seed: int or 0-d int64 tensor; None takes one from the device's default generator. An int64 tensor (B,) is one
-                seed an image: its noise then depends on neither batch nor process.
+            seed: int or 0-d int64 tensor; None takes one from the device's default generator. An int64 tensor (B,) holds
+                one seed per image: its noise then depends on neither batch nor process.
 
         Raises:
             ValueError, TypeError: x, noise or seed has the wrong shape, type or device.
@@ -434,7 +434,7 @@ class NVAE(nn.Module):
 
         Args:
             temperature: of the priors, the one that will be used to generate, or one for each group.
-            passes: sampling passes. batch: images a pass.
+            passes: number of sampling passes. batch: images per pass.
             seed: of the noise; None takes one from the device's default generator.
 
         Raises:

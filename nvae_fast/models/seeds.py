@@ -1,7 +1,7 @@
-"""Noise that belongs to an image, not to its place in a batch: one Philox stream an image.
+"""Noise with one Philox stream per image, which does not depend on the position of the image in a batch.
 
-A 0-d seed is one stream for a batch, of which an image takes the part at its place. With one seed an image, its noise is the
-same alone, in any batch and on any process. Kernels know nothing of it: the draws are handed to them as given noise.
+A 0-d seed is one stream for a batch; the noise of an image depends on its position. With one seed per image, its noise is the
+same in any batch and on any process. It is drawn before the kernels, which take it as given noise.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from nvae_fast.ops.philox import philox_normal
 
 
 def is_per_image(seed: Any) -> TypeGuard[torch.Tensor]:
-    """Whether ``seed`` is one seed an image, a tensor of one dimension."""
+    """Return whether ``seed`` holds one seed per image: a tensor of one dimension."""
     return isinstance(seed, torch.Tensor) and seed.dim() == 1
 
 
@@ -25,7 +25,7 @@ def check_per_image(op: str, seeds: torch.Tensor, n: int, device: torch.device) 
     if seeds.dtype != torch.int64:
         raise TypeError(f"{op}: a seed tensor must be int64, got {seeds.dtype}")
     if seeds.numel() != n:
-        raise ValueError(f"{op}: seed must be one number or one an image ({n}), got {seeds.numel()}")
+        raise ValueError(f"{op}: seed must be one number or one per image ({n}), got {seeds.numel()}")
     if seeds.device != device:
         raise ValueError(f"{op}: seed must be on {device}, got {seeds.device}")
 

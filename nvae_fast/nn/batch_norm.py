@@ -89,12 +89,12 @@ class BatchNormSwish(_BatchNorm):
         if name == "momentum" and value is not None:
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise TypeError(f"BatchNormSwish: momentum must be a number or None, got {value!r}")
-            if not 0 <= value <= 1:
+            if not 0 <= float(value) <= 1:
                 raise ValueError(f"BatchNormSwish: momentum must be from 0 to 1 or None, got {value!r}")
         super().__setattr__(name, value)
 
     @property
-    def affine(self) -> bool:
+    def affine(self) -> bool:  # type: ignore[override]
         """True; read by ``convert_sync_batchnorm``, which an activation makes impossible."""
         if self.activation is None:
             return True
@@ -164,7 +164,8 @@ def update_running(
     """
     old: list[torch.Tensor] = []
     new: list[torch.Tensor] = []
-    updated, momenta, counters, factors = [], [], [], []
+    updated, momenta, counters = [], [], []
+    factors: list[Any] = []
     merged = False
     for i, (norm, (mean, var, count)) in enumerate(zip(norms, seen, strict=True)):
         known: torch.Tensor | int = 1

@@ -203,7 +203,9 @@ class InvertedResidual(nn.Module):
 
         ``x`` is (B, C_in, H, W), ``skip`` (B, C_out, H', W'), ``se`` a :class:`SqueezeExcite` or None.
         """
-        if self.is_fusable(se) and _backend.fused(CELL, x.device):
+        # In training the operator computes with the number of values, which an exported program must leave open.
+        exported = self.norm.training and torch.compiler.is_exporting()
+        if self.is_fusable(se) and _backend.fused(CELL, x.device) and not exported:
             parameters, stride = self.cell_parameters(se), -1 if self.upsample else self.depthwise.stride[0]
             return fused_cell(x, skip, parameters, self.norms, stride=stride, group=self.norm.process_group)
         s = self(x)

@@ -72,9 +72,9 @@ def _places(sources: tuple[torch.Tensor | None, ...]) -> tuple[Any, ...]:
 class _Prepared:
     """The weights of one scope, by mode. A scope that was opened without gradients offers none with gradients."""
 
-    def __init__(self, convolutions: dict[Convolution, None]) -> None:
+    def __init__(self, model: nn.Module, convolutions: dict[Convolution, None]) -> None:
         self.with_gradients = torch.is_grad_enabled()
-        self.convolutions = convolutions
+        self.model, self.convolutions = model, convolutions
         self.layers: dict[Mode, dict[Convolution, _Layer]] = {}
 
     def get(self, conv: Convolution, mode: Mode) -> _Layer | None:
@@ -125,9 +125,12 @@ def _convolutions(model: nn.Module) -> dict[Convolution, None]:
     waiting = list(model._modules.values())
     while waiting:
         module = waiting.pop()
-        if module is None or module._compiled_call_impl is not None or not is_plain(module):
+        is_convolution = isinstance(module, WeightNormed)
+        if module is None or not (is_convolution or module._modules):
             continue
-        if isinstance(module, WeightNormed):
+        if module._compiled_call_impl is not None or not is_plain(module):
+            continue
+        if is_convolution:
             found[module] = None
         else:
             waiting += module._modules.values()
@@ -147,13 +150,13 @@ def prepare_weights(model: nn.Module) -> AbstractContextManager[None]:
 
 @contextmanager
 def _open(model: nn.Module) -> Iterator[None]:
-    scopes, convs, grad = _state.scopes, _convolutions(model), torch.is_grad_enabled()
-    if not convs or any(
-        convs.keys() <= s.convolutions.keys() and (s.with_gradients or not grad) for s in scopes
-    ):
+    scopes, grad = _state.scopes, torch.is_grad_enabled()
+    usable = [scope for scope in scopes if scope.with_gradients or not grad]
+    convs = {} if any(scope.model is model for scope in usable) else _convolutions(model)
+    if all(any(conv in scope.convolutions for scope in usable) for conv in convs):
         yield
         return
-    scopes.append(_Prepared(convs))
+    scopes.append(_Prepared(model, convs))
     try:
         yield
     finally:

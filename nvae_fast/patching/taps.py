@@ -29,7 +29,7 @@ def live_taps(mask: torch.Tensor, weight: torch.Tensor) -> list[int] | None:
 
 
 def _read(mask: torch.Tensor) -> list[int] | None:
-    alive: list[bool] = mask.detach().any(dim=(0, 1)).flatten().tolist()  # type: ignore[call-overload]
+    alive: list[bool] = mask.detach().any(dim=(0, 1)).flatten().tolist()
     taps = [tap for tap, live in enumerate(alive) if live]
     return taps if 0 < len(taps) < len(alive) else None
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nvae_fast.io import atomic_file
+from nvae_fast.models import torch_files
 from nvae_fast.models.inputs import group_temperatures
 from nvae_fast.training import checkpoint
 
@@ -71,7 +72,7 @@ def readjust(
     after = {name: value.detach().cpu() for name, value in model.state_dict().items() if name in before}
     try:
         with atomic_file(path) as handle:
-            torch.save({**key, "statistics": after}, handle)
+            torch_files.write({**key, "statistics": after}, handle)
     except OSError as error:
         report(f"not kept for the next time: cannot write {path}: {error.strerror}")
         return None
@@ -84,8 +85,10 @@ def _is_statistic(name: str) -> bool:
 
 
 def _fits(model: NVAE, statistics: dict[str, Any]) -> bool:
-    own = {name: value.shape for name, value in model.state_dict().items() if _is_statistic(name)}
-    return own == {name: value.shape for name, value in statistics.items()}
+    own = {
+        name: (value.shape, value.dtype) for name, value in model.state_dict().items() if _is_statistic(name)
+    }
+    return own == {name: (value.shape, value.dtype) for name, value in statistics.items()}
 
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
@@ -93,9 +96,12 @@ def _read(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        document = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception:  # a damaged cache is made again, whatever is wrong with it
+        document = torch_files.read(path)
+    except (torch_files.UnreadableFile, OSError):  # it is made again
         return None
     if not isinstance(document, dict) or any(document.get(name) != value for name, value in key.items()):
         return None
-    return document.get("statistics")
+    statistics = document.get("statistics")
+    if not isinstance(statistics, dict) or not all(isinstance(v, torch.Tensor) for v in statistics.values()):
+        return None
+    return statistics

@@ -226,7 +226,7 @@ class _Cell(torch.autograd.Function):
             a = conv1x1(xhat, expand)
             gram = None
             if _gram_pays(b * h * w, *expand.shape):
-                rows = xhat.permute(0, 2, 3, 1).reshape(b * h * w, -1).to(acc_dtype)
+                rows = xhat.permute(0, 2, 3, 1).reshape(-1, xl.shape[1]).to(acc_dtype)
                 gram = rows.t() @ rows
                 squares = ((expand @ gram) * expand).sum(1)
             else:
@@ -272,7 +272,7 @@ class _Cell(torch.autograd.Function):
         statistics: tuple[Tensor, ...] = (mean0, var0, mean1, var1, mean2, var2, mean3, var3)
         if not single:
             upsampled = n_in * (4 if stride == -1 else 1)
-            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)  # type: ignore[list-item]
+            statistics += (torch.stack([upsampled, upsampled, n_out, n_out]),)
         ctx.mark_non_differentiable(*statistics)
         return y, *statistics
 
