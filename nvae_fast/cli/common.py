@@ -192,16 +192,18 @@ def temperatures(value: float | tuple[float, float], model: NVAE) -> float | lis
     return linear_temperatures(*value, model.config.num_groups) if isinstance(value, tuple) else value
 
 
-def pixel_temperature(value: float | None, model: NVAE, pixels: str = "auto") -> float:
+def pixel_temperature(arguments: argparse.Namespace, model: NVAE) -> float:
     """What `--pixel-temperature` means, 1 by default. Raises ValueError where it is given and the mean is taken."""
-    if value is not None and pictures.chosen_pixels(model, pixels) == "mean":
-        reason = (
-            "the mean of the likelihood has no noise"
-            if pixels == "mean"
-            else "of binary images the mean of the likelihood is taken"
+    if arguments.pixel_temperature is None:
+        return 1.0
+    pixels = getattr(arguments, "pixels", None)
+    if pictures.chosen_pixels(model, pixels or "auto") == "mean":
+        needed = "--pixels sample" if pixels else "another likelihood"
+        raise ValueError(
+            f"--pixel-temperature needs {needed}: of binary images the mean of the likelihood is taken"
         )
-        raise ValueError(f"--pixel-temperature needs images drawn from the likelihood: {reason}")
-    return 1.0 if value is None else value
+    value: float = arguments.pixel_temperature
+    return value
 
 
 def set_threads(count: int | None) -> None:

@@ -65,7 +65,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
     known = _known_statistics(arguments, model, features, say)
     temperature = temperatures(arguments.temperature, model)
-    of_pixels = pixel_temperature(arguments.pixel_temperature, model)
+    of_pixels = pixel_temperature(arguments, model)
     how = {"batch_size": arguments.batch_size, "keep_features": arguments.kid is not None, "world": world}
     world.agree({"--stats (whether the file exists)": known is not None, "--inception": features})
     real = known or _real_statistics(arguments, model, facts, extract, features, how, say)

@@ -38,6 +38,8 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_numbers(arguments, "columns", most=10_000)
     check_temperature("--temperature", arguments.temperature)
     check_temperature("--pixel-temperature", arguments.pixel_temperature)
+    if arguments.pixel_temperature is not None and arguments.pixels == "mean":
+        raise ValueError("--pixel-temperature needs --pixels sample: the mean of the likelihood has no noise")
     if arguments.out is None:
         few = arguments.number <= FEW or arguments.npy is not None
         arguments.out = "samples.png" if few else "samples"
@@ -74,7 +76,7 @@ def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
     world.agree({"--out (a folder or a grid)": "a folder" if _to_folder(arguments) else "a grid"})
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
     temperature = temperatures(arguments.temperature, model)
-    of_pixels = pixel_temperature(arguments.pixel_temperature, model, arguments.pixels)
+    of_pixels = pixel_temperature(arguments, model)
     if getattr(arguments, "readjust", False):
         with single_process():  # the same statistics on every process, and those of a single one
             readjust(
