@@ -207,7 +207,9 @@ def test_metrics_on_a_full_disk(tmp_path, digits):
         pytest.skip("no /dev/full here")
     (tmp_path / metrics.NAME).symlink_to("/dev/full")
     run = trainer(tmp_path, digits)
-    advice = rf"cannot write .*{metrics.NAME}: No space left on device\. Make room.*step 0: --resume --out"
+    advice = (
+        rf"cannot write .*{metrics.NAME}: No space left on device\. Free disk space.*step 0: --resume --out"
+    )
     with pytest.raises(RunFolderError, match=advice):
         run.run()
     (tmp_path / metrics.NAME).unlink()

@@ -135,7 +135,11 @@ static Tensors spectral_gradients(const Tensor& grad, const Tensors& weights, co
                                   const Tensors& v) {
   const char* op = "spectral_gradients";
   Tensors gradients, keep_alive;
-  if (weights.empty()) return gradients;
+  if (weights.empty()) {
+    NVAE_CHECK(u.empty() && v.empty(), op, ": u and v must be empty like weights, got ", u.size(), " and ",
+               v.size(), " entries");
+    return gradients;
+  }
   const std::vector<Group> groups = groups_of(op, weights, u);
   const ScalarType type = weights[0].scalar_type();
   const bool is_double = type == ScalarType::Double;

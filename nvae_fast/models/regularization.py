@@ -31,7 +31,7 @@ def convolutions(model: nn.Module) -> dict[str, WeightNormConv2d | PlainConv2d]:
 class SpectralEstimate(nn.Module):
     """Power iteration with persistent vectors ``u`` and ``v``, one pair of buffers per weight shape.
 
-    ``v`` is zero until the first estimate, which takes more iterations: a state dict needs no flag for it. The estimate lies
+    ``v`` is zero until the first estimate, which takes more iterations: a state dict needs no flag for it. The estimate is
     below the exact value by up to 1e-3 (relative) after the first 40 iterations; gradients flow through ``u^T W v`` only.
     """
 

@@ -88,10 +88,10 @@ def save(
             keep()
     except (OSError, RuntimeError) as error:
         kept = (
-            f"; the checkpoint from before is intact: {target}. Make room, or make the folder writable, and go on from it "
-            "with --resume"
+            f"; the checkpoint from before is intact: {target}. Free disk space, or make the folder writable, and go on from "
+            "it with --resume"
             if target.exists()
-            else "; make room, or make the folder writable"
+            else "; free disk space, or make the folder writable"
         )
         raise CheckpointError(f"cannot write checkpoint {target}: {_reason(error)}{kept}") from error
     return target

@@ -164,7 +164,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunFolderError(
-            f"cannot write {path}: {error.strerror or error}. Make room there, or make it writable, and continue. "
+            f"cannot write {path}: {error.strerror or error}. Free disk space, or make it writable, and continue. "
             f"{how_to_continue(Path(path).parent)}"
         ) from error
 
@@ -190,7 +190,7 @@ def _check_writable(folder: Path) -> None:
         (folder / ".write-test").unlink()
     except OSError as error:
         raise RunFolderError(
-            f"cannot write to run folder {folder}: {error.strerror}; make it writable, make room, or give another one "
+            f"cannot write to run folder {folder}: {error.strerror}; make it writable, free disk space, or give another one "
             "with --out (nothing in it was changed)"
         ) from error
 
