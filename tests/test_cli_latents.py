@@ -178,6 +178,15 @@ def test_a_name_without_a_picture_ending_is_a_folder(run: Path, tmp_path: Path, 
     np.testing.assert_array_equal(np.load(shard)["arr_0"][..., 0], np.stack(pictures))
 
 
+def test_a_folder_of_something_else_is_refused_at_once(tmp_path: Path, capsys) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty and has no samples.json" in failing(capsys, "sample", "no.pt", "--out", tmp_path)
+    assert "is a file, a folder is needed" in failing(
+        capsys, "sample", "no.pt", "--out", tmp_path / "notes.txt"
+    )
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
 def test_a_grid_where_few_are_asked_for(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nvae_fast.cli.sample.FEW", 4)
