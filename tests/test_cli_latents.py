@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import re
 import shlex
 import struct
@@ -16,7 +18,7 @@ from training_runs import TINY_TRAINING, tiny_model
 
 import nvae_fast as nf
 from nvae_fast import cli
-from nvae_fast.training import checkpoint
+from nvae_fast.training import checkpoint, run_folder
 from nvae_fast.training.pictures import draw_images
 
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
@@ -178,6 +180,36 @@ def test_a_name_without_a_picture_ending_is_a_folder(run: Path, tmp_path: Path, 
     np.testing.assert_array_equal(np.load(shard)["arr_0"][..., 0], np.stack(pictures))
 
 
+def test_a_folder_of_something_else_is_refused_at_once(tmp_path: Path, capsys) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "is not empty and has no samples.json" in failing(capsys, "sample", "no.pt", "--out", tmp_path)
+    assert "is a file, a folder is needed" in failing(
+        capsys, "sample", "no.pt", "--out", tmp_path / "notes.txt"
+    )
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_a_run_trains_in_is_not_moved(run: Path, tmp_path: Path, capsys) -> None:
+    (tmp_path / "metrics.jsonl").write_text("mine")
+    descriptor = os.open(tmp_path / run_folder.LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as another process holds it
+        words_of = words("sample", run, "-n", 2, "--out", tmp_path, "--overwrite")
+        assert f"another process is training in {tmp_path}" in failing(capsys, *words_of)
+    finally:
+        os.close(descriptor)
+    assert (tmp_path / "metrics.jsonl").read_text() == "mine"
+
+
+def test_an_array_comes_with_a_grid_of_any_number(run: Path, tmp_path: Path, monkeypatch) -> None:
+    """As in 0.1.0, where the grid was the only output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("nvae_fast.cli.sample.FEW", 4)
+    assert cli.main(words("sample", run, "-n", 5, "--npy", "images.npy", "--quiet")) == 0
+    assert np.load("images.npy").shape == (5, 32, 32, 1)
+    assert size_of(tmp_path / "samples.png") == (2 * 34 - 2, 3 * 34 - 2)
+
+
 def test_a_grid_where_few_are_asked_for(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nvae_fast.cli.sample.FEW", 4)
@@ -208,7 +240,8 @@ def test_pixels_are_drawn_at_temperature_one(photos: Path, tmp_path: Path) -> No
         ("interpolate x --steps 1e6", "--steps must be at most 10000, got 1000000"),
         ("interpolate x --pairs 1e6", "--pairs must be at most 10000, got 1000000"),
         ("interpolate x --threads 100000", "--threads must be at most"),
-        ("interpolate x --crop 0", "--crop"),
+        ("interpolate RUN --crop 0", "crop (--crop): expected a positive integer or None, got 0"),
+        ("reconstruct RUN --split validation", "digits has train and test images, no validation images"),
         ("interpolate x --images 1 2 3", "--images must be pairs, an even number of images, got 3"),
         ("interpolate x --images 1 2 --pairs 3", "--pairs and --images exclude each other"),
         ("interpolate x --mode cubic", "argument --mode: invalid choice: 'cubic'"),

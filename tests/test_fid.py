@@ -91,12 +91,25 @@ def test_dataset_statistics_take_the_images_as_they_are(grey):
     assert (found.images, done, found.features.shape) == (50, [16, 32, 48, 50], (50, WIDTH))
 
 
-def test_model_statistics_are_of_the_images_that_sample_draws():
+COLOURS = {"dataset": "photos", "num_mixture_dec": 1, "image_size": 32}  # whose pixels are drawn
+
+
+@pytest.mark.parametrize(
+    "model, temperatures",
+    [
+        ({}, {"temperature": 0.8}),
+        (COLOURS, {"temperature": 0.7}),
+        (COLOURS, {"temperature": [0.7, 1.0], "pixel_temperature": 0.5}),
+        (COLOURS, {"pixels": "mean"}),
+    ],
+)
+def test_model_statistics_are_of_the_images_that_sample_draws(model, temperatures):
     from nvae_fast.training.pictures import draw_images
 
-    model = tiny_model().eval()
-    found = model_statistics(model, Features(), 10, batch_size=4, seed=5, temperature=0.8, keep_features=True)
-    images = draw_images(model, 10, batch_size=4, seed=5, temperature=0.8)
+    model = tiny_model(**model).eval()
+    options = {"batch_size": 4, "seed": 5, **temperatures}
+    found = model_statistics(model, Features(), 10, keep_features=True, **options)
+    images = draw_images(model, 10, **options)
     pixels = (images * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
     torch.testing.assert_close(found.features, Features()(pixels), rtol=1e-5, atol=1e-5)
 
@@ -450,6 +463,30 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
     assert "has 5 features, --layer 64 has 64" in command("--stats", tmp_path / "s.npz", *options)[2]
 
 
+def test_images_are_read_as_evaluate_reads_them(command, tmp_path):
+    """With the same crop, filter and share of damaged files; the statistics say with which."""
+    image = pytest.importorskip("PIL.Image")
+    (tmp_path / "images").mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 48, 40, 3), dtype=np.uint8)
+    for index, picture in enumerate(pixels):
+        image.fromarray(picture).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "images" / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    data = ["--data", tmp_path / "images", "--number", "20", "--resample", "bilinear", "--quiet"]
+    code, _, line = command(*data)
+    assert code == 2
+    assert "--max-skipped-images" in line
+    stats = ["--max-skipped-images", "0.5", "--stats", tmp_path / "s.npz"]
+    assert command(*data, "--crop", "36", *stats)[0] == 0
+    found = FeatureStatistics.load(tmp_path / "s.npz")
+    assert (found.facts["crop"], found.facts["resample"]) == (36, "bilinear")
+    options = {"image_size": 32, "channels": 1, "crop": 36, "resample": "bilinear", "max_skipped": 0.5}
+    images = open_dataset(tmp_path / "images", num_bits=8, binarize=False, **options)
+    truth = dataset_statistics(images, Features(), batch_size=16)
+    assert np.array_equal(found.mu, truth.mu)
+    line = command(*data, "--crop", "30", *stats)[2]
+    assert "was made with --crop 36, not 30: leave --crop out" in line
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
@@ -458,6 +495,12 @@ def test_statistics_of_something_else_are_refused(command, tmp_path):
         (["--kid", "1"], "--kid must be at least 2, got 1"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--temperature", "0"], "--temperature must be greater than 0, got 0"),
+        (["--temperature", "0.6:inf"], "--temperature must be finite, got inf"),
+        (["--pixel-temperature", "nan"], "--pixel-temperature must be finite, got nan"),
+        (["--pixel-temperature", "1"], "--pixel-temperature needs another likelihood: of binary images"),
+        (["--threads", "100000"], "--threads must be at most"),
+        (["--split", "validation"], "digits has train and test images, no validation images"),
+        (["--crop", "0"], "crop (--crop): expected a positive integer or None, got 0"),
         (["--stats", "s.txt"], "--stats must be an .npz file, got s.txt"),
         (
             ["--stats", "none/s.npz"],

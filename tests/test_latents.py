@@ -220,6 +220,9 @@ def test_wrong_arguments_are_named() -> None:
     z = torch.zeros(2, 2, 16, 16)
     for error, message, call in [
         (ValueError, r"NVAE.encode: x must have shape \(B, 1, 32, 32\)", lambda: model.encode(x[0])),
+        (ValueError, r"NVAE.encode: x must hold images in \[0, 1\], .* 255", lambda: model.encode(x * 255)),
+        (ValueError, r"NVAE.reconstruct: x must hold images in \[0, 1\]", lambda: model.reconstruct(2 * x - 1)),
+        (TypeError, "NVAE.encode: x must be a torch.Tensor, got numpy.ndarray", lambda: model.encode(x.numpy())),
         (ValueError, "NVAE.encode: noise must have one entry per group", lambda: model.encode(x, noise=[z])),
         (ValueError, "NVAE.encode: seed must be None where sample=False", lambda: model.encode(x, seed=1, sample=False)),
         (ValueError, "reconstruct: noise must be None where", lambda: model.reconstruct(x, [z, z], sample=False)),

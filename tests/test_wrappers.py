@@ -157,7 +157,7 @@ def test_weights_that_are_not_floating_are_refused(name: str, dtype: torch.dtype
     floating = [k for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point()]
     state |= {key: state[key].to(dtype) for key in floating}
     before = {key: module.state_dict()[key].clone() for key in floating}
-    with pytest.raises(TypeError, match=rf"load_state_dict: .* must have one of the dtypes .*, got {dtype}"):
+    with pytest.raises(TypeError, match=rf"load_state_dict: .*{dtype}"):
         module.load_state_dict(state)
     for key in floating:
         assert torch.equal(module.state_dict()[key], before[key]), f"{key} was written"

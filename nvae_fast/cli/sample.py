@@ -24,7 +24,7 @@ from nvae_fast.data.png import to_pixels
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, pictures
-from nvae_fast.training.image_files import sample_to_folder
+from nvae_fast.training.image_files import check_folder, sample_to_folder
 from nvae_fast.training.readjust import readjust
 
 # A grid of more images is written only where it is asked for.
@@ -61,6 +61,7 @@ def _check_target(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--npy holds all images in memory, --out {out} is a folder: use --format npz")
         if arguments.columns is not None and arguments.grid is None:
             raise ValueError(f"--columns needs a grid, --out {out} is a folder: give --grid FILE too")
+        check_folder(Path(out), arguments.overwrite)  # before statistics are readjusted
     else:
         options.check_numbers(arguments, "number", most=1_000_000)  # in one grid, which is kept in memory
         for option in ("format", "grid"):

@@ -40,6 +40,7 @@ _SHARD_IMAGES = 1000
 _SHARD_BYTES = 64 << 20
 # The rest of the settings: what made the images, not what they are.
 _NOT_COMPARED = ("nvae_fast",)
+_ADVICE = "give another folder, or overwrite (--overwrite), which moves this one aside"
 
 
 @dataclass(frozen=True)
@@ -218,16 +219,35 @@ class _Files:
         return len(pixels) if pixels.dtype == np.uint8 and pixels.shape[1:] == self.shape else 0
 
 
-def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
-    """Make the folder and write its settings, or check those that it has. Returns what was moved aside, or None."""
+def check_folder(folder: Path, overwrite: bool) -> dict[str, Any] | None:
+    """The settings of a folder of samples, None where there are none to keep. Raises ValueError for anything else."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file, a folder is needed")
-    note = None
-    if folder.is_dir() and any(folder.iterdir()):
-        if overwrite:
-            note = run_folder.move_aside(folder)
-        else:
-            _check_settings(folder, settings)
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    path = folder / SETTINGS
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not empty and has no {SETTINGS}: {_ADVICE}") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or found.get("kind") != _FORMAT:
+        raise ValueError(f"{path} is damaged or something else: {_ADVICE}")
+    return found
+
+
+def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
+    """Make the folder and write its settings, or check those that it has. Returns what was moved aside, or None."""
+    found = check_folder(folder, overwrite)
+    for name, value in settings.items():
+        if found is not None and name not in _NOT_COMPARED and found.get(name) != value:
+            there, now = _short(found.get(name)), _short(value)
+            raise ValueError(
+                f"{folder} holds images of other settings: {name} is {there} there, {now} now; {_ADVICE}"
+            )
+    occupied = folder.is_dir() and any(folder.iterdir())
+    note = run_folder.move_aside(folder) if overwrite and occupied else None
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob(".[0-9]*.tmp"):  # of an interrupted write
         leftover.unlink(missing_ok=True)
@@ -235,25 +255,6 @@ def _prepare(folder: Path, settings: dict[str, Any], overwrite: bool) -> str | N
         with atomic_file(folder / SETTINGS) as handle:
             handle.write((json.dumps(settings, indent=2) + "\n").encode())
     return note
-
-
-def _check_settings(folder: Path, settings: dict[str, Any]) -> None:
-    path = folder / SETTINGS
-    advice = "give another folder, or overwrite (--overwrite), which moves this one aside"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{folder} is not empty and has no {SETTINGS}: {advice}") from None
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or found.get("kind") != _FORMAT:
-        raise ValueError(f"{path} is damaged or something else: {advice}")
-    for name, value in settings.items():
-        if name not in _NOT_COMPARED and found.get(name) != value:
-            there, now = _short(found.get(name)), _short(value)
-            raise ValueError(
-                f"{folder} holds images of other settings: {name} is {there} there, {now} now; {advice}"
-            )
 
 
 def _short(value: Any) -> str:
