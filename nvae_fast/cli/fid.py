@@ -34,7 +34,8 @@ from nvae_fast.training.readjust import readjust
 
 def run(arguments: argparse.Namespace) -> int:
     """Report the distance between images of a model and those of a dataset."""
-    options.check_numbers(arguments, "number", "max_images", "kid", least=2)
+    options.check_numbers(arguments, "number", least=2, most=options.MOST_IMAGES)
+    options.check_numbers(arguments, "max_images", "kid", least=2)
     options.check_numbers(arguments, "batch_size", "readjust_passes")
     check_temperature("--temperature", arguments.temperature)
     check_temperature("--pixel-temperature", arguments.pixel_temperature)

@@ -12,6 +12,9 @@ from typing import Any
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.training.config import TrainingConfig, check_bounds
 
+# More images than anyone draws at once.
+MOST_IMAGES = 1_000_000_000
+
 # Well-known names of the model's options, in the order they are shown, with their meaning and unit.
 MODEL_HELP: dict[str, str] = {
     "dataset": "kind of images: sets size, channels and likelihood",

@@ -34,7 +34,8 @@ _OTHER_PICTURES = (".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw images from a model into a PNG grid or a folder."""
-    options.check_numbers(arguments, "number", "batch_size", "readjust_passes")
+    options.check_numbers(arguments, "batch_size", "readjust_passes")
+    options.check_numbers(arguments, "number", most=options.MOST_IMAGES)
     options.check_numbers(arguments, "columns", most=10_000)
     check_temperature("--temperature", arguments.temperature)
     check_temperature("--pixel-temperature", arguments.pixel_temperature)
