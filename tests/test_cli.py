@@ -297,7 +297,7 @@ def test_a_truncated_checkpoint_names_the_way_out(run, tmp_path, capsys):
         ),
         (
             ["train", "--data", "digits", "--num-nf", "9000"],
-            "ask for 90032 cells, at most 10000 are possible",
+            "ask for 90031 cells, at most 10000 are possible",
         ),
         (["sample", "x.pt", "--temperature", "inf"], "--temperature must be finite, got inf"),
         (["sample", "x.pt", "-n", "1e18"], "--number must be at most 1000000000, got 10"),

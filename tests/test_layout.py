@@ -239,7 +239,7 @@ def test_a_package_may_import_its_modules(tmp_path: Path, text: str) -> None:
 # Tests of private modules, and of what has no other handle. All others import them from tests/internals.py.
 OF_PRIVATE_MODULES = {
     "internals", "test_build", "test_capture", "test_depthwise_conv2d_cuda", "test_devices", "test_extension",
-    "test_packaging", "test_registration", "test_regularization", "test_step", "test_torchrun",
+    "test_operator_fuzz", "test_packaging", "test_registration", "test_regularization", "test_step", "test_torchrun",
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def words(tmp_path: Path) -> list[str]:
     return ["train", "--data", str(tmp_path / "images.npy"), *TINY_RUN]
 
 
-# Three runs in each process: one that nobody stops, one that process 1 is asked to stop after step 3, and its continuation.
+# Three runs in each process: a complete one, one that process 1 is signalled to stop after step 3, and its continuation.
 THREE_RUNS = """
 import os, signal, sys, torch
 torch.set_num_threads(1)

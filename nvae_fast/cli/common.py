@@ -1,4 +1,4 @@
-"""What several commands do."""
+"""Functions that several commands share."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run_on_processes(
 def open_images(
     data: str, kind: str | None, split: str, model_config: Any, options: dict[str, Any] | None = None
 ) -> Any:
-    """The dataset of ``data``, its images as the model takes them; options: as :func:`image_options` gives them."""
+    """Open ``data`` with the image size, channels and bits of the model. options: the result of :func:`image_options`."""
     return open_dataset(
         data,
         split=split,
@@ -154,7 +154,7 @@ def image_options(
 
 
 def versions() -> dict[str, str]:
-    """{package: version} of what results depend on."""
+    """{package: version} of the packages that results depend on."""
     versions = {
         "nvae_fast": __version__,
         "python": platform.python_version(),
@@ -171,7 +171,7 @@ def versions() -> dict[str, str]:
 
 
 def check_writable(path: str | Path, overwrite: bool) -> None:
-    """Raise ValueError unless a file can be written at ``path``; only ``overwrite`` replaces one."""
+    """Raise ValueError unless a file can be written at ``path``. An existing file needs ``overwrite``."""
     file = Path(path)
     if file.is_dir():
         raise ValueError(f"{file} is a folder, a file name is needed")
@@ -219,7 +219,7 @@ def set_threads(count: int | None) -> None:
 
 
 def reporter(quiet: bool) -> Any:
-    """A function that prints a line to stderr, or nothing when ``quiet``."""
+    """A function that prints a line to stderr, or nothing if ``quiet``."""
 
     def say(text: str) -> None:
         if not quiet:
@@ -235,7 +235,7 @@ def progress_of(arguments: argparse.Namespace, world: distributed.World, label: 
 
 
 def report_skipped(dataset: Any, say: Any) -> None:
-    """Say how many images of ``dataset`` could not be read."""
+    """Report how many images of ``dataset`` could not be read."""
     if dataset.skipped:
         file, reason = dataset.skipped[0]
         say(f"{len(dataset.skipped)} unreadable image(s) skipped, the first: {file}: {reason}")

@@ -1,4 +1,4 @@
-"""Command-line options made from the fields of the configuration classes, each with its unit and default."""
+"""Command-line options from the fields of the configuration classes, each with its unit and default."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Any
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.training.config import TrainingConfig, check_bounds
 
-# More images than anyone draws at once.
+# Upper bound of the number of images to draw.
 MOST_IMAGES = 1_000_000_000
 
-# Well-known names of the model's options, in the order they are shown, with their meaning and unit.
+# The model's options in the order in which the help shows them.
 MODEL_HELP: dict[str, str] = {
     "dataset": "kind of images: sets size, channels and likelihood",
     "image_size": "side of the images, in pixels, when it is not the dataset's",
@@ -32,13 +32,13 @@ MODEL_HELP: dict[str, str] = {
     "num_preprocess_cells": "cells in each of those blocks",
     "num_postprocess_blocks": "doublings of the image after the last scale (as many as preprocess blocks)",
     "num_postprocess_cells": "cells in each of those blocks",
-    "num_cell_per_cond_enc": "encoder cells a group",
-    "num_cell_per_cond_dec": "decoder cells a group",
-    "num_nf": "normalising-flow cells a group; 0 for none",
+    "num_cell_per_cond_enc": "encoder cells per group",
+    "num_cell_per_cond_dec": "decoder cells per group",
+    "num_nf": "normalising-flow cells per group; 0 for none",
     "use_se": "squeeze-and-excitation in every cell",
     "res_dist": "posterior relative to the prior (residual normal distributions)",
     "num_mixture_dec": "components of the mixture of logistics; 1 for a normal distribution",
-    "num_x_bits": "bits a colour, 1 to 8",
+    "num_x_bits": "bits per colour, 1 to 8",
     "arch_instance": "cell architecture, such as res_mbconv",
 }
 
@@ -51,9 +51,9 @@ def add_dataclass_options(
     units: dict[str, str] | None = None,
     note: str = "",
 ) -> None:
-    """One option per field; absent options are absent from the parsed namespace (so presets can differ).
+    """Add one option per field. Options that are not given are absent from the parsed namespace.
 
-    texts: help by field name, fields not in it get no option. note: said after every default.
+    texts: help by field name; other fields get no option. note: appended to every default in the help.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
     for name, text in texts.items():
@@ -89,7 +89,7 @@ def training_texts() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def given(arguments: argparse.Namespace, names: Any) -> dict[str, Any]:
-    """The options of these names that were on the command line."""
+    """The options of these names that were given on the command line."""
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
@@ -123,12 +123,12 @@ def check_numbers(
 
 
 def whole_number(text: str) -> int:
-    """An integer; 1_000 and 1e6 are understood."""
+    """Parse an integer, which may be written as 1_000 or 1e6."""
     try:
         return int(text)
     except ValueError:
         number = float(text)
-        if not number.is_integer():  # inf and nan are none either
+        if not number.is_integer():  # nor are inf and nan
             raise
         return int(number)
 

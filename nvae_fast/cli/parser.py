@@ -14,7 +14,7 @@ ERROR_CODE = 2
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line of error instead of the whole usage."""
+    """Parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(ERROR_CODE, f"{PROGRAM}: error: {message} (see python -m {self.prog} --help)\n")
@@ -75,7 +75,7 @@ def _hint(word: str, command: argparse.ArgumentParser) -> str | None:
 
 
 def _with_dashes(words: Sequence[str]) -> list[str]:
-    """`--num_channels_enc=8` as `--num-channels-enc=8`: the well-known names have underscores."""
+    """Replace underscores in option names: `--num_channels_enc=8` is `--num-channels-enc=8`."""
     result = []
     for word in words:
         if word.startswith("--") and len(word) > 2:

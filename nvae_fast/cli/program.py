@@ -1,4 +1,4 @@
-"""What `python -m nvae_fast` does with its words: parse them, run the command, turn errors into one line."""
+"""The program `python -m nvae_fast`: parses the command line, runs the command, prints errors as one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"\n{PROGRAM}: aborted; checkpoints written before are intact", file=sys.stderr)
         return INTERRUPT_CODE
     except BrokenPipeError:
-        # The reader of our output left (`| head`): no error of ours, and nothing more can be said.
+        # The reader of the output has closed it (`| head`), which is no error.
         sys.stderr.close()
         return 0
     except Exception as error:

@@ -125,7 +125,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         progress=arguments.progress,
         data=(data, kind),
     )
-    # Everything that can be wrong with the arguments has been found by now: only now is anything written.
+    # All arguments have been checked: nothing is written before this point.
     if world.is_main and state is None:
         _, note = run_folder.prepare(folder, overwrite=arguments.overwrite)
         stack.enter_context(run_folder.lock(folder))
@@ -202,7 +202,7 @@ def _resumed_config(
 def _shared_out(
     config: TrainingConfig, state: dict[str, Any], say: Any, world: distributed.World
 ) -> TrainingConfig:
-    """The configuration in which this number of processes takes as many images a step as the run's did."""
+    """The configuration in which this number of processes takes as many images per step as the run to resume."""
     before = state["progress"]["world_size"]
     if before == world.size:
         return config
@@ -216,7 +216,7 @@ def _shared_out(
     size = images // world.size
     say(
         f"resumed by {world.size} process(es), so far {before}: --batch-size {config.batch_size} becomes {size}, a step has "
-        f"the same {images} images; noise is drawn anew"
+        f"the same {images} images; the noise differs from that of the earlier steps"
     )
     return config.replace(batch_size=size, accumulate=min(config.accumulate, size))
 
@@ -253,7 +253,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str
     try:
         dataset = open_images(data, kind, "test", model.config, how)
     except (ValueError, OSError):
-        # Plain folders and arrays may have no test part; its training images show as much.
+        # Folders and arrays may have no test part; training images are shown instead.
         dataset = trainer.dataset
     images = dataset.batch(torch.arange(min(32, len(dataset))), seeds.mix_seed(config.seed, seeds.DATA))
     with run_folder.writing(trainer.folder / "reconstructions.png"):

@@ -1,9 +1,9 @@
-"""Training and evaluation: objective, schedules, a step that can be undone, a loop that can be resumed.
+"""Training and evaluation: objective, schedules, a training step that undoes itself, a training loop that resumes.
 
     from nvae_fast.training import balanced_kl, kl_coefficient, TrainingConfig, Trainer, evaluate
 
-`objective` and `schedule` are pure functions for one's own loop; `Step` is one optimizer step and `Sampler` draws
-images (each of them one CUDA graph on a GPU); `Trainer` is the whole of `python -m nvae_fast train`.
+`objective` and `schedule` hold pure functions for use in other training loops. `Step` is one optimizer step and `Sampler`
+draws images; each is one CUDA graph on a GPU. `Trainer` does what `python -m nvae_fast train` does.
 """
 
 from nvae_fast.training.checkpoint import CheckpointError, load_model

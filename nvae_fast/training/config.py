@@ -1,4 +1,4 @@
-"""The options of a training run. Every field carries its help text, which the command line shows as it is."""
+"""Options of a training run. Every field has the help text that the command line shows."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def _option(
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How to train. Immutable and checked on construction; `replace` gives a changed copy.
+    """Options of training. Immutable and checked on construction; `replace` returns a changed copy.
 
-    Raises ValueError or TypeError naming the field, what it must be and what it was.
+    Raises ValueError or TypeError naming the field, the expected value and the value given.
     """
 
     epochs: int = _option(

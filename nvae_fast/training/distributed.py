@@ -34,14 +34,14 @@ def outlive_torchrun() -> None:
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run has died or stopped; the message says what is safe and how to go on."""
+    """Another process of the run has died or stopped; the message names the newest checkpoint and how to continue."""
 
 
 @dataclass(frozen=True)
 class World:
-    """Which process this is, of how many, and the device it works on.
+    """Rank of this process, number of processes, and the device of this process.
 
-    rank: 0 to size - 1; 0 writes files and reports. size: how many processes there are. device: of this one.
+    rank: 0 to size - 1; process 0 writes files and prints messages. size: number of processes. device: of this process.
     """
 
     rank: int = 0
@@ -50,11 +50,11 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and reports."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def largest(self, *values: float) -> list[float]:
-        """The element-wise maximum over all processes, so that every one of them decides alike.
+        """The element-wise maximum over all processes, so that all of them take the same decision.
 
         values: numbers, as many on every process.
         """
@@ -83,7 +83,7 @@ class World:
         return list(distributed.gather(tensor).unbind())
 
     def agree(self, facts: Mapping[str, Any]) -> None:
-        """Check that all processes were started alike.
+        """Check that all processes have the same facts.
 
         facts: value by name, compared by what they print. Raises ValueError, on every process, naming what is not the
         same on all of them.
@@ -111,16 +111,16 @@ class World:
 
     @contextlib.contextmanager
     def report_lost_process(self, advice: Callable[[], str]) -> Iterator[None]:
-        """A block whose failures to exchange anything with another process become a `ProcessLost`.
+        """Context manager that turns a failed exchange with another process into a `ProcessLost`.
 
-        advice: called for the end of its message. Raises ProcessLost; other errors pass.
+        advice: returns the end of its message. Raises ProcessLost; other errors pass through.
         """
         try:
             yield
         except ProcessLost:
             raise
         except RuntimeError as error:
-            # gloo has no type of error of its own, but names its files.
+            # gloo raises plain RuntimeErrors, whose messages name its source files.
             if self.size == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
                 raise
             outlive_torchrun()
@@ -130,7 +130,7 @@ class World:
             ) from error
 
     def barrier(self) -> None:
-        """Wait until every process is here."""
+        """Wait until every process has called this."""
         if self.size > 1:
             dist.barrier()
 

@@ -1,9 +1,9 @@
-"""How well a model explains images: the evidence bound, and the tighter importance-weighted bound.
+"""Likelihood bounds of images under a model: the evidence bound, and the tighter importance-weighted bound.
 
     log p(x)  >=  E log 1/K sum_k p(x | z_k) p(z_k) / q(z_k | x),     z_k ~ q(z | x)
 
-For K = 1 this is the evidence lower bound with sampled KL; `negative_elbo` uses the analytic KL where there
-is one. Memory does not grow with K: the sum over k is a running logsumexp.
+For K = 1 this is the evidence lower bound with sampled KL; `negative_elbo` uses the analytic KL where there is
+one. Memory does not grow with K: the sum over k is a running logsumexp.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from nvae_fast.training.objective import full_precision
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
 
-# A latent channel is in use when it carries more than this many nats an image on average.
+# A latent channel is in use when it carries more than this many nats per image on average.
 ACTIVE_CHANNEL_NATS = 0.1
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Averages over the images, in nats an image unless the name says bits per dimension.
+    """Averages over the images, in nats per image unless the name says bits per dimension.
 
     images, samples, seed: how many images, draws of z for each, and the seed the numbers belong to. negative_elbo,
     negative_elbo_bits_per_dim: `reconstruction + kl`, the KL analytic where there is one. negative_log_likelihood,
@@ -59,7 +59,7 @@ class Evaluation:
 
 
 class OnlineLogMeanExp:
-    """`log 1/K sum_k exp(v_k)` of tensors that come one at a time, keeping two of their size."""
+    """`log 1/K sum_k exp(v_k)` of tensors that are added one at a time; keeps two tensors of their size."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -67,7 +67,7 @@ class OnlineLogMeanExp:
         self._sum: Tensor | None = None
 
     def add(self, value: Tensor) -> None:
-        """Take in v_k; computed in float64."""
+        """Add v_k, in float64."""
         value = value.double()
         self.count += 1
         if self._peak is None or self._sum is None:
@@ -80,7 +80,7 @@ class OnlineLogMeanExp:
         self._peak = peak
 
     def value(self) -> Tensor:
-        """The result for everything added so far."""
+        """The result for all tensors added so far."""
         if self._peak is None or self._sum is None:
             raise ValueError("OnlineLogMeanExp: nothing was added")
         return self._peak + torch.log(self._sum) - math.log(self.count)
@@ -92,8 +92,8 @@ def importance_bound(
 ) -> tuple[Tensor, dict[str, Any]]:
     """The bound on log p(x) of every image, (B,) float64, from `samples` draws; model in evaluation mode.
 
-    x: (B,C,H,W) in [0,1] on the model's device. seed: of the draws, one for the batch, or B of them: an image's noise is
-    then that of its seed, whatever else is in the batch. autocast: None or "bf16", for the network alone. Also
+    x: (B,C,H,W) in [0,1] on the model's device. seed: of the draws, one for the batch or one per image; with one per image,
+    the noise of an image does not depend on the rest of the batch. autocast: None or "bf16", for the network alone. Also
     returns sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
     "kl_per_channel" (channels of all groups).
 
@@ -148,12 +148,12 @@ def evaluate(
     on_batch: Callable[[int, float], None] | None = None,
     world: World | None = None,
 ) -> Evaluation:
-    """Evaluate `model` on `dataset`. An image's noise depends on seed and its index alone: another batch size gives the same
-    numbers but for rounding, another number of processes exactly the same.
+    """Evaluate `model` on `dataset`. The noise of an image depends only on the seed and the index of the image: another batch
+    size gives the same numbers up to rounding, another number of processes exactly the same numbers.
 
     samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
-    first so many. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
-    batch. world: several processes share the images out, each returns the whole result. Raises ValueError for bad
+    first images. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
+    batch. world: processes among which the images are divided; each returns the whole result. Raises ValueError for bad
     arguments, on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`);
     the model itself is not changed.
     """
@@ -187,8 +187,8 @@ def evaluate(
             }
         )
     data_seed = seeds.mix_seed(seed, seeds.DATA)
-    # One row a batch: bound, reconstruction, KL of every group, of every channel. Batches are those of one process, dealt out
-    # in turn, and rows are added in their order: the sums are bit for bit the same.
+    # One row per batch: bound, reconstruction, KL of every group, of every channel. The batches are those of a single process,
+    # and rows are added in order, so that the sums do not depend on the number of processes, bit for bit.
     starts = range(0, total, batch_size)
     groups, latent = model.config.num_groups, model.config.num_latent_per_group
     table = torch.zeros(len(starts), 2 + groups + groups * latent, dtype=torch.float64, device=device)
@@ -246,5 +246,5 @@ def fitted(model_config: Any, dataset: Any) -> Any:
 
 
 def bits_per_dim(nats: float, dims: int) -> float:
-    """Nats an image as bits per dimension: `nats / (log 2 * dims)`."""
+    """Convert nats per image to bits per dimension: `nats / (log 2 * dims)`."""
     return nats / (math.log(2.0) * dims)

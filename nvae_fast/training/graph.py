@@ -1,4 +1,4 @@
-"""A function of tensors captured once in a CUDA graph and replayed: one launch in place of thousands.
+"""CUDA graphs of functions of tensors, captured once and replayed: one launch in place of thousands.
 
 A graph replays kernels on fixed addresses. Whatever changes between two replays therefore lives in device tensors
 that are written before the replay: images in a buffer of their own, numbers in `DeviceScalars`. What Python decides while
@@ -16,15 +16,15 @@ from torch import Tensor
 from nvae_fast.ops import _capture
 
 # Runs before a capture: libraries choose their algorithms and Triton compiles in the first, the optimizer's state is
-# made by then, and the allocator has seen a whole run.
+# allocated, and the allocator has seen a complete run.
 WARM_UP = 3
 
 
 class Recorder(Protocol):
-    """What captures: `CudaRecorder`, and in tests without a GPU a stand-in that calls the function again."""
+    """Interface of what captures: `CudaRecorder`, or in tests without a GPU an object that calls the function again."""
 
     def warm_up(self, body: Callable[[], Any]) -> Any:
-        """Run `body` for real, where a capture would run it."""
+        """Run `body` on the stream on which it would be captured."""
         ...
 
     def capture(self, body: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -86,18 +86,18 @@ class CapturedFunction:
         self._outputs: Any = None
 
     def reset(self) -> None:
-        """Forget the capture, for what it points at has gone."""
+        """Discard the capture, because the memory it refers to has been replaced."""
         self._key, self._warm, self._replay, self._outputs = None, 0, None, None
 
     def ready(self, key: Hashable) -> bool:
-        """Whether `key` was warmed up often enough; a new one starts from nothing."""
+        """Whether `key` was warmed up often enough. Another key discards the capture and the count."""
         if key != self._key:
             self.reset()
             self._key = key
         return self._warm >= WARM_UP
 
     def warm_up(self, body: Callable[[], Any]) -> Any:
-        """One real run that counts as warm-up."""
+        """Run `body` once as warm-up."""
         result = self.recorder.warm_up(body)
         self._warm += 1
         return result
@@ -124,7 +124,7 @@ class DeviceScalars:
         self._device = torch.zeros(size, dtype=torch.float64, device=device)
         self.numbers = {name: self._device[index] for index, name in enumerate(names)}
         self.seed = self._device.view(torch.int64)[-1]
-        # Only when the copy before has been read may its source be written again.
+        # The source of the previous copy must have been read before it is written again.
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
 
     @torch.no_grad()
@@ -144,5 +144,5 @@ class DeviceScalars:
 
 
 def layout(tensor: Tensor) -> Hashable:
-    """What a capture fixes of an input: shape, strides and dtype."""
+    """Properties of an input that a capture fixes: shape, strides and dtype."""
     return tuple(tensor.shape), tensor.stride(), tensor.dtype

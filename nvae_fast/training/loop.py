@@ -1,8 +1,8 @@
-"""The training loop: steps, metrics, checkpoints and pictures, and how a run stops and goes on.
+"""The training loop: steps, metrics, checkpoints, pictures, stopping and resuming.
 
 A run is a pure function of its configuration: every step's images, noise, learning rate and KL coefficient
-follow from the seed and the step number. A checkpoint therefore needs no more than parameters, optimizer, the
-step and the running averages, and a resumed run continues bit for bit.
+follow from the seed and the step number. A checkpoint therefore holds only parameters, optimizer, step number
+and running averages, and a resumed run continues bit for bit.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from nvae_fast.version import __version__
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
 
-# With a time limit, the pace is judged by the median of so many steps, and not in the first part of the time,
-# when steps are slower than later on.
+# With a time limit, the time per step is the median over this many steps. The first part of the time is left out,
+# because steps are slower there.
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
 # Options on which it depends whether a step is finite.
@@ -54,8 +54,8 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. step: optimizer steps taken; skipped: those undone; signal: what stopped it early (None: it is
-    finished); seconds: of training, resumed parts included."""
+    """Result of a run. step: optimizer steps taken; skipped: steps undone; signal: the signal that stopped it early, None
+    when it is finished; seconds: duration of training, resumed parts included."""
 
     step: int
     skipped: int
@@ -67,7 +67,7 @@ class Trainer:
     """Trains `model` on `dataset`, writing into `folder` (made by `run_folder.prepare`).
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
-    size and channels. world: the processes of the run, None for this one alone. quiet: no progress line.
+    size and channels. world: the processes of the run, None for a single one. quiet: no progress line.
     progress: "auto", "plain" or "none", see `Progress`.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
@@ -143,11 +143,11 @@ class Trainer:
         self._proven = False
 
     def run(self) -> RunResult:
-        """Train to the end, or until a signal asks to stop; the last thing it does is to write a checkpoint.
+        """Train to the end or until a stop signal to any process, then write a checkpoint.
 
         Raises TrainingDiverged after `max_bad_steps` non-finite steps in a row, CheckpointError or RunFolderError when a
-        file cannot be written, ProcessLost when another process of the run died. Always the checkpoints on disk are
-        whole.
+        file cannot be written or another process trains in the folder, ProcessLost when another process of the run died. The
+        checkpoints on disk are complete at all times.
         """
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
@@ -172,7 +172,7 @@ class Trainer:
         pace: deque[float] = deque(maxlen=_PACE_STEPS)
         self._log_mark = (self.step, self.elapsed)
         try:
-            # Leaving early ends the threads that read images ahead.
+            # Closing the generator ends the threads that prefetch images.
             with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
                 if self._last_saved < 0:
                     self.save()
@@ -293,7 +293,7 @@ class Trainer:
         self.skipped = progress["skipped"]
 
     def _batches(self) -> Generator[Tensor, None, None]:
-        """Images from the current step on, epoch after epoch without end."""
+        """Yield images from the current step on, epoch after epoch."""
         epoch, start = divmod(self.step, self.steps_per_epoch)
         while True:
             yield from self.loader.epoch(epoch, start_batch=start)
@@ -394,7 +394,7 @@ class Trainer:
         speed = (self.step - since_step) * self._images() / max(self.elapsed - since_time, 1e-9)
         text = f"loss {result.loss:.2f}  kl {result.kl:.2f}  bits/dim {bits:.4f}  {speed:.0f} images/s"
         last = self.position >= self.total_steps
-        # A time limit makes the schedule run ahead of the steps; then only the part that is done is certain.
+        # With a time limit the position is ahead of the step count, and the number of steps to come is unknown.
         count = str(self.step) if self.position != self.step else None
         progress.update(min(self.position, self.total_steps), text, count=count, force=last)
         if self.step % self.config.log_every and not last:

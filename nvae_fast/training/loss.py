@@ -1,4 +1,4 @@
-"""The whole loss of a step as one module: network, likelihood, KL and regularisers, over the images of all processes."""
+"""The loss of a training step as one module: network, likelihood, KL and regularisers over the images of all processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module):
-    """The whole loss as one module, so that DistributedDataParallel sees every use of a parameter."""
+    """The loss as one module, so that DistributedDataParallel sees every use of a parameter."""
 
     def __init__(self, model: NVAE, config: TrainingConfig, world: World) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Objective(nn.Module):
         return loss, torch.cat([torch.stack([loss, *parts]).detach(), channels])
 
     def _average(self, kl: Tensor) -> Callable[[Tensor], Tensor] | None:
-        """What makes of this process's mean |KL| of the groups that of all images; None when they are all here."""
+        """A function from the mean |KL| of the groups on this process to that of all images; None with a single process."""
         if self.world.size == 1:
             return None
         sums = kl.detach().abs().sum(0)

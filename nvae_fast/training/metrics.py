@@ -1,7 +1,7 @@
-"""What training reports: averages over a few steps, one JSON line each, and TensorBoard when asked.
+"""Metrics of training: averages over a few steps, written as lines of JSON and optionally to TensorBoard.
 
 A line of `metrics.jsonl`: `step` (steps done) and `epoch`; the means since the last line of `loss`,
-`reconstruction` and `kl` (nats an image), `spectral` and `batch_norm` (the regularisers, without lambda) and
+`reconstruction` and `kl` (nats per image), `spectral` and `batch_norm` (the regularisers, without lambda) and
 `grad_norm`; `kl_per_group`, a list, and `active_per_group`, how many channels of each group's latent variable carry more
 than 0.1 nats; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
 step; `skipped_steps` since the last line; `images_per_second`; `seconds` of training so far.
@@ -32,7 +32,7 @@ _AVERAGED = ("loss", "reconstruction", "kl", "spectral", "batch_norm", "grad_nor
 
 
 class Averages:
-    """Means of the step results since the last line. Skipped steps are counted, not averaged."""
+    """Means of the results of the steps since the last line. Skipped steps are counted, not averaged."""
 
     def __init__(self, state: dict[str, Any] | None = None) -> None:
         state = state or {}
@@ -43,7 +43,7 @@ class Averages:
         self.skipped: int = state.get("skipped", 0)
 
     def add(self, result: StepResult) -> None:
-        """Take in one step."""
+        """Add the result of one step."""
         if result.skipped:
             self.skipped += 1
             return
@@ -55,7 +55,7 @@ class Averages:
             self.channels = [a + b for a, b in zip(before, result.kl_per_channel, strict=True)]
 
     def means(self) -> dict[str, float | None]:
-        """The averages; None where there was no step to average."""
+        """The averages, None when there was no step."""
         return {name: self.sums[name] / self.steps if self.steps else None for name in _AVERAGED}
 
     def groups(self, count: int) -> dict[str, list[float] | list[int] | None]:
@@ -67,7 +67,7 @@ class Averages:
         return {"kl_per_group": means.sum(1).tolist(), "active_per_group": active.tolist()}
 
     def state(self) -> dict[str, Any]:
-        """Plain values for a checkpoint, so that a resumed run writes the line it would have written."""
+        """Plain values for a checkpoint, from which a resumed run continues the averages."""
         return {
             "sums": dict(self.sums),
             "steps": self.steps,
@@ -77,12 +77,12 @@ class Averages:
 
 
 class MetricsLog:
-    """`metrics.jsonl` of a run folder: one JSON object a line, complete on disk as soon as it is written.
+    """`metrics.jsonl` of a run folder: one JSON object per line, flushed after every line.
 
-    resume_step: keep only the lines up to this step (a killed run may have logged past its last checkpoint;
-    those steps are run again). None starts a new file. tensorboard: also write event files under
+    resume_step: keep only the lines up to this step; a killed run may have written lines after its last
+    checkpoint, and those steps are repeated. None starts a new file. tensorboard: also write event files under
     `tensorboard/`. Raises RunFolderError when the file cannot be written, ImportError naming the package when
-    TensorBoard is asked for and missing.
+    TensorBoard is requested and missing.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class MetricsLog:
         with writing(self.path):
             if resume_step is not None and self.path.exists():
                 _keep_up_to(self.path, resume_step)
-            # Open for the whole run: `close` ends it.
+            # Stays open until `close`.
             self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")  # noqa: SIM115
         self._board = _board(Path(folder), resume_step) if tensorboard else None
 
     def write(self, record: dict[str, Any]) -> None:
-        """Append one line. Numbers JSON has no name for (inf, nan) are written as null. Raises RunFolderError."""
+        """Append one line. inf and nan, which JSON does not have, are written as null. Raises RunFolderError."""
         with writing(self.path):
             self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}) + "\n")
             self._file.flush()
@@ -119,7 +119,7 @@ class MetricsLog:
             show_pictures(self._board, step, model, dataset, seed=seed)
 
     def close(self) -> None:
-        """Close the files. Every line was flushed: what cannot be written now was reported when it was."""
+        """Close the files. Errors are ignored, since every line has been flushed."""
         with contextlib.suppress(OSError):
             self._file.close()
         if self._board is not None:
@@ -127,7 +127,7 @@ class MetricsLog:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a metrics file (or of a run folder's); a line cut short by a crash is left out."""
+    """The records of a metrics file, given by its path or its run folder. Incomplete lines are left out."""
     file = Path(path)
     file = file / NAME if file.is_dir() else file
     return [json.loads(line) for line in _whole_lines(file)]

@@ -1,4 +1,4 @@
-"""What training minimises: the evidence bound with a warmed-up, balanced KL, plus two weighted regularisers.
+"""The training objective: the evidence bound with a warmed-up, balanced KL, plus two weighted regularisers.
 
     loss = mean_b( recon_b + balanced_kl_b ) + lambda * (spectral + batch_norm)
 
@@ -36,7 +36,7 @@ class HasGroups(Protocol):
 def kl_coefficient(
     step: float, total_steps: float, anneal_portion: float = 0.3, const_portion: float = 1e-4
 ) -> float:
-    """The KL coefficient c of a step: `max(min((step - const) / anneal, 1), 1e-4)`.
+    """The KL coefficient c at a step: `max(min((step - const) / anneal, 1), 1e-4)`.
 
     step, total_steps: position in the run and its length, in optimizer steps. anneal_portion, const_portion:
     the parts of the run (fractions) over which c rises, and before which it rests at 1e-4. `anneal_portion=0`
@@ -153,6 +153,8 @@ def _check_kl(name: str, kl: Tensor, config: HasGroups) -> None:
     groups = sum(config.groups_per_scale)
     if not isinstance(kl, Tensor) or kl.dim() != 2 or kl.shape[1] != groups:
         got = f"shape {tuple(kl.shape)}" if isinstance(kl, Tensor) else type(kl).__name__
-        raise ValueError(f"{name}: kl must be a tensor of shape (B, {groups}), one column a group; got {got}")
+        raise ValueError(
+            f"{name}: kl must be a tensor of shape (B, {groups}), one column per group; got {got}"
+        )
     if not kl.is_floating_point():
         raise TypeError(f"{name}: kl must be a floating-point tensor, got {kl.dtype}")

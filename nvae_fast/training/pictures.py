@@ -1,4 +1,4 @@
-"""Pictures of what a model does: grids of samples, and of images above their reconstructions."""
+"""Grids of samples, and of images above their reconstructions."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def draw_images(
     on_batch: Callable[[int], None] | None = None,
     world: World | None = None,
 ) -> Tensor:
-    """`count` images (N,C,H,W) in [0,1] from the prior, on the CPU; the model in evaluation mode.
+    """Draw `count` images (N,C,H,W) in [0,1] from the prior; they are returned on the CPU. The model is in evaluation mode.
 
-    temperature: multiplies every prior's sigma, or one for each group. pixel_temperature: multiplies the likelihood's noise;
-    1 by default, as images of NVAE are published. seed: image i depends on (seed, i) alone;
-    another batch size gives the same images but for rounding, another number of processes exactly the same. pixels:
-    "sample" draws them from the likelihood, "mean" takes its mean, "auto" takes the mean of a Bernoulli (gray values say
-    more than black and white dots) and draws otherwise. on_batch(done) is called after every batch. world: several
-    processes share the batches out; the first of them gets the images, the others none of them, (0,C,H,W).
+    temperature: multiplies the sigma of every prior; one number, or one for each group. pixel_temperature: multiplies the
+    noise of the likelihood; 1 by default, as images of NVAE are published. seed: image i depends only on
+    (seed, i); another batch size gives the same images up to rounding, another number of processes exactly the same.
+    pixels: "sample" draws from the likelihood, "mean" takes its mean, "auto" takes the mean of a Bernoulli likelihood and
+    draws from others. on_batch(done) is called after every batch. world: processes among which the batches are divided;
+    process 0 returns the images, the others an empty tensor (0,C,H,W).
     """
     pixels = chosen_pixels(model, pixels)
     world = world or World()
@@ -63,7 +63,7 @@ def draw_images(
     shape = (model.config.channels, model.config.resolution, model.config.resolution)
     sampler = Sampler(model, temperature=temperature, pixel_temperature=pixel_temperature, pixels=pixels)
     parts = []
-    # Batches are those of one process, dealt out in turn: their images come out bit for bit the same.
+    # The batches are those of a single process, so that images do not depend on the number of processes.
     for start in range(0, count, batch_size * world.size):
         mine = start + batch_size * world.rank
         size = min(batch_size, max(count - mine, 0))
@@ -91,7 +91,7 @@ def chosen_pixels(model: NVAE, pixels: str) -> str:
 
 @contextlib.contextmanager
 def evaluation(model: NVAE, *, keep_buffers: bool = False) -> Iterator[NVAE]:
-    """The model in evaluation mode for a while; keep_buffers: put its buffers back afterwards as well."""
+    """Context manager that sets evaluation mode and restores the previous mode; keep_buffers: restores the buffers too."""
     training = model.training
     saved = [(b, b.detach().clone()) for b in model.buffers()] if keep_buffers else []
     model.eval()
@@ -113,9 +113,9 @@ def write_samples(
     seed: int = 0,
     readjust_passes: int = 0,
 ) -> None:
-    """A PNG grid of images from the prior. The model comes out as it went in, statistics included.
+    """Write a PNG grid of images from the prior. The model is unchanged afterwards, its statistics included.
 
-    Every process computes by itself; path=None draws and writes nothing (but keeps in step with one that does).
+    Every process computes by itself. With path=None nothing is drawn; the statistics are re-estimated all the same.
     """
     from nvae_fast.data import save_grid
 
@@ -132,7 +132,7 @@ def write_samples(
 def write_reconstructions(
     model: NVAE, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
 ) -> None:
-    """A PNG grid in which every row of images (N,C,H,W, in [0,1]) has its reconstructions below it."""
+    """Write a PNG grid in which the reconstructions are below each row of images (N,C,H,W, in [0,1])."""
     from nvae_fast.data import save_grid
 
     grid, columns = with_reconstructions(model, images, columns=columns, seed=seed)

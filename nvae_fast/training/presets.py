@@ -1,8 +1,7 @@
 """Training presets: the six published settings and the small one of `make demo`.
 
-A preset has two halves. The model's half lives in `nvae_fast.models` under the same name (`digits_demo` is
-defined here, being no published model); the training half, the data it expects and the number of GPUs the
-paper used are here.
+A preset has a model configuration, which `nvae_fast.models` defines under the same name (except `digits_demo`, which is no
+published model and is defined in this module), a training configuration and the data it expects.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TrainingPreset:
-    """One setting. name: as in `preset(name)`; summary: a line for the command line; training: its `TrainingConfig`; data: a
-    built-in set of images, or None when the user must give a path; model: options of its NVAEConfig, None for those of the
-    published model of that name."""
+    """A model and training configuration. name: as in `preset(name)`; summary: one line for the command line's help;
+    training: the `TrainingConfig`; data: a built-in set of images, None when a path must be given; model: options of the
+    NVAEConfig, None for those of the published model of that name."""
 
     name: str
     summary: str

@@ -1,4 +1,4 @@
-"""How far a long job is, on stderr: tqdm's bar on a terminal, a line every few seconds elsewhere."""
+"""Progress of a long job on stderr: tqdm's bar on a terminal, a new line every few seconds elsewhere."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ LINE_INTERVAL = 5.0
 class Progress:
     """Progress of a job of `total` parts.
 
-    label: what is going on ("train"). unit: what is counted ("step"). stream: where to write, stderr by default. mode:
-    "auto" is a bar where the stream is a terminal and tqdm is installed, else lines; "plain" is lines; "none" shows
-    nothing. quiet: nothing at all, messages included. Raises ValueError for another mode.
+    label: name of the job ("train"). unit: name of a part ("step"). stream: where to write, stderr by default. mode:
+    "auto" is a bar where the stream is a terminal and tqdm is installed, else lines; "plain" is lines; "none" shows no
+    progress. quiet: show nothing, messages included. Raises ValueError for another mode.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Progress:
         self._first: float | None = None
 
     def update(self, done: float, text: str = "", *, count: str | None = None, force: bool = False) -> None:
-        """Show that `done` parts are done; shown at most every few seconds unless forced.
+        """Show that `done` parts are done, at most every few seconds unless `force` is True.
 
         count: shown in place of "done/total".
         """
@@ -71,14 +71,14 @@ class Progress:
         self._write(f"{part:4.0%}  {line}{left}")
 
     def message(self, text: str) -> None:
-        """A line of its own that stays, above the bar."""
+        """Print a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=self.stream)
         elif not self.quiet:
             self._write(text)
 
     def close(self) -> None:
-        """End the bar, so that what follows starts on a new line."""
+        """End the bar, so that later output starts on a new line."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -108,7 +108,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as 1:02:03 or 2:03."""
+    """Format seconds as 1:02:03 or 2:03."""
     total = int(max(seconds, 0.0))
     hours, rest = divmod(total, 3600)
     minutes, left = divmod(rest, 60)

@@ -1,7 +1,7 @@
-"""Batch-norm statistics re-estimated for sampling at a temperature, remembered beside the checkpoint.
+"""Batch-norm statistics re-estimated for sampling at a temperature, cached beside the checkpoint.
 
-Re-estimating takes hundreds of sampling passes, and its result depends on nothing but the checkpoint,
-temperature, passes and batch: these are the key of the file it is kept in.
+Re-estimation takes hundreds of sampling passes. Its result depends only on the checkpoint, temperature, passes
+and batch, which are the key of the cache file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
 
 _FORMAT = "nvae_fast.batch_norm_statistics"
-# One seed for all: statistics over thousands of images hardly depend on it, and so one file serves every
-# sample.
+# A fixed seed, so that one cache file serves all seeds of sampling: statistics over thousands of images hardly
+# depend on it.
 _SEED = 0
 
 
@@ -36,11 +36,11 @@ def readjust(
     keep: bool = True,
     report: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
-    """Put readjusted batch-norm statistics into `model`, from the file beside `source` if it is there.
+    """Load readjusted batch-norm statistics into `model`, from the cache file beside `source` if there is one.
 
-    Otherwise the model's sampler is run (`passes` batches of `batch` images at `temperature`) and the file
-    written, unless `keep` is False. source=None: never cached. Returns the file, None when there is none; report(text)
-    says what is done. The model comes back in evaluation mode.
+    Otherwise `passes` batches of `batch` images are sampled at `temperature`, and the file is written unless `keep` is
+    False. source=None: no cache. report(text) is called with a message. Returns the path of the file, None when there
+    is none. The model is in evaluation mode afterwards.
     """
     path = None
     temperatures = [float(t) for t in group_temperatures("readjust", temperature, model.config.num_groups)]
@@ -92,12 +92,12 @@ def _fits(model: NVAE, statistics: dict[str, Any]) -> bool:
 
 
 def _read(path: Path, key: dict[str, Any]) -> dict[str, Any] | None:
-    """The statistics of a cache file, None when it is missing, damaged or another checkpoint's."""
+    """The statistics of a cache file, None when it is missing, damaged or of another checkpoint."""
     if not path.exists():
         return None
     try:
         document = torch_files.read(path)
-    except (torch_files.UnreadableFile, OSError):  # it is made again
+    except (torch_files.UnreadableFile, OSError):  # a damaged cache is computed again
         return None
     if not isinstance(document, dict) or any(document.get(name) != value for name, value in key.items()):
         return None

@@ -1,4 +1,4 @@
-"""The folder of a run: made, resumed or moved aside, never silently written over."""
+"""The folder of a run: it is created, resumed, or renamed to make place for a new one; nothing in it is overwritten."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ _locked: set[Path] = set()  # by this process
 
 
 class RunFolderError(RuntimeError):
-    """The run folder is not in the state the command needs; the message says what to do."""
+    """A run folder cannot be used as requested; the message says what to do."""
 
 
 def prepare(
     path: str | os.PathLike[str], *, resume: bool = False, overwrite: bool = False
 ) -> tuple[Path, str | None]:
-    """Make a run folder ready and return (folder, note), the note saying what was moved aside, or None.
+    """Prepare a run folder and return (folder, note); the note says what was renamed, None when nothing was.
 
     resume: it must hold a checkpoint; where the newest is damaged, the previous one takes its place and the damaged one is
     kept under another name. overwrite: what is there is renamed to `<name>.replaced-<time>`,
@@ -159,7 +159,7 @@ def _is_at(descriptor: int, file: Path) -> bool:
 
 @contextlib.contextmanager
 def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """A file of a run that cannot be written becomes a RunFolderError that says what is safe and how to go on."""
+    """Context manager that turns an OSError while writing ``path`` into a RunFolderError that says how to continue."""
     try:
         yield
     except OSError as error:
@@ -183,7 +183,7 @@ def how_to_continue(folder: Path) -> str:
 
 
 def _check_writable(folder: Path) -> None:
-    """Find out now, not at the first checkpoint an hour later."""
+    """Raise RunFolderError unless files can be written in ``folder``."""
     try:
         with atomic_file(folder / ".write-test"):
             pass

@@ -1,4 +1,4 @@
-"""Drawing images again and again: on a GPU one CUDA graph launch a batch, elsewhere the same code eagerly."""
+"""Repeated sampling of images: one CUDA graph launch per batch on a GPU, the same code eagerly elsewhere."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ PIXELS = ("sample", "mean", "logits")
 
 
 class Sampler:
-    """Images from the prior of `model` with the weights and statistics that it has when the sampler is made: it keeps a frozen
-    copy (:func:`nvae_fast.freeze`). After training on, make another sampler.
+    """Draws images from the prior of `model`, of which it keeps a frozen copy (:func:`nvae_fast.freeze`). Later changes of the
+    model's weights have no effect; make another sampler after further training.
 
-    temperature: multiplies every prior's sigma; one number, or one for each group, coarsest scale first.
-    pixel_temperature: multiplies the likelihood's noise. None: `temperature` where that is one number, else 1.
-    pixels: "sample" draws them from the likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None
-    or "bf16", for the network alone. recorder: what captures, in tests. Raises ValueError for other values.
+    temperature: multiplies the sigma of every prior; one number, or one for each group, coarsest scale first.
+    pixel_temperature: multiplies the noise of the likelihood. None: `temperature` where that is one number, else 1.
+    pixels: "sample" draws from the likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or
+    "bf16", for the network only. recorder: replaces the CUDA graph capture in tests. Raises ValueError for other values.
 
-    On a GPU the newest batch size is kept captured. The same seed gives the same images, replayed or not.
+    On a GPU the graph of the latest batch size is kept. The same seed gives the same images, with and without a graph.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Sampler:
         # Two streams of noise: of the latent variables and of the pixels.
         self._latent = DeviceScalars((), self.device)
         self._pixel = DeviceScalars((), self.device)
-        self._image_seeds: Tensor | None = None  # (2, n): one seed an image, for both
+        self._image_seeds: Tensor | None = None  # (2, n): one seed per image, for each of the two
         if recorder is None and self.device.type == "cuda":
             recorder = CudaRecorder(self.device)
         self._replay = CapturedFunction(recorder) if recorder is not None else None
@@ -70,11 +70,11 @@ class Sampler:
     def __call__(
         self, n: int, *, seed: int, pixel_seed: int | None = None, first: int | None = None
     ) -> Tensor:
-        """`n` images (N,C,H,W) in [0,1] (or the likelihood's parameters), on the model's device, the caller's own.
+        """Draw `n` images (N,C,H,W) in [0,1], or the likelihood's parameters, on the model's device.
 
-        pixel_seed: of the likelihood's noise, by default another stream of `seed`. first: the number of the first image;
-        image `first + i` is then drawn from streams of its own, the same in any batch and on any process. None: one
-        stream for the batch, which is faster by a launch or two an image where launches count.
+        pixel_seed: seed of the likelihood's noise, by default derived from `seed`. first: number of the first image; image
+        `first + i` is then drawn from its own streams, which are the same in any batch and on any process. None: one stream
+        for the batch, which saves one or two launches per image.
         """
         n, seed = _checks.whole("Sampler", "n", n), _checks.whole("Sampler", "seed", seed)
         if first is None:
@@ -92,7 +92,7 @@ class Sampler:
         return replayed.clone()
 
     def body(self, n: int) -> Tensor:
-        """What a graph holds: `n` images, from the seeds written last."""
+        """The captured function: `n` images from the seeds written last."""
         enabled = self.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             seed = self._latent.seed if self._image_seeds is None else self._image_seeds[0]

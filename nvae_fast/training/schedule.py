@@ -1,8 +1,8 @@
-"""Where a run stands, and the learning rate there. Pure functions: resuming needs no scheduler state.
+"""Position of a run in its schedules, and the learning rate. These are pure functions, so there is no scheduler state.
 
-Schedules follow the *position* of a run. Without a time limit it is the step number, exactly. With a time
-limit that is too short for all steps the position moves on by more than one per step, such that learning rate
-and KL coefficient still reach the end of their schedules when the time is over.
+Schedules are functions of the *position* of a run. Without a time limit the position is the step number. With a
+time limit that is too short for all steps it advances by more than one per step, so that learning rate and KL
+coefficient reach the end of their schedules when the time is over.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import math
 def learning_rate(
     position: float, total_steps: float, *, peak: float, minimum: float, warmup_steps: float = 0
 ) -> float:
-    """Linear warm-up, then half a cosine down to the minimum.
+    """Learning rate of a linear warm-up followed by half a cosine down to the minimum.
 
         position < warmup:  peak * (position + 1) / warmup
         after:              minimum + (peak - minimum) * (1 + cos(pi * t)) / 2,   t from 0 to 1
@@ -35,9 +35,8 @@ def advance(
 ) -> float:
     """The position after one more step.
 
-    elapsed: seconds of training so far; last: seconds a step takes now; limit: seconds allowed, None for no
-    limit. The result is `position + 1` whenever the remaining steps fit into the remaining time, so that a
-    time limit which is long enough changes nothing, bit for bit.
+    elapsed: seconds of training so far; last: current seconds per step; limit: seconds allowed, None for no
+    limit. The result is exactly `position + 1` when the remaining steps fit into the remaining time.
     """
     if limit is None:
         return position + 1

@@ -1,9 +1,9 @@
-"""One training step: forward, loss, backward, Adamax; undone as a whole when anything in it is not finite.
+"""One training step: forward, loss, backward and Adamax, all of it undone when the loss or a gradient is not finite.
 
 On one GPU the whole step is a single CUDA graph: its body is a function of device tensors alone (images, and the
 coefficients, learning rate and seed in `DeviceScalars`), never waits for the device and never decides anything on the host.
-Everywhere else the same body runs eagerly. Whether a step counts is decided outside of it, from the one vector of
-numbers that the host reads: eagerly before the optimizer moves, after a graph by putting everything back.
+Everywhere else the same body runs eagerly. The host reads one vector of numbers per step and decides whether the step is kept:
+in eager mode before the optimizer runs, after a graph by restoring parameters, optimizer and buffers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ ADAMAX_EPS = 1e-3
 
 @dataclass(frozen=True)
 class StepResult:
-    """The numbers of one step. loss: what was minimised; reconstruction, kl: means over the batch, nats an image; spectral,
-    batch_norm: the regularisers, not weighted; grad_norm: of all gradients, before clipping; skipped: it was undone;
-    kl_per_channel: means over the batch of every latent channel's KL, group after group, coarsest scale first."""
+    """The numbers of one step. loss: the minimised value; reconstruction, kl: means over the batch in nats per image; spectral,
+    batch_norm: the unweighted regularisers; grad_norm: norm of all gradients before clipping; skipped: the step was undone;
+    kl_per_channel: means over the batch of the KL of every latent channel, in order of the groups, coarsest scale first."""
 
     loss: float
     reconstruction: float
@@ -49,21 +49,21 @@ class StepResult:
 
 
 class Step:
-    """Holds the model, its optimizer and what is needed to undo a bad step.
+    """A training step of a model with its optimizer, which undoes steps that are not finite.
 
     model: the NVAE, already on its device and in its memory format. After a step whose loss or gradient was
     not finite (on any process), parameters, optimizer, batch-norm statistics and spectral vectors are what
-    they were before it. config: a `TrainingConfig`. world: the processes of the run, None for this one alone. Raises
-    ValueError where `config` asks for what cannot be.
+    they were before it. config: a `TrainingConfig`. world: the processes of the run, None for a single one. Raises
+    ValueError where `config` requests what is not possible.
 
-    `config.cuda_graph` None captures the step in a CUDA graph where that is possible and `mode` says what
-    became of it; True raises ValueError where it is not. The first steps run eagerly (they initialise, choose
-    algorithms and make the optimizer's state), and so do the first after a change of batch shape. A capture keeps
+    `config.cuda_graph` None captures the step in a CUDA graph where that is possible, and `mode` says whether it
+    is; True raises ValueError where it is not. The first steps run eagerly (they initialise, choose algorithms
+    and allocate the optimizer's state), and so do the first ones after a change of the batch shape. A capture keeps
     copies of parameters and optimizer state, three times the parameters' memory, to undo a bad step with.
-    recorder: what captures, in tests.
+    recorder: replaces the CUDA graph capture in tests.
 
-    Processes may hold different numbers of images, even none: gradients and the numbers reported are those of the whole
-    batch. `config.accumulate` parts of each process's images are computed one after another, their gradients added up.
+    Processes may have different numbers of images, even none: gradients and the numbers returned are those of all images.
+    With `config.accumulate` every process computes its images in that many parts, one after another, and adds their gradients.
     """
 
     def __init__(
@@ -112,18 +112,18 @@ class Step:
     ) -> StepResult:
         """Take one step on images x (B,C,H,W) in [0,1]; weight is lambda, coefficient the KL coefficient.
 
-        seed: of the noise; an int64 tensor (B,) gives every image its own (not in a CUDA graph: ValueError).
+        seed: of the noise; an int64 tensor (B,) gives one seed per image. Raises ValueError for those in a CUDA graph.
         """
         self._image_seeds = seed if is_per_image(seed) else None
         if self._image_seeds is not None and self._replay is not None:
             raise ValueError(
-                "Step: one seed an image needs cuda_graph=False, a capture holds one seed a step"
+                "Step: one seed per image needs cuda_graph=False, a capture holds one seed per step"
             )
         plain = 0 if is_per_image(seed) else seed
         self._controls.write(plain, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
-        # What a capture only writes must be there before: the optimizer's state, too.
+        # A capture allocates nothing that outlives it, so that the optimizer's state must exist before.
         begun = self._first is None and len(self.optimizer.state) > 0
         if not self._replay.ready(layout(x)) or not begun:
             return self._eager(x, self._rate, self._replay.warm_up)
@@ -143,7 +143,7 @@ class Step:
             self._replay.reset()
 
     def optimizer_state(self) -> dict[str, Any]:
-        """The optimizer's state as any device and mode can continue from it."""
+        """The optimizer's state, which can be restored on any device and in any mode."""
         state = self.optimizer.state_dict()
         groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
         return {**state, "param_groups": groups}
@@ -151,7 +151,7 @@ class Step:
     def _eager(
         self, x: Tensor, rate: float | Tensor, run: Callable[[Callable[[], Tensor]], Tensor]
     ) -> StepResult:
-        """Forward and backward, the host's decision, then the optimizer or nothing. run: how to run each half."""
+        """Run forward and backward, and the optimizer if all is finite. run: calls each of the two."""
         values = run(lambda: self.gradients(x))
         result = self._decide(values)
         if result.skipped:
@@ -164,7 +164,7 @@ class Step:
         return result
 
     def _captured(self, x: Tensor, replay: CapturedFunction) -> StepResult:
-        """All of it, then the host's decision: a bad step is put back."""
+        """Run the captured step, and undo it unless all is finite."""
         if self._images is None or self._layout != layout(x):
             self._images, self._layout = torch.empty_like(x), layout(x)
         if not self._moved:
@@ -187,7 +187,7 @@ class Step:
         return result
 
     def body(self, x: Tensor) -> Tensor:
-        """What a graph holds for images x: the copies to undo it with, the step itself; returns what `gradients` returns."""
+        """The captured function: copies to undo the step with, then the step on images x. Returns the result of `gradients`."""
         _copy(self._copies, self._moved)
         values = self.gradients(x)
         self.update(self._rate)
@@ -199,12 +199,12 @@ class Step:
         _copy(self._saved, self._buffers)
         parts = self._backward(x)
         norm = self._clip()
-        # One wait for the device a step: everything the host wants to know travels together.
+        # One synchronisation per step: all numbers that the host needs are copied together.
         values = torch.cat([parts, norm.to(parts).reshape(1)])
         return torch.cat([torch.isfinite(values).all().to(values).reshape(1), values])
 
     def _backward(self, x: Tensor) -> Tensor:
-        """Sets the gradients of the whole batch; returns the numbers of the loss, of which the mean over processes counts."""
+        """Set the gradients of the whole batch; return the numbers of the loss, to be averaged over the processes."""
         several = self.world.size > 1
         count: float | Tensor = x.shape[0]
         if several:
@@ -230,7 +230,7 @@ class Step:
         return total
 
     def _pieces(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """The parts of a batch with their seeds. Processes with fewer images have as many parts, perhaps empty ones."""
+        """The parts of a batch with their seeds. Every process has the same number of parts, some of which may be empty."""
         seed = self._controls.seed if self._image_seeds is None else self._image_seeds
         count = self.config.accumulate
         if self.world.size == 1:
@@ -241,7 +241,7 @@ class Step:
         return list(zip(x.tensor_split(count), seeds, strict=True))
 
     def _add_gradients(self, loss: Tensor, *, first: bool) -> None:
-        # Nothing to accumulate into at first: the gradients are taken as they come, without two calls a parameter.
+        # The gradients of the first part are assigned, which saves two calls per parameter.
         gradients = torch.autograd.grad(loss, self.parameters, allow_unused=True)
         if first:
             for parameter, gradient in zip(self.parameters, gradients, strict=True):
@@ -267,7 +267,9 @@ class Step:
         self.optimizer.step()
 
     def _decide(self, values: Tensor) -> StepResult:
-        if self.world.size > 1:  # one exchange: is all finite everywhere, and the numbers of the whole batch
+        if (
+            self.world.size > 1
+        ):  # one exchange: whether all is finite on every process, and the numbers of the whole batch
             values = self.world.mean(values.double())
         finite, loss, reconstruction, kl, spectral, batch_norm, *channels, norm = values.tolist()
         return StepResult(
@@ -320,7 +322,7 @@ def _data_parallel(objective: nn.Module, world: World, *, unused: bool) -> nn.Mo
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*broadcast_buffers.* is deprecated")
-        # Batch norm merges its statistics itself and the spectral vectors move alike on every process:
+        # Batch norm merges its statistics itself and the spectral vectors are updated identically on every process:
         # buffers need no broadcast.
         return nn.parallel.DistributedDataParallel(
             objective,
@@ -331,7 +333,7 @@ def _data_parallel(objective: nn.Module, world: World, *, unused: bool) -> nn.Mo
 
 
 class _Beginning:
-    """Parameters and module flags before the first step."""
+    """A copy of parameters and module flags from before the first step."""
 
     def __init__(self, model: NVAE) -> None:
         self.model = model
@@ -347,12 +349,12 @@ class _Beginning:
 
 
 def layers_needing_data_init(model: NVAE) -> list[str]:
-    """Names of the modules whose data-dependent initialisation is still to come."""
+    """Names of the modules whose data-dependent initialisation has not happened yet."""
     return [name for name, module in model.named_modules() if getattr(module, "needs_data_init", False)]
 
 
 def mark_needing_data_init(model: NVAE, names: list[str]) -> None:
-    """Let these modules be initialised by the next batch. (Loading a state marks all of them as done.)"""
+    """Mark these modules for initialisation by the next batch. (Loading a state marks all modules as initialised.)"""
     for name in names:
         setattr(model.get_submodule(name), "needs_data_init", True)  # noqa: B010  no attribute of nn.Module
 
