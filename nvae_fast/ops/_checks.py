@@ -6,9 +6,9 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -192,7 +192,8 @@ def size(op: str, name: str, value: Any) -> int:
 
 def plain(value: Any) -> Any:
     """A NumPy integer as an int; anything else as it is, for the caller to judge."""
-    return int(value) if isinstance(value, np.integer) else value
+    # setup.py imports this module where NumPy may be missing; NumPy registers its integers as Integral.
+    return int(value) if isinstance(value, Integral) and not isinstance(value, int) else value
 
 
 def flag(op: str, name: str, value: Any) -> None:
