@@ -41,7 +41,7 @@ $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "installing $(TORCH) and the tools into $(VENV)"
 	@$(PY) -m pip install -q --disable-pip-version-check "$(TORCH)" numpy setuptools wheel ninja packaging
-	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[data,plot,triton,dev]"
+	@$(PY) -m pip install -q --disable-pip-version-check --no-build-isolation -e ".[train,triton,dev]"
 	@touch $@
 
 build: $(VENV)/.installed
@@ -61,7 +61,8 @@ test-fast: build
 demo: build
 	$(PY) -m nvae_fast train --preset digits_demo --data digits --out runs/demo --overwrite
 	$(PY) -m nvae_fast evaluate runs/demo --threads 1 --json runs/demo/evaluation.json
-	@echo "look at runs/demo/samples.png and runs/demo/reconstructions.png"
+	$(PY) -m nvae_fast plot runs/demo
+	@echo "look at samples.png, reconstructions.png and curves.png in runs/demo"
 
 bench: build
 	$(PY) -m benchmarks --json benchmarks/results/$$($(PY) -m benchmarks --machine-name).json --plot benchmarks/results

@@ -4,62 +4,28 @@
     python examples/interpolate.py runs/demo --out pictures # reconstructions.png, interpolations.png
 
 Takes a run folder or a checkpoint, ours or an official one. An NVAE has a latent variable for each group, dozens of them. The
-point between two images is the point between their latent variables in every group at once; what the decoder makes of it is
-read off with two hooks, one that listens and one that speaks.
+point between two images is the point between their latent variables in every group at once. `python -m nvae_fast interpolate`
+and `reconstruct` do the same with labels and more options.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import nvae_fast as nf
 
 
-def entrances(model: nf.NVAE) -> list[nn.Module]:
-    """The modules through which z enters the decoder, group by group; z is their last argument."""
-    combiners = [part for part in model.decoder if isinstance(part, nf.nn.DecoderCombiner)]
-    return combiners or [model.vanilla_stem]
-
-
-@contextmanager
-def at_the_entrances(model: nf.NVAE, act: Callable[[int, torch.Tensor], torch.Tensor]) -> Iterator[None]:
-    """Inside the block ``act(group, z)`` says what enters in place of z."""
-
-    def hook(group: int) -> Callable[..., tuple[torch.Tensor, ...]]:
-        return lambda module, arguments: (*arguments[:-1], act(group, arguments[-1]))
-
-    handles = [part.register_forward_pre_hook(hook(i)) for i, part in enumerate(entrances(model))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def encode(model: nf.NVAE, x: torch.Tensor) -> list[torch.Tensor]:
-    """z of every group, (B, Z, H, W) each: with noise zero, the means of the posteriors."""
-    found: list[torch.Tensor] = []
-
-    def listen(group: int, z: torch.Tensor) -> torch.Tensor:
-        found.append(z)
-        return z
-
-    with at_the_entrances(model, listen):
-        model(x, noise=[x.new_zeros(x.shape[0], *shape) for shape in model.config.z_shapes])
-    return found
+    """z of every group, (B, Z, H, W) each: the means of the posteriors."""
+    return model.encode(x, sample=False)
 
 
 def decode(model: nf.NVAE, latents: list[torch.Tensor]) -> torch.Tensor:
-    """Images (B, C, H, W) in [0, 1]: the decoder runs as if it sampled, and gets these z."""
-    with at_the_entrances(model, lambda group, z: latents[group]):
-        logits = model.sample(latents[0].shape[0], seed=0)
-    return model.likelihood(logits).mean().float()
+    """Images (B, C, H, W) in [0, 1], the mean of the likelihood."""
+    return model.likelihood(model.decode(latents)).mean().float()
 
 
 @torch.no_grad()
@@ -95,12 +61,9 @@ def main(arguments: list[str] | None = None) -> None:
 
     rows = []
     for i in range(0, len(x), 2):
-        way = torch.linspace(0, 1, options.steps).view(-1, 1, 1, 1)
-        rows += [
-            x[i : i + 1],
-            decode(model, [torch.lerp(z[i], z[i + 1], way) for z in latents]),
-            x[i + 1 : i + 2],
-        ]
+        start, end = ([z[k : k + 1] for z in latents] for k in (i, i + 1))
+        way = [nf.interpolate_latents(start, end, float(t)) for t in torch.linspace(0, 1, options.steps)]
+        rows += [x[i : i + 1], *(decode(model, z) for z in way), x[i + 1 : i + 2]]
     nf.data.save_grid(torch.cat(rows), options.out / "interpolations.png", columns=options.steps + 2)
     print(f"wrote {options.out / 'reconstructions.png'} (images above, reconstructions below)")
     print(

@@ -6,6 +6,7 @@ Importing this package neither initialises CUDA nor imports triton.
 from nvae_fast import data, distributions, nn, training
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import freeze
+from nvae_fast.models.latents import interpolate_latents
 from nvae_fast.models.nvae import NVAE, NVAEOutput
 from nvae_fast.models.official import load_official, save_official
 from nvae_fast.ops._backend import backends, use_backend
@@ -41,6 +42,7 @@ __all__ = [
     "depthwise_conv2d",
     "distributions",
     "freeze",
+    "interpolate_latents",
     "load_official",
     "mixture_logistic_log_prob",
     "mixture_logistic_mean",

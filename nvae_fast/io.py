@@ -11,26 +11,29 @@ from typing import IO
 
 
 @contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
+def atomic_file(path: str | os.PathLike[str], *, sync: bool = True) -> Iterator[IO[bytes]]:
     """A binary file for writing that takes the name ``path`` only when the block ends without an error.
 
     The data go to a temporary file in the same folder (a rename is atomic only within one file system), are flushed and
     forced to disk, then renamed, and the rename is forced to disk. On an error the temporary file is removed and
-    ``path`` is untouched.
+    ``path`` is untouched. ``sync=False`` forces nothing to disk, for many files of which a lost one can be made again: after a
+    power cut a file may be empty.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as handle:
             yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+            if sync:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.replace(temporary, target)
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    sync_folder(target.parent)
+    if sync:
+        sync_folder(target.parent)
 
 
 def sync_folder(folder: Path) -> None:

@@ -97,7 +97,7 @@ def test_help_shows_the_real_defaults_and_units():
     assert f"(default: {config.num_latent_per_group};" in text["num_latent_per_group"]
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "convert", "info"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "fid", "sample", "plot", "convert", "info"])
 def test_help_prints(command, capsys):
     assert cli.main([command, "--help"]) == 0
     assert "usage: nvae_fast" in capsys.readouterr().out
@@ -300,7 +300,7 @@ def test_a_truncated_checkpoint_names_the_way_out(run, tmp_path, capsys):
             "ask for 90031 cells, at most 10000 are possible",
         ),
         (["sample", "x.pt", "--temperature", "inf"], "--temperature must be finite, got inf"),
-        (["sample", "x.pt", "-n", "1e18"], "--number must be at most 1000000, got 10"),
+        (["sample", "x.pt", "-n", "1e18"], "--number must be at most 1000000000, got 10"),
         (["sample", "x.pt", "--columns", "1e18"], "--columns must be at most 10000, got 10"),
         (["train", "--cont_training"], "did you mean --resume, which continues the run in --out?"),
         (["train", "--num_process_per_node", "8"], "torchrun --nproc-per-node N"),

@@ -1,4 +1,4 @@
-"""Evaluation, the importance-weighted bound, progress lines."""
+"""Evaluation and the importance-weighted bound."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from nvae_fast.training import (
     evaluate,
     importance_bound,
     load_model,
-    progress,
     seeds,
 )
 from nvae_fast.training.evaluation import OnlineLogMeanExp
@@ -115,23 +114,3 @@ def test_load_model_is_the_trained_model(tmp_path, digits):
     x = digits.batch(torch.arange(3), 0)
     run.model.eval()
     torch.testing.assert_close(model(x, seed=1).logits, run.model(x, seed=1).logits, rtol=1e-5, atol=1e-5)
-
-
-def test_progress_line_on_a_terminal_and_in_a_log():
-    import io
-
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
-
-    log, terminal = io.StringIO(), Terminal()
-    for stream in (log, terminal):
-        bar = progress.Progress("train", 10, stream=stream)
-        for done in range(1, 11):
-            bar.update(done, f"loss {done}", force=done == 10)
-        bar.close()
-    assert log.getvalue().count("\n") == 2  # the first and the forced one, nothing in between
-    assert "\r" not in log.getvalue()
-    assert "100% step 10/10  loss 10" in terminal.getvalue()
-    assert terminal.getvalue().startswith("\r")
-    assert progress.clock(3723) == "1:02:03"

@@ -120,6 +120,10 @@ def test_processes_are_one(several: list[dict], name: str, shares: str) -> None:
         for field in ("loss", "reconstruction", "kl", "spectral", "batch_norm", "grad_norm"):
             expected = getattr(whole["result"], field)
             assert getattr(part["result"], field) == pytest.approx(expected, rel=tolerance), field
+        channels = whole["result"].kl_per_channel
+        assert part["result"].kl_per_channel == pytest.approx(
+            channels, rel=tolerance, abs=tolerance * max(channels)
+        )
         for key, expected in whole["gradients"].items():
             error = float((part["gradients"][key] - expected).norm() / max(expected.norm(), 0.1 * largest))
             assert error <= tolerance, f"gradient {key}: {error:.3g}"
@@ -143,6 +147,9 @@ def test_parts_of_a_step_add_up(several: list[dict]) -> None:
             for accumulate in PARTS:
                 part = found["parts", parts, accumulate]
                 assert part["result"].loss == pytest.approx(whole["result"].loss, rel=1e-9)
+                assert part["result"].kl_per_channel == pytest.approx(
+                    whole["result"].kl_per_channel, rel=1e-9
+                )
                 for key, expected in whole["gradients"].items():
                     torch.testing.assert_close(
                         part["gradients"][key], expected, rtol=1e-7, atol=1e-9, msg=key

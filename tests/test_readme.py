@@ -15,8 +15,11 @@ from nvae_fast import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
-COMMANDS = re.findall(r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", README, re.M)
+COMMANDS = re.findall(
+    r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", README + TRAINING, re.M
+)
 
 
 def block(start: str) -> str:
@@ -84,7 +87,9 @@ def test_a_command_line_is_understood(line: str) -> None:
 
 
 def test_there_are_command_lines() -> None:
-    assert {line.split()[0] for line in COMMANDS} == {"train", "evaluate", "sample", "convert", "info"}
+    assert {line.split()[0] for line in COMMANDS} == {
+        "train", "evaluate", "fid", "sample", "plot", "convert", "info",
+    }  # fmt: skip
 
 
 def test_names_and_links_lead_somewhere() -> None:

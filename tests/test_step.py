@@ -195,7 +195,8 @@ def test_the_body_stays_on_its_device(changes, options, capturable, monkeypatch)
     monkeypatch.setattr(torch, "autocast", lambda *args, **kwargs: contextlib.nullcontext())  # has no meta
     step, x = prepared("meta", changes, {k: v for k, v in options.items() if k != "autocast"})
     with NoWaiting("meta"):
-        assert step.body(x).shape == (7,)
+        channels = step.model.config.num_groups * step.model.config.num_latent_per_group
+        assert step.body(x).shape == (7 + channels,)
 
 
 def test_what_waits_is_caught():

@@ -1,4 +1,4 @@
-"""The command line: `python -m nvae_fast {train,evaluate,sample,convert,info}`.
+"""The command line: `python -m nvae_fast COMMAND`, with a module for each command.
 
 Exit codes: 0 done, 2 an error (one line on stderr; `--debug` shows where), 130 or 143 training was stopped by
 SIGINT or SIGTERM after saving a checkpoint (`--resume` goes on from there).

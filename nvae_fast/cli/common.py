@@ -17,12 +17,32 @@ import torch
 from nvae_fast.cli import options
 from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
-from nvae_fast.training import distributed
+from nvae_fast.data.decode import EVALUATED_ON
+from nvae_fast.models.latents import linear_temperatures
+from nvae_fast.models.nvae import NVAE
+from nvae_fast.training import distributed, pictures
+from nvae_fast.training.config import check_bounds
+from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import watch_interrupts
 from nvae_fast.version import __version__
 
 # Options in which processes may differ: paths of a node, its machine, and what only process 0 does.
-_LOCAL = {"checkpoint", "data", "out", "npy", "json", "overwrite", "device", "threads", "quiet", "debug"}
+_LOCAL = {
+    "checkpoint",
+    "data",
+    "debug",
+    "device",
+    "grid",
+    "inception",
+    "json",
+    "npy",
+    "out",
+    "overwrite",
+    "progress",
+    "quiet",
+    "stats",
+    "threads",
+}
 
 
 def run_on_processes(
@@ -68,6 +88,42 @@ def open_images(
     )
 
 
+def images_of(
+    arguments: argparse.Namespace,
+    facts: dict[str, Any],
+    model_config: Any,
+    say: Callable[[str], None],
+    *,
+    split: str | None = None,
+    advice: str = "give --data",
+) -> tuple[Any, str, str]:
+    """(dataset, its name, its split): the images of `--data`, by default those that the checkpoint was trained on.
+
+    split: where `--split` is not given; None: what the data set was published with, else the test part. advice: what to do
+    where the checkpoint does not say what it was trained on.
+    """
+    data, kind = arguments.data, arguments.data_kind
+    trained = facts.get("data", {})
+    if data is None:
+        data, kind = trained.get("source"), kind or trained.get("kind")
+        if data is None:
+            raise ValueError(f"{facts['path']} does not say what it was trained on: {advice}")
+    how = image_options(arguments, model_config, trained)
+
+    def opened(part: str) -> Any:
+        return open_images(data, kind, part, model_config, how)
+
+    split = arguments.split or split
+    if split is None and model_config.dataset in EVALUATED_ON:
+        part = EVALUATED_ON[model_config.dataset]
+        try:
+            return opened(part), data, part
+        except (FileNotFoundError, ValueError) as error:
+            say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
+    split = split or "test"
+    return opened(split), data, split
+
+
 def image_options(
     arguments: argparse.Namespace, model_config: Any, trained: dict[str, Any] | None
 ) -> dict[str, Any]:
@@ -106,7 +162,7 @@ def versions() -> dict[str, str]:
         "cuda": torch.version.cuda or "not in this PyTorch",
         "numpy": np.__version__,
     }
-    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard"):
+    for name in ("triton", "pillow", "scikit-learn", "lmdb", "matplotlib", "tensorboard", "torch-fidelity"):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
@@ -123,6 +179,31 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
         raise ValueError(f"the folder of {file} does not exist")
     if file.exists() and not overwrite:
         raise ValueError(f"{file} exists already: --overwrite replaces it")
+
+
+def check_temperature(option: str, value: float | tuple[float, float] | None) -> None:
+    """Raise ValueError unless one number, or both ends of a range, are finite and greater than 0; None passes."""
+    for end in value if isinstance(value, tuple) else (value,):
+        check_bounds(option, end, above=0)
+
+
+def temperatures(value: float | tuple[float, float], model: NVAE) -> float | list[float]:
+    """What `--temperature` means for a model: one number, or one for each group."""
+    return linear_temperatures(*value, model.config.num_groups) if isinstance(value, tuple) else value
+
+
+def pixel_temperature(arguments: argparse.Namespace, model: NVAE) -> float:
+    """What `--pixel-temperature` means, 1 by default. Raises ValueError where it is given and the mean is taken."""
+    if arguments.pixel_temperature is None:
+        return 1.0
+    pixels = getattr(arguments, "pixels", None)
+    if pictures.chosen_pixels(model, pixels or "auto") == "mean":
+        needed = "--pixels sample" if pixels else "another likelihood"
+        raise ValueError(
+            f"--pixel-temperature needs {needed}: of binary images the mean of the likelihood is taken"
+        )
+    value: float = arguments.pixel_temperature
+    return value
 
 
 def set_threads(count: int | None) -> None:
@@ -145,6 +226,12 @@ def reporter(quiet: bool) -> Any:
             print(text, file=sys.stderr)
 
     return say
+
+
+def progress_of(arguments: argparse.Namespace, world: distributed.World, label: str, total: int) -> Progress:
+    """The progress of ``total`` images as --progress and --quiet ask for it, on the first process alone."""
+    quiet = arguments.quiet or not world.is_main
+    return Progress(label, total, unit="image", mode=arguments.progress, quiet=quiet)
 
 
 def report_skipped(dataset: Any, say: Any) -> None:

@@ -5,24 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from nvae_fast.cli import options
 from nvae_fast.cli.common import (
     check_writable,
-    image_options,
-    open_images,
+    images_of,
+    progress_of,
     report_skipped,
     reporter,
     run_on_processes,
     set_threads,
 )
-from nvae_fast.data.decode import EVALUATED_ON
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed
 from nvae_fast.training.evaluation import evaluate
-from nvae_fast.training.progress import Progress
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -37,20 +34,9 @@ def run(arguments: argparse.Namespace) -> int:
 def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
-    data, kind = arguments.data, arguments.data_kind
-    trained = facts.get("data", {})
-    if data is None:
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
-            raise ValueError(f"{facts['path']} does not say what it was trained on: give --data")
-    how = image_options(arguments, model.config, trained)
-
-    def opened(part: str) -> Any:
-        return open_images(data, kind, part, model.config, how)
-
-    split, dataset = _open_split(arguments.split, model.config, say, opened)
+    dataset, data, split = images_of(arguments, facts, model.config, say)
     total = min(len(dataset), arguments.max_images or len(dataset))
-    progress = Progress("evaluate", total, unit="image", quiet=arguments.quiet or not world.is_main)
+    progress = progress_of(arguments, world, "evaluate", total)
     try:
         result = evaluate(
             model,
@@ -80,21 +66,6 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     else:
         print(_evaluation_table(report))
     return 0
-
-
-def _open_split(
-    split: str | None, model_config: Any, say: Any, opened: Callable[[str], Any]
-) -> tuple[str, Any]:
-    """(split, its dataset): the one asked for, else the one the data set was published with, else the test part."""
-    if split is not None:
-        return split, opened(split)
-    if model_config.dataset in EVALUATED_ON:
-        part = EVALUATED_ON[model_config.dataset]
-        try:
-            return part, opened(part)
-        except (FileNotFoundError, ValueError) as error:
-            say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
-    return "test", opened("test")
 
 
 def _evaluation_table(report: dict[str, Any]) -> str:

@@ -12,6 +12,9 @@ from typing import Any
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.training.config import TrainingConfig, check_bounds
 
+# Upper bound of the number of images to draw.
+MOST_IMAGES = 1_000_000_000
+
 # The model's options in the order in which the help shows them.
 MODEL_HELP: dict[str, str] = {
     "dataset": "kind of images: sets size, channels and likelihood",
@@ -131,6 +134,15 @@ def whole_number(text: str) -> int:
 
 
 whole_number.__name__ = "whole number"
+
+
+def temperature(text: str) -> float | tuple[float, float]:
+    """A number, or two for the coarsest and the finest group, as in 0.6:1.0."""
+    first, colon, last = text.partition(":")
+    return (float(first), float(last)) if colon else float(first)
+
+
+temperature.__name__ = "number or FIRST:LAST"
 
 
 def _optional(convert: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The parser of all commands and options."""
+"""The parser of the command line, with its errors and hints."""
 
 from __future__ import annotations
 
@@ -7,12 +7,10 @@ import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
-from nvae_fast.cli import options
+from nvae_fast.cli.commands import COMMANDS
 
 PROGRAM = "nvae_fast"
 ERROR_CODE = 2
-
-_FROM_PRESET = "; a preset may set another"
 
 
 class _Parser(argparse.ArgumentParser):
@@ -96,12 +94,8 @@ def make_parser() -> argparse.ArgumentParser:
         "130 or 143 training stopped by SIGINT or SIGTERM after saving.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    _train_parser(_add(commands, "train", "train a model, or continue a run"))
-    _evaluate_parser(_add(commands, "evaluate", "the likelihood of images under a model"))
-    _sample_parser(_add(commands, "sample", "draw new images from a model"))
-    _convert_parser(_add(commands, "convert", "official checkpoint to ours, or ours to official"))
-    _prepare_parser(_add(commands, "prepare", "a data set as it is downloaded into LMDB databases"))
-    _info_parser(_add(commands, "info", "versions, devices, and which backend runs what and why"))
+    for name, (text, add_options) in COMMANDS.items():
+        add_options(_add(commands, name, text))
     return parser
 
 
@@ -111,225 +105,3 @@ def _add(commands: argparse._SubParsersAction, name: str, text: str) -> argparse
     )
     parser.add_argument("--debug", action="store_true", help="show a traceback with an error (default: no)")
     return parser
-
-
-def _image_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--crop",
-        type=options.whole_number,
-        default=None,
-        metavar="N",
-        help="centre crop of the images of a folder or LMDB [pixels] (default: the short side; 148 for the aligned faces "
-        "of celeba_64; a checkpoint's own)",
-    )
-    parser.add_argument(
-        "--resample",
-        choices=["bilinear", "lanczos"],
-        default=None,
-        help="filter that resizes the images of a folder or LMDB (default: lanczos; bilinear for celeba_64; a "
-        "checkpoint's own)",
-    )
-    parser.add_argument(
-        "--max-skipped-images",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="share of a folder's or LMDB's images that may be damaged and are skipped; more are an error, and so is a "
-        "file that cannot be reached (default: 0.01; 0 skips none)",
-    )
-
-
-def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
-    group = parser.add_argument_group("machine")
-    group.add_argument(
-        "--device",
-        default="auto",
-        metavar="NAME",
-        help="auto, cpu, cuda or cuda:<index> (default: auto, which is a GPU when there is one)",
-    )
-    if threads:
-        group.add_argument(
-            "--threads",
-            type=options.whole_number,
-            default=None,
-            metavar="N",
-            help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
-        )
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
-
-
-def _train_parser(parser: argparse.ArgumentParser) -> None:
-    from nvae_fast.models.config import NVAEConfig
-    from nvae_fast.training.config import TrainingConfig
-    from nvae_fast.training.presets import PRESETS
-
-    parser.epilog = (
-        "Ctrl-C or SIGTERM finishes the current step, writes a checkpoint and exits with 130 or 143; a "
-        "second Ctrl-C aborts at once. Presets: "
-        + "; ".join(f"{entry.name}: {entry.summary}" for entry in PRESETS.values())
-        + "."
-    )
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--preset",
-        choices=list(PRESETS),
-        default=None,
-        help="model and training settings to start from, each of which an option given replaces (default: none, which is "
-        "the default of every option)",
-    )
-    run.add_argument(
-        "--data",
-        default=None,
-        metavar="NAME_OR_PATH",
-        help="digits, photos, or a folder, array, IDX, CIFAR-10 or LMDB path (default: that of the preset "
-        "digits_demo, or of the run to resume; else it must be given)",
-    )
-    run.add_argument(
-        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
-    )
-    _image_options(run)
-    run.add_argument(
-        "--out",
-        default=None,
-        metavar="FOLDER",
-        help="run folder to write (default: runs/<preset>, or runs/nvae)",
-    )
-    run.add_argument(
-        "--resume", action="store_true", help="continue the run in --out bit for bit (default: no)"
-    )
-    run.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="when --out holds a run, rename that folder and start anew (default: no)",
-    )
-    _machine(parser, threads=False)
-    texts, units = options.training_texts()
-    training = parser.add_argument_group("training")
-    options.add_dataclass_options(training, TrainingConfig, texts, units=units, note=_FROM_PRESET)
-    model = parser.add_argument_group("model")
-    options.add_dataclass_options(model, NVAEConfig, options.MODEL_HELP, note=_FROM_PRESET)
-
-
-def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
-    parser.add_argument(
-        "--data",
-        default=None,
-        metavar="NAME_OR_PATH",
-        help="images to evaluate on (default: the data the checkpoint was trained on)",
-    )
-    parser.add_argument(
-        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
-    )
-    _image_options(parser)
-    parser.add_argument(
-        "--split",
-        choices=["train", "validation", "test"],
-        default=None,
-        help="which part of the data (default: test, or the validation part where there is no test part; validation "
-        "for celeba_64, as published)",
-    )
-    _number(parser, "--samples", 1, "K, draws of the importance-weighted bound, for every image", "draws")
-    _number(parser, "--batch-size", 32, "images evaluated together", "images")
-    _number(parser, "--max-images", None, "only the first so many images", "images")
-    _number(parser, "--seed", 0, "seed of draws and binarisation", "")
-    parser.add_argument(
-        "--autocast", choices=["none", "bf16"], default="none", help="mixed precision (default: none)"
-    )
-    parser.add_argument(
-        "--json",
-        nargs="?",
-        const="-",
-        default=None,
-        metavar="FILE",
-        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
-    )
-    _machine(parser)
-
-
-def _sample_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
-    _number(parser, "--number", 64, "images to draw", "images", short="-n")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="factor on the sigma of every prior and on the pixel noise (default: 1)",
-    )
-    _number(parser, "--seed", 0, "seed: the same one gives the same images, on any number of processes", "")
-    _number(parser, "--batch-size", 32, "images drawn together", "images")
-    parser.add_argument(
-        "--pixels",
-        choices=["auto", "mean", "sample"],
-        default="auto",
-        help="the likelihood's mean or a draw from it (default: auto: mean for binary images, else a draw)",
-    )
-    parser.add_argument(
-        "--readjust",
-        action=argparse.BooleanOptionalAction,
-        default=argparse.SUPPRESS,
-        help="re-estimate batch-norm statistics at this temperature first; the result is kept beside the "
-        "checkpoint (default: no)",
-    )
-    _number(parser, "--readjust-passes", 500, "sampling passes of the re-estimation", "passes of 16 images")
-    parser.add_argument(
-        "--out", default="samples.png", metavar="FILE", help="PNG grid to write (default: samples.png)"
-    )
-    _number(parser, "--columns", None, "columns of the grid; none makes it square", "images")
-    parser.add_argument(
-        "--npy",
-        default=None,
-        metavar="FILE",
-        help="also write the images as uint8 (N,H,W,C), which --data reads (default: none)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace existing files (default: no)")
-    _machine(parser)
-
-
-def _convert_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
-    parser.add_argument("target", help="checkpoint to write, in the other format")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
-
-
-def _prepare_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "kind",
-        choices=["celeba", "ffhq", "imagenet", "folder", "tfrecord"],
-        help="celeba: img_align_celeba with list_eval_partition.txt, kept whole; ffhq, folder: image files; imagenet: "
-        "folders train and val; tfrecord: raw images",
-    )
-    parser.add_argument("source", metavar="SRC", help="folder that holds the data set")
-    parser.add_argument(
-        "target", metavar="DST", help="folder to write; one that was stopped goes on where it was"
-    )
-    _number(parser, "--size", None, "side of the images; 256 for ffhq, 32 for imagenet", "pixels")
-    _image_options(parser)
-    parser.add_argument(
-        "--validation",
-        type=float,
-        default=0.1,
-        metavar="X",
-        help="share of images, the last by name, of a folder without splits (default: 0.1)",
-    )
-    _number(parser, "--workers", 4, "threads that decode images", "threads")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
-
-
-def _info_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
-
-
-def _number(
-    parser: argparse.ArgumentParser, option: str, default: int | None, text: str, unit: str, short: str = ""
-) -> None:
-    shown = "none" if default is None else default
-    parser.add_argument(
-        *([short] if short else []),
-        option,
-        type=options.whole_number,
-        default=default,
-        metavar="N",
-        help=f"{text}{f' [{unit}]' if unit else ''} (default: {shown})",
-    )

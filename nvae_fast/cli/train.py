@@ -115,7 +115,15 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     torch.manual_seed(config.seed)
     model = NVAE(model_config)
     trainer = Trainer(
-        model, config, dataset, folder, world=world, state=state, quiet=arguments.quiet, data=(data, kind)
+        model,
+        config,
+        dataset,
+        folder,
+        world=world,
+        state=state,
+        quiet=arguments.quiet,
+        progress=arguments.progress,
+        data=(data, kind),
     )
     # All arguments have been checked: nothing is written before this point.
     if world.is_main and state is None:

@@ -1,4 +1,4 @@
-"""Grids of images as PNG files, written with zlib alone and never half."""
+"""Grids of images as PNG files, written with zlib alone, whole or not at all."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import os
 import struct
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from nvae_fast.io import atomic_file
 
+from . import labels
 from .integers import plain
 
 _GAP = 2  # pixels between images
@@ -39,6 +41,22 @@ def encode_png(pixels: np.ndarray) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+def to_pixels(images: Tensor) -> np.ndarray:
+    """uint8 (N,H,W,C) of images (N,C,H,W) in [0,1]: a value v becomes floor(255 v + 1/2).
+
+    Raises ValueError for values that are not finite, or outside of [0,1] by more than rounding.
+    """
+    values = images.detach().double().cpu().numpy()
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"images: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
+        )
+    if values.min() < -1e-3 or values.max() > 1 + 1e-3:
+        raise ValueError(f"images: expected values in [0,1], got {values.min():.4g} to {values.max():.4g}")
+    pixels: np.ndarray = np.floor(np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels
+
+
 def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
     """uint8 (H',W') or (H',W',3): images (N,C,H,W) in [0,1], C = 1 or 3, row by row, 2 gray pixels between.
 
@@ -56,14 +74,7 @@ def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
     columns = plain(columns)
     if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
         raise ValueError(f"columns: expected a positive integer or None, got {columns!r}")
-    values = images.detach().double().cpu().numpy()
-    if not np.isfinite(values).all():
-        raise ValueError(
-            f"images: {int((~np.isfinite(values)).sum())} of {values.size} values are not finite"
-        )
-    if values.min() < -1e-3 or values.max() > 1 + 1e-3:
-        raise ValueError(f"images: expected values in [0,1], got {values.min():.4g} to {values.max():.4g}")
-    pixels = np.floor(np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels = to_pixels(images)
     count, height, width, channels = pixels.shape
     columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = -(-count // columns)
@@ -75,14 +86,27 @@ def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
     return grid if channels == 3 else grid[..., 0]
 
 
-def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | None = None) -> None:
+def save_grid(
+    images: Tensor,
+    path: str | os.PathLike[str],
+    *,
+    columns: int | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+) -> None:
     """Write `make_grid(images, columns)` to `path` as a PNG.
 
+    row_labels, column_labels: a text for each row and each column, in a white margin; needs Pillow. Images below 64 pixels,
+    or narrower than a label, are then enlarged by repeating pixels.
+
     Written to a temporary file in the same folder and moved into place: a crash or a full disk leaves an
-    older file whole. Raises TypeError or ValueError for bad images and FileNotFoundError for a missing
+    older file whole. Raises TypeError or ValueError for bad images or labels and FileNotFoundError for a missing
     folder, before anything is written.
     """
-    data = encode_png(make_grid(images, columns))
+    grid = make_grid(images, columns)
+    if row_labels is not None or column_labels is not None:
+        grid = _labelled(images, columns, row_labels, column_labels)
+    data = encode_png(grid)
     target = Path(path)
     if not target.parent.is_dir():
         raise FileNotFoundError(f"path: the folder {str(target.parent)!r} does not exist")
@@ -90,3 +114,18 @@ def save_grid(images: Tensor, path: str | os.PathLike[str], *, columns: int | No
         raise IsADirectoryError(f"path: {str(target)!r} is a folder, expected the name of a PNG file")
     with atomic_file(target) as file:
         file.write(data)
+
+
+def _labelled(
+    images: Tensor,
+    columns: int | None,
+    row_labels: Sequence[str] | None,
+    column_labels: Sequence[str] | None,
+) -> np.ndarray:
+    count = images.shape[0]
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = labels.checked_labels("row_labels", row_labels, -(-count // columns), "rows")
+    above = labels.checked_labels("column_labels", column_labels, columns, "columns")
+    images = labels.enlarged(images, above)
+    height, width = images.shape[-2] + _GAP, images.shape[-1] + _GAP
+    return labels.with_labels(make_grid(images, columns), rows, above, height, width)

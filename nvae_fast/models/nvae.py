@@ -6,32 +6,31 @@ on a CPU, one GPU or many processes; nothing is global. Specification sections 4
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 
-from nvae_fast import distributed
 from nvae_fast.models import official_keys
 from nvae_fast.models.architectures import ARCHITECTURES, make_cell
 from nvae_fast.models.checkpointing import recomputed
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.frozen import is_frozen, refuse
-from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
-from nvae_fast.models.pixels import can_read, check_unit_range, warn_if_gray
-from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
-from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
-from nvae_fast.models.states import check_values, plain_name, plain_names
-from nvae_fast.nn import (
-    BatchNormSwish,
-    DecoderCombiner,
-    EncoderCombiner,
-    FlowCell,
-    ResidualCell,
-    WeightNormConv2d,
+from nvae_fast.models.inputs import (
+    Draw,
+    check_images,
+    check_latents,
+    check_range,
+    group_draws,
+    group_temperatures,
+    posterior_draws,
 )
+from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
+from nvae_fast.models.output import NVAEOutput
+from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
+from nvae_fast.models.states import unwrapped
+from nvae_fast.nn import DecoderCombiner, EncoderCombiner, FlowCell, ResidualCell, WeightNormConv2d
 from nvae_fast.nn.shared_weights import prepare_weights
 from nvae_fast.nn.state import check_state
 from nvae_fast.ops import _checks
@@ -39,25 +38,11 @@ from nvae_fast.ops.elu import elu
 from nvae_fast.ops.normal_log_prob import normal_log_prob
 from nvae_fast.ops.normal_sample import normal_sample
 from nvae_fast.ops.philox import as_seed, split_seed
-from nvae_fast.ops.residual_normal import residual_normal
-
-Draw = tuple[torch.Tensor | None, torch.Tensor | None]  # a group's noise or seed
+from nvae_fast.ops.residual_normal import ResidualNormal, residual_normal
 
 
-class NVAEOutput(NamedTuple):
-    """Result of a forward pass, for a batch of B images and G latent groups.
-
-    A named tuple, so that DataParallel, FSDP and torch.export find the tensors. ``logits``: parameters of the likelihood
-    (B, head_channels, H, W). ``kl`` (B, G) in nats. ``kl_per_channel``: per group, (Z,) mean over the batch of the KL summed
-    over pixels (a monitor, no gradient: a latent channel counts as active above 0.1). ``log_q``, ``log_p`` (B,):
-    log-densities of the sample under posterior and prior, summed over groups.
-    """
-
-    logits: torch.Tensor
-    kl: torch.Tensor
-    kl_per_channel: list[torch.Tensor]
-    log_q: torch.Tensor
-    log_p: torch.Tensor
+def _sum(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return sum(tensors[1:], tensors[0])
 
 
 class NVAE(nn.Module):
@@ -177,59 +162,70 @@ class NVAE(nn.Module):
         Raises:
             ValueError, TypeError: x, noise or seed has the wrong shape, type or device.
         """
-        c = self.config
-        expected = (c.channels, c.resolution, c.resolution)
-        if not isinstance(x, torch.Tensor):
-            kind = type(x)
-            raise TypeError(f"NVAE: x must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}")
-        if not x.is_floating_point():
-            raise TypeError(f"NVAE: x must be of a floating-point dtype with values in [0, 1], got {x.dtype}")
-        if x.dim() != 4 or tuple(x.shape[1:]) != expected:
-            raise ValueError(
-                f"NVAE: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
-            )
-        self._check_images(x)
-        draws = self._draws(noise, seed, x.shape[0], x.device)
+        check_images("NVAE", self, x)
+        draws = self._draws("NVAE", noise, seed, x.shape[0])
         with prepare_weights(self):
-            return self._encode_decode(x, draws)
-
-    def _check_images(self, x: torch.Tensor) -> None:
-        """Raise for images that a layer inside would refuse, before the batch norms in front of it count the batch."""
-        own = self.stem.weight
-        _checks.tensor("NVAE", "stem.weight", own)
-        if x.device != own.device:
-            raise ValueError(f"NVAE: x must be on {own.device} like the model, got {x.device}")
-        if x.dtype != own.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"NVAE: x must be {own.dtype} like the model (or use torch.autocast), got {x.dtype}"
+            s, groups = self._top_down(x, draws)
+            return NVAEOutput(
+                self._image(s),
+                torch.stack([group.kl.sum(1) for group in groups], dim=1),
+                [group.kl.detach().mean(0) for group in groups],
+                _sum([group.log_q.sum(1) for group in groups]),
+                _sum([group.log_p.sum(1) for group in groups]),
+                [group.z for group in groups],
             )
-        if self.training and x.shape[0] * self.config.z_shapes[0][1] ** 2 == 1:
-            norms = [m for m in self.modules() if isinstance(m, BatchNormSwish) and m.training]
-            if norms and distributed.world_size(norms[0].process_group) == 1:
-                raise ValueError(
-                    "NVAE: batch norm needs more than one value per channel while training and the coarsest scale has one "
-                    f"pixel: x must hold at least 2 images, got {tuple(x.shape)}"
-                )
-        self._check_range("NVAE", x)
 
-    def _check_range(self, op: str, x: torch.Tensor) -> None:
-        """ValueError unless x is in [0, 1]. On a GPU only the first images of each mode are looked at, for it waits."""
-        first = (op, self.training) not in self._checked
-        if not can_read(x) or (x.is_cuda and not first):
-            return
-        check_unit_range(op, "x", x)
-        if first and op != "NVAE" and self.config.likelihood_name == "bernoulli":
-            warn_if_gray(op, "x", x)
-        self._checked.add((op, self.training))
+    def encode(
+        self,
+        x: torch.Tensor,
+        noise: Sequence[torch.Tensor | None] | None = None,
+        seed: int | torch.Tensor | None = None,
+        sample: bool = True,
+    ) -> list[torch.Tensor]:
+        """The latent variables of images: z (B, Z, H, W) of every group, coarsest scale first, as they enter the decoder.
 
-    def _encode_decode(self, x: torch.Tensor, draws: Sequence[Draw]) -> NVAEOutput:
+        The same ``noise`` or ``seed`` gives the z of :meth:`forward`. In evaluation mode ``decode(encode(x, seed=s))`` equals
+        ``model(x, seed=s).logits`` bit for bit.
+
+        Args:
+            x, noise, seed: as in :meth:`forward`.
+            sample: draw z from the posterior. False: take the mean of every posterior given those before it, then the flows.
+
+        Raises:
+            ValueError, TypeError: x, noise, seed or sample has the wrong shape, type or device, or ``sample`` is False and
+                noise or a seed is given.
+        """
+        draws = posterior_draws("NVAE.encode", self, x, noise, seed, sample)
+        with prepare_weights(self):
+            return [group.z for group in self._top_down(x, draws)[1]]
+
+    def reconstruct(
+        self,
+        x: torch.Tensor,
+        noise: Sequence[torch.Tensor | None] | None = None,
+        seed: int | torch.Tensor | None = None,
+        sample: bool = True,
+    ) -> torch.Tensor:
+        """Images (B, C, H, W) in [0, 1]: the mean of the likelihood given the latent variables of ``x``.
+
+        Args:
+            x, noise, seed, sample: as in :meth:`encode`.
+
+        Raises:
+            ValueError, TypeError: as :meth:`encode`.
+        """
+        draws = posterior_draws("NVAE.reconstruct", self, x, noise, seed, sample)
+        with prepare_weights(self):
+            logits = self._image(self._top_down(x, draws)[0])
+        return self.likelihood(logits).mean()
+
+    def _top_down(self, x: torch.Tensor, draws: Sequence[Draw]) -> tuple[torch.Tensor, list[ResidualNormal]]:
+        """The feature from which the image is computed, and z (after the flows), KL and log-densities of every group."""
         c = self.config
         s, kept = self._bottom_up(x)
         top = elu(self.encoder_head(elu(s)))
         s = self.top_feature.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
-        kl, kl_per_channel = [], []
-        log_q_sum: Any = 0.0
-        log_p_sum: Any = 0.0
+        groups = []
         for index, prefix, combine in self._groups():
             for part in prefix:
                 s = self._cell(part, s)
@@ -237,94 +233,106 @@ class NVAE(nn.Module):
             if index:
                 combiner, feature = kept.pop()
                 top = combiner(feature, s)
-            sample = residual_normal(
-                self.posterior[index](top),
-                prior,
-                residual=c.res_dist,
-                noise=draws[index][0],
-                seed=draws[index][1],
+            noise, seed = draws[index]
+            found = residual_normal(
+                self.posterior[index](top), prior, residual=c.res_dist, noise=noise, seed=seed
             )
-            z, group_kl, log_q, log_p = sample
             if c.num_nf:
+                z = found.z
                 for flow in self.flows[index * c.num_nf : (index + 1) * c.num_nf]:
                     z = flow(z)
                 log_p = normal_log_prob(z, prior)
-                group_kl = log_q - log_p
-            kl.append(group_kl.sum(1))
-            kl_per_channel.append(group_kl.detach().mean(0))
-            log_q_sum = log_q_sum + log_q.sum(1)
-            log_p_sum = log_p_sum + log_p.sum(1)
-            s = combine(s, z)
-        return NVAEOutput(self._image(s), torch.stack(kl, dim=1), kl_per_channel, log_q_sum, log_p_sum)
+                found = ResidualNormal(z, found.log_q - log_p, found.log_q, log_p)
+            groups.append(found)
+            s = combine(s, found.z)
+        return s, groups
+
+    def decode(
+        self,
+        latents: Sequence[torch.Tensor | None],
+        temperature: float | Sequence[float] = 1.0,
+        seed: int | torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Likelihood parameters (B, head_channels, H, W) of images with given latent variables.
+
+        Groups without one are drawn from their prior given the groups before, with the noise that :meth:`sample` draws for
+        them from the same seed.
+
+        Args:
+            latents: z (B, Z, H, W) of the first groups, in the order of :meth:`encode`; None for a group to be drawn. Groups
+                beyond the last entry are drawn.
+            temperature: as in :meth:`sample`, of the groups that are drawn.
+            seed: as in :meth:`forward`; nothing is drawn from the default generator where every group is given.
+
+        Raises:
+            ValueError, TypeError: ``latents``, ``temperature`` or ``seed`` has the wrong value, shape, type or device, or
+                ``latents`` holds no tensor.
+        """
+        op = "NVAE.decode"
+        n, latents = check_latents(op, latents, self.config.z_shapes, self.top_feature)
+        temperatures = group_temperatures(op, temperature, self.config.num_groups)
+        draws = group_draws(op, "latents", latents, seed, n, self.config.z_shapes, self.top_feature)
+        with prepare_weights(self):
+            return self._generate(n, temperatures, draws, latents)
 
     def sample(
         self,
         n: int,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
         noise: Sequence[torch.Tensor | None] | None = None,
         seed: int | torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Likelihood parameters (n, head_channels, H, W) of images drawn from the prior.
 
         Args:
-            n: number of images. temperature: factor on every prior's sigma, >= 0.
+            n: number of images.
+            temperature: factor on every prior's sigma, >= 0, or one for each group, coarsest scale first.
             noise, seed: as in :meth:`forward`.
 
         Raises:
             ValueError, TypeError: ``n``, ``temperature`` or ``noise`` has the wrong value, shape or type.
         """
+        op = "NVAE.sample"
         try:
-            n = _checks.whole("NVAE.sample", "n", n)
+            n = _checks.whole(op, "n", n)
         except TypeError:
-            raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n!r}") from None
+            raise ValueError(f"{op}: n must be an int >= 0, got {n!r}") from None
         if n < 0:
-            raise ValueError(f"NVAE.sample: n must be an int >= 0, got {n}")
-        draws = self._draws(noise, seed, n, self.top_feature.device)
+            raise ValueError(f"{op}: n must be an int >= 0, got {n}")
+        temperatures = group_temperatures(op, temperature, self.config.num_groups)
+        draws = self._draws("NVAE", noise, seed, n)
         with prepare_weights(self):
-            return self._generate(n, temperature, draws)
+            return self._generate(n, temperatures, draws, [None] * len(draws))
 
-    def _generate(self, n: int, temperature: float, draws: Sequence[Draw]) -> torch.Tensor:
+    def _generate(
+        self,
+        n: int,
+        temperatures: Sequence[float],
+        draws: Sequence[Draw],
+        latents: Sequence[torch.Tensor | None],
+    ) -> torch.Tensor:
         s = self.top_feature.unsqueeze(0).expand(n, -1, -1, -1)
         for index, prefix, combine in self._groups():
             for part in prefix:
-                s = part(s)
-            if index:
-                prior = self.prior[index - 1](elu(s))
-            else:
-                z_channels, height, width = self.config.z_shapes[0]
-                prior = s.new_zeros(n, 2 * z_channels, height, width)
-            z = normal_sample(prior, temperature=temperature, noise=draws[index][0], seed=draws[index][1])
+                s = self._cell(part, s)
+            z = latents[index]
+            if z is None:
+                z = self._from_prior(index, s, temperatures[index], draws[index])
             s = combine(s, z)
         return self._image(s)
 
-    def _draws(
-        self,
-        noise: Sequence[torch.Tensor | None] | None,
-        seed: int | torch.Tensor | None,
-        n: int,
-        device: torch.device,
-    ) -> list[Draw]:
-        """(noise, seed) of every group, exactly one of them given."""
-        groups = self.config.num_groups
-        if noise is None:
-            noise = [None] * groups
-        if isinstance(noise, torch.Tensor) or not isinstance(noise, Sequence):
-            raise TypeError(
-                f"NVAE: noise must be a sequence with one entry per group, got {type(noise).__name__}"
-            )
-        if len(noise) != groups:
-            raise ValueError(f"NVAE: noise must have one entry per group ({groups}), got {len(noise)}")
-        for i, (eps, shape) in enumerate(zip(noise, self.config.z_shapes, strict=True)):
-            if eps is not None:
-                _checks.shape("NVAE", f"noise[{i}]", eps, (n, *shape), self.top_feature)
-        if all(eps is not None for eps in noise):
-            return [(eps, None) for eps in noise]
-        if is_per_image(seed):
-            check_per_image("NVAE", seed, n, device)
-            drawn = per_image_noise(seed, self.config.z_shapes, self.top_feature.dtype)
-            return [(own if eps is None else eps, None) for own, eps in zip(drawn, noise, strict=True)]
-        seeds = split_seed(_checks.seed("NVAE", seed, device), groups).unbind()
-        return [(None, seeds[i]) if eps is None else (eps, None) for i, eps in enumerate(noise)]
+    def _from_prior(self, index: int, s: torch.Tensor, temperature: float, draw: Draw) -> torch.Tensor:
+        """z of a group, drawn from its prior given the running feature ``s``."""
+        if index:
+            prior = self.prior[index - 1](elu(s))
+        else:
+            z_channels, height, width = self.config.z_shapes[0]
+            prior = s.new_zeros(s.shape[0], 2 * z_channels, height, width)
+        noise, seed = draw
+        return normal_sample(prior, temperature=temperature, noise=noise, seed=seed)
+
+    def _draws(self, op: str, noise: Any, seed: int | torch.Tensor | None, n: int) -> list[Draw]:
+        return group_draws(op, "noise", noise, seed, n, self.config.z_shapes, self.top_feature)
 
     def _bottom_up(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor]]]:
         """The last feature, and with every combiner the feature that enters it (used in reverse order)."""
@@ -395,7 +403,7 @@ class NVAE(nn.Module):
         op = "NVAE.reconstruction_loss"
         for name, value in (("logits", logits), ("x", x)):
             _checks.feature_map(op, name, value)
-        self._check_range(op, x)
+        check_range(op, self, x, warn_gray=True)
         border = self.config.reconstruction_border
         if border:
             inner = (..., slice(border, -border), slice(border, -border))
@@ -417,7 +425,7 @@ class NVAE(nn.Module):
     @torch.no_grad()
     def readjust_batch_norm(
         self,
-        temperature: float,
+        temperature: float | Sequence[float],
         passes: int = 500,
         batch: int = 16,
         seed: int | torch.Tensor | None = None,
@@ -425,17 +433,18 @@ class NVAE(nn.Module):
         """Re-estimate the batch norm statistics that generation uses, by sampling in training mode.
 
         Args:
-            temperature: of the priors, the one that will be used to generate.
+            temperature: of the priors, the one that will be used to generate, or one for each group.
             passes: number of sampling passes. batch: images per pass.
             seed: of the noise; None takes one from the device's default generator.
 
         Raises:
-            TypeError, ValueError: ``passes`` or ``batch`` is no int or below 1, or ``temperature`` no finite number >= 0.
+            TypeError, ValueError: ``passes`` or ``batch`` is no int or below 1, or a ``temperature`` is no finite
+                number >= 0.
         """
         op = "readjust_batch_norm"
         self._refuse_if_frozen(f"NVAE.{op}")
         passes, batch = _checks.whole(op, "passes", passes), _checks.whole(op, "batch", batch)
-        _checks.temperature(op, temperature, zero=True)
+        temperatures = group_temperatures(op, temperature, self.config.num_groups)
         if passes < 1 or batch < 1:
             raise ValueError(f"readjust_batch_norm: passes and batch must be >= 1, got {passes} and {batch}")
         modes = {module: module.training for module in self.modules()}
@@ -443,7 +452,7 @@ class NVAE(nn.Module):
         self.train()
         try:
             for sub_seed in seeds:
-                self.sample(batch, temperature, seed=sub_seed)
+                self.sample(batch, temperatures, seed=sub_seed)
         finally:
             for module, training in modes.items():
                 module.training = training
@@ -464,16 +473,7 @@ class NVAE(nn.Module):
             TypeError: ``state_dict`` is no mapping of names to tensors, or a value is not floating where a weight is.
             ValueError: a name is there twice, with and without a prefix. RuntimeError: names or shapes do not fit.
         """
-        op = "NVAE.load_state_dict"
-        state = plain_names(op, state_dict)
-        own = self.state_dict()
-        names = {plain_name(name): name for name in own}
-        tensors = {names.get(key, key): value for key, value in state.items()}
-        check_values(op, {key: value for key, value in tensors.items() if key in own}, own)
-        metadata = getattr(state_dict, "_metadata", None)
-        state = OrderedDict(tensors)
-        if metadata is not None:
-            state._metadata = metadata  # type: ignore[attr-defined]
+        state = unwrapped("NVAE.load_state_dict", state_dict, self.state_dict())
         return super().load_state_dict(state, strict=strict, assign=assign)
 
     # ----------------------------------------------------------------------------------- official checkpoints

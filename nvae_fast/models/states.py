@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,6 +40,19 @@ def plain_names(op: str, state: Mapping[str, Any]) -> dict[str, Any]:
             )
         plain[name] = value
     return plain
+
+
+def unwrapped(
+    op: str, state_dict: Mapping[str, Any], own: Mapping[str, torch.Tensor]
+) -> OrderedDict[str, Any]:
+    """``state_dict`` under the names of ``own``, with its metadata, checked. Raises as its two steps do."""
+    names = {plain_name(name): name for name in own}
+    state = OrderedDict((names.get(key, key), value) for key, value in plain_names(op, state_dict).items())
+    check_values(op, {key: value for key, value in state.items() if key in own}, own)
+    metadata = getattr(state_dict, "_metadata", None)
+    if metadata is not None:
+        state._metadata = metadata  # type: ignore[attr-defined]
+    return state
 
 
 def check_values(op: str, state: Mapping[str, Any], own: Mapping[str, torch.Tensor]) -> None:

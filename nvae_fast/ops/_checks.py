@@ -109,11 +109,11 @@ def squashing(op: str, clamp: float | None, sigma_floor: float) -> None:
         raise ValueError(f"{op}: sigma_floor must be a finite number >= 0, got {shown(sigma_floor)}")
 
 
-def temperature(op: str, value: float, *, zero: bool) -> None:
+def temperature(op: str, value: float, *, zero: bool, name: str = "temperature") -> None:
     """``value`` is a finite number > 0 (>= 0 when ``zero`` is allowed)."""
     if not (isinstance(value, (int, float)) and 0 <= value < math.inf) or (value == 0 and not zero):
         raise ValueError(
-            f"{op}: temperature must be a finite number {'>=' if zero else '>'} 0, got {shown(value)}"
+            f"{op}: {name} must be a finite number {'>=' if zero else '>'} 0, got {shown(value)}"
         )
 
 

@@ -10,8 +10,18 @@ from nvae_fast.training.checkpoint import CheckpointError, load_model
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import ProcessLost, World, start_world
 from nvae_fast.training.evaluation import Evaluation, evaluate, importance_bound
+from nvae_fast.training.fid import (
+    FeatureStatistics,
+    dataset_statistics,
+    frechet_distance,
+    kernel_distance,
+    load_inception,
+    model_statistics,
+)
+from nvae_fast.training.image_files import SampledFolder, sample_to_folder
 from nvae_fast.training.loop import RunResult, Trainer, TrainingDiverged
 from nvae_fast.training.objective import annealed_lambda, balanced_kl, kl_balance, kl_coefficient
+from nvae_fast.training.plot import plot_runs
 from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
 from nvae_fast.training.run_folder import RunFolderError
 from nvae_fast.training.sampler import Sampler
@@ -22,9 +32,11 @@ __all__ = [
     "PRESETS",
     "CheckpointError",
     "Evaluation",
+    "FeatureStatistics",
     "ProcessLost",
     "RunFolderError",
     "RunResult",
+    "SampledFolder",
     "Sampler",
     "Step",
     "StepResult",
@@ -35,12 +47,19 @@ __all__ = [
     "World",
     "annealed_lambda",
     "balanced_kl",
+    "dataset_statistics",
     "evaluate",
+    "frechet_distance",
     "importance_bound",
+    "kernel_distance",
     "kl_balance",
     "kl_coefficient",
     "learning_rate",
+    "load_inception",
     "load_model",
+    "model_statistics",
+    "plot_runs",
     "preset",
+    "sample_to_folder",
     "start_world",
 ]

@@ -68,6 +68,7 @@ class Trainer:
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
     size and channels. world: the processes of the run, None for a single one. quiet: no progress line.
+    progress: "auto", "plain" or "none", see `Progress`.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.
@@ -83,6 +84,7 @@ class Trainer:
         world: World | None = None,
         state: dict[str, Any] | None = None,
         quiet: bool = False,
+        progress: str = "auto",
         data: tuple[str | None, str | None] = (None, None),
     ) -> None:
         from nvae_fast.data import BatchLoader
@@ -93,6 +95,7 @@ class Trainer:
         self.folder = folder
         self.data = data
         self.quiet = quiet or not self.world.is_main
+        self.progress = progress
         self.world.agree(
             {
                 "--data (number of images)": len(dataset),
@@ -162,7 +165,7 @@ class Trainer:
                 resume_step=self.step if self._last_saved >= 0 else None,
                 tensorboard=self.config.tensorboard,
             )
-        progress = Progress("train", self.total_steps, quiet=self.quiet)
+        progress = Progress("train", self.total_steps, mode=self.progress, quiet=self.quiet)
         if self.world.device.type == "cuda" and not self.quiet:
             progress.message(f"step: {self.step_function.mode}")
         started = time.perf_counter() - self.elapsed
@@ -183,8 +186,10 @@ class Trainer:
                     self._advance(time.perf_counter() - started, statistics.median(pace))
                     self._report(result, facts, log, progress)
                     done = self.position >= self.total_steps
-                    if self.config.sample_every and self.step % self.config.sample_every == 0:
+                    if self._pictures_due():
                         self._pictures(f"samples-{self.step:07d}.png")
+                    if log is not None and (done or self._pictures_due()):
+                        log.pictures(self.step, self.model, self.dataset, seed=self.config.seed)
                     # A signal to one process stops all of them after the same step.
                     number = int(self.world.largest(float(stop.signal or 0))[0])
                     stopping = number != 0
@@ -402,6 +407,7 @@ class Trainer:
                 "step": self.step,
                 "epoch": round(self.step / self.steps_per_epoch, 4),
                 **means,
+                **self.averages.groups(self.model.config.num_groups),
                 "bits_per_dim": None if nats is None else bits_per_dim(nats, self.model.config.dims),
                 **facts,
                 "images_per_second": round(speed, 2),
@@ -414,6 +420,9 @@ class Trainer:
 
     def _images(self) -> int:
         return self.config.batch_size * self.world.size
+
+    def _pictures_due(self) -> bool:
+        return bool(self.config.sample_every) and self.step % self.config.sample_every == 0
 
     def _pictures(self, name: str) -> None:
         if not self.world.is_main:

@@ -35,7 +35,7 @@ class Objective(nn.Module):
         count: float | Tensor | None = None,
         last: bool = True,
     ) -> tuple[Tensor, Tensor]:
-        """(loss, [loss, reconstruction, kl, spectral, batch_norm]); the first carries the gradient.
+        """(loss, [loss, reconstruction, kl, spectral, batch_norm, KL of every latent channel]); the first carries the gradient.
 
         count: what the sums over images are divided by, by default how many there are. With the number of images of
         all parts and processes over the number of processes, the mean over processes of the sum over parts is the loss of
@@ -72,7 +72,10 @@ class Objective(nn.Module):
             parts += [spectral.to(loss), batch_norm.to(loss)]
         else:
             parts += [torch.zeros_like(loss)] * 2
-        return loss, torch.stack([loss, *parts]).detach()
+        # A mean over this process's images; without images it is NaN.
+        channels = torch.cat(out.kl_per_channel).to(loss) * (x.shape[0] / count)
+        channels = channels if x.shape[0] else torch.zeros_like(channels)
+        return loss, torch.cat([torch.stack([loss, *parts]).detach(), channels])
 
     def _average(self, kl: Tensor) -> Callable[[Tensor], Tensor] | None:
         """A function from the mean |KL| of the groups on this process to that of all images; None with a single process."""

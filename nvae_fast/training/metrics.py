@@ -2,7 +2,8 @@
 
 A line of `metrics.jsonl`: `step` (steps done) and `epoch`; the means since the last line of `loss`,
 `reconstruction` and `kl` (nats per image), `spectral` and `batch_norm` (the regularisers, without lambda) and
-`grad_norm`; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
+`grad_norm`; `kl_per_group`, a list, and `active_per_group`, how many channels of each group's latent variable carry more
+than 0.1 nats; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
 step; `skipped_steps` since the last line; `images_per_second`; `seconds` of training so far.
 """
 
@@ -13,11 +14,18 @@ import json
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from nvae_fast.io import atomic_file
+from nvae_fast.training.board import require_tensorboard, show_pictures
+from nvae_fast.training.evaluation import ACTIVE_CHANNEL_NATS
 from nvae_fast.training.run_folder import writing
 from nvae_fast.training.step import StepResult
+
+if TYPE_CHECKING:
+    from nvae_fast.models.nvae import NVAE
 
 NAME = "metrics.jsonl"
 _AVERAGED = ("loss", "reconstruction", "kl", "spectral", "batch_norm", "grad_norm")
@@ -30,6 +38,8 @@ class Averages:
         state = state or {}
         self.sums: dict[str, float] = dict(state.get("sums") or dict.fromkeys(_AVERAGED, 0.0))
         self.steps: int = state.get("steps", 0)
+        # Checkpoints of earlier versions have none: then the line that they began has none either.
+        self.channels: list[float] | None = state.get("channels", None if self.steps else [])
         self.skipped: int = state.get("skipped", 0)
 
     def add(self, result: StepResult) -> None:
@@ -40,14 +50,30 @@ class Averages:
         self.steps += 1
         for name in _AVERAGED:
             self.sums[name] += getattr(result, name)
+        if self.channels is not None:
+            before = self.channels or [0.0] * len(result.kl_per_channel)
+            self.channels = [a + b for a, b in zip(before, result.kl_per_channel, strict=True)]
 
     def means(self) -> dict[str, float | None]:
         """The averages, None when there was no step."""
         return {name: self.sums[name] / self.steps if self.steps else None for name in _AVERAGED}
 
+    def groups(self, count: int) -> dict[str, list[float] | list[int] | None]:
+        """The KL and the number of active channels of each of `count` groups; None where there was no step to average."""
+        if not self.channels or not self.steps:
+            return {"kl_per_group": None, "active_per_group": None}
+        means = torch.tensor(self.channels, dtype=torch.float64).view(count, -1) / self.steps
+        active = (means > ACTIVE_CHANNEL_NATS).sum(1)
+        return {"kl_per_group": means.sum(1).tolist(), "active_per_group": active.tolist()}
+
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint, from which a resumed run continues the averages."""
-        return {"sums": dict(self.sums), "steps": self.steps, "skipped": self.skipped}
+        return {
+            "sums": dict(self.sums),
+            "steps": self.steps,
+            "skipped": self.skipped,
+            "channels": self.channels,
+        }
 
 
 class MetricsLog:
@@ -84,6 +110,13 @@ class MetricsLog:
             for key, value in record.items():
                 if isinstance(value, (int, float)) and key not in ("step", "epoch"):
                     self._board.add_scalar(key, value, step)
+                for group, part in enumerate(value if isinstance(value, list) else ()):
+                    self._board.add_scalar(f"{key}/{group:02d}", part, step)
+
+    def pictures(self, step: int, model: NVAE, dataset: Any, *, seed: int = 0) -> None:
+        """Show samples at four temperatures, and reconstructions of the dataset's first images, in TensorBoard if it is on."""
+        if self._board is not None:
+            show_pictures(self._board, step, model, dataset, seed=seed)
 
     def close(self) -> None:
         """Close the files. Errors are ignored, since every line has been flushed."""
@@ -121,17 +154,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def require_tensorboard() -> Any:
-    """TensorBoard's writer class. Raises ImportError naming the package when it is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ImportError(
-            "tensorboard is not installed: pip install tensorboard, or leave --tensorboard out"
-        ) from error
-    return SummaryWriter
 
 
 def _board(folder: Path, resume_step: int | None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +28,8 @@ def draw_images(
     model: NVAE,
     count: int,
     *,
-    temperature: float = 1.0,
+    temperature: float | Sequence[float] = 1.0,
+    pixel_temperature: float = 1.0,
     seed: int = 0,
     batch_size: int = 32,
     pixels: str = "auto",
@@ -37,16 +38,14 @@ def draw_images(
 ) -> Tensor:
     """Draw `count` images (N,C,H,W) in [0,1] from the prior; they are returned on the CPU. The model is in evaluation mode.
 
-    temperature: multiplies the sigma of every prior and the noise of the likelihood. seed: image i depends only on
+    temperature: multiplies the sigma of every prior; one number, or one for each group. pixel_temperature: multiplies the
+    noise of the likelihood; 1 by default, as images of NVAE are published. seed: image i depends only on
     (seed, i); another batch size gives the same images up to rounding, another number of processes exactly the same.
     pixels: "sample" draws from the likelihood, "mean" takes its mean, "auto" takes the mean of a Bernoulli likelihood and
     draws from others. on_batch(done) is called after every batch. world: processes among which the batches are divided;
     process 0 returns the images, the others an empty tensor (0,C,H,W).
     """
-    if pixels not in ("auto", "mean", "sample"):
-        raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
-    if pixels == "auto":
-        pixels = "mean" if model.config.likelihood_name == "bernoulli" else "sample"
+    pixels = chosen_pixels(model, pixels)
     world = world or World()
     batch_size = min(batch_size, max(count, 1))
     if world.size > 1:
@@ -62,7 +61,7 @@ def draw_images(
             }
         )
     shape = (model.config.channels, model.config.resolution, model.config.resolution)
-    sampler = Sampler(model, temperature=temperature, pixels=pixels)
+    sampler = Sampler(model, temperature=temperature, pixel_temperature=pixel_temperature, pixels=pixels)
     parts = []
     # The batches are those of a single process, so that images do not depend on the number of processes.
     for start in range(0, count, batch_size * world.size):
@@ -79,6 +78,15 @@ def draw_images(
         if on_batch is not None:
             on_batch(min(start + batch_size * world.size, count))
     return torch.cat(parts) if parts else torch.zeros(0, *shape)
+
+
+def chosen_pixels(model: NVAE, pixels: str) -> str:
+    """What :class:`Sampler` calls the choice: "auto" is the mean of a Bernoulli, and a draw of any other likelihood."""
+    if pixels not in ("auto", "mean", "sample"):
+        raise ValueError(f"pixels must be auto, mean or sample, got {pixels!r}")
+    if pixels != "auto":
+        return pixels
+    return "mean" if model.config.likelihood_name == "bernoulli" else "sample"
 
 
 @contextlib.contextmanager
@@ -121,13 +129,21 @@ def write_samples(
             save_grid(draw_images(model, count, temperature=temperature, seed=seed), path)
 
 
-@torch.no_grad()
 def write_reconstructions(
     model: NVAE, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
 ) -> None:
     """Write a PNG grid in which the reconstructions are below each row of images (N,C,H,W, in [0,1])."""
     from nvae_fast.data import save_grid
 
+    grid, columns = with_reconstructions(model, images, columns=columns, seed=seed)
+    save_grid(grid, path, columns=columns)
+
+
+@torch.no_grad()
+def with_reconstructions(
+    model: NVAE, images: Tensor, *, columns: int = 8, seed: int = 0
+) -> tuple[Tensor, int]:
+    """(grid, columns): images (N,C,H,W) in [0,1] as they are written in rows, every row with its reconstructions below it."""
     frozen: Any = freeze(model)
     out = frozen(images.to(frozen.top_feature.device), seed=mix_seed(seed, 3))
     decoded = frozen.likelihood(out.logits).mean().float().cpu()
@@ -136,4 +152,4 @@ def write_reconstructions(
         rows += [images[start : start + columns].cpu().float(), decoded[start : start + columns]]
     if not rows:
         rows, columns = [images.cpu().float(), decoded], images.shape[0]
-    save_grid(torch.cat(rows), path, columns=columns)
+    return torch.cat(rows), columns

@@ -1,33 +1,42 @@
-"""Progress of a long job on stderr: one line that is redrawn on a terminal, a new line every few seconds elsewhere."""
+"""Progress of a long job on stderr: tqdm's bar on a terminal, a new line every few seconds elsewhere."""
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
-BAR_WIDTH = 20
-# Seconds between two redraws of a terminal line, and between two lines of a log file.
-TERMINAL_INTERVAL = 0.2
-LOG_INTERVAL = 5.0
+MODES = ("auto", "plain", "none")
+# Seconds between two redraws of a bar, and between two lines.
+BAR_INTERVAL = 0.2
+LINE_INTERVAL = 5.0
 
 
 class Progress:
     """Progress of a job of `total` parts.
 
-    label: name of the job ("train"). unit: name of a part ("step"). quiet: show nothing.
+    label: name of the job ("train"). unit: name of a part ("step"). stream: where to write, stderr by default. mode:
+    "auto" is a bar where the stream is a terminal and tqdm is installed, else lines; "plain" is lines; "none" shows no
+    progress. quiet: show nothing, messages included. Raises ValueError for another mode.
     """
 
     def __init__(
-        self, label: str, total: int, *, unit: str = "step", stream: TextIO | None = None, quiet: bool = False
+        self,
+        label: str,
+        total: int,
+        *,
+        unit: str = "step",
+        stream: TextIO | None = None,
+        mode: str = "auto",
+        quiet: bool = False,
     ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"Progress: mode (--progress) must be one of {', '.join(MODES)}, got {mode!r}")
         self.label, self.total, self.unit = label, max(total, 1), unit
         self.stream = stream if stream is not None else sys.stderr
-        self.quiet = quiet
-        self.terminal = bool(getattr(self.stream, "isatty", lambda: False)())
+        self.mode, self.quiet = "none" if quiet else mode, quiet
+        self._bar: Any = None
         self._last = float("-inf")
-        self._width = 0
         self._started = time.monotonic()
         self._first: float | None = None
 
@@ -36,48 +45,65 @@ class Progress:
 
         count: shown in place of "done/total".
         """
-        now = time.monotonic()
+        if self.mode == "none":
+            return
         if self._first is None:
             self._first = done
-        if self.quiet or (
-            not force and now - self._last < (TERMINAL_INTERVAL if self.terminal else LOG_INTERVAL)
-        ):
+            self._bar = self._make_bar(done)
+        line = f"{self.label} {self.unit} {count or f'{int(done)}/{self.total}'}"
+        line += f"  {text}" if text else ""
+        if self._bar is not None:
+            self._bar.set_description_str(line, refresh=False)
+            self._bar.update(done - self._bar.n)
+            if force:
+                self._bar.refresh()
+            return
+        now = time.monotonic()
+        if not force and now - self._last < LINE_INTERVAL:
             return
         self._last = now
-        part = min(max(done / self.total, 0.0), 1.0)
-        filled = round(part * BAR_WIDTH)
-        bar = "#" * filled + "-" * (BAR_WIDTH - filled)
-        line = f"{self.label} [{bar}] {part:4.0%} {self.unit} {count or f'{int(done)}/{self.total}'}"
-        if text:
-            line += f"  {text}"
-        fresh = done - self._first
-        if fresh > 0 and part < 1:
-            line += f"  left {clock((now - self._started) / fresh * (self.total - done))}"
-        self._show(line)
+        part, fresh = min(max(done / self.total, 0.0), 1.0), done - self._first
+        left = (
+            f"  left {clock((now - self._started) / fresh * (self.total - done))}"
+            if fresh > 0 and part < 1
+            else ""
+        )
+        self._write(f"{part:4.0%}  {line}{left}")
 
     def message(self, text: str) -> None:
-        """Print a line above the progress line."""
-        if self.terminal and self._width:
-            self.stream.write("\r" + " " * self._width + "\r")
-            self._width = 0
-        self.stream.write(text + "\n")
-        self.stream.flush()
+        """Print a line above the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=self.stream)
+        elif not self.quiet:
+            self._write(text)
 
     def close(self) -> None:
-        """End the line on a terminal, so that later output starts on a new line."""
-        if self.terminal and self._width:
-            self.stream.write("\n")
-            self.stream.flush()
-            self._width = 0
+        """End the bar, so that later output starts on a new line."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+            self.mode = "none"
 
-    def _show(self, line: str) -> None:
-        if not self.terminal:
-            self.stream.write(line + "\n")
-        else:
-            columns = shutil.get_terminal_size().columns
-            line = line[: max(columns - 1, 20)]
-            self.stream.write("\r" + line.ljust(self._width))
-            self._width = len(line)
+    def _make_bar(self, done: float) -> Any:
+        """tqdm's bar, beginning with the parts that were done before; None where lines are written."""
+        if self.mode != "auto" or not getattr(self.stream, "isatty", lambda: False)():
+            return None
+        try:
+            from tqdm import tqdm
+        except ImportError:
+            return None
+        return tqdm(
+            total=self.total,
+            initial=done,
+            file=self.stream,
+            mininterval=BAR_INTERVAL,
+            miniters=0,
+            dynamic_ncols=True,
+            bar_format="{percentage:3.0f}% {bar:20} left {remaining}  {desc}",
+        )
+
+    def _write(self, line: str) -> None:
+        self.stream.write(line + "\n")
         self.stream.flush()
 
 

@@ -6,7 +6,7 @@ and batch, which are the key of the cache file.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import torch
 
 from nvae_fast.io import atomic_file
 from nvae_fast.models import torch_files
+from nvae_fast.models.inputs import group_temperatures
 from nvae_fast.training import checkpoint
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def readjust(
     model: NVAE,
     source: Path | None,
     *,
-    temperature: float,
+    temperature: float | Sequence[float],
     passes: int,
     batch: int = 16,
     keep: bool = True,
@@ -42,16 +43,19 @@ def readjust(
     is none. The model is in evaluation mode afterwards.
     """
     path = None
+    temperatures = [float(t) for t in group_temperatures("readjust", temperature, model.config.num_groups)]
+    differ = len(set(temperatures)) > 1
+    shown = f"{temperatures[0]:g}-{temperatures[-1]:g}" if differ else f"{temperatures[0]:g}"
     key: dict[str, Any] = {}
     if source is not None:
         key = {
             "format": _FORMAT,
             "checkpoint": checkpoint.file_hash(source),
-            "temperature": float(temperature),
+            "temperature": temperatures if differ else temperatures[0],
             "passes": passes,
             "batch": batch,
         }
-        name = f"{source.stem}.bn-t{temperature:g}-p{passes}-b{batch}-{key['checkpoint'][:16]}.pt"
+        name = f"{source.stem}.bn-t{shown}-p{passes}-b{batch}-{key['checkpoint'][:16]}.pt"
         path = source.with_name(name)
         statistics = _read(path, key)
         if statistics is not None and _fits(model, statistics):
@@ -59,9 +63,7 @@ def readjust(
             model.eval()
             report(f"batch-norm statistics from {path}")
             return path
-    report(
-        f"readjusting batch-norm statistics: {passes} passes of {batch} images at temperature {temperature:g}"
-    )
+    report(f"readjusting batch-norm statistics: {passes} passes of {batch} images at temperature {shown}")
     before = {name: value.clone() for name, value in model.state_dict().items() if _is_statistic(name)}
     model.readjust_batch_norm(temperature, passes=passes, batch=batch, seed=_SEED)
     model.eval()

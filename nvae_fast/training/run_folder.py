@@ -61,11 +61,7 @@ def prepare(
                 f"run folder {folder} is not empty: --resume continues that run, --overwrite moves it aside "
                 "first, --out names another folder"
             )
-        with lock(folder):  # refuses while another process trains there
-            pass
-        aside = _free_name(folder)
-        os.rename(folder, aside)
-        note = f"moved the old {folder} to {aside}"
+        note = move_aside(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,6 +70,18 @@ def prepare(
         ) from error
     _check_writable(folder)
     return folder, note
+
+
+def move_aside(folder: Path) -> str:
+    """Rename a folder to `<name>.replaced-<time>`, and return a sentence that says so.
+
+    Raises RunFolderError when another process is training there.
+    """
+    with lock(folder):
+        pass
+    aside = _free_name(folder)
+    os.rename(folder, aside)
+    return f"moved the old {folder} to {aside}"
 
 
 def has_checkpoint(folder: Path) -> bool:

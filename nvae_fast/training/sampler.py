@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
+from nvae_fast.models.inputs import group_temperatures
 from nvae_fast.ops import _checks
 from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder
 from nvae_fast.training.seeds import mix_seed
@@ -22,9 +24,10 @@ class Sampler:
     """Draws images from the prior of `model`, of which it keeps a frozen copy (:func:`nvae_fast.freeze`). Later changes of the
     model's weights have no effect; make another sampler after further training.
 
-    temperature: multiplies the sigma of every prior and the noise of the likelihood. pixels: "sample" draws from the
-    likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or "bf16", for the network
-    only. recorder: replaces the CUDA graph capture in tests. Raises ValueError for other values.
+    temperature: multiplies the sigma of every prior; one number, or one for each group, coarsest scale first.
+    pixel_temperature: multiplies the noise of the likelihood. None: `temperature` where that is one number, else 1.
+    pixels: "sample" draws from the likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or
+    "bf16", for the network only. recorder: replaces the CUDA graph capture in tests. Raises ValueError for other values.
 
     On a GPU the graph of the latest batch size is kept. The same seed gives the same images, with and without a graph.
     """
@@ -33,7 +36,8 @@ class Sampler:
         self,
         model: NVAE,
         *,
-        temperature: float = 1.0,
+        temperature: float | Sequence[float] = 1.0,
+        pixel_temperature: float | None = None,
         pixels: str = "sample",
         autocast: str | None = None,
         recorder: Recorder | None = None,
@@ -42,9 +46,15 @@ class Sampler:
             raise ValueError(f"Sampler: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
         if autocast not in (None, "bf16"):
             raise ValueError(f"Sampler: autocast must be None or 'bf16', got {autocast!r}")
+        temperatures = group_temperatures("Sampler", temperature, model.config.num_groups)
+        if pixel_temperature is None:
+            pixel_temperature = temperature if isinstance(temperature, (int, float)) else 1.0
+        elif pixels == "sample":
+            _checks.temperature("Sampler", pixel_temperature, zero=False, name="pixel_temperature")
         frozen: Any = freeze(model)
         self.model: NVAE = frozen
-        self.temperature = temperature
+        self.temperature, self.pixel_temperature = temperature, pixel_temperature
+        self._temperatures = temperatures
         self.pixels = pixels
         self.autocast = autocast
         self.device: torch.device = frozen.top_feature.device
@@ -86,7 +96,7 @@ class Sampler:
         enabled = self.autocast == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
             seed = self._latent.seed if self._image_seeds is None else self._image_seeds[0]
-            logits = self.model.sample(n, self.temperature, seed=seed)
+            logits = self.model.sample(n, self._temperatures, seed=seed)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         if self.pixels == "logits":
             return logits
@@ -94,7 +104,7 @@ class Sampler:
         if self.pixels == "mean":
             return likelihood.mean()
         seed = self._pixel.seed if self._image_seeds is None else self._image_seeds[1]
-        return likelihood.sample(temperature=self.temperature, seed=seed)
+        return likelihood.sample(temperature=self.pixel_temperature, seed=seed)
 
     def _write_image_seeds(self, n: int, first: int, seed: int, pixel_seed: int) -> None:
         values = [

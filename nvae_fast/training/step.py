@@ -35,7 +35,8 @@ ADAMAX_EPS = 1e-3
 @dataclass(frozen=True)
 class StepResult:
     """The numbers of one step. loss: the minimised value; reconstruction, kl: means over the batch in nats per image; spectral,
-    batch_norm: the unweighted regularisers; grad_norm: norm of all gradients before clipping; skipped: the step was undone."""
+    batch_norm: the unweighted regularisers; grad_norm: norm of all gradients before clipping; skipped: the step was undone;
+    kl_per_channel: means over the batch of the KL of every latent channel, in order of the groups, coarsest scale first."""
 
     loss: float
     reconstruction: float
@@ -44,6 +45,7 @@ class StepResult:
     batch_norm: float
     grad_norm: float
     skipped: bool
+    kl_per_channel: tuple[float, ...] = ()
 
 
 class Step:
@@ -269,8 +271,17 @@ class Step:
             self.world.size > 1
         ):  # one exchange: whether all is finite on every process, and the numbers of the whole batch
             values = self.world.mean(values.double())
-        finite, loss, reconstruction, kl, spectral, batch_norm, norm = values.tolist()
-        return StepResult(loss, reconstruction, kl, spectral, batch_norm, norm, skipped=finite != 1.0)
+        finite, loss, reconstruction, kl, spectral, batch_norm, *channels, norm = values.tolist()
+        return StepResult(
+            loss,
+            reconstruction,
+            kl,
+            spectral,
+            batch_norm,
+            norm,
+            finite != 1.0,
+            kl_per_channel=tuple(channels),
+        )
 
     def _clip(self) -> Tensor:
         """The gradient's norm over all parameters; scales the gradient when clipping is on."""

@@ -81,11 +81,12 @@ def user(case: dict[str, Any]) -> None:
             loss.backward()
             return loss
         with torch.no_grad():
-            return (
-                model.sample(x.shape[0], 0.7, seed=seed)
-                if case["what"] == "sample"
-                else model(x, seed=seed).logits
-            )
+            return {
+                "sample": lambda: model.sample(x.shape[0], 0.7, seed=seed),
+                "forward": lambda: model(x, seed=seed).logits,
+                "encode": lambda: model.encode(x, seed=seed)[-1],
+                "decode": lambda: model.decode(model.encode(x, sample=False)[:1], 0.7, seed=seed),
+            }[case["what"]]()
 
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(WARM_UP):

@@ -55,7 +55,7 @@ SAMPLERS += [
 ]
 USERS = [
     {"name": f"captured by a user: {what}", "kind": "user", "what": what, "model": MODELS["flows"]}
-    for what in ("train", "sample", "forward")
+    for what in ("train", "sample", "forward", "encode", "decode")
 ]
 CASES = [*STEPS, *SAMPLERS, *USERS]
 
