@@ -1,4 +1,4 @@
-"""Layers with hooks, pruning, parametrisations or a forward of their own compute themselves, wherever an operator replaces them."""
+"""Layers with hooks, pruning, parametrisations or a forward of their own compute themselves, where operators replace them."""
 
 from __future__ import annotations
 

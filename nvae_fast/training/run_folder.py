@@ -121,7 +121,7 @@ def _take(file: Path) -> int:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise RunFolderError(
-                f"cannot write to run folder {file.parent}: {error.strerror}; make it writable, free some space, or give another "
+                f"cannot write to run folder {file.parent}: {error.strerror}; make it writable, free space, or give another "
                 "one with --out"
             ) from error
         try:
