@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -19,6 +21,13 @@ DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 _triton = importlib.util.find_spec("triton")
 if _triton is not None and _triton.origin is None:
     sys.modules["triton"] = None  # type: ignore[assignment]
+
+# A shell that runs the tests in the background ignores Ctrl-C, and so would every process that a test starts and interrupts.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Two test processes on two cores: more threads than that only get in each other's way.
 if os.environ.get("PYTEST_XDIST_WORKER"):

@@ -227,7 +227,7 @@ def test_command(tmp_path, capsys):
     assert main(words) == 0
     captured = capsys.readouterr()
     assert captured.out == "train: 6 images\nvalidation: 2 images\n"
-    assert "train [####" in captured.err
+    assert "train image 6/6" in captured.err
     assert stored(tmp_path / "db").shape == (6, 3, 32, 32)
     assert main(words) == 2
     assert "DST: " in capsys.readouterr().err
