@@ -104,6 +104,7 @@ $(VENV_CUDA)/.installed: pyproject.toml
 
 # The package as it is installed, so that the sources' own extension for the CPU stays as it is.
 gpu-dry: $(VENV_CUDA)/.installed
+	@rm -rf $(DRY)/lib  # no modules of an earlier layout; objects stay in $(DRY)
 	NVAE_FAST_REQUIRE_EXTENSION=1 $(CUDA_PY) setup.py -q build --build-base $(DRY) --build-lib $(DRY)/lib
 	cd $(DRY) && LD_BIND_NOW=1 PYTHONPATH=$$PWD/lib $(CURDIR)/$(CUDA_PY) -m nvae_fast info
 	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) --dist loadgroup $(DRY_TESTS)

@@ -146,12 +146,13 @@ def assert_accurate(
     eager: Callable[..., Any] | None = None,
     factor: float = 2.0,
     vector_floor: float = 0.0,
+    rounding: float = 0.0,
 ) -> None:
     """Every output and gradient of ``function`` is as near the truth, ``formula`` in float64 on the same
     inputs, as ``factor`` times what plain PyTorch (``eager``, by default the formula) loses in the dtype of
     the inputs, or ``factor`` times what rounding the truth to that dtype loses; ``vector_floor`` allows at
     least that much in one-dimensional results, a few sums each, where plain PyTorch is sometimes right by
-    luck. Where it overflows, it does not count."""
+    luck, and ``rounding`` in gradients. Where it overflows, it does not count."""
     actual = evaluate(function, tensors, differentiable)
     native = evaluate(eager or formula, tensors, differentiable)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in tensors.items()}
@@ -161,7 +162,7 @@ def assert_accurate(
         unavoidable = relative_error(expected.to(actual[name].dtype), expected)
         lost = relative_error(native[name], expected) if torch.isfinite(native[name]).all() else 0.0
         floor = max(torch.finfo(torch.float32).eps, vector_floor if expected.dim() == 1 else 0.0)
-        bound = factor * max(lost, unavoidable, floor)
+        bound = factor * max(lost, unavoidable, floor, rounding if "grad" in name else 0.0)
         assert_close(actual[name], expected, bound, f"{name} in {actual[name].dtype}")
 
 

@@ -96,6 +96,7 @@ def test_values_and_gradients(
         eager=None if of.eager is None else bound(of.eager, sample),
         factor=of.factor,
         vector_floor=of.vector_floor * torch.finfo(dtype).eps,
+        rounding=sample.rounding,
     )
     for found, expected in zip(outputs(function(**tensors)), of.results, strict=False):
         assert found.dtype == (dtype if expected is INPUT else expected)

@@ -29,6 +29,7 @@ class Sample:
         options: arguments that are no tensors.
         differentiable: names of the tensors whose gradients are compared; by default the description's.
         cancels: factor on the bound of gradients in float64, where terms of a gradient cancel.
+        rounding: what float32 loses in such a gradient: its eps times the size of the terms over that of the gradient.
     """
 
     label: str
@@ -36,6 +37,7 @@ class Sample:
     options: dict[str, Any] = field(default_factory=dict)
     differentiable: tuple[str, ...] | None = None
     cancels: float = 1.0
+    rounding: float = 0.0
 
 
 def sample(
