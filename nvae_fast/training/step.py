@@ -267,9 +267,8 @@ class Step:
         self.optimizer.step()
 
     def _decide(self, values: Tensor) -> StepResult:
-        if (
-            self.world.size > 1
-        ):  # one exchange: whether all is finite on every process, and the numbers of the whole batch
+        # One exchange: whether all is finite on every process, and the numbers of the whole batch.
+        if self.world.size > 1:
             values = self.world.mean(values.double())
         finite, loss, reconstruction, kl, spectral, batch_norm, *channels, norm = values.tolist()
         return StepResult(
