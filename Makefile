@@ -87,7 +87,7 @@ sanitize: build
 	export LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)"; \
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1; \
 	for capability in baseline avx2 avx512; do \
-		export NVAE_FAST_CPU_CAPABILITY=$$capability; \
+		export NVAE_FAST_CPU_CAPABILITY=$$capability ATEN_CPU_CAPABILITY=$${capability/baseline/default}; \
 		echo "$$capability: $(CASES) random calls"; \
 		$(PY) -m sanitize.fuzz --cases $(CASES) --journal $(SANITIZE)/call.txt || { cat $(SANITIZE)/call.txt; exit 1; }; \
 		$(PY) -m pytest -q -x -p no:cacheprovider $(SANITIZED_TESTS:%=tests/test_%.py); \

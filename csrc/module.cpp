@@ -4,6 +4,7 @@
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
+#include "bus_errors.h"
 #include "capability.h"
 #ifdef NVAE_HAVE_CUDA
 #include "cuda/device_check.h"
@@ -58,6 +59,10 @@ static PyObject* info(PyObject*, PyObject*) {
   return dict;
 }
 
+static PyObject* report_bus_errors(PyObject*, PyObject*) {
+  return PyBool_FromLong(nvae::report_bus_errors() == 0);
+}
+
 #ifdef NVAE_HAVE_CUDA
 static PyObject* device_check(PyObject*, PyObject*) {
   char text[256];
@@ -69,6 +74,8 @@ static PyObject* device_check(PyObject*, PyObject*) {
 static PyMethodDef methods[] = {
     {"info", info, METH_NOARGS,
      "info() -> dict: what this binary was built with and which vector code it uses."},
+    {"report_bus_errors", report_bus_errors, METH_NOARGS,
+     "report_bus_errors() -> bool: name the mapped file when a read of it ends the process with SIGBUS."},
 #ifdef NVAE_HAVE_CUDA
     {"device_check", device_check, METH_NOARGS,
      "device_check() -> str: whether this binary holds code for the current GPU. Initialises CUDA."},

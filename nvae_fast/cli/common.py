@@ -20,6 +20,7 @@ from nvae_fast.data import open_dataset
 from nvae_fast.data.decode import EVALUATED_ON
 from nvae_fast.models.latents import linear_temperatures
 from nvae_fast.models.nvae import NVAE
+from nvae_fast.ops import _extension as extension
 from nvae_fast.training import distributed, pictures
 from nvae_fast.training.config import check_bounds
 from nvae_fast.training.progress import Progress
@@ -75,7 +76,11 @@ def run_on_processes(
 def open_images(
     data: str, kind: str | None, split: str, model_config: Any, options: dict[str, Any] | None = None
 ) -> Any:
-    """Open ``data`` with the image size, channels and bits of the model. options: the result of :func:`image_options`."""
+    """Open ``data`` with the image size, channels and bits of the model. options: the result of :func:`image_options`.
+
+    The processes of the command line belong to it, so that it may set how they end when a memory-mapped file fails.
+    """
+    extension.report_bus_errors()
     return open_dataset(
         data,
         split=split,

@@ -102,7 +102,8 @@ class _Database:
     def value(self, key: bytes) -> bytes | None:
         """The value of a key, or None. OSError when the file cannot be reached, ValueError when it has changed.
 
-        The size is looked at before: reading a part of the map that the file lost ends the process.
+        The size is looked at before: reading a part of the map that the file lost ends the process (SIGBUS). The command line
+        names the file then (csrc/bus_errors.cpp).
         """
         environment = self.environment()
         size = retry(lambda: os.stat(self.file).st_size, str(self.file))

@@ -114,6 +114,12 @@ def cuda_archs() -> list[str]:
     return list(_module.info()["cuda_archs"]) if load() and _module is not None else []
 
 
+def report_bus_errors() -> None:
+    """Name the file when a read of a memory-mapped file ends this process with SIGBUS. Nothing without the extension."""
+    if load() and _module is not None:
+        _module.report_bus_errors()
+
+
 def info() -> dict[str, Any]:
     """What was built and what is in use.
 
