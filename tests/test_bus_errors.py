@@ -49,7 +49,9 @@ def test_the_file_is_named(tmp_path: Path, earlier_handler: bool) -> None:
 
 @needs_extension
 def test_a_signal_from_outside_ends_the_process_as_before() -> None:
-    code = "from internals import _extension; import os; _extension.report_bus_errors(); os.kill(os.getpid(), 7)"
+    code = (
+        "from internals import _extension; import os; _extension.report_bus_errors(); os.kill(os.getpid(), 7)"
+    )
     run = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=Path(__file__).parent
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import foreign_model
@@ -88,6 +89,17 @@ def work(rank: int, size: int) -> dict[str, Any]:
     for part in model.modules():
         part.needs_data_init = False
     results["from meta"] = step(model, rank)
+    torch.manual_seed(0)
+    model = nf.NVAE(CONFIG.replace(arch_instance="res_elu"))
+    x = torch.rand(2, 1, 32, 32)
+    sharded = shard(copy.deepcopy(model), "model", size)
+    try:
+        sharded(x)
+    except RuntimeError as error:
+        results["awaiting data"] = str(error)
+    model(x, seed=1)
+    expected = model(x, seed=1).logits
+    results["initialised before"] = (shard(model, "model", size)(x, seed=1).logits - expected).abs().max()
     return results
 
 
@@ -126,3 +138,9 @@ def test_what_is_sharded_is_left_with_the_reason(both: list[dict[str, Any]]) -> 
         reasons = dict(left)
         assert "is a DTensor" in reasons["enc.0"], "a cell is known by the class that was sharded"
         assert all("call accelerate before fully_shard" in reason for reason in reasons.values())
+
+
+def test_initialisation_from_data_is_not_lost(both: list[dict[str, Any]]) -> None:
+    for found in both:
+        assert "call the model once in training mode before fully_shard" in found["awaiting data"]
+        assert found["initialised before"] <= 1e-5

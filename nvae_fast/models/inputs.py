@@ -50,7 +50,23 @@ def check_images(op: str, model: NVAE, x: Any) -> None:
                 f"{op}: batch norm needs more than one value per channel while training and the coarsest scale has one "
                 f"pixel: x must hold at least 2 images, got {tuple(x.shape)}"
             )
+    if model.training and (op, True) not in model._checked:
+        _refuse_sharded_initialisation(op, model)
     check_range(op, model, x)
+
+
+def _refuse_sharded_initialisation(op: str, model: NVAE) -> None:
+    """RuntimeError where the first batch would initialise layers of which FSDP2 keeps no change made in a forward."""
+    waiting = [name for name, module in model.named_modules() if getattr(module, "needs_data_init", False)]
+    if not waiting or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule  # half a second to import
+
+    if any(isinstance(module, FSDPModule) for module in model.modules()):
+        raise RuntimeError(
+            f"{op}: the first training batch initialises {len(waiting)} layers ({waiting[0]}, ...), and fully_shard loses what "
+            "a forward writes to parameters: call the model once in training mode before fully_shard, or load a state"
+        )
 
 
 def check_range(op: str, model: NVAE, x: torch.Tensor, *, warn_gray: bool = False) -> None:
