@@ -24,8 +24,10 @@ _MAGIC = (
     b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
     b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"Pf", b"\0\0\0\x0cjP", b"\xff\x4f\xff\x51", b"qoif",
 )  # fmt: skip
-# A small file may ask for any number of pixels. Within these bounds decoding takes less than 500 MB.
+# A small file may ask for any number of pixels. Within these bounds decoding takes less than 500 MB, also where the decoder
+# of a format keeps further copies.
 MAX_PIXELS = 30_000_000
+_FEWER_PIXELS = {"WEBP": 20_000_000, "JPEG2000": 15_000_000}
 MAX_FILE_BYTES = 1 << 28
 _ROWS_AT_ONCE = 256
 
@@ -58,7 +60,7 @@ def open_image(data: bytes) -> Any:
         raise
     except Exception as error:  # Pillow's readers raise many kinds
         raise DamagedImage(f"{type(error).__name__}: {error}") from error
-    most = MAX_PIXELS // 2 if picture.format == "JPEG2000" else MAX_PIXELS
+    most = _FEWER_PIXELS.get(picture.format or "", MAX_PIXELS)
     if picture.width * picture.height > most:
         raise DamagedImage(f"{picture.width}x{picture.height} pixels, more than the {most} that are decoded")
     return picture
