@@ -57,7 +57,9 @@ DESCRIPTIONS = [
         "normal_sample",
         op,
         formula,
-        samples=[sample(size, inputs(size)) for size in [(2, 3, 4, 4), (1, 1, 1, 1), (3, 5, 7, 11)]],
+        samples=[
+            sample(size, inputs(size)) for size in [(2, 3, 4, 4), (1, 1, 1, 1), (3, 5, 7, 11), (2, 4, 11, 31)]
+        ],
         small=[
             sample("noise", ONE),
             sample("seed", {"params": ONE["params"]}, seed=3),

@@ -37,8 +37,10 @@ class Draw:
         return self.random.choice(FLOATS)
 
     def map_shape(self, channels: Sequence[int] = CHANNELS, sides: Sequence[int] = SIDES) -> tuple[int, ...]:
-        if channels[-1] >= 17 and self.chance(0.06):
-            return 3, 17, 17, 3  # a task of 40 rows, whose last vector ends outside of its 2048 elements
+        if channels[-1] >= 17 and self.chance(0.1):
+            # A task of several rows, of which a sample's last ones begin between two vectors and end close to the task's
+            # 2048 elements: the last vector ends outside of them.
+            return self.one((3, 4, 11, 31), (3, 5, 11, 31), (3, 5, 3, 227))
         b, c = self.one(*BATCHES), self.one(*channels)
         h, w = self.one(*LARGE) if self.chance(0.1) else (self.one(*sides), self.one(*sides))
         while b * c * h * w > ELEMENTS:

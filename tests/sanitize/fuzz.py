@@ -150,8 +150,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--only", nargs="+", default=[])
-    parser.add_argument("--journal")
+    parser.add_argument(
+        "--journal", help="a file that names the call that runs, for one that ends the process"
+    )
+    parser.add_argument("--library", help="the folder that nvae_fast must be imported from")
     given = parser.parse_args()
+    if given.library and not Path(nvae_fast.__file__).is_relative_to(given.library):
+        print(f"nvae_fast was imported from {nvae_fast.__file__}, not from {given.library}")
+        return 2
     if not _extension.load():
         print(f"the C++ extension is needed: {_extension.reason()}")
         return 2
