@@ -193,17 +193,19 @@ def evaluate(
     groups, latent = model.config.num_groups, model.config.num_latent_per_group
     table = torch.zeros(len(starts), 2 + groups + groups * latent, dtype=torch.float64, device=device)
     mine = 0
-    for row in range(world.rank, len(starts), world.size):
-        indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
-        x = dataset.batch(indices, data_seed).to(device)
-        own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
-        values, sums = importance_bound(frozen, x, samples, seed=own, autocast=autocast)
-        head = torch.stack([values.sum(), sums["reconstruction"]])
-        table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
-        mine += len(indices)
+    for first in range(0, len(starts), world.size):
+        row = first + world.rank
+        if row < len(starts):
+            indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
+            x = dataset.batch(indices, data_seed).to(device)
+            own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
+            values, sums = importance_bound(frozen, x, samples, seed=own, autocast=autocast)
+            head = torch.stack([values.sum(), sums["reconstruction"]])
+            table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
+            mine += len(indices)
         if on_batch is not None:
-            done = min(starts[row] + world.size * batch_size, total)
-            on_batch(done, -float(table[:, 0].sum()) / mine)
+            done = min((first + world.size) * batch_size, total)
+            on_batch(done, -float(table[:, 0].sum()) / mine if mine else math.nan)
     means = world.sum(table).sum(0).cpu() / total
     bound, recon = means[:2].tolist()
     kl_per_group = means[2 : 2 + groups].tolist()
