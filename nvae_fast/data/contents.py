@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 
+
 class MissingSplit(FileNotFoundError, ValueError):
     """The data have other parts, but not the one asked for."""
 

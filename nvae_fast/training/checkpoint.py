@@ -1,9 +1,10 @@
 """Checkpoints that survive: written beside the old one, moved into place whole, read without running code.
 
 A run folder holds `checkpoint.pt` (the newest), `checkpoint-previous.pt` (the one before) and, in a run with validation,
-`checkpoint-best.pt` (the one with the best validation). Writing goes to a temporary file in the same folder, is forced to disk, and only then takes the name: a crash, a full disk or
-a power cut at any moment leaves at least one complete checkpoint. Files are plain `torch.save` dictionaries
-of tensors, numbers, strings and lists, with a checksum of the whole file, read with `weights_only=True`.
+`checkpoint-best.pt` (the one with the best validation). Writing goes to a temporary file in the same folder, is forced to
+disk, and only then takes the name: a crash, a full disk or a power cut at any moment leaves at least one complete
+checkpoint. Files are plain `torch.save` dictionaries of tensors, numbers, strings and lists, with a checksum of the whole
+file, read with `weights_only=True`.
 """
 
 from __future__ import annotations

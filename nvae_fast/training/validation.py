@@ -160,7 +160,9 @@ class Validation:
         return self.interval > 0 and step > self.step and (done or step % self.interval == 0)
 
     def _final_due(self, step: int, done: bool) -> bool:
-        return self.interval > 0 and done and self.config.validate_final_samples > 0 and step > self.final_step
+        return (
+            self.interval > 0 and done and self.config.validate_final_samples > 0 and step > self.final_step
+        )
 
     def _evaluate(self, trainer: Trainer, samples: int, stop: StopRequest, progress: Progress) -> Evaluation:
         begun = time.perf_counter()
