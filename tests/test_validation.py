@@ -146,6 +146,16 @@ def test_what_is_written(whole, digits):
     assert checkpoint.load(whole / checkpoint.PREVIOUS)["progress"]["step"] == 6
 
 
+def test_the_best_checkpoint_is_resumed_like_any_other(whole, tmp_path, digits):
+    state = checkpoint.load_training(whole / checkpoint.BEST)
+    best = state["progress"]["step"]
+    validated(tmp_path / "run", digits, state=state).run()
+    first, second = checkpoint.load(whole), checkpoint.load(tmp_path / "run")
+    assert first["validation"] == second["validation"]
+    assert all(torch.equal(value, second["model"][name]) for name, value in first["model"].items())
+    assert [line["step"] for line in lines(tmp_path / "run", "val")] == [s for s in (2, 4, 6, 7) if s > best]
+
+
 @pytest.mark.parametrize("stop", [1, 4, 5, 7])
 def test_a_stopped_run_goes_on_bit_for_bit(whole, tmp_path, digits, stop):
     first = validated(tmp_path / "parts", digits)
@@ -301,7 +311,8 @@ def test_a_time_limit_leaves_time_for_validation(tmp_path, digits):
         run._advance(50.0, 1.0)
         return run.position
 
-    assert position(0.0) == pytest.approx(999 / 50)
+    # Nine images are 2.25 steps of a second, a draw of them a third of that: 2 and 3 draws at the end, 2 in every 2 steps.
+    assert position(0.0) == pytest.approx(999 / ((50 - 5 * 0.75) / 1.75))
     # 2 draws and 3 final ones take 5 seconds at the end; 2 draws every 2 steps take 1 second a step.
     assert position(1.0) == pytest.approx(999 / (45 / 2))
     assert position(1.0, validate_final_samples=0) == pytest.approx(999 / (48 / 2))

@@ -413,7 +413,7 @@ class Trainer:
     def _advance(self, elapsed: float, pace: float) -> None:
         limit = self.config.time_limit * 60 if self.config.time_limit is not None else None
         if limit is not None:
-            each, end = self.validation.reserve()
+            each, end = self.validation.reserve(pace)
             elapsed, pace, end = self.world.largest(elapsed, pace + each, end)
             limit -= end
         self.elapsed = elapsed
