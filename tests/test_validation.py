@@ -284,6 +284,11 @@ def test_when_it_is_due():
     assert interval(10, 500, every=3, dataset=None) == 0
 
 
+def test_none_takes_the_default_schedule_and_all_images():
+    given = cli.parse(["train", "--validate-every", "none", "--validate-images", "none"])
+    assert (given.validate_every, given.validate_images) == (None, None)
+
+
 def test_short_runs_are_validated_at_the_end_where_asked_for(tmp_path, digits):
     for every, steps in ((1, [1]), (None, [])):
         folder = tmp_path / str(every)
