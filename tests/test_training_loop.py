@@ -172,7 +172,7 @@ sys.exit(main(sys.argv[1:]))
 RUN_OPTIONS = [
     "train", "--data", "digits", "--max-steps", "200", "--batch-size", "8", "--log-every", "20",
     "--checkpoint-every", "40", "--warmup-epochs", "0.05", "--threads", "1", "--device", "cpu",
-    "--time-limit", "none", "--quiet",
+    "--time-limit", "none", "--validate-images", "8", "--quiet",
 ]  # fmt: skip
 
 
@@ -201,7 +201,10 @@ def test_killed_and_resumed_run_equals_the_uninterrupted_one(tmp_path):
     assert subprocess.run(command_line, env=environment(), timeout=300).returncode == 0
     assert whole.wait(timeout=300) == 0
     same_runs(tmp_path / "whole", tmp_path / "parts")
-    lines = metrics.read_metrics(tmp_path / "whole")
+    assert [
+        line["step"] for line in metrics.read_metrics(tmp_path / "whole") if "val/bits_per_dim" in line
+    ] == [187, 200]
+    lines = [line for line in metrics.read_metrics(tmp_path / "whole") if "loss" in line]
     assert [line["step"] for line in lines] == list(range(20, 201, 20))
     assert lines[-1]["bits_per_dim"] < 0.75 * lines[0]["bits_per_dim"]
     for name in ("samples.png", "reconstructions.png"):

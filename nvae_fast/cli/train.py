@@ -30,6 +30,7 @@ from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
 from nvae_fast.training.progress import clock
+from nvae_fast.training.validation import held_out
 
 # What may change when a run is resumed without changing its results.
 _RESUME_FREE = {
@@ -38,6 +39,8 @@ _RESUME_FREE = {
     "max_bad_steps",
     "checkpoint_every",
     "log_every",
+    "validate_every",
+    "validate_final_samples",
     "sample_every",
     "sample_temperature",
     "sample_readjust_passes",
@@ -54,6 +57,8 @@ _RESUME_REPORTED = {
     "accumulate",
     "threads",
 }
+# What a validation computes: its values are compared with one another, so it cannot change after the first.
+_VALIDATION = ("validate_images", "validate_samples")
 # The run folder of a run without --preset and --out is runs/<this>.
 _UNNAMED = "nvae"
 # Built-in data, which say what kind of images they are.
@@ -103,6 +108,12 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
                 arguments.preset, arguments.data, training_given, model_given
             )
         kind, images = arguments.data_kind, None
+    if config.validate_every == 0:
+        for name in (*_VALIDATION, "validate_final_samples"):
+            if name in training_given:
+                raise ValueError(
+                    f"{options.spelled(name)} is of no use without validation, which --validate-every 0 switches off"
+                )
     set_threads(config.threads)
     how = image_options(arguments, model_config, images)
     dataset = open_images(data, kind, "train", model_config, how)
@@ -112,6 +123,12 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             f"{dataset.reading} was asked for"
         )
 
+    validation = None
+    if config.validate_every != 0:
+        validation = held_out(dataset, lambda part: open_images(data, kind, part, model_config, how))
+        if validation is None:
+            say(f"{data} has no validation or test part: training without validation")
+
     torch.manual_seed(config.seed)
     model = NVAE(model_config)
     trainer = Trainer(
@@ -120,6 +137,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         dataset,
         folder,
         world=world,
+        validation=validation,
         state=state,
         quiet=arguments.quiet,
         progress=arguments.progress,
@@ -136,8 +154,12 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     if world.is_main:
         _write_config(folder, model_config, config, data, dataset)
     say(_run_summary(trainer, data, folder))
+    if trainer.validation.interval:
+        say(trainer.validation.describe())
     result = trainer.run()
     report_skipped(dataset, say)
+    if validation is not None:
+        report_skipped(validation, say)
     skipped = f", {result.skipped} step(s) skipped as not finite" if result.skipped else ""
     if result.signal is not None:
         say(
@@ -183,10 +205,11 @@ def _resumed_config(
     changed = {name: value for name, value in given.items() if getattr(config, name) != value}
     if "epochs" in given and "max_steps" not in given and config.max_steps is not None:
         changed["max_steps"] = None  # which would decide in place of the epochs given
+    free = _RESUME_FREE if state.get("validation", {}).get("step") else {*_RESUME_FREE, *_VALIDATION}
     for name, value in changed.items():
         if name in _RESUME_REPORTED:
             say(f"{options.spelled(name)} changes from {getattr(config, name)} to {value} from here on")
-        elif name not in _RESUME_FREE:
+        elif name not in free:
             raise ValueError(
                 f"{options.spelled(name)} cannot change when a run is resumed: it has "
                 f"{getattr(config, name)}, {value} was asked for"

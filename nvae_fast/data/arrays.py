@@ -170,7 +170,8 @@ def _choose(names: list[str], path: Path, split: str) -> tuple[str, bool]:
     known = {name for keys in _KEYS.values() for name in keys}
     other = [name for name in names if name in known]
     if other:
-        raise ValueError(f"{path}: no {split} images; looked for {', '.join(_KEYS[split])}, found {names}")
+        looked = ", ".join(_KEYS[split])
+        raise contents.MissingSplit(f"{path}: no {split} images; looked for {looked}, found {names}")
     wanted = [name for name in _COMMON_KEYS if name in names] or (names if len(names) == 1 else [])
     if not wanted:
         keys = ", ".join(_KEYS[split] + _COMMON_KEYS)
@@ -240,7 +241,7 @@ def open_array(
         return array_source(pixels, str(path), image_size, channels, is_bool=is_bool), own_split
     files = find_files(path, split)
     if not files:
-        raise FileNotFoundError(
+        raise contents.MissingSplit(
             f"{path}: no {split} images; looked for {SPLIT_NAMES[split]} with .npy or .npz, and {_BATCHES[split]}"
         )
     parts = [retry(lambda file=file: _read(file, split, channels), str(file)) for file in files]  # type: ignore[misc]

@@ -138,7 +138,9 @@ def _from_archive(path: Path, kind: str, split: str) -> list[np.ndarray]:
     pattern = re.compile(_BATCHES[kind, split])
     found = sorted((name, _batch(data, f"{path}, {name}")) for name, data in _members(path, pattern))
     if not found:
-        raise FileNotFoundError(f"{path}: no {split} images of {kind}; looked for {_looked_for(kind, split)}")
+        raise contents.MissingSplit(
+            f"{path}: no {split} images of {kind}; looked for {_looked_for(kind, split)}"
+        )
     return [pixels for _, pixels in found]
 
 
@@ -152,7 +154,7 @@ def _open(
     if place.is_dir():
         files = _files(place, kind, split)
         if not files:
-            raise FileNotFoundError(f"{place}: no {split} images; looked for {_looked_for(kind, split)}")
+            raise contents.MissingSplit(f"{place}: no {split} images; looked for {_looked_for(kind, split)}")
         parts = [read_batch(file) for file in files]
     elif is_archive(place):
         parts = _from_archive(place, kind, split)

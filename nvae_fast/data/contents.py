@@ -5,6 +5,11 @@ from __future__ import annotations
 import os
 import stat
 
+
+class MissingSplit(FileNotFoundError, ValueError):
+    """The data have other parts, but not the one asked for."""
+
+
 HEAD = 64  # bytes that `describe` wants to see
 
 _SIGNATURES = (

@@ -84,7 +84,7 @@ class ImageDataset:
 
     Attributes: `name`; `split`; `image_size` (pixels a side); `channels` (1 or 3); `num_bits` (1..8);
     `binarize` (a fresh Bernoulli draw at every load); `skipped`, a list of (file, reason) of the unreadable
-    images met so far.
+    images met so far; `own_split`, False where the data know no splits and all images are given for each.
 
     With `binarize` a pixel of stored value v becomes 1 with probability v/255, else 0. Fewer bits leave 0
     and 1 as they are, so `num_bits` has no effect then.
@@ -110,6 +110,7 @@ class ImageDataset:
         self.source = source
         self.name = source.name
         self.split = split
+        self.own_split = True
         self.image_size = height
         self.channels = channels
         self.num_bits = 8 if num_bits is None else num_bits

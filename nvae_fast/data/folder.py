@@ -36,7 +36,7 @@ def split_folder(path: Path, split: str) -> tuple[Path, bool]:
     other = [name for name in other_splits(split) if (path / name).is_dir()]
     if other:
         looked = ", ".join(SPLIT_NAMES[split])
-        raise FileNotFoundError(
+        raise contents.MissingSplit(
             f"{path}: no {split} images; it has a folder {other[0]}, but none of {looked}"
         )
     return path, False

@@ -91,7 +91,7 @@ def open_idx(
     if path.is_dir():
         found = [file for sub in FOLDERS if (file := find_file(path / sub, split)) is not None]
         if not found:
-            raise FileNotFoundError(f"{path}: no {split} images; looked for {FILE_NAMES}")
+            raise contents.MissingSplit(f"{path}: no {split} images; looked for {FILE_NAMES}")
         if len(found) > 1:
             raise ValueError(
                 f"{path}: several files of {split} images, give the folder of one: {[*map(str, found)]}"

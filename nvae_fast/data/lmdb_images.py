@@ -325,5 +325,5 @@ def open_lmdb(
     found = find_database(path, split)
     if found is None:
         names = ", ".join(f"{name}.lmdb" for name in SPLIT_NAMES[split])
-        raise FileNotFoundError(f"{path}: no {split} database; looked for data.mdb, {names}")
+        raise contents.MissingSplit(f"{path}: no {split} database; looked for data.mdb, {names}")
     return LmdbImages(found[0], image_size, channels, max_skipped, reading), found[1]

@@ -101,7 +101,9 @@ def open_dataset(
     name = os.fspath(name_or_path)
     source: Source
     if split == "validation" and (kind or name) in _BUILTIN:
-        raise ValueError(f"split (--split): {kind or name} has train and test images, no validation images")
+        raise contents.MissingSplit(
+            f"split (--split): {kind or name} has train and test images, no validation images"
+        )
     if kind in _BUILTIN or (kind is None and name in _BUILTIN):
         kind = kind or name
         _check_lazy(kind, name, crop, resample)
@@ -117,7 +119,9 @@ def open_dataset(
             contents.check_regular(path)
         kind = kind or detect(path)
         if split == "validation" and kind in _TWO_SPLITS:
-            raise ValueError(f"split (--split): {path} has train and test images, no validation images")
+            raise contents.MissingSplit(
+                f"split (--split): {path} has train and test images, no validation images"
+            )
         _check_lazy(kind, name, crop, resample)
         options = {"max_skipped": max_skipped, "reading": reading} if kind in _LAZY else {}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
@@ -130,7 +134,9 @@ def open_dataset(
             split,
             split,
         )
-    return ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+    images = ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+    images.own_split = own_split
+    return images
 
 
 def _check_lazy(kind: str, name: str, crop: int | None, resample: str | None) -> None:

@@ -1,9 +1,10 @@
 """Checkpoints that survive: written beside the old one, moved into place whole, read without running code.
 
-A run folder holds `checkpoint.pt` (the newest) and `checkpoint-previous.pt` (the one before). Writing goes to
-a temporary file in the same folder, is forced to disk, and only then takes the name: a crash, a full disk or
-a power cut at any moment leaves at least one complete checkpoint. Files are plain `torch.save` dictionaries
-of tensors, numbers, strings and lists, with a checksum of the whole file, read with `weights_only=True`.
+A run folder holds `checkpoint.pt` (the newest), `checkpoint-previous.pt` (the one before) and, in a run with validation,
+`checkpoint-best.pt` (the one with the best validation). Writing goes to a temporary file in the same folder, is forced to
+disk, and only then takes the name: a crash, a full disk or a power cut at any moment leaves at least one complete
+checkpoint. Files are plain `torch.save` dictionaries of tensors, numbers, strings and lists, with a checksum of the whole
+file, read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ FORMAT = "nvae_fast.checkpoint"
 VERSION = 1
 NAME = "checkpoint.pt"
 PREVIOUS = "checkpoint-previous.pt"
+BEST = "checkpoint-best.pt"
 
 # What a checkpoint must hold: a type, or the entries of a dict.
 _MODEL: dict[str, Any] = {"format": str, "version": int, "model_config": dict, "model": dict}
@@ -88,8 +90,8 @@ def save(
             keep()
     except (OSError, RuntimeError) as error:
         kept = (
-            f"; the checkpoint from before is intact: {target}. Free disk space, or make the folder writable, and go on from "
-            "it with --resume"
+            f"; the checkpoint from before is intact: {target}. Free disk space, or make the folder writable, and go on "
+            "with --resume"
             if target.exists()
             else "; free disk space, or make the folder writable"
         )
@@ -118,6 +120,7 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
             "resuming needs one that training wrote"
         )
     _require(document, _TRAINING, f"checkpoint {file}")
+    _require(document.get("validation", {}), dict, f"checkpoint {file}: validation")
     try:
         TrainingConfig.from_dict(document["training_config"])
         NVAEConfig(**document["model_config"])

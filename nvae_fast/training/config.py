@@ -119,6 +119,29 @@ class TrainingConfig:
         500, "a checkpoint every so many steps, and one at the end of the run", unit="steps", least=1
     )
     log_every: int = _option(10, "a line in metrics.jsonl every so many steps", unit="steps", least=1)
+    validate_every: int | None = _option(
+        None,
+        "a validation every so many epochs and at the end, on the validation part of the data or else the test part, which "
+        "keeps checkpoint-best.pt; 0 for none. none does it every epoch in runs of up to 50 epochs, every 20 epochs in "
+        "longer ones, and not at all in runs shorter than an epoch",
+        unit="epochs",
+        least=0,
+    )
+    validate_images: int | None = _option(
+        1000,
+        "images of a validation, at equal distances over the part; none takes all",
+        unit="images",
+        least=1,
+    )
+    validate_samples: int = _option(
+        10, "draws of the importance-weighted bound in a validation", unit="draws", least=1
+    )
+    validate_final_samples: int = _option(
+        50,
+        "draws of one more evaluation at the end of a run with validation; 0 for none",
+        unit="draws",
+        least=0,
+    )
     sample_every: int = _option(
         0,
         "a grid of samples (samples-<step>.png) every so many steps; 0 only at the end",

@@ -152,10 +152,10 @@ def evaluate(
     size gives the same numbers up to rounding, another number of processes exactly the same numbers.
 
     samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
-    first images. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every
-    batch. world: processes among which the images are divided; each returns the whole result. Raises ValueError for bad
-    arguments, on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`);
-    the model itself is not changed.
+    first images. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every batch,
+    the same number of times on each process; an exception that it raises on all of them ends the evaluation. world: processes
+    among which the images are divided; each returns the whole result. Raises ValueError for bad arguments, on every process
+    when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the model itself is not changed.
     """
     samples, batch_size = (
         _checks.whole("evaluate", "samples", samples),
@@ -193,17 +193,19 @@ def evaluate(
     groups, latent = model.config.num_groups, model.config.num_latent_per_group
     table = torch.zeros(len(starts), 2 + groups + groups * latent, dtype=torch.float64, device=device)
     mine = 0
-    for row in range(world.rank, len(starts), world.size):
-        indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
-        x = dataset.batch(indices, data_seed).to(device)
-        own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
-        values, sums = importance_bound(frozen, x, samples, seed=own, autocast=autocast)
-        head = torch.stack([values.sum(), sums["reconstruction"]])
-        table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
-        mine += len(indices)
+    for first in range(0, len(starts), world.size):
+        row = first + world.rank
+        if row < len(starts):
+            indices = torch.arange(starts[row], min(starts[row] + batch_size, total))
+            x = dataset.batch(indices, data_seed).to(device)
+            own = [seeds.mix_seed(seed, seeds.EVALUATION, int(i)) for i in indices]
+            values, sums = importance_bound(frozen, x, samples, seed=own, autocast=autocast)
+            head = torch.stack([values.sum(), sums["reconstruction"]])
+            table[row] = torch.cat([head, sums["kl_per_group"], sums["kl_per_channel"]])
+            mine += len(indices)
         if on_batch is not None:
-            done = min(starts[row] + world.size * batch_size, total)
-            on_batch(done, -float(table[:, 0].sum()) / mine)
+            done = min((first + world.size) * batch_size, total)
+            on_batch(done, -float(table[:, 0].sum()) / mine if mine else math.nan)
     means = world.sum(table).sum(0).cpu() / total
     bound, recon = means[:2].tolist()
     kl_per_group = means[2 : 2 + groups].tolist()

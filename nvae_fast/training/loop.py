@@ -28,6 +28,7 @@ from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
 from nvae_fast.training.step import Step, StepResult, layers_needing_data_init, mark_needing_data_init
+from nvae_fast.training.validation import Validation
 from nvae_fast.version import __version__
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Trainer:
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
     size and channels. world: the processes of the run, None for a single one. quiet: no progress line.
     progress: "auto", "plain" or "none", see `Progress`.
+    validation: an `ImageDataset` to validate on while training, see `Validation`; None for no validation.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.
@@ -82,6 +84,7 @@ class Trainer:
         folder: Path,
         *,
         world: World | None = None,
+        validation: Any | None = None,
         state: dict[str, Any] | None = None,
         quiet: bool = False,
         progress: str = "auto",
@@ -99,6 +102,7 @@ class Trainer:
         self.world.agree(
             {
                 "--data (number of images)": len(dataset),
+                "--data (number of validation images)": None if validation is None else len(validation),
                 "the model's options": model.config.to_dict(),
                 "the training options": config.to_dict(),
                 "the checkpoint to resume (its step)": None if state is None else state["progress"]["step"],
@@ -125,6 +129,13 @@ class Trainer:
         )
         self.steps_per_epoch = len(self.loader)
         self.total_steps = config.total_steps(self.steps_per_epoch)
+        self.validation = Validation(
+            config,
+            None if validation is None else fitted(model.config, validation),
+            steps_per_epoch=self.steps_per_epoch,
+            total_steps=self.total_steps,
+            world=self.world,
+        )
         memory = torch.channels_last if config.channels_last else torch.contiguous_format
         self.model: NVAE = checkpoint.to_format(model.to(self.world.device), memory).train()
         self._memory = memory
@@ -139,6 +150,7 @@ class Trainer:
         if state is not None:
             self._restore(state)
         self._last_saved = self.step if state is not None else -1
+        self._saved_validation = self.validation.state()
         # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
         self._proven = False
 
@@ -163,6 +175,7 @@ class Trainer:
             log = metrics.MetricsLog(
                 self.folder,
                 resume_step=self.step if self._last_saved >= 0 else None,
+                keep=self.validation.unfinished(),
                 tensorboard=self.config.tensorboard,
             )
         progress = Progress("train", self.total_steps, mode=self.progress, quiet=self.quiet)
@@ -176,7 +189,10 @@ class Trainer:
             with StopRequest() as stop, contextlib.closing(self._batches()) as batches:
                 if self._last_saved < 0:
                     self.save()
-                stopping, due, number = False, False, 0
+                # One that a signal interrupted before the run was resumed.
+                number = self._validate(stop, log, progress)
+                self.save()
+                stopping, due = number != 0, False
                 while not stopping and self.position < self.total_steps:
                     begun = time.perf_counter()
                     images = next(batches)
@@ -192,6 +208,9 @@ class Trainer:
                         log.pictures(self.step, self.model, self.dataset, seed=self.config.seed)
                     # A signal to one process stops all of them after the same step.
                     number = int(self.world.largest(float(stop.signal or 0))[0])
+                    if done:
+                        self.save()  # the last validations may take long
+                    number = number or self._validate(stop, log, progress)
                     stopping = number != 0
                     due = due or self.step % self.config.checkpoint_every == 0
                     # Between bad steps nothing is written: both checkpoints would soon be of weights that diverge.
@@ -210,18 +229,23 @@ class Trainer:
         return RunResult(self.step, self.skipped, number or None, self.elapsed)
 
     def save(self) -> None:
-        """Write a checkpoint of this moment (rank 0 only).
+        """Write a checkpoint of this moment (rank 0 only), unless nothing has happened since the last one.
 
         Raises CheckpointError when it cannot, TrainingDiverged when the weights are not finite: nothing is written then.
         """
-        if self.step == self._last_saved:
+        validated = self.validation.state()
+        if self.step == self._last_saved and validated == self._saved_validation:
             return
         problem = not_finite(self.model.state_dict().items())
         if problem is not None:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
-            checkpoint.save(self.state(), self.folder)
-        self._last_saved, self._proven = self.step, False
+            checkpoint.save(self.state(), self.folder, keep_previous=self.step != self._last_saved)
+        self._last_saved, self._saved_validation, self._proven = self.step, validated, False
+
+    def validated_model(self) -> NVAE:
+        """The model that validation evaluates: the one that is trained."""
+        return self.model
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
@@ -246,6 +270,7 @@ class Trainer:
                 "world_size": self.world.size,
             },
             "metrics": self.averages.state(),
+            "validation": self.validation.state(),
             "data": {
                 "source": self.data[0] or self.dataset.name,
                 "kind": self.data[1],
@@ -278,6 +303,8 @@ class Trainer:
             checkpoint.check_optimizer(state["optimizer"], self.step_function.parameters)
             self.step_function.restore(state["optimizer"])
             self.averages = metrics.Averages(state["metrics"])
+            if "validation" in state:  # checkpoints of 0.1.0 have none
+                self.validation.restore(state["validation"])
             torch.set_rng_state(state["rng"]["torch"])
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise checkpoint.CheckpointError(
@@ -374,9 +401,21 @@ class Trainer:
             f"checkpoint is the one before, now {self.folder / checkpoint.NAME} (step {step})"
         )
 
+    def _validate(self, stop: StopRequest, log: metrics.MetricsLog | None, progress: Progress) -> int:
+        """Validate where it is due; return the signal that interrupted it, 0 for none."""
+        begun = time.perf_counter()
+        number = self.validation.run(self, stop, log, progress)
+        seconds = time.perf_counter() - begun
+        self.elapsed += seconds
+        self._log_mark = (self._log_mark[0], self._log_mark[1] + seconds)  # the images per second of training
+        return number
+
     def _advance(self, elapsed: float, pace: float) -> None:
         limit = self.config.time_limit * 60 if self.config.time_limit is not None else None
-        elapsed, pace = self.world.largest(elapsed, pace) if limit is not None else (elapsed, pace)
+        if limit is not None:
+            each, end = self.validation.reserve(pace)
+            elapsed, pace, end = self.world.largest(elapsed, pace + each, end)
+            limit -= end
         self.elapsed = elapsed
         self.step += 1
         judged = limit if limit is None or elapsed > _PACE_AFTER * limit else None

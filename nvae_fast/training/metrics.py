@@ -13,6 +13,7 @@ import contextlib
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,7 +81,8 @@ class MetricsLog:
     """`metrics.jsonl` of a run folder: one JSON object per line, flushed after every line.
 
     resume_step: keep only the lines up to this step; a killed run may have written lines after its last
-    checkpoint, and those steps are repeated. None starts a new file. tensorboard: also write event files under
+    checkpoint, and those steps are repeated. None starts a new file. keep: lower limits than resume_step for the lines
+    with a value whose name begins so, see `Validation.unfinished`. tensorboard: also write event files under
     `tensorboard/`. Raises RunFolderError when the file cannot be written, ImportError naming the package when
     TensorBoard is requested and missing.
     """
@@ -90,12 +92,13 @@ class MetricsLog:
         folder: str | os.PathLike[str],
         *,
         resume_step: int | None = None,
+        keep: Mapping[str, int] | None = None,
         tensorboard: bool = False,
     ) -> None:
         self.path = Path(folder) / NAME
         with writing(self.path):
             if resume_step is not None and self.path.exists():
-                _keep_up_to(self.path, resume_step)
+                _keep_up_to(self.path, resume_step, keep or {})
             # Stays open until `close`.
             self._file = open(self.path, "a" if resume_step is not None else "w", encoding="utf-8")  # noqa: SIM115
         self._board = _board(Path(folder), resume_step) if tensorboard else None
@@ -144,8 +147,12 @@ def _whole_lines(file: Path) -> list[str]:
     return lines
 
 
-def _keep_up_to(path: Path, step: int) -> None:
-    kept = [line for line in _whole_lines(path) if json.loads(line).get("step", 0) <= step]
+def _keep_up_to(path: Path, step: int, limits: Mapping[str, int]) -> None:
+    def wanted(record: dict[str, Any]) -> bool:
+        lower = [limits[start] for start in limits if any(name.startswith(start) for name in record)]
+        return bool(record.get("step", 0) <= min([step, *lower]))
+
+    kept = [line for line in _whole_lines(path) if wanted(json.loads(line))]
     with atomic_file(path) as handle:
         handle.write("".join(line + "\n" for line in kept).encode())
 

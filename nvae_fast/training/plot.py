@@ -13,6 +13,7 @@ from nvae_fast.io import atomic_file
 from nvae_fast.training import metrics
 
 FORMATS = ("png", "pdf", "svg")
+_VALIDATION = "val/bits_per_dim"
 # The first steps are far from the rest: an axis begins with what is left after this part of the run.
 _START = 0.03
 
@@ -78,10 +79,9 @@ def _draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
         loss.plot(*_column(lines, "loss"), colour, label=name, linewidth=1.2)
         bits.plot(*_column(lines, "bits_per_dim"), colour, linewidth=1.2)
         rate.plot(*_column(lines, "learning_rate"), colour, linewidth=1.2)
-        for key in _validation_keys(lines):
-            bits.plot(
-                *_column(lines, key), "o", color=colour, markersize=4, markeredgecolor="black", zorder=3
-            )
+        if _validated(lines):
+            dots = _column(lines, _VALIDATION)
+            bits.plot(*dots, "o", color=colour, markersize=4, markeredgecolor="black", zorder=3)
     for axis, title in (
         (loss, "loss (nats per image)"),
         (bits, "bits per dimension"),
@@ -94,7 +94,7 @@ def _draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
     _limit(loss, runs, "loss")
     _limit(bits, runs, "bits_per_dim")
     rate.set_ylim(bottom=0)
-    if any(_validation_keys(lines) for lines in runs.values()):
+    if any(_validated(lines) for lines in runs.values()):
         bits.plot([], [], "o", color="white", markersize=4, markeredgecolor="black", label="validation")
         bits.legend()
     if len(runs) > 1:
@@ -103,8 +103,8 @@ def _draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
     return figure
 
 
-def _validation_keys(lines: list[dict[str, Any]]) -> list[str]:
-    return sorted({key for line in lines for key in line if key.startswith("val/") and "bits_per_dim" in key})
+def _validated(lines: list[dict[str, Any]]) -> bool:
+    return any(_VALIDATION in line for line in lines)
 
 
 def _limit(axis: Any, runs: dict[str, list[dict[str, Any]]], name: str) -> None:

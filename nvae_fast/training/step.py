@@ -133,7 +133,7 @@ class Step:
         """Continue from `optimizer_state` as :meth:`optimizer_state` gave it; the model's own state was loaded before."""
         capturable = self._replay is not None
         groups = [
-            {**group, "lr": self.config.learning_rate, "capturable": capturable}
+            {**group, "lr": float(group.get("lr", self.config.learning_rate)), "capturable": capturable}
             for group in optimizer_state["param_groups"]
         ]
         self.optimizer.load_state_dict({**optimizer_state, "param_groups": groups})
