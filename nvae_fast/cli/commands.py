@@ -52,13 +52,17 @@ def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
             metavar="N",
             help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
         )
-    group.add_argument(
+    _progress(group)
+
+
+def _progress(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--progress",
         choices=["auto", "plain", "none"],
         default="auto",
         help="a bar on a terminal where tqdm is installed, and lines elsewhere; lines; or nothing (default: auto)",
     )
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 
 def _train_parser(parser: argparse.ArgumentParser) -> None:
@@ -79,6 +83,20 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="model and training settings to start from, each of which an option given replaces (default: none, which is "
         "the default of every option)",
+    )
+    run.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="options from a run's config.json, or TOML: each replaces that of --preset, and an option given replaces it "
+        "(default: none)",
+    )
+    run.add_argument(
+        "--init-from",
+        default=None,
+        metavar="CHECKPOINT",
+        help="start from the weights of our checkpoint or run folder, or an official checkpoint, where name and shape fit; "
+        "optimizer and step start anew (default: none)",
     )
     run.add_argument(
         "--data",
@@ -320,7 +338,7 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="share of images, the last by name, of a folder without splits (default: 0.1)",
     )
     _number(parser, "--workers", 4, "threads that decode images", "threads")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
+    _progress(parser)
 
 
 def _info_parser(parser: argparse.ArgumentParser) -> None:

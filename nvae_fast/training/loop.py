@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.states import not_finite
-from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
+from nvae_fast.training import checkpoint, metrics, numbered, pictures, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 # because steps are slower there.
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
+# Steps skipped for their gradient norm that are named one by one; after them, each time there are so many more.
+_NAMED_STEPS = 10
 # Options on which it depends whether a step is finite.
 _DECIDES_STEPS = (
     "learning_rate",
@@ -45,6 +48,7 @@ _DECIDES_STEPS = (
     "grad_clip",
     "autocast",
     "accumulate",
+    "skip_grad_norm",
 )
 
 
@@ -54,13 +58,15 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run. step: optimizer steps taken; skipped: steps undone; signal: the signal that stopped it early, None
-    when it is finished; seconds: duration of training, resumed parts included."""
+    """Result of a run. step: optimizer steps taken; skipped: steps undone because they were not finite; signal: the signal that
+    stopped it early, None when it is finished; seconds: duration of training, resumed parts included; large: steps undone
+    because their gradient norm exceeds `skip_grad_norm`."""
 
     step: int
     skipped: int
     signal: int | None
     seconds: float
+    large: int = 0
 
 
 class Trainer:
@@ -134,6 +140,7 @@ class Trainer:
         self.elapsed = 0.0
         self.bad_in_a_row = 0
         self.skipped = 0
+        self.large = 0
         self.averages = metrics.Averages()
         self._log_mark = (0, 0.0)
         if state is not None:
@@ -207,7 +214,7 @@ class Trainer:
             progress.close()
             if log is not None:
                 log.close()
-        return RunResult(self.step, self.skipped, number or None, self.elapsed)
+        return RunResult(self.step, self.skipped, number or None, self.elapsed, self.large)
 
     def save(self) -> None:
         """Write a checkpoint of this moment (rank 0 only).
@@ -221,7 +228,15 @@ class Trainer:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
             checkpoint.save(self.state(), self.folder)
+            self._keep_numbered()
         self._last_saved, self._proven = self.step, False
+
+    def _keep_numbered(self) -> None:
+        """Give the newest checkpoint its number, as `keep` says."""
+        with run_folder.writing(self.folder / numbered.name_of(self.step)):
+            problem = numbered.keep(self.folder, self.step, self.config.keep)
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
@@ -243,6 +258,7 @@ class Trainer:
                 "elapsed": self.elapsed,
                 "bad_in_a_row": self.bad_in_a_row,
                 "skipped": self.skipped,
+                "large": self.large,
                 "world_size": self.world.size,
             },
             "metrics": self.averages.state(),
@@ -291,6 +307,7 @@ class Trainer:
         changed = any(getattr(before, name) != getattr(self.config, name) for name in _DECIDES_STEPS)
         self.bad_in_a_row = 0 if changed else progress["bad_in_a_row"]
         self.skipped = progress["skipped"]
+        self.large = progress.get("large", 0)
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Yield images from the current step on, epoch after epoch."""
@@ -302,7 +319,12 @@ class Trainer:
     def _take_step(self, x: Tensor) -> tuple[StepResult, dict[str, float]]:
         config = self.config
         coefficient = kl_coefficient(
-            self.position, self.total_steps, config.kl_anneal_portion, config.kl_const_portion
+            self.position,
+            self.total_steps,
+            config.kl_anneal_portion,
+            config.kl_const_portion,
+            config.kl_const_coeff,
+            config.kl_max_coeff,
         )
         weight = annealed_lambda(coefficient, config.weight_decay_norm, config.lambda_initial())
         rate = schedule.learning_rate(
@@ -324,9 +346,15 @@ class Trainer:
 
     def _judge(self, result: StepResult, images: Tensor, progress: Progress) -> None:
         self.averages.add(result)
-        if not result.skipped:
+        if not result.skipped or result.large:
             self.bad_in_a_row = 0
             self._proven = True
+            self.large += result.large
+            if result.large and (self.large <= _NAMED_STEPS or self.large % _NAMED_STEPS == 0):
+                progress.message(
+                    f"step {self.step}: gradient norm {result.grad_norm:g} exceeds --skip-grad-norm "
+                    f"{self.config.skip_grad_norm:g}, step skipped ({self.large} in all)"
+                )
             return
         self.bad_in_a_row += 1
         self.skipped += 1
@@ -412,6 +440,7 @@ class Trainer:
                 **facts,
                 "images_per_second": round(speed, 2),
                 "skipped_steps": self.averages.skipped,
+                "large_steps": self.averages.large,
                 "seconds": round(self.elapsed, 3),
             }
         )
