@@ -36,6 +36,17 @@ def _image_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="decoded images of a folder or LMDB are kept in memory when all of them fit into so much, and into half of the "
+        "free memory; else none are [GiB] (default: 1.0; 0 keeps none)",
+    )
+
+
 def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -109,6 +120,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
     _image_options(run)
+    _cache(run)
     run.add_argument(
         "--out",
         default=None,
@@ -343,6 +355,23 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> None:
 
 def _info_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to read for a few seconds, as training would, to show how many the loader reads in a second; no cache is "
+        "used (default: none)",
+    )
+    parser.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    _image_options(parser)
+    _number(parser, "--image-size", None, "side of the images; none takes the source's", "pixels")
+    _number(parser, "--batch-size", 32, "images in a batch", "images")
+    _number(parser, "--workers", None, "threads that read images; none takes those of training", "threads")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="X", help="time to read for [seconds] (default: 3.0)"
+    )
 
 
 def _fid_parser(parser: argparse.ArgumentParser) -> None:

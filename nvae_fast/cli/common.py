@@ -133,6 +133,9 @@ def image_options(
     of 0.1.0 say nothing about it and cropped to the short side.
     """
     options: dict[str, Any] = {"max_skipped": arguments.max_skipped_images}
+    if (cache := getattr(arguments, "cache", None)) is not None:
+        check_bounds("--cache", cache, least=0)
+        options["cache_bytes"] = int(cache * (1 << 30))
     if not trained or arguments.crop is not None or arguments.resample is not None:
         return {
             **options,

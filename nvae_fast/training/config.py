@@ -116,7 +116,13 @@ class TrainingConfig:
     seed: int = _option(
         0, "seed of initialisation, noise and data order (0 to 2^63-1)", least=0, most=2**63 - 1
     )
-    workers: int = _option(0, "extra threads that read images", unit="threads", least=0, most=1024)
+    workers: int | None = _option(
+        None,
+        "extra threads that read images; none takes 1 to 4, by the CPUs, for images that are decoded, and 0 for arrays",
+        unit="threads",
+        least=0,
+        most=1024,
+    )
     threads: int | None = _option(
         None,
         "CPU threads of PyTorch; none leaves PyTorch's choice. Resuming keeps it",

@@ -25,6 +25,7 @@ from nvae_fast.training import checkpoint, metrics, numbered, pictures, run_fold
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
+from nvae_fast.training.launch import processes_here
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
@@ -93,7 +94,7 @@ class Trainer:
         progress: str = "auto",
         data: tuple[str | None, str | None] = (None, None),
     ) -> None:
-        from nvae_fast.data import BatchLoader
+        from nvae_fast.data import BatchLoader, default_workers
 
         self.world = world or World()
         self.config = config
@@ -118,6 +119,9 @@ class Trainer:
                 f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
                 f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
             )
+        workers = config.workers
+        if workers is None:
+            workers = default_workers(dataset, processes_here())
         self.loader = BatchLoader(
             dataset,
             config.batch_size,
@@ -125,7 +129,7 @@ class Trainer:
             shuffle=True,
             flip=config.horizontal_flip,
             drop_last=True,
-            workers=config.workers,
+            workers=workers,
             rank=self.world.rank,
             world_size=self.world.size,
         )
