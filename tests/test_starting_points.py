@@ -158,6 +158,16 @@ def test_nothing_that_fits_is_an_error_and_changes_nothing(finished, tmp_path, c
     assert not (tmp_path / "out").exists()
 
 
+def test_a_checkpoint_that_cannot_be_read_is_named_with_the_option(tmp_path, capsys):
+    (tmp_path / "junk.pt").write_bytes(b"junk")
+    for name in ("missing.pt", "junk.pt"):
+        out = tmp_path / "out"
+        message = failing(capsys, *MODEL, *SHORT, "--init-from", tmp_path / name, "--out", out)
+        assert "--init-from" in message
+        assert name in message
+        assert not out.exists()
+
+
 def test_a_run_from_a_checkpoint_starts_at_step_0_and_resumes(finished, tmp_path, capsys):
     out = tmp_path / "out"
     words = [*MODEL, *SHORT, "--max-steps", 3, "--checkpoint-every", 2]
@@ -168,6 +178,11 @@ def test_a_run_from_a_checkpoint_starts_at_step_0_and_resumes(finished, tmp_path
     first = checkpoint.load(out / checkpoint.PREVIOUS)
     assert first["progress"]["step"] == 2
     assert json.loads((out / "config.json").read_text())["init_from"] == str(finished)
+    again = (
+        tmp_path / "again"
+    )  # the file of the run names its starting point, which the command line may take away
+    assert train("--config", out, "--max-steps", 1, "--init-from", "none", "--out", again, "--quiet") == 0
+    assert json.loads((again / "config.json").read_text())["init_from"] is None
     for option in ("--init-from", "--config"):
         message = failing(capsys, "--resume", "--out", out, option, finished)
         assert option in message

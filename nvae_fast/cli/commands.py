@@ -107,7 +107,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         default=None,
         metavar="CHECKPOINT",
         help="start from the weights of our checkpoint or run folder, or an official checkpoint, where name and shape fit; "
-        "optimizer and step start anew (default: none)",
+        "optimizer and step start anew (default: none, or that of --config)",
     )
     run.add_argument(
         "--data",
@@ -471,5 +471,5 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "plot": ("the curves of one or several runs, as a picture", _plot_parser),
     "convert": ("official checkpoint to ours, or ours to official", _convert_parser),
     "prepare": ("a data set as it is downloaded into LMDB databases", _prepare_parser),
-    "info": ("versions, devices, and which backend runs what and why", _info_parser),
+    "info": ("versions, devices, which backend runs what and why, and the speed of a loader", _info_parser),
 }

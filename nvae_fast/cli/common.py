@@ -147,7 +147,7 @@ def image_options(
     if reading is None:
         return options
     if reading["only"] is not None:
-        return {**options, "dataset": model_config.dataset}
+        return {**options, "resample": reading["resample"], "dataset": model_config.dataset}
     default = {"crop": None, "resample": "lanczos", "only": None}
     return (
         options

@@ -92,6 +92,8 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     file = None if arguments.config is None else config_file.read(arguments.config)
     if file is not None:
         file.fill_in(arguments)
+    if arguments.init_from == "none":  # in place of that of the file
+        arguments.init_from = None
     folder = Path(arguments.out or f"runs/{arguments.preset or _UNNAMED}")
 
     state = None

@@ -50,7 +50,10 @@ def init_from(model: NVAE, path: str | os.PathLike[str]) -> StartingPoint:
     folder, or an official checkpoint. Raises CheckpointError or ValueError, with the model unchanged, for a file that
     cannot be loaded (see `load_model`) or of which no parameter fits.
     """
-    source, facts = checkpoint.load_model(path)
+    try:
+        source, facts = checkpoint.load_model(path)
+    except (checkpoint.CheckpointError, ValueError) as error:
+        raise type(error)(f"init_from (--init-from): {error}") from error
     found, own = source.state_dict(), model.state_dict()
     if facts["kind"] == "official":  # such files have no vectors of the regulariser
         found = {name: value for name, value in found.items() if not name.startswith(_SPECTRAL)}
