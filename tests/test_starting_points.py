@@ -295,6 +295,7 @@ def test_toml_without_a_parser_says_what_to_install(tmp_path, monkeypatch):
         ({"data": {"crop": "4"}}, ["crop in [data] must be int, got str"]),
         ({"data": 3}, ["data must be a table, got int"]),
         ({"model": []}, ["model must be a table, got list"]),
+        ({"preset": "cifar"}, ["unknown preset 'cifar'", "did you mean cifar10?"]),
         ({"preset": 3}, ["preset must be a string, got int"]),
         ({"training": {"batch_size": 0}}, ["--batch-size must be at least 1, got 0", "(batch_size in "]),
         ({"training": {"seed": "a"}}, ["--seed must be int, got str", "(seed in "]),

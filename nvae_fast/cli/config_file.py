@@ -27,6 +27,7 @@ from typing import Any
 from nvae_fast.cli import options
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.training.config import TrainingConfig
+from nvae_fast.training.presets import PRESETS
 
 _TABLES = ("data", "model", "training")
 _NAMES = ("preset", "data", "init_from")
@@ -99,6 +100,9 @@ def read(path: str) -> ConfigFile:
         value = document.get(name)
         if value is not None and not isinstance(value, str):
             raise ValueError(f"--config: {file}: {name} must be a string, got {type(value).__name__}")
+    preset = document.get("preset")
+    if preset is not None and preset not in PRESETS:
+        raise ValueError(f"--config: {file}: unknown preset {preset!r}{_hint(preset, PRESETS)}")
     _check_data(file, data)
     return ConfigFile(
         file,
@@ -149,10 +153,14 @@ def _check_keys(
         if key in known or key in _FACTS.get(table, ()):
             continue
         place = [name for name, names in (others or _fields()).items() if key in names and name != table]
-        close = difflib.get_close_matches(key.replace("-", "_"), list(known), n=1, cutoff=0.6)
-        hint = f"; it belongs in [{place[0]}]" if place else f"; did you mean {close[0]}?" if close else ""
+        hint = f"; it belongs in [{place[0]}]" if place else _hint(key, known)
         where = f" in [{table}]" if table else ""
         raise ValueError(f"--config: {file}: unknown key {key!r}{where}{hint}")
+
+
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word.replace("-", "_"), list(known), n=1, cutoff=0.6)
+    return f"; did you mean {close[0]}?" if close else f"; expected one of {', '.join(known)}"
 
 
 def _fields() -> dict[str, Any]:

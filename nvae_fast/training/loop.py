@@ -49,7 +49,6 @@ _DECIDES_STEPS = (
     "grad_clip",
     "autocast",
     "accumulate",
-    "skip_grad_norm",
 )
 
 
