@@ -38,7 +38,7 @@ def test_threads_by_the_cpus_of_each_process(cpus, processes, workers, images, m
     assert default_workers(open_dataset("digits"), processes) == 0
 
 
-def test_a_run_reads_with_the_threads_of_its_machine_unless_told_how_many(images, tmp_path, monkeypatch):
+def test_a_run_reads_with_the_threads_of_its_machine_unless_a_number_is_given(images, tmp_path, monkeypatch):
     monkeypatch.setattr(speed, "cpu_count", lambda: 8)
     dataset = open_dataset(images)
 
