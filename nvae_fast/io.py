@@ -56,6 +56,9 @@ def keep_as(current: Path, previous: Path) -> None:
     except OSError:
         # No hard links here (some network and FAT file systems): copy instead.
         shutil.copyfile(current, link)
+        times = os.stat(current)
+        with contextlib.suppress(OSError):
+            os.utime(link, ns=(times.st_atime_ns, times.st_mtime_ns))
     try:
         os.replace(link, previous)
     except BaseException:

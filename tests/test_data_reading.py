@@ -137,6 +137,21 @@ def test_a_run_remembers_how_images_are_read(tmp_path, capsys, monkeypatch):
     assert open_images("db", None, "train", config, how).reading["crop"] == 148
 
 
+@pytest.mark.parametrize("words", [["--resample", "lanczos"], ["--crop", "100"]])
+def test_images_are_read_again_as_the_run_and_its_config_say(words, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "db").mkdir()
+    write_faces(tmp_path / "db" / "train.lmdb", False)
+    train = f"train --preset celeba_64 --num-latent-scales 1 --num-nf 0 --data db --out run {SMALL} {STEPS}".split()
+    assert main([*train, *words]) == 0, capsys.readouterr().err
+    state = checkpoint.load_training(tmp_path / "run")
+    config, reading = NVAEConfig(**state["model_config"]), state["data"]["reading"]
+    how = image_options(parser.parse(["evaluate", "run"]), config, state["data"])
+    assert open_images("db", None, "train", config, how).reading == reading
+    assert main(["train", "--config", "run/config.json", "--out", "again", "--quiet", "--device", "cpu"]) == 0
+    assert checkpoint.load_training(tmp_path / "again")["data"]["reading"] == reading
+
+
 def test_without_the_published_part_the_test_part_is_taken(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("train", "test"):

@@ -36,6 +36,17 @@ def _image_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def _cache(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--cache",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="decoded images of a folder or LMDB are kept in memory when all of them fit into so much, and into half of the "
+        "free memory; else none are [GiB] (default: 1.0; 0 keeps none)",
+    )
+
+
 def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -52,13 +63,17 @@ def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
             metavar="N",
             help="CPU threads of PyTorch [threads] (default: none, which leaves PyTorch's choice)",
         )
-    group.add_argument(
+    _progress(group)
+
+
+def _progress(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--progress",
         choices=["auto", "plain", "none"],
         default="auto",
         help="a bar on a terminal where tqdm is installed, and lines elsewhere; lines; or nothing (default: auto)",
     )
-    group.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
+    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
 
 
 def _train_parser(parser: argparse.ArgumentParser) -> None:
@@ -81,6 +96,20 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         "the default of every option)",
     )
     run.add_argument(
+        "--config",
+        default=None,
+        metavar="FILE",
+        help="options from a run's config.json, or TOML: each replaces that of --preset, and an option given replaces it "
+        "(default: none)",
+    )
+    run.add_argument(
+        "--init-from",
+        default=None,
+        metavar="CHECKPOINT",
+        help="start from the weights of our checkpoint or run folder, or an official checkpoint, where name and shape fit; "
+        "optimizer and step start anew (default: none, or that of --config)",
+    )
+    run.add_argument(
         "--data",
         default=None,
         metavar="NAME_OR_PATH",
@@ -91,6 +120,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
     _image_options(run)
+    _cache(run)
     run.add_argument(
         "--out",
         default=None,
@@ -320,11 +350,28 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> None:
         help="share of images, the last by name, of a folder without splits (default: 0.1)",
     )
     _number(parser, "--workers", 4, "threads that decode images", "threads")
-    parser.add_argument("--quiet", action="store_true", help="no progress and no notes (default: no)")
+    _progress(parser)
 
 
 def _info_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table (default: no)")
+    parser.add_argument(
+        "--data",
+        default=None,
+        metavar="NAME_OR_PATH",
+        help="images to read for a few seconds, as training would, to show how many the loader reads in a second; no cache is "
+        "used (default: none)",
+    )
+    parser.add_argument(
+        "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
+    )
+    _image_options(parser)
+    _number(parser, "--image-size", None, "side of the images; none takes the source's", "pixels")
+    _number(parser, "--batch-size", 32, "images in a batch", "images")
+    _number(parser, "--workers", None, "threads that read images; none takes those of training", "threads")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, metavar="X", help="time to read for [seconds] (default: 3.0)"
+    )
 
 
 def _fid_parser(parser: argparse.ArgumentParser) -> None:
@@ -424,5 +471,5 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "plot": ("the curves of one or several runs, as a picture", _plot_parser),
     "convert": ("official checkpoint to ours, or ours to official", _convert_parser),
     "prepare": ("a data set as it is downloaded into LMDB databases", _prepare_parser),
-    "info": ("versions, devices, and which backend runs what and why", _info_parser),
+    "info": ("versions, devices, which backend runs what and why, and the speed of a loader", _info_parser),
 }

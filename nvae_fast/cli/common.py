@@ -138,6 +138,9 @@ def image_options(
     of 0.1.0 say nothing about it and cropped to the short side.
     """
     options: dict[str, Any] = {"max_skipped": arguments.max_skipped_images}
+    if (cache := getattr(arguments, "cache", None)) is not None:
+        check_bounds("--cache", cache, least=0)
+        options["cache_bytes"] = int(cache * (1 << 30))
     if not trained or arguments.crop is not None or arguments.resample is not None:
         return {
             **options,
@@ -149,7 +152,7 @@ def image_options(
     if reading is None:
         return options
     if reading["only"] is not None:
-        return {**options, "dataset": model_config.dataset}
+        return {**options, "resample": reading["resample"], "dataset": model_config.dataset}
     default = {"crop": None, "resample": "lanczos", "only": None}
     return (
         options

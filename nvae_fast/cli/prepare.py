@@ -22,7 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
         if split not in lines:
             for line in lines.values():
                 line.close()
-            lines[split] = Progress(split, count, unit="image", quiet=arguments.quiet)
+            lines[split] = Progress(
+                split, count, unit="image", mode=arguments.progress, quiet=arguments.quiet
+            )
         lines[split].update(done, force=done == count)
 
     try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from nvae_fast.cli import options
+from nvae_fast.cli import config_file, options
 from nvae_fast.cli.common import (
     image_options,
     open_images,
@@ -30,6 +30,7 @@ from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
 from nvae_fast.training.progress import clock
+from nvae_fast.training.starting_point import init_from
 from nvae_fast.training.validation import held_out
 
 # What may change when a run is resumed without changing its results.
@@ -38,6 +39,7 @@ _RESUME_FREE = {
     "workers",
     "max_bad_steps",
     "checkpoint_every",
+    "keep",
     "log_every",
     "validate_every",
     "validate_final_samples",
@@ -55,12 +57,15 @@ _RESUME_REPORTED = {
     "grad_clip",
     "autocast",
     "accumulate",
+    "skip_grad_norm",
     "threads",
 }
 # What a validation computes: its values are compared with one another, so it cannot change after the first.
 _VALIDATION = ("validate_images", "validate_samples")
 # The run folder of a run without --preset and --out is runs/<this>.
 _UNNAMED = "nvae"
+# What the options that start a run conflict with in a run that is resumed.
+_OWN = {"--config": "options", "--init-from": "weights"}
 # Built-in data, which say what kind of images they are.
 _BUILT_IN = ("digits", "photos")
 
@@ -84,6 +89,16 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     if training_given.get("autocast") == "none":
         training_given["autocast"] = None
     model_given = options.given(arguments, options.MODEL_HELP)
+    for option in ("--config", "--init-from"):
+        if arguments.resume and getattr(arguments, option[2:].replace("-", "_")) is not None:
+            raise ValueError(
+                f"{option} and --resume exclude each other: the run in --out has its own {_OWN[option]}"
+            )
+    file = None if arguments.config is None else config_file.read(arguments.config)
+    if file is not None:
+        file.fill_in(arguments)
+    if arguments.init_from == "none":  # in place of that of the file
+        arguments.init_from = None
     folder = Path(arguments.out or f"runs/{arguments.preset or _UNNAMED}")
 
     state = None
@@ -103,9 +118,10 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         kind = arguments.data_kind or state["data"].get("kind")
         images = state["data"]
     else:
-        with options.errors_name_options():
+        given = training_given | model_given
+        with config_file.errors_name_file(file, given), options.errors_name_options():
             config, model_config, data = new_run(
-                arguments.preset, arguments.data, training_given, model_given
+                arguments.preset, arguments.data, training_given, model_given, file
             )
         kind, images = arguments.data_kind, None
     if config.validate_every == 0:
@@ -131,6 +147,10 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
 
     torch.manual_seed(config.seed)
     model = NVAE(model_config)
+    if arguments.init_from is not None:
+        say(init_from(model, arguments.init_from).summary())
+        if world.size > 1:
+            world.agree({"the contents of --init-from": distributed.fingerprint(model.state_dict())})
     trainer = Trainer(
         model,
         config,
@@ -152,7 +172,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             say(note)
     world.barrier()
     if world.is_main:
-        _write_config(folder, model_config, config, data, dataset)
+        _write_config(trainer, arguments.init_from)
     say(_run_summary(trainer, data, folder))
     if trainer.validation.interval:
         say(trainer.validation.describe())
@@ -161,6 +181,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     if validation is not None:
         report_skipped(validation, say)
     skipped = f", {result.skipped} step(s) skipped as not finite" if result.skipped else ""
+    skipped += f", {result.large} step(s) skipped for their gradient norm" if result.large else ""
     if result.signal is not None:
         say(
             f"stopped at step {result.step} of {trainer.total_steps}{skipped}; saved in "
@@ -174,9 +195,14 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
 
 
 def new_run(
-    preset_name: str | None, data: str | None, training_given: dict[str, Any], model_given: dict[str, Any]
+    preset_name: str | None,
+    data: str | None,
+    training_given: dict[str, Any],
+    model_given: dict[str, Any],
+    file: config_file.ConfigFile | None = None,
 ) -> tuple[TrainingConfig, NVAEConfig, str]:
-    """The configurations of a run and its data: the options given, then those of the preset, then the defaults."""
+    """The configurations of a run and its data: the options given, then those of the file, then those of the preset, then the
+    defaults."""
     training: dict[str, Any] = {}
     model: dict[str, Any] = {"dataset": data} if data in _BUILT_IN else {}
     missing = (
@@ -186,13 +212,17 @@ def new_run(
     if preset_name is not None:
         chosen = training_preset(preset_name)
         training, model = chosen.training.to_dict(), chosen.model_config().to_dict()
-        if "epochs" in training_given:
-            training["max_steps"] = None
-        if "epochs" in training_given or "max_steps" in training_given:
-            training["time_limit"] = None
         data = data or chosen.data
         missing = f"preset {chosen.name} needs --data, the path of its images"
-    configs = TrainingConfig(**{**training, **training_given}), NVAEConfig(**{**model, **model_given})
+    for given in (file.training if file is not None else {}, training_given):
+        # A length given takes the place of that of the layer below, in whatever unit that is.
+        if "epochs" in given:
+            training["max_steps"] = None
+        if "epochs" in given or "max_steps" in given:
+            training["time_limit"] = None
+        training.update(given)
+    model.update(file.model if file is not None else {})
+    configs = TrainingConfig(**training), NVAEConfig(**{**model, **model_given})
     if data is None:
         raise ValueError(missing)
     return *configs, data
@@ -298,12 +328,31 @@ def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
     )
 
 
-def _write_config(folder: Path, model_config: Any, config: TrainingConfig, data: str, dataset: Any) -> None:
+def _write_config(trainer: Trainer, started_from: str | None) -> None:
+    """Write config.json, which --config reads. started_from: the value of --init-from; a resumed run keeps what is there."""
+    path, (source, kind) = trainer.folder / "config.json", trainer.data
+    reading = getattr(trainer.dataset, "reading", None) or {}
     document = {
         "versions": versions(),
-        "data": {"source": data, "images": len(dataset)},
-        "model": model_config.to_dict(),
-        "training": config.to_dict(),
+        "init_from": started_from or _recorded(path, "init_from"),
+        "data": {
+            "source": source,
+            "kind": kind,
+            # A crop for images of one size alone is the one that the dataset was published with.
+            "crop": None if reading.get("only") else reading.get("crop"),
+            "resample": reading.get("resample"),
+            "images": len(trainer.dataset),
+        },
+        "model": trainer.model.config.to_dict(),
+        "training": trainer.config.to_dict(),
     }
-    with run_folder.writing(folder / "config.json"), atomic_file(folder / "config.json") as handle:
+    with run_folder.writing(path), atomic_file(path) as handle:
         handle.write((json.dumps(document, indent=2) + "\n").encode())
+
+
+def _recorded(path: Path, key: str) -> Any:
+    """The value of a key of a config.json; None where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get(key)
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -14,5 +14,16 @@ from .loader import BatchLoader
 from .png import save_grid
 from .preparation import prepare
 from .sources import KINDS, open_dataset
+from .speed import LoaderSpeed, default_workers, loader_speed
 
-__all__ = ["KINDS", "BatchLoader", "ImageDataset", "open_dataset", "prepare", "save_grid"]
+__all__ = [
+    "KINDS",
+    "BatchLoader",
+    "ImageDataset",
+    "LoaderSpeed",
+    "default_workers",
+    "loader_speed",
+    "open_dataset",
+    "prepare",
+    "save_grid",
+]

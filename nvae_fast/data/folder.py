@@ -25,6 +25,7 @@ from .decode import (
     open_image,
 )
 from .lazy import MAX_SKIPPED, SAMPLED, LazyImages, Skipped
+from .memory import CACHE_BYTES
 from .retry import is_io_error, retry
 
 
@@ -120,6 +121,7 @@ class FolderImages(LazyImages):
     then and take no index. What fails later, when decoded, keeps its index and is replaced (see
     LazyImages). `image_size` None: the short side of the first readable image; `channels` None: 1 when that
     image is gray, else 3. max_skipped: the share of the files that may be damaged. reading: the crop and the filter.
+    cache_bytes: see LazyImages.
     """
 
     def __init__(
@@ -129,6 +131,7 @@ class FolderImages(LazyImages):
         channels: int | None,
         max_skipped: float = MAX_SKIPPED,
         reading: Reading | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.reading = reading or Reading()
         root = os.fspath(path)
@@ -154,7 +157,8 @@ class FolderImages(LazyImages):
             size, bands = self._first(path, skipped.most)
             image_size, channels = image_size or size, channels or bands
         self.values = PixelRange()
-        super().__init__(root, len(self.files), (channels, image_size, image_size), skipped)
+        shape = (channels, image_size, image_size)
+        super().__init__(root, len(self.files), shape, skipped, cache_bytes=cache_bytes)
         self.values = find_range(self._sample(), root)
         self._one(0)  # raises when not a single file can be decoded
 
@@ -199,7 +203,8 @@ def open_folder(
     channels: int | None,
     max_skipped: float = MAX_SKIPPED,
     reading: Reading | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> tuple[FolderImages, bool]:
     """The images and whether they come from a subfolder named after the split."""
     folder, own_split = split_folder(path, split)
-    return FolderImages(folder, image_size, channels, max_skipped, reading), own_split
+    return FolderImages(folder, image_size, channels, max_skipped, reading, cache_bytes), own_split

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .decode import DatasetError
+from .memory import CACHE_BYTES, fits
 from .retry import is_io_error
 
 logger = logging.getLogger("nvae_fast.data")
@@ -18,7 +19,6 @@ logger = logging.getLogger("nvae_fast.data")
 MAX_SKIPPED = 0.01
 """The default share of damaged images that are skipped before reading stops with an error."""
 SAMPLED = 32  # images looked at, evenly spaced, to decide what pixel values mean
-_CACHE_BYTES = 1 << 30  # decoded images are kept when the whole set fits into this many bytes
 _REPORT_AT_MOST = 10  # unreadable images named one by one in the log; all of them are in `skipped`
 
 
@@ -68,16 +68,24 @@ class LazyImages(ABC):
     The replacement depends on the data alone, so it is the same in every epoch, worker and process; each
     damaged image is logged once and counted once in `skipped`. Subclasses give `decode(i)` (C,H,W)
     uint8, which may raise, and `label(i)`. An error of the operating system is not a damaged image: it is raised.
+
+    cache_bytes: decoded images are kept in memory when all of them fit into so many bytes, see `memory.fits`; else none are.
     """
 
     def __init__(
-        self, name: str, count: int, shape: tuple[int, int, int], skipped: Skipped, *, keep: bool = True
+        self,
+        name: str,
+        count: int,
+        shape: tuple[int, int, int],
+        skipped: Skipped,
+        *,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.name = name
         self.shape = shape
         self._skipped = skipped
         self._count = count
-        self._keep = keep and count * int(np.prod(shape)) <= _CACHE_BYTES
+        self._keep = fits(count * int(np.prod(shape)), cache_bytes)
         self._bad: set[int] = set()
         self._lock = threading.Lock()
         self._make_cache()

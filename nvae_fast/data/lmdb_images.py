@@ -36,6 +36,7 @@ from .extras import require
 from .fit import warn_binary
 from .lazy import MAX_SKIPPED, SAMPLED, LazyImages, Skipped
 from .lmdb_pages import check_file
+from .memory import CACHE_BYTES
 from .retry import retry
 
 _CELEBA_ALIGNED = (218, 178, 3)
@@ -168,6 +169,7 @@ class LmdbImages(LazyImages):
         channels: int | None,
         max_skipped: float = MAX_SKIPPED,
         reading: Reading | None = None,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
         self.reading = reading or Reading()
         self.path = path
@@ -181,8 +183,9 @@ class LmdbImages(LazyImages):
         self.raw_shape: tuple[int, int, int] | None = None
         size, bands = self._first(count, image_size, channels, skipped.most)
         self.values = PixelRange()
-        keep = self.raw_shape is None
-        super().__init__(str(path), count, (bands, size, size), skipped, keep=keep)
+        # Raw values are read from the file's own pages, which the system caches.
+        cache_bytes = cache_bytes if self.raw_shape is None else 0
+        super().__init__(str(path), count, (bands, size, size), skipped, cache_bytes=cache_bytes)
         if self.raw_shape is None:
             self.values = find_range(self._pictures(), str(path))
         elif self._is_binary():
@@ -320,10 +323,11 @@ def open_lmdb(
     channels: int | None,
     max_skipped: float = MAX_SKIPPED,
     reading: Reading | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> tuple[LmdbImages, bool]:
     """The images and whether the database is the split's own."""
     found = find_database(path, split)
     if found is None:
         names = ", ".join(f"{name}.lmdb" for name in SPLIT_NAMES[split])
         raise contents.MissingSplit(f"{path}: no {split} database; looked for data.mdb, {names}")
-    return LmdbImages(found[0], image_size, channels, max_skipped, reading), found[1]
+    return LmdbImages(found[0], image_size, channels, max_skipped, reading, cache_bytes), found[1]

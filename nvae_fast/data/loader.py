@@ -37,7 +37,7 @@ class BatchLoader:
         (the first ranks get one more); every rank gets the same number of batches, some of which may then
         be empty, (0,C,H,W).
     workers: threads that prepare batches ahead (decoding and hashing release the interpreter lock); 0:
-        none. They end with the iterator, also when it is left early.
+        none. They end with the iterator, also when it is left early. :func:`default_workers` gives a number.
     rank, world_size: which of how many processes this is.
 
     Raises ValueError for numbers out of range, and when no whole batch can be made of the images.

@@ -7,12 +7,14 @@ import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
 from .decode import PUBLISHED, RESAMPLE, SUFFIXES, Reading, looks_encoded
 from .integers import plain
 from .lazy import MAX_SKIPPED, check_max_skipped
+from .memory import CACHE_BYTES, check_cache_bytes
 
 logger = logging.getLogger("nvae_fast.data")
 
@@ -48,6 +50,7 @@ def open_dataset(
     crop: int | None = None,
     resample: str | None = None,
     dataset: str | None = None,
+    cache_bytes: int = CACHE_BYTES,
 ) -> ImageDataset:
     """Open a built-in set by name or images from a path.
 
@@ -72,6 +75,8 @@ def open_dataset(
     crop, resample: of the images of a folder or LMDB: pixels a side of the centre crop (None: the short side), and the
     filter that resizes it, "lanczos" (None) or "bilinear". dataset: the name of a published data set, whose crop and
     filter are taken where none is given: "celeba_64" is a 148x148 crop of aligned faces (178x218), bilinear.
+    cache_bytes: the decoded images of a folder or LMDB are kept in memory when all of them fit into so many bytes and into half
+    of the free memory; else none are, and 0 keeps none.
 
     One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Pixels that are 0 and 1 only become 0 and
     255, with a warning. Other types than uint8 and bool in arrays are refused. Raises FileNotFoundError or
@@ -95,7 +100,7 @@ def open_dataset(
 
     if binarize is None and likelihood is not None:
         binarize = likelihood == "bernoulli"
-    max_skipped = check_max_skipped(max_skipped)
+    max_skipped, cache_bytes = check_max_skipped(max_skipped), check_cache_bytes(plain(cache_bytes))
     reading = _reading(crop, resample, dataset)
 
     name = os.fspath(name_or_path)
@@ -123,7 +128,9 @@ def open_dataset(
                 f"split (--split): {path} has train and test images, no validation images"
             )
         _check_lazy(kind, name, crop, resample)
-        options = {"max_skipped": max_skipped, "reading": reading} if kind in _LAZY else {}
+        options: dict[str, Any] = {}
+        if kind in _LAZY:
+            options = {"max_skipped": max_skipped, "reading": reading, "cache_bytes": cache_bytes}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
     if split != "train" and not own_split:
         logger.warning(

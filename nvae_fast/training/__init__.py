@@ -26,6 +26,7 @@ from nvae_fast.training.presets import PRESETS, TrainingPreset, preset
 from nvae_fast.training.run_folder import RunFolderError
 from nvae_fast.training.sampler import Sampler
 from nvae_fast.training.schedule import learning_rate
+from nvae_fast.training.starting_point import StartingPoint, init_from
 from nvae_fast.training.step import Step, StepResult
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "RunResult",
     "SampledFolder",
     "Sampler",
+    "StartingPoint",
     "Step",
     "StepResult",
     "Trainer",
@@ -51,6 +53,7 @@ __all__ = [
     "evaluate",
     "frechet_distance",
     "importance_bound",
+    "init_from",
     "kernel_distance",
     "kl_balance",
     "kl_coefficient",

@@ -228,7 +228,8 @@ def load_model(
     """A model in evaluation mode, in channels_last, from our checkpoint or an official one.
 
     Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official") and, for ours,
-    "data" (what it was trained on), "step" and "epoch".
+    "data" (what it was trained on), "step", "epoch" and "awaiting_data" (layers whose data-dependent initialisation has not
+    happened yet).
 
     path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError or
     ValueError for a file that is missing, damaged or something else, or whose weights are not finite; the message says which.
@@ -238,11 +239,12 @@ def load_model(
     facts: dict[str, Any] = {"path": str(file), "kind": "nvae_fast"}
     if isinstance(document, dict) and document.get("format") == FORMAT:
         model = model_from(_ours(document, file), file)
-        for key, kind in (("progress", dict), ("data", dict)):
-            _require(document.get(key, {}), kind, f"checkpoint {file}: {key}")
+        for key, kind in (("progress", dict), ("data", dict), ("awaiting_data", list)):
+            _require(document.get(key, kind()), kind, f"checkpoint {file}: {key}")
         progress = document.get("progress", {})
         facts.update({key: progress[key] for key in ("step", "epoch") if key in progress})
         facts["data"] = document.get("data", {})
+        facts["awaiting_data"] = document.get("awaiting_data", [])
     else:
         model = official.model_from(document, file)
         facts["kind"] = "official"

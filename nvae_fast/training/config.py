@@ -71,7 +71,7 @@ class TrainingConfig:
     weight_decay_norm_init: float = _option(1.0, "lambda at the start, when annealed", above=0)
     kl_anneal_portion: float = _option(
         0.3,
-        "part of the run over which the KL coefficient rises to 1",
+        "part of the run over which the KL coefficient rises to --kl-max-coeff",
         unit="fraction of the run",
         least=0,
         most=1,
@@ -81,6 +81,15 @@ class TrainingConfig:
         "part of the run before the KL coefficient starts to rise",
         unit="fraction of the run",
         least=0,
+        most=1,
+    )
+    kl_const_coeff: float = _option(
+        1e-4, "smallest KL coefficient, which is that of --kl-const-portion", least=0, most=1
+    )
+    kl_max_coeff: float = _option(
+        1.0,
+        "largest KL coefficient, which is that of the rest of the run; below 1 the KL stays balanced to the end",
+        above=0,
         most=1,
     )
     kl_balance: bool = _option(True, "balance the KL over the groups while its coefficient is below 1")
@@ -98,11 +107,22 @@ class TrainingConfig:
     grad_clip: float | None = _option(
         None, "largest norm of the gradient, longer ones are scaled down; none clips nothing", above=0
     )
+    skip_grad_norm: float | None = _option(
+        None,
+        "skip a step whose gradient has a larger norm (before --grad-clip): it changes nothing and is counted; none skips none",
+        above=0,
+    )
     horizontal_flip: bool = _option(False, "mirror every second image, at random")
     seed: int = _option(
         0, "seed of initialisation, noise and data order (0 to 2^63-1)", least=0, most=2**63 - 1
     )
-    workers: int = _option(0, "extra threads that read images", unit="threads", least=0, most=1024)
+    workers: int | None = _option(
+        None,
+        "extra threads that read images; none takes 1 to 4, by the CPUs, for images that are decoded, and 0 for arrays",
+        unit="threads",
+        least=0,
+        most=1024,
+    )
     threads: int | None = _option(
         None,
         "CPU threads of PyTorch; none leaves PyTorch's choice. Resuming keeps it",
@@ -117,6 +137,12 @@ class TrainingConfig:
     )
     checkpoint_every: int = _option(
         500, "a checkpoint every so many steps, and one at the end of the run", unit="steps", least=1
+    )
+    keep: int = _option(
+        0,
+        "numbered checkpoints (checkpoint-<step>.pt) to keep beside the newest, the last so many of this run; 0 for none",
+        unit="checkpoints",
+        least=0,
     )
     log_every: int = _option(10, "a line in metrics.jsonl every so many steps", unit="steps", least=1)
     validate_every: int | None = _option(
@@ -181,6 +207,11 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: learning_rate_min ({self.learning_rate_min}) must not exceed "
                 f"learning_rate ({self.learning_rate})"
+            )
+        if self.kl_const_coeff > self.kl_max_coeff:
+            raise ValueError(
+                f"TrainingConfig: kl_const_coeff ({self.kl_const_coeff}) must not exceed "
+                f"kl_max_coeff ({self.kl_max_coeff})"
             )
         if self.autocast not in (None, "bf16"):
             raise ValueError(f"TrainingConfig: autocast must be None or 'bf16', got {self.autocast!r}")

@@ -74,6 +74,15 @@ def find_launch(environment: Mapping[str, str] | None = None) -> Launch:
     return Launch()
 
 
+def processes_here(environment: Mapping[str, str] | None = None) -> int:
+    """The number of processes of the run on this machine, 1 where the launcher does not say. Raises as `find_launch`."""
+    env = os.environ if environment is None else environment
+    for _, rank_name, size_name, _, local_size_name in _LAUNCHERS:
+        if rank_name in env and size_name in env:
+            return _number(env, local_size_name, 1) if local_size_name in env else 1
+    return 1
+
+
 def _number(env: Mapping[str, str], name: str, least: int) -> int:
     try:
         value = int(env[name])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+import warnings
 from collections import deque
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -20,16 +21,16 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.states import not_finite
-from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
+from nvae_fast.training import checkpoint, metrics, numbered, pictures, run_folder, run_state, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
+from nvae_fast.training.launch import processes_here
 from nvae_fast.training.objective import annealed_lambda, kl_coefficient
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import StopRequest
-from nvae_fast.training.step import Step, StepResult, layers_needing_data_init, mark_needing_data_init
+from nvae_fast.training.step import Step, StepResult
 from nvae_fast.training.validation import Validation
-from nvae_fast.version import __version__
 
 if TYPE_CHECKING:
     from nvae_fast.models.nvae import NVAE
@@ -38,15 +39,8 @@ if TYPE_CHECKING:
 # because steps are slower there.
 _PACE_STEPS = 21
 _PACE_AFTER = 0.03
-# Options on which it depends whether a step is finite.
-_DECIDES_STEPS = (
-    "learning_rate",
-    "learning_rate_min",
-    "warmup_epochs",
-    "grad_clip",
-    "autocast",
-    "accumulate",
-)
+# Steps skipped for their gradient norm that are named one by one; after them, each time there are so many more.
+_NAMED_STEPS = 10
 
 
 class TrainingDiverged(RuntimeError):
@@ -55,13 +49,15 @@ class TrainingDiverged(RuntimeError):
 
 @dataclass(frozen=True)
 class RunResult:
-    """Result of a run. step: optimizer steps taken; skipped: steps undone; signal: the signal that stopped it early, None
-    when it is finished; seconds: duration of training, resumed parts included."""
+    """Result of a run. step: optimizer steps taken; skipped: steps undone because they were not finite; signal: the signal that
+    stopped it early, None when it is finished; seconds: duration of training, resumed parts included; large: steps undone
+    because their gradient norm exceeds `skip_grad_norm`."""
 
     step: int
     skipped: int
     signal: int | None
     seconds: float
+    large: int = 0
 
 
 class Trainer:
@@ -90,7 +86,7 @@ class Trainer:
         progress: str = "auto",
         data: tuple[str | None, str | None] = (None, None),
     ) -> None:
-        from nvae_fast.data import BatchLoader
+        from nvae_fast.data import BatchLoader, default_workers
 
         self.world = world or World()
         self.config = config
@@ -116,6 +112,9 @@ class Trainer:
                 f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
                 f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
             )
+        workers = config.workers
+        if workers is None:
+            workers = default_workers(dataset, processes_here())
         self.loader = BatchLoader(
             dataset,
             config.batch_size,
@@ -123,7 +122,7 @@ class Trainer:
             shuffle=True,
             flip=config.horizontal_flip,
             drop_last=True,
-            workers=config.workers,
+            workers=workers,
             rank=self.world.rank,
             world_size=self.world.size,
         )
@@ -145,10 +144,11 @@ class Trainer:
         self.elapsed = 0.0
         self.bad_in_a_row = 0
         self.skipped = 0
+        self.large = 0
         self.averages = metrics.Averages()
         self._log_mark = (0, 0.0)
         if state is not None:
-            self._restore(state)
+            run_state.restore(self, state)
         self._last_saved = self.step if state is not None else -1
         self._saved_validation = self.validation.state()
         # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
@@ -226,7 +226,7 @@ class Trainer:
             progress.close()
             if log is not None:
                 log.close()
-        return RunResult(self.step, self.skipped, number or None, self.elapsed)
+        return RunResult(self.step, self.skipped, number or None, self.elapsed, self.large)
 
     def save(self) -> None:
         """Write a checkpoint of this moment (rank 0 only), unless nothing has happened since the last one.
@@ -241,83 +241,23 @@ class Trainer:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
             checkpoint.save(self.state(), self.folder, keep_previous=self.step != self._last_saved)
+            self._keep_numbered()
         self._last_saved, self._saved_validation, self._proven = self.step, validated, False
 
     def validated_model(self) -> NVAE:
         """The model that validation evaluates: the one that is trained."""
         return self.model
 
-    def state(self) -> dict[str, Any]:
-        """Everything needed to go on from here, as plain values and tensors."""
-        return {
-            "nvae_fast": __version__,
-            "torch": str(torch.__version__),
-            "model_config": self.model.config.to_dict(),
-            "training_config": self.config.to_dict(),
-            "model": self.model.state_dict(),
-            "awaiting_data": layers_needing_data_init(self.model),
-            "optimizer": self.step_function.optimizer_state(),
-            "progress": {
-                "step": self.step,
-                "epoch": self.step // self.steps_per_epoch,
-                "batch": self.step % self.steps_per_epoch,
-                "position": self.position,
-                "total_steps": self.total_steps,
-                "steps_per_epoch": self.steps_per_epoch,
-                "elapsed": self.elapsed,
-                "bad_in_a_row": self.bad_in_a_row,
-                "skipped": self.skipped,
-                "world_size": self.world.size,
-            },
-            "metrics": self.averages.state(),
-            "validation": self.validation.state(),
-            "data": {
-                "source": self.data[0] or self.dataset.name,
-                "kind": self.data[1],
-                "name": self.dataset.name,
-                "images": len(self.dataset),
-                "image_size": self.dataset.image_size,
-                "channels": self.dataset.channels,
-                "reading": getattr(self.dataset, "reading", None),
-            },
-            "rng": {"torch": torch.get_rng_state()},
-        }
+    def _keep_numbered(self) -> None:
+        """Give the newest checkpoint its number, as `keep` says."""
+        with run_folder.writing(self.folder / numbered.name_of(self.step)):
+            problem = numbered.keep(self.folder, self.step, self.config.keep)
+        if problem is not None:
+            warnings.warn(problem, stacklevel=2)
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        images = state["data"]["images"]
-        if images != len(self.dataset):
-            raise ValueError(
-                f"the run to resume was trained on {images} images ({state['data']['name']}), "
-                f"the data given now ({self.dataset.name}) have {len(self.dataset)}: give the same --data"
-            )
-        progress = state["progress"]
-        if progress["steps_per_epoch"] != self.steps_per_epoch:
-            raise ValueError(
-                f"the run to resume has {progress['steps_per_epoch']} steps an epoch, now there would be "
-                f"{self.steps_per_epoch}: use the same --batch-size with the same number of processes "
-                f"({progress['world_size']}), or one that makes as many images a step"
-            )
-        try:
-            self.model.load_state_dict(state["model"])
-            mark_needing_data_init(self.model, state["awaiting_data"])
-            checkpoint.check_optimizer(state["optimizer"], self.step_function.parameters)
-            self.step_function.restore(state["optimizer"])
-            self.averages = metrics.Averages(state["metrics"])
-            if "validation" in state:  # checkpoints of 0.1.0 have none
-                self.validation.restore(state["validation"])
-            torch.set_rng_state(state["rng"]["torch"])
-        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise checkpoint.CheckpointError(
-                f"the checkpoint to resume from, in {self.folder}, does not fit: {error}"
-            ) from error
-        self.step = progress["step"]
-        self.position = progress["position"]
-        self.elapsed = progress["elapsed"]
-        # With other rates the steps that failed say nothing about those to come.
-        before = TrainingConfig.from_dict(state["training_config"])
-        changed = any(getattr(before, name) != getattr(self.config, name) for name in _DECIDES_STEPS)
-        self.bad_in_a_row = 0 if changed else progress["bad_in_a_row"]
-        self.skipped = progress["skipped"]
+    def state(self) -> dict[str, Any]:
+        """Everything needed to continue the run from here, as plain values and tensors."""
+        return run_state.collect(self)
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Yield images from the current step on, epoch after epoch."""
@@ -329,7 +269,12 @@ class Trainer:
     def _take_step(self, x: Tensor) -> tuple[StepResult, dict[str, float]]:
         config = self.config
         coefficient = kl_coefficient(
-            self.position, self.total_steps, config.kl_anneal_portion, config.kl_const_portion
+            self.position,
+            self.total_steps,
+            config.kl_anneal_portion,
+            config.kl_const_portion,
+            config.kl_const_coeff,
+            config.kl_max_coeff,
         )
         weight = annealed_lambda(coefficient, config.weight_decay_norm, config.lambda_initial())
         rate = schedule.learning_rate(
@@ -351,9 +296,15 @@ class Trainer:
 
     def _judge(self, result: StepResult, images: Tensor, progress: Progress) -> None:
         self.averages.add(result)
-        if not result.skipped:
+        if not result.skipped or result.large:
             self.bad_in_a_row = 0
             self._proven = True
+            self.large += result.large
+            if result.large and (self.large <= _NAMED_STEPS or self.large % _NAMED_STEPS == 0):
+                progress.message(
+                    f"step {self.step}: gradient norm {result.grad_norm:g} exceeds --skip-grad-norm "
+                    f"{self.config.skip_grad_norm:g}, step skipped ({self.large} in all)"
+                )
             return
         self.bad_in_a_row += 1
         self.skipped += 1
@@ -451,6 +402,7 @@ class Trainer:
                 **facts,
                 "images_per_second": round(speed, 2),
                 "skipped_steps": self.averages.skipped,
+                "large_steps": self.averages.large,
                 "seconds": round(self.elapsed, 3),
             }
         )

@@ -4,7 +4,8 @@ A line of `metrics.jsonl`: `step` (steps done) and `epoch`; the means since the 
 `reconstruction` and `kl` (nats per image), `spectral` and `batch_norm` (the regularisers, without lambda) and
 `grad_norm`; `kl_per_group`, a list, and `active_per_group`, how many channels of each group's latent variable carry more
 than 0.1 nats; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
-step; `skipped_steps` since the last line; `images_per_second`; `seconds` of training so far.
+step; `skipped_steps`, which were not finite, and `large_steps`, whose gradient norm exceeded `skip_grad_norm`, since the last
+line; `images_per_second`; `seconds` of training so far.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ class Averages:
         # Checkpoints of earlier versions have none: then the line that they began has none either.
         self.channels: list[float] | None = state.get("channels", None if self.steps else [])
         self.skipped: int = state.get("skipped", 0)
+        self.large: int = state.get("large", 0)
 
     def add(self, result: StepResult) -> None:
         """Add the result of one step."""
         if result.skipped:
-            self.skipped += 1
+            self.large += result.large
+            self.skipped += not result.large
             return
         self.steps += 1
         for name in _AVERAGED:
@@ -73,6 +76,7 @@ class Averages:
             "sums": dict(self.sums),
             "steps": self.steps,
             "skipped": self.skipped,
+            "large": self.large,
             "channels": self.channels,
         }
 

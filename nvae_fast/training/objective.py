@@ -34,14 +34,21 @@ class HasGroups(Protocol):
 
 
 def kl_coefficient(
-    step: float, total_steps: float, anneal_portion: float = 0.3, const_portion: float = 1e-4
+    step: float,
+    total_steps: float,
+    anneal_portion: float = 0.3,
+    const_portion: float = 1e-4,
+    const_coeff: float = KL_COEFFICIENT_FLOOR,
+    max_coeff: float = 1.0,
 ) -> float:
-    """The KL coefficient c at a step: `max(min((step - const) / anneal, 1), 1e-4)`.
+    """The KL coefficient c at a step: `max(max_coeff * min((step - const) / anneal, 1), const_coeff)`.
 
-    step, total_steps: position in the run and its length, in optimizer steps. anneal_portion, const_portion:
-    the parts of the run (fractions) over which c rises, and before which it rests at 1e-4. `anneal_portion=0`
-    turns annealing off: c is 1 from the moment the constant part is over. Raises ValueError for a length that is not
-    positive or a negative portion. NVAE (arXiv 2007.03898), section 4 and appendix A.
+    step, total_steps: position in the run and its length, in optimizer steps. anneal_portion, const_portion: the parts of the
+    run (fractions) over which c rises, and before which it is constant. const_coeff, max_coeff: the smallest value of c, which
+    is that of the constant part, and the largest, which it has from the end of the rise on. `anneal_portion=0` turns annealing
+    off: c is max_coeff from the moment the constant part is over. Raises ValueError for a length that is not positive, a
+    negative portion, or coefficients that are not `0 <= const_coeff <= max_coeff <= 1`. NVAE (arXiv 2007.03898), section 4 and
+    appendix A.
     """
     if total_steps <= 0:
         raise ValueError(f"kl_coefficient: total_steps must be positive, got {total_steps}")
@@ -50,11 +57,16 @@ def kl_coefficient(
             "kl_coefficient: anneal_portion and const_portion must not be negative, "
             f"got {anneal_portion} and {const_portion}"
         )
+    if not 0 <= const_coeff <= max_coeff <= 1:
+        raise ValueError(
+            "kl_coefficient: expected 0 <= const_coeff <= max_coeff <= 1, "
+            f"got const_coeff {const_coeff} and max_coeff {max_coeff}"
+        )
     past_const = step - const_portion * total_steps
     anneal_steps = anneal_portion * total_steps
     if anneal_steps == 0:
-        return 1.0 if past_const >= 0 else KL_COEFFICIENT_FLOOR
-    return max(min(past_const / anneal_steps, 1.0), KL_COEFFICIENT_FLOOR)
+        return max_coeff if past_const >= 0 else const_coeff
+    return max(max_coeff * min(past_const / anneal_steps, 1.0), const_coeff)
 
 
 def kl_alpha(config: HasGroups) -> list[float]:

@@ -36,7 +36,8 @@ ADAMAX_EPS = 1e-3
 class StepResult:
     """The numbers of one step. loss: the minimised value; reconstruction, kl: means over the batch in nats per image; spectral,
     batch_norm: the unweighted regularisers; grad_norm: norm of all gradients before clipping; skipped: the step was undone;
-    kl_per_channel: means over the batch of the KL of every latent channel, in order of the groups, coarsest scale first."""
+    kl_per_channel: means over the batch of the KL of every latent channel, in order of the groups, coarsest scale first;
+    large: the step was undone because its finite grad_norm exceeds `skip_grad_norm`."""
 
     loss: float
     reconstruction: float
@@ -46,10 +47,13 @@ class StepResult:
     grad_norm: float
     skipped: bool
     kl_per_channel: tuple[float, ...] = ()
+    large: bool = False
 
 
 class Step:
     """A training step of a model with its optimizer, which undoes steps that are not finite.
+
+    It also undoes those whose gradient norm exceeds `config.skip_grad_norm`.
 
     model: the NVAE, already on its device and in its memory format. After a step whose loss or gradient was
     not finite (on any process), parameters, optimizer, batch-norm statistics and spectral vectors are what
@@ -271,6 +275,8 @@ class Step:
         if self.world.size > 1:
             values = self.world.mean(values.double())
         finite, loss, reconstruction, kl, spectral, batch_norm, *channels, norm = values.tolist()
+        most = self.config.skip_grad_norm
+        large = finite == 1.0 and most is not None and norm > most
         return StepResult(
             loss,
             reconstruction,
@@ -278,8 +284,9 @@ class Step:
             spectral,
             batch_norm,
             norm,
-            finite != 1.0,
+            finite != 1.0 or large,
             kl_per_channel=tuple(channels),
+            large=large,
         )
 
     def _clip(self) -> Tensor:
