@@ -131,6 +131,9 @@ static void affine_mixed(const PlaneAffineArgs& args, int64_t begin, int64_t end
   });
 }
 
+// Steps of a sum in single precision, which loses half a bit with every doubling of their number.
+constexpr int64_t kLongestSum = 128;
+
 template <class V, class T>
 static void dots_rows(const PlaneDotsArgs& args, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
@@ -138,19 +141,26 @@ static void dots_rows(const PlaneDotsArgs& args, int64_t begin, int64_t end) {
   const int64_t spans = args.spans();
   each_row(args, begin, end, [&](int64_t b, int64_t c, int64_t s, int64_t at, int64_t count) {
     const V pivot(args.pivot ? static_cast<const S*>(args.pivot)[c] : S(0));
-    V sum_x(S(0)), sum_xy(S(0));
-    each_vector<V>(count, [&](int64_t i, int n) {
-      prefetch(x + at + i);
-      prefetch(y + at + i);
-      const V u = load_n<V>(x + at + i, n);
-      V v = load_n<V>(y + at + i, n) - pivot;
-      if (n < V::size) v = first_lanes(v, n);
-      sum_x = sum_x + u;
-      sum_xy = fma(u, v, sum_xy);
-    });
+    double total_x = 0, total_xy = 0;
+    for (int64_t first = 0; first < count; first += kLongestSum * V::size) {
+      V sum_x(S(0)), sum_xy(S(0));
+      const int64_t left = count - first, length = kLongestSum * V::size;
+      each_vector<V>(left < length ? left : length, [&](int64_t i, int n) {
+        const int64_t place = at + first + i;
+        prefetch(x + place);
+        prefetch(y + place);
+        const V u = load_n<V>(x + place, n);
+        V v = load_n<V>(y + place, n) - pivot;
+        if (n < V::size) v = first_lanes(v, n);
+        sum_x = sum_x + u;
+        sum_xy = fma(u, v, sum_xy);
+      });
+      total_x += sum(sum_x);
+      total_xy += sum(sum_xy);
+    }
     const int64_t out = (b * spans + s) * args.channels + c;
-    args.sum_x[out] = sum(sum_x);
-    args.sum_xy[out] = sum(sum_xy);
+    args.sum_x[out] = total_x;
+    args.sum_xy[out] = total_xy;
   });
 }
 
