@@ -52,6 +52,7 @@ _RESUME_REPORTED = {
     "grad_clip",
     "autocast",
     "accumulate",
+    "ema",
     "threads",
 }
 # The run folder of a run without --preset and --out is runs/<this>.
@@ -238,7 +239,7 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
 
 
 def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
-    config, model = trainer.config, trainer.model
+    config, model = trainer.config, trainer.evaluated_model
     own = trainer.folder / "samples.png" if trainer.world.is_main else None
     with run_folder.writing(trainer.folder / "samples.png"):
         pictures.write_samples(

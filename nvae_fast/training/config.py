@@ -98,6 +98,11 @@ class TrainingConfig:
     grad_clip: float | None = _option(
         None, "largest norm of the gradient, longer ones are scaled down; none clips nothing", above=0
     )
+    ema: float | None = _option(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.9999, kept beside them and evaluated in their place; "
+        "none keeps no average",
+    )
     horizontal_flip: bool = _option(False, "mirror every second image, at random")
     seed: int = _option(
         0, "seed of initialisation, noise and data order (0 to 2^63-1)", least=0, most=2**63 - 1
@@ -154,6 +159,8 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})"
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"TrainingConfig: ema must be greater than 0 and less than 1, got {self.ema}")
         if self.learning_rate_min > self.learning_rate:
             raise ValueError(
                 f"TrainingConfig: learning_rate_min ({self.learning_rate_min}) must not exceed "

@@ -142,6 +142,12 @@ class Trainer:
         # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
         self._proven = False
 
+    @property
+    def evaluated_model(self) -> NVAE:
+        """The model that pictures and evaluations are of: the averages of the weights where they are kept, else `model`."""
+        averages = self.step_function.averages
+        return self.model if averages is None else averages.module
+
     def run(self) -> RunResult:
         """Train to the end or until a stop signal to any process, then write a checkpoint.
 
@@ -189,7 +195,7 @@ class Trainer:
                     if self._pictures_due():
                         self._pictures(f"samples-{self.step:07d}.png")
                     if log is not None and (done or self._pictures_due()):
-                        log.pictures(self.step, self.model, self.dataset, seed=self.config.seed)
+                        log.pictures(self.step, self.evaluated_model, self.dataset, seed=self.config.seed)
                     # A signal to one process stops all of them after the same step.
                     number = int(self.world.largest(float(stop.signal or 0))[0])
                     stopping = number != 0
@@ -217,6 +223,10 @@ class Trainer:
         if self.step == self._last_saved:
             return
         problem = not_finite(self.model.state_dict().items())
+        if problem is None and self.evaluated_model is not self.model:
+            problem = not_finite(
+                (f"the average of {k}", v) for k, v in self.evaluated_model.state_dict().items()
+            )
         if problem is not None:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
@@ -225,6 +235,7 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
+        averages = self.step_function.averages
         return {
             "nvae_fast": __version__,
             "torch": str(torch.__version__),
@@ -233,6 +244,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "awaiting_data": layers_needing_data_init(self.model),
             "optimizer": self.step_function.optimizer_state(),
+            **({} if averages is None else {"ema": averages.state()}),
             "progress": {
                 "step": self.step,
                 "epoch": self.step // self.steps_per_epoch,
@@ -277,6 +289,7 @@ class Trainer:
             mark_needing_data_init(self.model, state["awaiting_data"])
             checkpoint.check_optimizer(state["optimizer"], self.step_function.parameters)
             self.step_function.restore(state["optimizer"])
+            self._restore_averages(state)
             self.averages = metrics.Averages(state["metrics"])
             torch.set_rng_state(state["rng"]["torch"])
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -291,6 +304,17 @@ class Trainer:
         changed = any(getattr(before, name) != getattr(self.config, name) for name in _DECIDES_STEPS)
         self.bad_in_a_row = 0 if changed else progress["bad_in_a_row"]
         self.skipped = progress["skipped"]
+
+    def _restore_averages(self, state: dict[str, Any]) -> None:
+        averages = self.step_function.averages
+        if averages is None:
+            return
+        if "ema" in state:
+            averages.restore(state["ema"])
+        elif state["training_config"].get("ema") is None:  # averaged from here on
+            averages.start()
+        else:
+            raise ValueError("it lacks ema, the averages of the weights that its options ask for")
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Yield images from the current step on, epoch after epoch."""
@@ -429,7 +453,7 @@ class Trainer:
             return
         with run_folder.writing(self.folder / name):
             pictures.write_samples(
-                self.model,
+                self.evaluated_model,
                 self.folder / name,
                 temperature=self.config.sample_temperature,
                 seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nvae_fast.models.seeds import is_per_image
 from nvae_fast.ops.philox import split_seed
 from nvae_fast.training.adamax import Adamax
+from nvae_fast.training.averages import WeightAverages
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder, layout
@@ -64,6 +65,7 @@ class Step:
 
     Processes may have different numbers of images, even none: gradients and the numbers returned are those of all images.
     With `config.accumulate` every process computes its images in that many parts, one after another, and adds their gradients.
+    With `config.ema`, `averages` are the averages of the weights, updated after every step that is not undone.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Step:
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
         self._image_seeds: Tensor | None = None
+        self.averages = None if config.ema is None else WeightAverages(model, config.ema)
 
     def __call__(
         self, x: Tensor, *, seed: Tensor | int, coefficient: float, weight: float, learning_rate: float
@@ -121,6 +124,13 @@ class Step:
             )
         plain = 0 if is_per_image(seed) else seed
         self._controls.write(plain, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
+        result = self._take(x, learning_rate)
+        if self.averages is not None and not result.skipped:
+            self.averages.update()
+        return result
+
+    def _take(self, x: Tensor, learning_rate: float) -> StepResult:
+        """Take the step, eagerly or from the capture."""
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
         # A capture allocates nothing that outlives it, so that the optimizer's state must exist before.
