@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import ranks
 from test_step import Again, capturable  # noqa: F401  a fixture
 from test_training_loop import interrupted_steps
 from training_runs import TINY_TRAINING, digits_of, tiny_model, trainer
@@ -293,28 +292,3 @@ def test_a_process_group_is_shared_with_the_copy():
     norms = [part for part in averages.module.modules() if hasattr(part, "process_group")]
     assert norms
     assert all(part.process_group is group for part in norms)
-
-
-RANKS = """
-import sys, torch
-torch.set_num_threads(1)
-sys.path[:0] = [sys.argv[2]]
-from training_runs import TINY_TRAINING, tiny_model
-from nvae_fast.training import Step, start_world
-world = start_world("cpu")
-step = Step(tiny_model().train(), TINY_TRAINING.replace(ema=0.5), world)
-for number in range(3):
-    x = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(world.rank)).round()
-    step(x, seed=10 * number + world.rank, coefficient=0.5, weight=0.01, learning_rate=1e-2)
-torch.save(step.averages.state(), f"{sys.argv[1]}/{world.rank}.pt")
-world.close()
-"""
-
-
-def test_processes_have_the_same_averages(tmp_path):
-    for process in ranks(2, [str(tmp_path), str(Path(__file__).parent)], start=RANKS):
-        _, text = process.communicate(timeout=300)
-        assert process.returncode == 0, text
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    assert same(first["model"], second["model"])
-    assert first["updates"] == second["updates"] == 3

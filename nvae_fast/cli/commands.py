@@ -160,7 +160,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     _number(parser, "--max-images", None, "only the first so many images", "images")
     _number(parser, "--seed", 0, "seed of draws and binarisation", "")
     parser.add_argument(
-        "--autocast", choices=["none", "bf16"], default="none", help="mixed precision (default: none)"
+        "--autocast", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)"
     )
     parser.add_argument(
         "--json",

@@ -25,7 +25,7 @@ from nvae_fast.cli.common import (
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
-from nvae_fast.training import checkpoint, distributed, pictures, run_folder, seeds
+from nvae_fast.training import checkpoint, distributed, pictures, precision, run_folder, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
@@ -77,8 +77,8 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     say = reporter(arguments.quiet or not world.is_main)
     training_names = [field.name for field in dataclasses.fields(TrainingConfig)]
     training_given = options.given(arguments, training_names)
-    if training_given.get("autocast") == "none":
-        training_given["autocast"] = None
+    if "autocast" in training_given:
+        training_given["autocast"] = precision.chosen(training_given["autocast"], world.device)
     model_given = options.given(arguments, options.MODEL_HELP)
     folder = Path(arguments.out or f"runs/{arguments.preset or _UNNAMED}")
 
@@ -135,7 +135,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             say(note)
     world.barrier()
     if world.is_main:
-        _write_config(folder, model_config, config, data, dataset)
+        _write_config(folder, model_config, trainer.config, data, dataset)
     say(_run_summary(trainer, data, folder))
     result = trainer.run()
     report_skipped(dataset, say)
@@ -272,7 +272,7 @@ def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
         f"{parameters / 1e6:.2f} M parameters, {len(trainer.dataset)} images of {data} as {images}, "
         f"{trainer.total_steps} steps {start}of {trainer.config.batch_size} images"
         + (f" on each of {trainer.world.size} processes" if trainer.world.size > 1 else "")
-        + f" on {trainer.world.device}, into {folder}"
+        + f" on {trainer.world.device} in {precision.described(trainer.config.autocast)}, into {folder}"
     )
 
 

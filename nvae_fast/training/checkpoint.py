@@ -49,7 +49,16 @@ _TRAINING: dict[str, Any] = {
     "rng": {"torch": torch.Tensor},
 }
 # What it may hold.
-_AVERAGES: dict[str, Any] = {"ema": {"decay": float, "updates": int, "model": dict}}
+_PARTS: dict[str, Any] = {
+    "ema": {"decay": float, "updates": int, "model": dict},
+    "scaler": {
+        "scale": float,
+        "growth_factor": float,
+        "backoff_factor": float,
+        "growth_interval": int,
+        "_growth_tracker": int,
+    },
+}
 
 
 class CheckpointError(RuntimeError):
@@ -144,8 +153,7 @@ def _ours(document: Any, file: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of nvae_fast")
     _require(document, _MODEL, f"checkpoint {file}")
-    if "ema" in document:
-        _require(document, _AVERAGES, f"checkpoint {file}")
+    _require(document, {key: part for key, part in _PARTS.items() if key in document}, f"checkpoint {file}")
     if document["version"] > VERSION:
         raise CheckpointError(
             f"checkpoint {file} has format version {document['version']}, this nvae_fast reads up to "

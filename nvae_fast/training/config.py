@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy
 
+from nvae_fast.training.precision import DTYPES
+
 
 def _option(
     default: Any,
@@ -84,7 +86,11 @@ class TrainingConfig:
         most=1,
     )
     kl_balance: bool = _option(True, "balance the KL over the groups while its coefficient is below 1")
-    autocast: str | None = _option(None, "mixed precision of the network: none or bf16")
+    autocast: str | None = _option(
+        None,
+        "precision of the network: none (fp32), bf16, fp16 (with a gradient scaler), or auto: on a GPU bf16 where it computes "
+        "in it and fp16 elsewhere, on a CPU none",
+    )
     cuda_graph: bool | None = _option(
         None,
         "capture the whole step in one CUDA graph; none does where it can be done (one process on a GPU)",
@@ -166,8 +172,10 @@ class TrainingConfig:
                 f"TrainingConfig: learning_rate_min ({self.learning_rate_min}) must not exceed "
                 f"learning_rate ({self.learning_rate})"
             )
-        if self.autocast not in (None, "bf16"):
-            raise ValueError(f"TrainingConfig: autocast must be None or 'bf16', got {self.autocast!r}")
+        if self.autocast not in (None, "auto", *DTYPES):
+            raise ValueError(
+                f"TrainingConfig: autocast must be None, 'auto', 'bf16' or 'fp16', got {self.autocast!r}"
+            )
         if self.weight_decay_norm_anneal and self.weight_decay_norm <= 0:
             raise ValueError(
                 "TrainingConfig: weight_decay_norm_anneal needs weight_decay_norm greater than 0, "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.states import not_finite
-from nvae_fast.training import checkpoint, metrics, pictures, run_folder, schedule, seeds
+from nvae_fast.training import checkpoint, metrics, pictures, precision, run_folder, schedule, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
@@ -90,7 +90,7 @@ class Trainer:
         from nvae_fast.data import BatchLoader
 
         self.world = world or World()
-        self.config = config
+        self.config = config = precision.resolved(config, self.world.device)
         self.dataset = dataset = fitted(model.config, dataset)
         self.folder = folder
         self.data = data
@@ -235,7 +235,6 @@ class Trainer:
 
     def state(self) -> dict[str, Any]:
         """Everything needed to go on from here, as plain values and tensors."""
-        averages = self.step_function.averages
         return {
             "nvae_fast": __version__,
             "torch": str(torch.__version__),
@@ -244,7 +243,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "awaiting_data": layers_needing_data_init(self.model),
             "optimizer": self.step_function.optimizer_state(),
-            **({} if averages is None else {"ema": averages.state()}),
+            **self.step_function.extra_state(),
             "progress": {
                 "step": self.step,
                 "epoch": self.step // self.steps_per_epoch,
@@ -289,7 +288,7 @@ class Trainer:
             mark_needing_data_init(self.model, state["awaiting_data"])
             checkpoint.check_optimizer(state["optimizer"], self.step_function.parameters)
             self.step_function.restore(state["optimizer"])
-            self._restore_averages(state)
+            self.step_function.restore_extra(state)
             self.averages = metrics.Averages(state["metrics"])
             torch.set_rng_state(state["rng"]["torch"])
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
@@ -304,17 +303,6 @@ class Trainer:
         changed = any(getattr(before, name) != getattr(self.config, name) for name in _DECIDES_STEPS)
         self.bad_in_a_row = 0 if changed else progress["bad_in_a_row"]
         self.skipped = progress["skipped"]
-
-    def _restore_averages(self, state: dict[str, Any]) -> None:
-        averages = self.step_function.averages
-        if averages is None:
-            return
-        if "ema" in state:
-            averages.restore(state["ema"])
-        elif state["training_config"].get("ema") is None:  # averaged from here on
-            averages.start()
-        else:
-            raise ValueError("it lacks ema, the averages of the weights that its options ask for")
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Yield images from the current step on, epoch after epoch."""
@@ -352,11 +340,17 @@ class Trainer:
             self.bad_in_a_row = 0
             self._proven = True
             return
-        self.bad_in_a_row += 1
         self.skipped += 1
+        scaling = self.step_function.scaling
+        scale = "" if scaling is None else f", loss scale {scaling.scale:g}"
+        if result.rescaled:  # as often happens while the scale adapts: no sign of weights that diverge
+            if not self.quiet:
+                progress.message(f"step {self.step}: a gradient overflowed in fp16, step skipped{scale} now")
+            return
+        self.bad_in_a_row += 1
         if not self.quiet:
             progress.message(
-                f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite, "
+                f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite{scale}, "
                 f"step skipped ({self.bad_in_a_row} in a row, {self.skipped} in all)"
             )
         if self.bad_in_a_row >= self.config.max_bad_steps:
@@ -370,7 +364,7 @@ class Trainer:
     def _advice(self, problem: str, *, blame_weights: bool = True) -> str:
         advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
         if self.config.autocast:
-            advice.append("leave out --autocast")
+            advice.append("try --autocast none")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
         good = None
@@ -425,6 +419,7 @@ class Trainer:
             return
         means = self.averages.means()
         kl, reconstruction = means["kl"], means["reconstruction"]
+        scaling = self.step_function.scaling
         nats = None if kl is None or reconstruction is None else reconstruction + kl
         log.write(
             {
@@ -434,6 +429,7 @@ class Trainer:
                 **self.averages.groups(self.model.config.num_groups),
                 "bits_per_dim": None if nats is None else bits_per_dim(nats, self.model.config.dims),
                 **facts,
+                **({} if scaling is None else {"loss_scale": scaling.scale}),
                 "images_per_second": round(speed, 2),
                 "skipped_steps": self.averages.skipped,
                 "seconds": round(self.elapsed, 3),
