@@ -247,6 +247,8 @@ def test_a_graph_is_refused_with_the_reason(capturable):  # noqa: F811
 def test_evaluation_and_sampling_in_fp16(digits):
     model = tiny_model().eval()
     x = images(digits, 2)
+    with precision.autocast("fp16", x.device):
+        assert model(x, seed=1).logits.dtype == torch.float16
     full, low = (importance_bound(model, x, 1, autocast=name)[0] for name in (None, "fp16"))
     assert not torch.equal(full, low)
     torch.testing.assert_close(low, full, rtol=1e-2, atol=0)
