@@ -16,6 +16,7 @@ from training_runs import TINY, TINY_TRAINING, digits_of, tiny_model, trainer
 
 from benchmarks import loss_curves
 from nvae_fast.cli import main
+from nvae_fast.cli.train import new_run
 from nvae_fast.training import (
     PRESETS,
     CheckpointError,
@@ -74,6 +75,8 @@ def test_presets_take_what_the_device_has(monkeypatch):
     config = PRESETS["cifar10"].training
     assert precision.resolved(config, cuda) == config.replace(autocast="fp16")
     assert precision.resolved(config, cpu) == config.replace(autocast=None)
+    for explicit in (None, "bf16"):
+        assert new_run("cifar10", "folder", {"autocast": explicit}, {})[0].autocast == explicit
 
 
 def test_a_run_records_and_says_what_was_computed(tmp_path, capsys):
@@ -260,6 +263,18 @@ def test_evaluation_and_sampling_in_fp16(digits):
     ):
         with pytest.raises(ValueError, match="autocast must be None, 'bf16' or 'fp16', got 'fp8'"):
             call()
+
+
+@pytest.mark.gpu
+def test_fp16_on_a_gpu(digits):
+    step, x = Step(tiny_model().cuda().train(), FP16.replace(ema=0.9)), images(digits).cuda()
+    assert step.mode.startswith("eager: fp16 has a gradient scaler")
+    before = everything(step)
+    while (result := step(x, seed=1, **OPTIONS)).rescaled:
+        assert_same(before, everything(step))
+    assert not result.skipped
+    assert step.averages.updates == 1
+    assert precision.chosen("auto", x.device) in ("bf16", "fp16")
 
 
 RANKS = """

@@ -292,3 +292,18 @@ def test_a_process_group_is_shared_with_the_copy():
     norms = [part for part in averages.module.modules() if hasattr(part, "process_group")]
     assert norms
     assert all(part.process_group is group for part in norms)
+
+
+@pytest.mark.gpu
+def test_averages_follow_a_cuda_graph(digits):
+    model = tiny_model().cuda().train()
+    step, x = Step(model, TrainingConfig(cuda_graph=True, ema=0.2)), images(digits).cuda()
+    expected: dict[str, torch.Tensor] = {}
+    for number in range(WARM_UP + 4):
+        assert not step(x, seed=number, **OPTIONS).skipped
+        decay = min(0.2, (1 + number) / (10 + number)) if number else 0.0
+        for name, value in model.named_parameters():
+            expected[name] = decay * expected.get(name, 0.0) + (1 - decay) * value.detach().double()
+    assert step._replay.captures == 1
+    for name, value in step.averages.module.named_parameters():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-7, msg=name)
