@@ -15,6 +15,7 @@ from nvae_fast.training.step import Objective
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+FP16 = "nvae_fast fp16"
 SMALL = {
     "num_channels_enc": 4,
     "num_channels_dec": 4,
@@ -37,6 +38,8 @@ def document(request: pytest.FixtureRequest) -> dict:
         learning_rate=1e-2,
         control=True,
         changes=SMALL,
+        # float16 convolutions are slow on a CPU: tests/test_mixed_precision.py has a smaller curve.
+        variants=[name for name in loss_curves.VARIANTS if name != FP16],
         say=lambda line: None,
     )
 
@@ -44,7 +47,7 @@ def document(request: pytest.FixtureRequest) -> dict:
 def test_curves_stay_together(document: dict):
     (entry,) = document["data"].values()
     comparison, curves = entry["comparison"], entry["curves"]
-    assert set(curves) == {*loss_curves.VARIANTS, loss_curves.CONTROL}
+    assert set(curves) == {*loss_curves.VARIANTS, loss_curves.CONTROL} - {FP16}
     assert 0 < comparison["control_largest"] <= loss_curves.FP32_TOLERANCE
     assert len({len(losses) for losses in curves.values()}) == 1
     assert comparison["fp32_largest"] <= comparison["fp32_largest_single_step"]
@@ -61,8 +64,10 @@ def test_curves_that_part_are_found():
     assert loss_curves.compare(curves)["passed"]
     off = [v * (1.002 if 10 <= n < 20 else 1.0) for n, v in enumerate(good)]
     assert not loss_curves.compare({**curves, "nvae_fast": off})["passed"]
+    assert loss_curves.compare({**curves, FP16: good})["fp16_end"] == 0.0
     late = [v * (1.02 if n >= 30 else 1.0) for n, v in enumerate(good)]
     assert not loss_curves.compare({**curves, "nvae_fast bf16": late})["passed"]
+    assert not loss_curves.compare({**curves, FP16: late})["passed"]
     early = [v * (1.02 if n < 10 else 1.0) for n, v in enumerate(good)]
     assert loss_curves.compare({**curves, "nvae_fast bf16": early})["passed"]
 

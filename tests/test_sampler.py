@@ -109,7 +109,7 @@ def test_an_image_has_noise_of_its_own(changes, recorder):
 def test_wrong_options_are_named():
     with pytest.raises(ValueError, match="pixels must be one of sample, mean, logits, got 'dots'"):
         Sampler(tiny_model(), pixels="dots")
-    with pytest.raises(ValueError, match="autocast must be None or 'bf16', got 'fp8'"):
+    with pytest.raises(ValueError, match="autocast must be None, 'bf16' or 'fp16', got 'fp8'"):
         Sampler(tiny_model(), autocast="fp8")
 
 

@@ -153,7 +153,7 @@ def test_seeds_depend_on_every_part():
         ({"learning_rate": float("nan")}, "learning_rate must be finite"),
         ({"learning_rate_min": 1.0}, "learning_rate_min .* must not exceed"),
         ({"kl_anneal_portion": 1.5}, "kl_anneal_portion must be between 0 and 1, got 1.5"),
-        ({"autocast": "fp8"}, "autocast must be None or 'bf16', got 'fp8'"),
+        ({"autocast": "fp8"}, "autocast must be None, 'auto', 'bf16' or 'fp16', got 'fp8'"),
         ({"max_bad_steps": 0}, "max_bad_steps must be at least 1"),
         ({"weight_decay_norm_anneal": True, "weight_decay_norm": 0.0}, "weight_decay_norm_anneal needs"),
         ({"nonsense": 1}, "unknown option.* nonsense"),

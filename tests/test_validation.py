@@ -92,16 +92,16 @@ def test_validation_leaves_training_as_it_was(whole, tmp_path, digits):
     assert not (tmp_path / "plain" / checkpoint.BEST).exists()
 
 
-def test_the_trained_model_is_untouched(tmp_path, digits):
+def test_the_trained_model_is_untouched(tmp_path, digits, monkeypatch):
     run = validated(tmp_path / "run", digits)
     evaluated = []
 
-    def seen() -> object:
+    def seen(*args, **options):
         before = {name: value.clone() for name, value in run.model.state_dict().items()}
         evaluated.append((before, torch.get_rng_state()))
-        return run.model
+        return evaluate(*args, **options)
 
-    run.validated_model = seen
+    monkeypatch.setattr(module, "evaluate", seen)
     real = run.validation._keep
 
     def keep(*args):
@@ -237,12 +237,19 @@ def test_worse_values_and_values_that_are_not_finite_are_not_the_best(tmp_path, 
     assert [line["val/bits_per_dim"] for line in lines(tmp_path / "run", "val")] == [None, 5.0, 6.0, None]
 
 
-def test_another_model_can_be_validated(tmp_path, digits):
-    run = validated(tmp_path / "run", digits)
-    other = tiny_model(5)
-    run.validated_model = lambda: other
+def test_averages_of_the_weights_are_validated(tmp_path, digits):
+    run = validated(tmp_path / "run", digits, CONFIG.replace(ema=0.9, learning_rate=0.02))
     run.run()
-    assert len({line["val/bits_per_dim"] for line in lines(tmp_path / "run", "val")}) == 1
+    value = lines(tmp_path / "run", "val")[-1]["val/bits_per_dim"]
+    found = {}
+    for weights in ("ema", "model"):
+        model, _ = checkpoint.load_model(tmp_path / "run" / checkpoint.NAME, weights=weights)
+        result = evaluate(
+            model, run.validation.dataset, samples=run.config.validate_samples, batch_size=4, seed=0
+        )
+        found[weights] = result.negative_log_likelihood_bits_per_dim
+    assert found["ema"] == pytest.approx(value, rel=1e-5)
+    assert abs(found["model"] - value) > 1e-3
 
 
 def test_a_full_disk_keeps_the_best_checkpoint(tmp_path, digits, monkeypatch):

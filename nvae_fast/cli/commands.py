@@ -143,13 +143,28 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     options.add_dataclass_options(model, NVAEConfig, options.MODEL_HELP, note=_FROM_PRESET)
 
 
+def _checkpoint(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    _weights(parser)
+
+
+def _weights(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--weights",
+        choices=["model", "ema"],
+        default=None,
+        help="weights of the last step, or their averages of train --ema (default: ema where the checkpoint has them, else "
+        "model)",
+    )
+
+
 def _images_of(
     parser: argparse.ArgumentParser,
     text: str,
     split: str = "test, or the validation part where there is no test part; validation for celeba_64, as published",
 ) -> None:
     """The checkpoint and the images of a command. text: what the images are for. split: the default part of them."""
-    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    _checkpoint(parser)
     parser.add_argument(
         "--data",
         default=None,
@@ -175,7 +190,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
     _number(parser, "--max-images", None, "only the first so many images", "images")
     _number(parser, "--seed", 0, "seed of draws and binarisation", "")
     parser.add_argument(
-        "--autocast", choices=["none", "bf16"], default="none", help="mixed precision (default: none)"
+        "--autocast", choices=["none", "bf16", "fp16"], default="none", help="mixed precision (default: none)"
     )
     parser.add_argument(
         "--json",
@@ -189,7 +204,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
 
 
 def _sample_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", help="our checkpoint or run folder, or an official checkpoint")
+    _checkpoint(parser)
     _number(parser, "--number", 64, "images to draw", "images", short="-n")
     _temperature(parser, "factor on the sigma of every prior")
     _pixel_temperature(parser)
@@ -326,6 +341,7 @@ def _pixel_temperature(parser: argparse.ArgumentParser) -> None:
 def _convert_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
     parser.add_argument("target", help="checkpoint to write, in the other format")
+    _weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
 
 

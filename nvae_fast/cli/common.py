@@ -21,7 +21,7 @@ from nvae_fast.data.decode import EVALUATED_ON
 from nvae_fast.models.latents import linear_temperatures
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.ops import _extension as extension
-from nvae_fast.training import distributed, pictures
+from nvae_fast.training import checkpoint, distributed, pictures
 from nvae_fast.training.config import check_bounds
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import watch_interrupts
@@ -71,6 +71,26 @@ def run_on_processes(
             code = work(arguments, world)
         world.close()
     return code
+
+
+def load_model(
+    arguments: argparse.Namespace, world: distributed.World, say: Callable[[str], None]
+) -> tuple[NVAE, dict[str, Any]]:
+    """The model of a command's checkpoint with the weights of `--weights`, and what is known about it. Says which weights are
+    used where there is a choice."""
+    model, facts = checkpoint.load_model(
+        arguments.checkpoint, map_location=world.device, weights=arguments.weights
+    )
+    say_weights(facts, say)
+    return model, facts
+
+
+def say_weights(facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Say which weights of a checkpoint are used. facts: "weights", and "ema" where there is a choice."""
+    if facts["weights"] == "ema":
+        say(f"weights: averages (decay {facts['ema']['decay']:g}, {facts['ema']['updates']} steps)")
+    elif "ema" in facts:
+        say("weights: those of the last step, not their averages")
 
 
 def open_images(

@@ -11,6 +11,7 @@ from nvae_fast.cli import options
 from nvae_fast.cli.common import (
     check_writable,
     images_of,
+    load_model,
     progress_of,
     report_skipped,
     reporter,
@@ -18,7 +19,7 @@ from nvae_fast.cli.common import (
     set_threads,
 )
 from nvae_fast.io import atomic_file
-from nvae_fast.training import checkpoint, distributed
+from nvae_fast.training import distributed
 from nvae_fast.training.evaluation import evaluate
 
 
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
+    model, facts = load_model(arguments, world, say)
     dataset, data, split = images_of(arguments, facts, model.config, say)
     total = min(len(dataset), arguments.max_images or len(dataset))
     progress = progress_of(arguments, world, "evaluate", total)
@@ -54,7 +55,13 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
     report_skipped(dataset, say)
     if not world.is_main:
         return 0
-    report = {"checkpoint": facts["path"], "data": data, "split": split, **result.to_dict()}
+    report = {
+        "checkpoint": facts["path"],
+        "weights": facts["weights"],
+        "data": data,
+        "split": split,
+        **result.to_dict(),
+    }
     if arguments.json is not None:
         text = json.dumps(report, indent=2) + "\n"
         if arguments.json == "-":

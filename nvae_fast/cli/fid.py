@@ -16,6 +16,7 @@ from nvae_fast.cli.common import (
     check_temperature,
     check_writable,
     images_of,
+    load_model,
     pixel_temperature,
     progress_of,
     report_skipped,
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     extract = fid.load_inception(arguments.inception, layer=arguments.layer, device=world.device)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
+    model, facts = load_model(arguments, world, say)
     features = {"layer": arguments.layer, "inception": checkpoint.file_hash(arguments.inception)}
     known = _known_statistics(arguments, model, features, say)
     temperature = temperatures(arguments.temperature, model)
@@ -81,6 +82,7 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
                 temperature=temperature,
                 passes=arguments.readjust_passes,
                 keep=world.is_main,
+                weights=facts["weights"],
                 report=say,
             )
     with contextlib.closing(progress_of(arguments, world, "samples", arguments.number)) as progress:
@@ -97,7 +99,11 @@ def _fid(arguments: argparse.Namespace, world: distributed.World) -> int:
     if not world.is_main:
         return 0
     _note_of_few(real, drawn, say)
-    report: dict[str, Any] = {"checkpoint": facts["path"], "fid": fid.frechet_distance(drawn, real)}
+    report: dict[str, Any] = {
+        "checkpoint": facts["path"],
+        "weights": facts["weights"],
+        "fid": fid.frechet_distance(drawn, real),
+    }
     if arguments.kid is not None:
         mean, deviation = fid.kernel_distance(drawn, real, size=arguments.kid, seed=arguments.seed % 2**32)
         report.update(kid=mean, kid_standard_deviation=deviation)

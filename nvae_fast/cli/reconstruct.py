@@ -10,6 +10,7 @@ from nvae_fast.cli.common import (
     check_temperature,
     check_writable,
     images_of,
+    load_model,
     report_skipped,
     reporter,
     run_on_processes,
@@ -18,7 +19,7 @@ from nvae_fast.cli.common import (
 )
 from nvae_fast.cli.latents import Encoded, check_counts, choose
 from nvae_fast.data import save_grid
-from nvae_fast.training import checkpoint, distributed
+from nvae_fast.training import distributed
 
 NUMBER = 10
 
@@ -39,7 +40,7 @@ def _reconstruct(arguments: argparse.Namespace, world: distributed.World) -> int
     if not world.is_main:
         return 0
     say = reporter(arguments.quiet)
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
+    model, facts = load_model(arguments, world, say)
     groups = model.config.num_groups
     parts = arguments.groups or []
     for count in parts:

@@ -12,6 +12,7 @@ from nvae_fast.cli import options
 from nvae_fast.cli.common import (
     check_temperature,
     check_writable,
+    load_model,
     pixel_temperature,
     progress_of,
     reporter,
@@ -23,7 +24,7 @@ from nvae_fast.data import save_grid
 from nvae_fast.data.png import to_pixels
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
-from nvae_fast.training import checkpoint, distributed, pictures
+from nvae_fast.training import distributed, pictures
 from nvae_fast.training.image_files import check_folder, sample_to_folder
 from nvae_fast.training.readjust import readjust
 
@@ -76,7 +77,7 @@ def _check_target(arguments: argparse.Namespace) -> None:
 def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
     world.agree({"--out (a folder or a grid)": "a folder" if _to_folder(arguments) else "a grid"})
-    model, facts = checkpoint.load_model(arguments.checkpoint, map_location=world.device)
+    model, facts = load_model(arguments, world, say)
     temperature = temperatures(arguments.temperature, model)
     of_pixels = pixel_temperature(arguments, model)
     if getattr(arguments, "readjust", False):
@@ -87,6 +88,7 @@ def _sample(arguments: argparse.Namespace, world: distributed.World) -> int:
                 temperature=temperature,
                 passes=arguments.readjust_passes,
                 keep=world.is_main,
+                weights=facts["weights"],
                 report=say,
             )
     drawn: dict[str, Any] = dict(

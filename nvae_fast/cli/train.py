@@ -25,7 +25,7 @@ from nvae_fast.cli.common import (
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
-from nvae_fast.training import checkpoint, distributed, pictures, run_folder, seeds
+from nvae_fast.training import checkpoint, distributed, pictures, precision, run_folder, seeds
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.loop import Trainer
 from nvae_fast.training.presets import preset as training_preset
@@ -58,6 +58,7 @@ _RESUME_REPORTED = {
     "autocast",
     "accumulate",
     "skip_grad_norm",
+    "ema",
     "threads",
 }
 # What a validation computes: its values are compared with one another, so it cannot change after the first.
@@ -86,8 +87,8 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     say = reporter(arguments.quiet or not world.is_main)
     training_names = [field.name for field in dataclasses.fields(TrainingConfig)]
     training_given = options.given(arguments, training_names)
-    if training_given.get("autocast") == "none":
-        training_given["autocast"] = None
+    if "autocast" in training_given:
+        training_given["autocast"] = precision.chosen(training_given["autocast"], world.device)
     model_given = options.given(arguments, options.MODEL_HELP)
     for option in ("--config", "--init-from"):
         if arguments.resume and getattr(arguments, option[2:].replace("-", "_")) is not None:
@@ -291,7 +292,7 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
 
 
 def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
-    config, model = trainer.config, trainer.model
+    config, model = trainer.config, trainer.evaluated_model
     own = trainer.folder / "samples.png" if trainer.world.is_main else None
     with run_folder.writing(trainer.folder / "samples.png"):
         pictures.write_samples(
@@ -324,7 +325,7 @@ def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
         f"{parameters / 1e6:.2f} M parameters, {len(trainer.dataset)} images of {data} as {images}, "
         f"{trainer.total_steps} steps {start}of {trainer.config.batch_size} images"
         + (f" on each of {trainer.world.size} processes" if trainer.world.size > 1 else "")
-        + f" on {trainer.world.device}, into {folder}"
+        + f" on {trainer.world.device} in {precision.described(trainer.config.autocast)}, into {folder}"
     )
 
 

@@ -50,6 +50,17 @@ _TRAINING: dict[str, Any] = {
     "data": {"images": int, "name": str},
     "rng": {"torch": torch.Tensor},
 }
+# What it may hold.
+_PARTS: dict[str, Any] = {
+    "ema": {"decay": float, "updates": int, "model": dict},
+    "scaler": {
+        "scale": float,
+        "growth_factor": float,
+        "backoff_factor": float,
+        "growth_interval": int,
+        "_growth_tracker": int,
+    },
+}
 
 
 class CheckpointError(RuntimeError):
@@ -145,6 +156,7 @@ def _ours(document: Any, file: Path) -> dict[str, Any]:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         raise CheckpointError(f"{file} is not a checkpoint of nvae_fast")
     _require(document, _MODEL, f"checkpoint {file}")
+    _require(document, {key: part for key, part in _PARTS.items() if key in document}, f"checkpoint {file}")
     if document["version"] > VERSION:
         raise CheckpointError(
             f"checkpoint {file} has format version {document['version']}, this nvae_fast reads up to "
@@ -223,22 +235,30 @@ def file_hash(path: str | os.PathLike[str]) -> str:
 
 
 def load_model(
-    path: str | os.PathLike[str], *, map_location: str | torch.device = "cpu"
+    path: str | os.PathLike[str],
+    *,
+    map_location: str | torch.device = "cpu",
+    weights: str | None = None,
 ) -> tuple[NVAE, dict[str, Any]]:
     """A model in evaluation mode, in channels_last, from our checkpoint or an official one.
 
-    Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official") and, for ours,
-    "data" (what it was trained on), "step", "epoch" and "awaiting_data" (layers whose data-dependent initialisation has not
-    happened yet).
+    Returns (model, what is known about it); that is "path", "kind" ("nvae_fast" or "official"), "weights" ("model" or "ema")
+    and, for ours, "data" (what it was trained on), "step", "epoch", "awaiting_data" (layers whose data-dependent initialisation
+    has not happened yet), and "ema" ("decay" and "updates") where it has averages.
 
-    path: a checkpoint, or the folder of a run. map_location: the device to put the model on. Raises CheckpointError or
-    ValueError for a file that is missing, damaged or something else, or whose weights are not finite; the message says which.
+    path: a checkpoint, or the folder of a run. map_location: the device to put the model on. weights: "model" for the weights
+    of the last step, "ema" for their averages, with batch-norm statistics that belong to them; None for "ema" where the
+    checkpoint has it, else "model". Raises CheckpointError or ValueError for a file that is missing, damaged or something else,
+    has no averages where they are asked for, or whose weights are not finite; the message says which.
     """
     file = resolve(path)
     document = _read(file)
     facts: dict[str, Any] = {"path": str(file), "kind": "nvae_fast"}
     if isinstance(document, dict) and document.get("format") == FORMAT:
-        model = model_from(_ours(document, file), file)
+        facts["weights"] = chosen_weights(_ours(document, file), file, weights)
+        model = model_from(document, file, weights=facts["weights"])
+        if "ema" in document:
+            facts["ema"] = {key: document["ema"][key] for key in ("decay", "updates")}
         for key, kind in (("progress", dict), ("data", dict), ("awaiting_data", list)):
             _require(document.get(key, kind()), kind, f"checkpoint {file}: {key}")
         progress = document.get("progress", {})
@@ -246,8 +266,8 @@ def load_model(
         facts["data"] = document.get("data", {})
         facts["awaiting_data"] = document.get("awaiting_data", [])
     else:
+        facts.update(kind="official", weights=chosen_weights({}, file, weights))
         model = official.model_from(document, file)
-        facts["kind"] = "official"
     problem = not_finite(model.state_dict().items())
     if problem is not None:
         raise CheckpointError(
@@ -256,10 +276,24 @@ def load_model(
     return to_format(model.to(map_location), torch.channels_last).eval(), facts
 
 
-def model_from(document: dict[str, Any], file: str | os.PathLike[str]) -> NVAE:
-    """The model a checkpoint describes, its state loaded. Raises CheckpointError naming what differs."""
+def chosen_weights(document: dict[str, Any], file: str | os.PathLike[str], weights: str | None) -> str:
+    """Which weights of a checkpoint are meant, as `load_model` has it: "model" or "ema". Raises as it does."""
+    if weights not in (None, "model", "ema"):
+        raise ValueError(f"weights must be 'model', 'ema' or None, got {weights!r}")
+    if weights == "ema" and "ema" not in document:
+        raise CheckpointError(
+            f"checkpoint {file} has no averages of the weights, which --weights ema asks for: leave --weights out, or train "
+            "with --ema"
+        )
+    return weights or ("ema" if "ema" in document else "model")
+
+
+def model_from(document: dict[str, Any], file: str | os.PathLike[str], *, weights: str = "model") -> NVAE:
+    """The model a checkpoint describes, its state loaded. Raises CheckpointError naming what differs.
+
+    weights: "model" or "ema", which the checkpoint must have."""
     try:
-        state = document["model"]
+        state = document["model"] if weights == "model" else document["ema"]["model"]
         return build(
             NVAEConfig(**document["model_config"]), state, lambda model: model.load_state_dict(state)
         )

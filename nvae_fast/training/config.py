@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy
 
+from nvae_fast.training.precision import DTYPES
+
 
 def _option(
     default: Any,
@@ -93,7 +95,11 @@ class TrainingConfig:
         most=1,
     )
     kl_balance: bool = _option(True, "balance the KL over the groups while its coefficient is below 1")
-    autocast: str | None = _option(None, "mixed precision of the network: none or bf16")
+    autocast: str | None = _option(
+        None,
+        "precision of the network: none (fp32), bf16, fp16 (with a gradient scaler), or auto: on a GPU bf16 where it computes "
+        "in it and fp16 elsewhere, on a CPU none",
+    )
     cuda_graph: bool | None = _option(
         None,
         "capture the whole step in one CUDA graph; none does where it can be done (one process on a GPU)",
@@ -111,6 +117,11 @@ class TrainingConfig:
         None,
         "skip a step whose gradient has a larger norm (before --grad-clip): it changes nothing and is counted; none skips none",
         above=0,
+    )
+    ema: float | None = _option(
+        None,
+        "decay of an exponential moving average of the weights, such as 0.9999, kept beside them and evaluated in their place; "
+        "none keeps no average",
     )
     horizontal_flip: bool = _option(False, "mirror every second image, at random")
     seed: int = _option(
@@ -203,6 +214,8 @@ class TrainingConfig:
             raise ValueError(
                 f"TrainingConfig: accumulate ({self.accumulate}) must not exceed batch_size ({self.batch_size})"
             )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"TrainingConfig: ema must be greater than 0 and less than 1, got {self.ema}")
         if self.learning_rate_min > self.learning_rate:
             raise ValueError(
                 f"TrainingConfig: learning_rate_min ({self.learning_rate_min}) must not exceed "
@@ -213,8 +226,10 @@ class TrainingConfig:
                 f"TrainingConfig: kl_const_coeff ({self.kl_const_coeff}) must not exceed "
                 f"kl_max_coeff ({self.kl_max_coeff})"
             )
-        if self.autocast not in (None, "bf16"):
-            raise ValueError(f"TrainingConfig: autocast must be None or 'bf16', got {self.autocast!r}")
+        if self.autocast not in (None, "auto", *DTYPES):
+            raise ValueError(
+                f"TrainingConfig: autocast must be None, 'auto', 'bf16' or 'fp16', got {self.autocast!r}"
+            )
         if self.weight_decay_norm_anneal and self.weight_decay_norm <= 0:
             raise ValueError(
                 "TrainingConfig: weight_decay_norm_anneal needs weight_decay_norm greater than 0, "

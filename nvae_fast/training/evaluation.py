@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nvae_fast.models.frozen import freeze
 from nvae_fast.ops import _checks
-from nvae_fast.training import seeds
+from nvae_fast.training import precision, seeds
 from nvae_fast.training.distributed import World, fingerprint
 from nvae_fast.training.objective import full_precision
 
@@ -93,8 +93,8 @@ def importance_bound(
     """The bound on log p(x) of every image, (B,) float64, from `samples` draws; model in evaluation mode.
 
     x: (B,C,H,W) in [0,1] on the model's device. seed: of the draws, one for the batch or one per image; with one per image,
-    the noise of an image does not depend on the rest of the batch. autocast: None or "bf16", for the network alone. Also
-    returns sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
+    the noise of an image does not depend on the rest of the batch. autocast: None, "bf16" or "fp16", for the network alone.
+    Also returns sums over the batch, averaged over the draws: "reconstruction", "kl", "kl_per_group" (G,),
     "kl_per_channel" (channels of all groups).
 
         bound = logsumexp_k( log p(x | z_k) + log p(z_k) - log q(z_k | x) ) - log K,     z_k ~ q(z | x)
@@ -113,7 +113,7 @@ def importance_bound(
     per_group: Any = 0.0
     per_channel: Any = 0.0
     for k in range(samples):
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=autocast == "bf16"):
+        with precision.autocast(autocast, x.device):
             out = model(x, seed=_draw_seed(seed, k, x.device))
         # The likelihood in full precision: it is a sum over all pixels.
         recon = model.reconstruction_loss(full_precision(out.logits), x)
@@ -152,7 +152,7 @@ def evaluate(
     size gives the same numbers up to rounding, another number of processes exactly the same numbers.
 
     samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
-    first images. autocast: None or "bf16". on_batch(images done, negative bound so far) is called after every batch,
+    first images. autocast: None, "bf16" or "fp16". on_batch(images done, negative bound so far) is called after every batch,
     the same number of times on each process; an exception that it raises on all of them ends the evaluation. world: processes
     among which the images are divided; each returns the whole result. Raises ValueError for bad arguments, on every process
     when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the model itself is not changed.

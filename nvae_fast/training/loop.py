@@ -21,7 +21,17 @@ import torch
 from torch import Tensor
 
 from nvae_fast.models.states import not_finite
-from nvae_fast.training import checkpoint, metrics, numbered, pictures, run_folder, run_state, schedule, seeds
+from nvae_fast.training import (
+    checkpoint,
+    metrics,
+    numbered,
+    pictures,
+    precision,
+    run_folder,
+    run_state,
+    schedule,
+    seeds,
+)
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World, fingerprint, outlive_torchrun
 from nvae_fast.training.evaluation import bits_per_dim, fitted
@@ -89,7 +99,7 @@ class Trainer:
         from nvae_fast.data import BatchLoader, default_workers
 
         self.world = world or World()
-        self.config = config
+        self.config = config = precision.resolved(config, self.world.device)
         self.dataset = dataset = fitted(model.config, dataset)
         self.folder = folder
         self.data = data
@@ -154,6 +164,12 @@ class Trainer:
         # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
         self._proven = False
 
+    @property
+    def evaluated_model(self) -> NVAE:
+        """The model that pictures and evaluations are of: the averages of the weights where they are kept, else `model`."""
+        averages = self.step_function.averages
+        return self.model if averages is None else averages.module
+
     def run(self) -> RunResult:
         """Train to the end or until a stop signal to any process, then write a checkpoint.
 
@@ -205,7 +221,7 @@ class Trainer:
                     if self._pictures_due():
                         self._pictures(f"samples-{self.step:07d}.png")
                     if log is not None and (done or self._pictures_due()):
-                        log.pictures(self.step, self.model, self.dataset, seed=self.config.seed)
+                        log.pictures(self.step, self.evaluated_model, self.dataset, seed=self.config.seed)
                     # A signal to one process stops all of them after the same step.
                     number = int(self.world.largest(float(stop.signal or 0))[0])
                     if done:
@@ -237,16 +253,16 @@ class Trainer:
         if self.step == self._last_saved and validated == self._saved_validation:
             return
         problem = not_finite(self.model.state_dict().items())
+        if problem is None and self.evaluated_model is not self.model:
+            problem = not_finite(
+                (f"the average of {k}", v) for k, v in self.evaluated_model.state_dict().items()
+            )
         if problem is not None:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
             checkpoint.save(self.state(), self.folder, keep_previous=self.step != self._last_saved)
             self._keep_numbered()
         self._last_saved, self._saved_validation, self._proven = self.step, validated, False
-
-    def validated_model(self) -> NVAE:
-        """The model that validation evaluates: the one that is trained."""
-        return self.model
 
     def _keep_numbered(self) -> None:
         """Give the newest checkpoint its number, as `keep` says."""
@@ -306,11 +322,17 @@ class Trainer:
                     f"{self.config.skip_grad_norm:g}, step skipped ({self.large} in all)"
                 )
             return
-        self.bad_in_a_row += 1
         self.skipped += 1
+        scaling = self.step_function.scaling
+        scale = "" if scaling is None else f", loss scale {scaling.scale:g}"
+        if result.rescaled:  # as often happens while the scale adapts: no sign of weights that diverge
+            if not self.quiet:
+                progress.message(f"step {self.step}: a gradient overflowed in fp16, step skipped{scale} now")
+            return
+        self.bad_in_a_row += 1
         if not self.quiet:
             progress.message(
-                f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite, "
+                f"step {self.step}: loss {result.loss:g}, gradient norm {result.grad_norm:g}: not finite{scale}, "
                 f"step skipped ({self.bad_in_a_row} in a row, {self.skipped} in all)"
             )
         if self.bad_in_a_row >= self.config.max_bad_steps:
@@ -324,7 +346,7 @@ class Trainer:
     def _advice(self, problem: str, *, blame_weights: bool = True) -> str:
         advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
         if self.config.autocast:
-            advice.append("leave out --autocast")
+            advice.append("try --autocast none")
         if not self.config.grad_clip:
             advice.append("try --grad-clip")
         good = None
@@ -391,6 +413,7 @@ class Trainer:
             return
         means = self.averages.means()
         kl, reconstruction = means["kl"], means["reconstruction"]
+        scaling = self.step_function.scaling
         nats = None if kl is None or reconstruction is None else reconstruction + kl
         log.write(
             {
@@ -400,6 +423,7 @@ class Trainer:
                 **self.averages.groups(self.model.config.num_groups),
                 "bits_per_dim": None if nats is None else bits_per_dim(nats, self.model.config.dims),
                 **facts,
+                **({} if scaling is None else {"loss_scale": scaling.scale}),
                 "images_per_second": round(speed, 2),
                 "skipped_steps": self.averages.skipped,
                 "large_steps": self.averages.large,
@@ -420,7 +444,7 @@ class Trainer:
             return
         with run_folder.writing(self.folder / name):
             pictures.write_samples(
-                self.model,
+                self.evaluated_model,
                 self.folder / name,
                 temperature=self.config.sample_temperature,
                 seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),

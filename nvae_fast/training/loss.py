@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nvae_fast.nn.shared_weights import prepare_weights
+from nvae_fast.training import precision
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.objective import balanced_kl, full_precision
@@ -53,8 +54,7 @@ class Objective(nn.Module):
         count: float | Tensor,
         last: bool,
     ) -> tuple[Tensor, Tensor]:
-        enabled = self.config.autocast == "bf16"
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=enabled):
+        with precision.autocast(self.config.autocast, x.device):
             out = self.model(x, seed=seed)
         # Likelihood and KL in full precision: they are sums over thousands of terms.
         reconstruction = self.model.reconstruction_loss(full_precision(out.logits), x)

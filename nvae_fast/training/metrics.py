@@ -4,8 +4,8 @@ A line of `metrics.jsonl`: `step` (steps done) and `epoch`; the means since the 
 `reconstruction` and `kl` (nats per image), `spectral` and `batch_norm` (the regularisers, without lambda) and
 `grad_norm`; `kl_per_group`, a list, and `active_per_group`, how many channels of each group's latent variable carry more
 than 0.1 nats; `bits_per_dim` of reconstruction + kl; `kl_coefficient`, `lambda` and `learning_rate` of the last
-step; `skipped_steps`, which were not finite, and `large_steps`, whose gradient norm exceeded `skip_grad_norm`, since the last
-line; `images_per_second`; `seconds` of training so far.
+step; `loss_scale` of fp16; `skipped_steps`, which were not finite, and `large_steps`, whose gradient norm exceeded
+`skip_grad_norm`, since the last line; `images_per_second`; `seconds` of training so far.
 """
 
 from __future__ import annotations

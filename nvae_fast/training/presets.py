@@ -7,6 +7,7 @@ published model and is defined in this module), a training configuration and the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nvae_fast.training.config import TrainingConfig
@@ -63,13 +64,15 @@ _DIGITS_MODEL = {
     "num_cell_per_cond_dec": 1,
 }
 
+_training = partial(TrainingConfig, autocast="auto")
+
 PRESETS: dict[str, TrainingPreset] = {
     entry.name: entry
     for entry in (
         TrainingPreset(
             "digits_demo",
             "a small model on the built-in digits, about two minutes on two CPU cores",
-            TrainingConfig(
+            _training(
                 # 600 steps take two minutes on one thread of a current CPU; a slower one ends after two
                 # minutes all the same, with fewer steps and its schedules complete.
                 max_steps=600,
@@ -91,22 +94,22 @@ PRESETS: dict[str, TrainingPreset] = {
         TrainingPreset(
             "mnist",
             "MNIST, 28x28 binarised; published on 2 GPUs",
-            TrainingConfig(epochs=400, batch_size=200, weight_decay_norm=1e-2),
+            _training(epochs=400, batch_size=200, weight_decay_norm=1e-2),
         ),
         TrainingPreset(
             "cifar10",
             "CIFAR-10; published on 8 GPUs",
-            TrainingConfig(epochs=400, batch_size=32, weight_decay_norm=1e-2, horizontal_flip=True),
+            _training(epochs=400, batch_size=32, weight_decay_norm=1e-2, horizontal_flip=True),
         ),
         TrainingPreset(
             "celeba_64",
             "CelebA at 64x64; published on 8 GPUs",
-            TrainingConfig(epochs=90, batch_size=16, weight_decay_norm=1e-1, horizontal_flip=True),
+            _training(epochs=90, batch_size=16, weight_decay_norm=1e-1, horizontal_flip=True),
         ),
         TrainingPreset(
             "imagenet_32",
             "ImageNet at 32x32; published on 24 GPUs",
-            TrainingConfig(
+            _training(
                 epochs=45,
                 batch_size=24,
                 warmup_epochs=1.0,
@@ -119,7 +122,7 @@ PRESETS: dict[str, TrainingPreset] = {
         TrainingPreset(
             "celeba_256",
             "CelebA-HQ at 256x256, 5 bits; published on 24 GPUs",
-            TrainingConfig(
+            _training(
                 epochs=300,
                 batch_size=4,
                 weight_decay_norm=1e-2,
@@ -131,7 +134,7 @@ PRESETS: dict[str, TrainingPreset] = {
         TrainingPreset(
             "ffhq",
             "FFHQ at 256x256, 5 bits; published on 24 GPUs",
-            TrainingConfig(
+            _training(
                 epochs=200,
                 batch_size=4,
                 learning_rate=8e-3,

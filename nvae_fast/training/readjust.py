@@ -1,7 +1,7 @@
 """Batch-norm statistics re-estimated for sampling at a temperature, cached beside the checkpoint.
 
-Re-estimation takes hundreds of sampling passes. Its result depends only on the checkpoint, temperature, passes
-and batch, which are the key of the cache file.
+Re-estimation takes hundreds of sampling passes. Its result depends only on the checkpoint, which of its weights are used,
+temperature, passes and batch, which are the key of the cache file.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ def readjust(
     passes: int,
     batch: int = 16,
     keep: bool = True,
+    weights: str = "model",
     report: Callable[[str], None] = lambda text: None,
 ) -> Path | None:
     """Load readjusted batch-norm statistics into `model`, from the cache file beside `source` if there is one.
 
     Otherwise `passes` batches of `batch` images are sampled at `temperature`, and the file is written unless `keep` is
-    False. source=None: no cache. report(text) is called with a message. Returns the path of the file, None when there
-    is none. The model is in evaluation mode afterwards.
+    False. source=None: no cache. weights: which weights of the checkpoint `model` has, "model" or "ema". report(text) is called
+    with a message. Returns the path of the file, None when there is none. The model is in evaluation mode afterwards.
     """
     path = None
     temperatures = [float(t) for t in group_temperatures("readjust", temperature, model.config.num_groups)]
@@ -55,7 +56,10 @@ def readjust(
             "passes": passes,
             "batch": batch,
         }
-        name = f"{source.stem}.bn-t{shown}-p{passes}-b{batch}-{key['checkpoint'][:16]}.pt"
+        mark = ""
+        if weights != "model":  # without it in files of versions without averages
+            key["weights"], mark = weights, f"-{weights}"
+        name = f"{source.stem}.bn-t{shown}-p{passes}-b{batch}-{key['checkpoint'][:16]}{mark}.pt"
         path = source.with_name(name)
         statistics = _read(path, key)
         if statistics is not None and _fits(model, statistics):

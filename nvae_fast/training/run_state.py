@@ -35,6 +35,7 @@ def collect(trainer: Trainer) -> dict[str, Any]:
         "model": trainer.model.state_dict(),
         "awaiting_data": layers_needing_data_init(trainer.model),
         "optimizer": trainer.step_function.optimizer_state(),
+        **trainer.step_function.extra_state(),
         "progress": {
             "step": trainer.step,
             "epoch": trainer.step // trainer.steps_per_epoch,
@@ -86,6 +87,7 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
         mark_needing_data_init(trainer.model, state["awaiting_data"])
         checkpoint.check_optimizer(state["optimizer"], trainer.step_function.parameters)
         trainer.step_function.restore(state["optimizer"])
+        trainer.step_function.restore_extra(state)
         trainer.averages = metrics.Averages(state["metrics"])
         if "validation" in state:  # checkpoints of 0.1.0 have none
             trainer.validation.restore(state["validation"])

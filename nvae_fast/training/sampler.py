@@ -11,7 +11,9 @@ from torch import Tensor
 from nvae_fast.models.frozen import freeze
 from nvae_fast.models.inputs import group_temperatures
 from nvae_fast.ops import _checks
+from nvae_fast.training import precision
 from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder
+from nvae_fast.training.objective import full_precision
 from nvae_fast.training.seeds import mix_seed
 
 if TYPE_CHECKING:
@@ -26,8 +28,8 @@ class Sampler:
 
     temperature: multiplies the sigma of every prior; one number, or one for each group, coarsest scale first.
     pixel_temperature: multiplies the noise of the likelihood. None: `temperature` where that is one number, else 1.
-    pixels: "sample" draws from the likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None or
-    "bf16", for the network only. recorder: replaces the CUDA graph capture in tests. Raises ValueError for other values.
+    pixels: "sample" draws from the likelihood, "mean" takes its mean, "logits" returns its parameters. autocast: None,
+    "bf16" or "fp16", for the network only. recorder: replaces the CUDA graph capture in tests. Raises ValueError for others.
 
     On a GPU the graph of the latest batch size is kept. The same seed gives the same images, with and without a graph.
     """
@@ -44,8 +46,8 @@ class Sampler:
     ) -> None:
         if pixels not in PIXELS:
             raise ValueError(f"Sampler: pixels must be one of {', '.join(PIXELS)}, got {pixels!r}")
-        if autocast not in (None, "bf16"):
-            raise ValueError(f"Sampler: autocast must be None or 'bf16', got {autocast!r}")
+        if autocast not in (None, *precision.DTYPES):
+            raise ValueError(f"Sampler: autocast must be None, 'bf16' or 'fp16', got {autocast!r}")
         temperatures = group_temperatures("Sampler", temperature, model.config.num_groups)
         if pixel_temperature is None:
             pixel_temperature = temperature if isinstance(temperature, (int, float)) else 1.0
@@ -93,11 +95,10 @@ class Sampler:
 
     def body(self, n: int) -> Tensor:
         """The captured function: `n` images from the seeds written last."""
-        enabled = self.autocast == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=enabled):
+        with precision.autocast(self.autocast, self.device):
             seed = self._latent.seed if self._image_seeds is None else self._image_seeds[0]
             logits = self.model.sample(n, self._temperatures, seed=seed)
-        logits = logits.float() if logits.dtype == torch.bfloat16 else logits
+        logits = full_precision(logits)
         if self.pixels == "logits":
             return logits
         likelihood = self.model.likelihood(logits)

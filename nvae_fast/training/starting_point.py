@@ -19,17 +19,21 @@ _SPECTRAL = "spectral."
 class StartingPoint:
     """What `init_from` took from a checkpoint. path: its file; step: its optimizer step, None where it does not say; taken:
     names of the parameters and buffers that have its values; left: those of the model that keep their own, with both shapes
-    where they differ; unused: those of the checkpoint that the model does not have."""
+    where they differ; unused: those of the checkpoint that the model does not have; weights: "ema" for the averages of the
+    checkpoint's weights, which are taken where it has them, else "model"."""
 
     path: str
     step: int | None
     taken: tuple[str, ...]
     left: tuple[str, ...]
     unused: tuple[str, ...]
+    weights: str = "model"
 
     def summary(self) -> str:
         """Sentences with the counts, and the first ten names of what was not taken."""
-        at = "" if self.step is None else f" (step {self.step})"
+        known = [] if self.step is None else [f"step {self.step}"]
+        known += ["the averages of its weights"] if self.weights == "ema" else []
+        at = f" ({', '.join(known)})" if known else ""
         count = len(self.taken) + len(self.left)
         lines = [f"started from {self.path}{at}: {len(self.taken)} of {count} parameters and buffers taken"]
         if self.left:
@@ -86,4 +90,5 @@ def init_from(model: NVAE, path: str | os.PathLike[str]) -> StartingPoint:
         taken=tuple(name for name in own if name in fits),
         left=tuple(left),
         unused=tuple(name for name in found if name not in own),
+        weights=facts["weights"],
     )

@@ -9,6 +9,8 @@ in eager mode before the optimizer runs, after a graph by restoring parameters, 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 
 from nvae_fast.models.seeds import is_per_image
 from nvae_fast.ops.philox import split_seed
+from nvae_fast.training import precision
 from nvae_fast.training.adamax import Adamax
+from nvae_fast.training.averages import WeightAverages
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
 from nvae_fast.training.graph import CapturedFunction, CudaRecorder, DeviceScalars, Recorder, layout
@@ -37,7 +41,8 @@ class StepResult:
     """The numbers of one step. loss: the minimised value; reconstruction, kl: means over the batch in nats per image; spectral,
     batch_norm: the unweighted regularisers; grad_norm: norm of all gradients before clipping; skipped: the step was undone;
     kl_per_channel: means over the batch of the KL of every latent channel, in order of the groups, coarsest scale first;
-    large: the step was undone because its finite grad_norm exceeds `skip_grad_norm`."""
+    large: it was undone because its finite grad_norm exceeds `skip_grad_norm`; rescaled: it was undone because a gradient
+    overflowed in float16, and the scale of the loss has been lowered."""
 
     loss: float
     reconstruction: float
@@ -48,6 +53,7 @@ class StepResult:
     skipped: bool
     kl_per_channel: tuple[float, ...] = ()
     large: bool = False
+    rescaled: bool = False
 
 
 class Step:
@@ -68,6 +74,8 @@ class Step:
 
     Processes may have different numbers of images, even none: gradients and the numbers returned are those of all images.
     With `config.accumulate` every process computes its images in that many parts, one after another, and adds their gradients.
+    With `config.autocast` "fp16" the loss is scaled (`scaling`) and the step is not captured. With `config.ema`, `averages` are
+    the averages of the weights, updated after every step that is not undone.
     """
 
     def __init__(
@@ -80,10 +88,11 @@ class Step:
     ) -> None:
         self.world = world or World()
         self.model = model
-        self.config = config
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
-        reason = "" if recorder is not None else _no_graph(self.device, self.world, config)
+        self.config = config = precision.resolved(config, self.device)
+        scaled = config.autocast == "fp16"
+        reason = _no_graph(self.device, self.world, config) if recorder is None or scaled else ""
         if reason and config.cuda_graph:
             raise ValueError(f"Step: cuda_graph asked for, but {reason}")
         self.mode = f"eager: {reason}" if reason else "one CUDA graph"
@@ -110,6 +119,8 @@ class Step:
         # are remembered too, with the flags that say what is still to be initialised.
         self._first: _Beginning | None = _Beginning(model)
         self._image_seeds: Tensor | None = None
+        self.scaling = precision.LossScaling(self.device) if scaled else None
+        self.averages = None if config.ema is None else WeightAverages(model, config.ema)
 
     def __call__(
         self, x: Tensor, *, seed: Tensor | int, coefficient: float, weight: float, learning_rate: float
@@ -125,6 +136,13 @@ class Step:
             )
         plain = 0 if is_per_image(seed) else seed
         self._controls.write(plain, coefficient=coefficient, weight=weight, learning_rate=learning_rate)
+        result = self._take(x, learning_rate)
+        if self.averages is not None and not result.skipped:
+            self.averages.update()
+        return result
+
+    def _take(self, x: Tensor, learning_rate: float) -> StepResult:
+        """Take the step, eagerly or from the capture."""
         if self._replay is None:
             return self._eager(x, learning_rate, lambda body: body())
         # A capture allocates nothing that outlives it, so that the optimizer's state must exist before.
@@ -152,6 +170,34 @@ class Step:
         groups = [{**group, "lr": float(group["lr"]), "capturable": False} for group in state["param_groups"]]
         return {**state, "param_groups": groups}
 
+    def extra_state(self) -> dict[str, Any]:
+        """What a checkpoint holds of the averages of the weights ("ema") and the scale of the loss ("scaler"), if there are."""
+        state = {}
+        if self.averages is not None:
+            state["ema"] = self.averages.state()
+        if self.scaling is not None:
+            state["scaler"] = self.scaling.state()
+        return state
+
+    def restore_extra(self, state: dict[str, Any]) -> None:
+        """Continue from the checkpoint `state`, whose model has been loaded. What its run did not have begins anew.
+
+        Raises ValueError where it lacks what its run had.
+        """
+        before = state["training_config"]
+        if self.averages is not None:
+            if "ema" in state:
+                self.averages.restore(state["ema"])
+            elif before.get("ema") is None:
+                self.averages.start()
+            else:
+                raise ValueError("it lacks ema, the averages of the weights that its options ask for")
+        if self.scaling is not None:
+            if "scaler" in state:
+                self.scaling.restore(state["scaler"])
+            elif before.get("autocast") == "fp16":
+                raise ValueError("it lacks scaler, the scale of the loss that its options ask for")
+
     def _eager(
         self, x: Tensor, rate: float | Tensor, run: Callable[[Callable[[], Tensor]], Tensor]
     ) -> StepResult:
@@ -160,6 +206,9 @@ class Step:
         result = self._decide(values)
         if result.skipped:
             self._undo()
+            if self.scaling is not None:
+                rescaled = self.scaling.undone(loss_is_finite=math.isfinite(result.loss))
+                result = dataclasses.replace(result, rescaled=rescaled)
         else:
             run_update = self._replay.recorder.warm_up if self._replay is not None else lambda body: body()
             run_update(lambda: self.update(rate))
@@ -202,6 +251,8 @@ class Step:
         """Forward and backward of images x into `.grad`, clipped: [all finite, the loss's numbers, the gradient's norm]."""
         _copy(self._saved, self._buffers)
         parts = self._backward(x)
+        if self.scaling is not None:
+            self.scaling.unscale(self.optimizer)
         norm = self._clip()
         # One synchronisation per step: all numbers that the host needs are copied together.
         values = torch.cat([parts, norm.to(parts).reshape(1)])
@@ -225,6 +276,8 @@ class Step:
                 loss, parts = self.objective(
                     images, seed, numbers["coefficient"], numbers["weight"], count, last
                 )
+                if self.scaling is not None:
+                    loss = self.scaling.scaled(loss)
                 if several:
                     loss.backward()  # the reduction over processes hangs on it
                 else:
@@ -268,7 +321,10 @@ class Step:
             rate.copy_(self._controls.numbers["learning_rate"])
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.step()
+        if self.scaling is not None:
+            self.scaling.step(self.optimizer)
+        else:
+            self.optimizer.step()
 
     def _decide(self, values: Tensor) -> StepResult:
         # One exchange: whether all is finite on every process, and the numbers of the whole batch.
@@ -314,6 +370,8 @@ def _no_graph(device: torch.device, world: World, config: TrainingConfig) -> str
     """Why the step cannot be captured, or must not; empty when it will be."""
     if config.cuda_graph is False:
         return "cuda_graph is off"
+    if config.autocast == "fp16":
+        return "fp16 has a gradient scaler, which PyTorch adapts between steps, outside of a CUDA graph"
     if device.type != "cuda":
         return f"a CUDA graph needs a GPU, the model is on {device.type}"
     if world.size > 1:

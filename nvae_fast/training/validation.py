@@ -179,7 +179,7 @@ class Validation:
             progress.update(place, f"validation {done}/{total} images", count=str(trainer.step))
 
         result = evaluate(
-            trainer.validated_model(),
+            trainer.evaluated_model,
             self.dataset,
             samples=samples,
             # As many as a step of training holds in memory at a time. In full precision, as the command computes.

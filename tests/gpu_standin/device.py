@@ -57,6 +57,14 @@ class DeviceTensor(torch.Tensor):
 
     def record_stream(self, stream: Any) -> None: ...
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        # PyTorch copies the storage, which it would allocate with the CUDA runtime.
+        if id(self) not in memo:
+            copied = self.detach().clone()
+            known = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if known else copied
+        return memo[id(self)]
+
     def __repr__(self, **_: Any) -> str:
         return f"DeviceTensor({tuple(self.shape)}, {self.dtype})"
 

@@ -33,8 +33,8 @@ TRAINING: dict[str, dict[str, Any]] = {
     "accumulate": {"accumulate": 2},
     "checkpointed cells": {"checkpoint_cells": True},
     "bf16": {"autocast": "bf16"},
-    "bf16, checkpointed, accumulated, clipped": {
-        "autocast": "bf16", "checkpoint_cells": True, "accumulate": 3, "grad_clip": 10.0,
+    "bf16, checkpointed, accumulated, clipped, averaged": {
+        "autocast": "bf16", "checkpoint_cells": True, "accumulate": 3, "grad_clip": 10.0, "ema": 0.999,
     },
 }  # fmt: skip
 
