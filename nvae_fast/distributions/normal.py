@@ -104,6 +104,13 @@ class Normal(Lazy):
     def sigma(self, value: torch.Tensor | float) -> None:
         self._set("sigma", value)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The compiler of PyTorch 2.11 traces this, but assigns to a property without calling its setter.
+        if name in ("mu", "sigma"):
+            self._set(name, value)
+        else:
+            super().__setattr__(name, value)
+
     def _set(self, name: str, value: torch.Tensor | float) -> None:
         op, like = f"Normal.{name}", self._any
         dtype = _checks.accumulate_dtype(like.dtype)
