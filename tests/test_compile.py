@@ -62,6 +62,54 @@ def test_the_whole_model_is_one_graph(changes: dict):
     close(model, twin, 1e-3)
 
 
+# 1x1 convolutions are matrix products where channels are a multiple of 16.
+WIDE = {**SMALLEST, "num_channels_enc": 16, "num_channels_dec": 16}
+
+
+def test_the_whole_model_is_one_graph_under_autocast():
+    """Forward and backward in bfloat16: as near to float32 as the model itself, within a factor of two."""
+    model = tiny_model(**WIDE).train()
+    x = torch.rand(2, 1, 16, 16).round()
+    found = []
+    for compiled, mixed in ((True, True), (False, True), (False, False)):
+        own = copy.deepcopy(model)
+        f = torch.compile(own, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else own
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+            out = f(x, seed=torch.tensor(1))
+        assert out.logits.dtype == (torch.bfloat16 if mixed else torch.float32)
+        (out.kl.sum() + own.reconstruction_loss(out.logits, x).sum()).backward()
+        gradient = torch.cat([p.grad.flatten() for p in own.parameters() if p.grad is not None])
+        statistics = torch.cat([b.flatten() for b in own.buffers() if b.is_floating_point()])
+        found.append((out.logits.float(), out.kl, gradient, statistics))
+    for compiled, itself, truth in zip(*found, strict=True):
+        assert error(compiled, truth) < 2 * error(itself, truth)
+
+
+def test_autocast_goes_on_after_compiled_cells():
+    """Also where their products are matrix products, in either pass."""
+    cells = nn.Sequential(
+        nf.nn.InvertedResidualCell(16, 16, 3, 5, -1),
+        nf.nn.InvertedResidualCell(16, 32, 3, 3, 2),
+        nf.nn.InvertedResidualCell(32, 32, 6, 5, squeeze_excite=True),
+        nn.Conv2d(32, 16, 1),
+    )
+
+    def function(x: torch.Tensor) -> tuple[torch.Tensor, bool]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return cells(x), torch.is_autocast_enabled("cpu")
+
+    x = torch.randn(2, 16, 4, 4).contiguous(memory_format=torch.channels_last)
+    found = []
+    for f in (torch.compile(function, backend="aot_eager", fullgraph=True), function):
+        leaf = x.clone().requires_grad_()
+        y, still = f(leaf)
+        assert still
+        assert y.dtype == torch.bfloat16
+        found.append((y.float(), *torch.autograd.grad(y.float().square().sum(), (leaf, *cells.parameters()))))
+    flat = [torch.cat([t.flatten() for t in ts]) for ts in found]
+    assert error(*flat) < 2**-8  # a rounding to bfloat16
+
+
 CELLS = {  # channels and the cell; code is generated for one kind, which takes most of the time of this file
     "inverted": (4, "inductor", lambda: nf.nn.InvertedResidualCell(4, 4, 3, 5, squeeze_excite=True)),
     "inverted up": (4, "aot_eager", lambda: nf.nn.InvertedResidualCell(4, 2, 3, 5, -1)),

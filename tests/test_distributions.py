@@ -16,6 +16,7 @@ from nvae_fast.distributions import (
     Bernoulli,
     DiscMixLogistic,
     Normal,
+    NormalDecoder,
     draw_gaussian,
     draw_gaussian_with_kl,
     gaussian_analytical_kl,
@@ -201,6 +202,7 @@ def test_compiles() -> None:
 # Errors: class, argument, expected, got.
 
 M = torch.zeros(SIZE)
+RGB = torch.zeros(2, 10, 4, 5)
 OTHER = torch.zeros(2, 3, 4, 6)
 
 
@@ -226,13 +228,21 @@ OTHER = torch.zeros(2, 3, 4, 6)
         (lambda: Normal(M, M).sample(seed=1.5), TypeError, r"Normal.sample: seed must be an int .* got float"),
         (lambda: DiscMixLogistic(M), ValueError, r"DiscMixLogistic: param must have 10 \* num_mix = 100 channels, got"),
         (lambda: DiscMixLogistic(M, 0), ValueError, r"DiscMixLogistic: num_mix must be >= 1, got 0"),
-        (lambda: DiscMixLogistic(M, 1.0), TypeError, r"DiscMixLogistic: num_mix must be an int, got float"),
+        (lambda: DiscMixLogistic(M, 1.0), TypeError, r"DiscMixLogistic: num_mix must be an int, got 1.0"),
         (lambda: DiscMixLogistic(M, 3, 17), ValueError, r"DiscMixLogistic: num_bits must be between 1 and 16, got 17"),
         (
             lambda: DiscMixLogistic(torch.zeros(2, 10, 4, 5), 1).log_prob(OTHER),
             ValueError,
             r"DiscMixLogistic.log_prob: samples must have shape \(2, 3, 4, 5\), got \(2, 3, 4, 6\)",
         ),
+        (lambda: DiscMixLogistic(RGB, 1).sample(0), ValueError, r"DiscMixLogistic.sample: t must be .* > 0, got 0"),
+        (lambda: DiscMixLogistic(RGB, 1).sample(temp=-1), ValueError, r"DiscMixLogistic.sample: temp must be .* > 0, got -1"),
+        (lambda: NormalDecoder(M), ValueError, r"NormalDecoder: param must have an even number of channels .* got 3"),
+        (lambda: NormalDecoder(RGB, 0), ValueError, r"NormalDecoder: num_bits must be between 1 and 16, got 0"),
+        (lambda: NormalDecoder(RGB).log_prob(M), ValueError, r"NormalDecoder.log_prob: samples must have shape \(2, 5, 4, 5\)"),
+        (lambda: NormalDecoder(RGB).sample(-1.0), ValueError, r"NormalDecoder.sample: t must be .* >= 0, got -1"),
+        (lambda: NormalDecoder(RGB).sample(seed=0.5), TypeError, r"NormalDecoder.sample: seed must be an int .* got float"),
+        (lambda: Bernoulli(M).sample(0.0), ValueError, r"Bernoulli.sample: t must be .* > 0, got 0"),
         (lambda: Bernoulli(M[0]), ValueError, r"Bernoulli: logits must have shape"),
         (lambda: Bernoulli(M, 0.0), ValueError, r"Bernoulli: temperature must be .* > 0, got 0"),
         (lambda: Bernoulli(M).log_prob(OTHER), ValueError, r"Bernoulli.log_prob: samples must have shape"),

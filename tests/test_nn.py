@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,37 @@ def test_skip_up(route: str) -> None:
 def test_errors(make: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+class Index:
+    """What operator.index accepts."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+@pytest.mark.parametrize("convert", [np.int64, np.uint8, Index])
+def test_sizes_may_be_integers_of_any_type(convert: Any) -> None:
+    x, modules = torch.randn(2, 8, 4, 4), []
+    for kind in (int, convert):
+        torch.manual_seed(0)
+        modules.append(
+            (
+                InvertedResidualCell(8, 8, kind(2), kind(5)),
+                nf.nn.InvertedResidual(8, 8, expansion=kind(2), kernel_size=kind(3)),
+                WeightNormConv2d(8, 8, kind(3)),
+                nf.nn.PlainConv2d(8, 8, kind(3)),
+            )
+        )
+    for plain, other in zip(*modules, strict=True):
+        assert repr(other) == repr(plain)
+        assert torch.equal(other(x), plain(x))
+    for wrong in (2.0, True, convert(2)):
+        with pytest.raises(ValueError, match="WeightNormConv2d: kernel_size must be an odd int >= 1"):
+            WeightNormConv2d(8, 8, wrong)
 
 
 @pytest.mark.parametrize(

@@ -158,8 +158,20 @@ def test_opcheck(
 
 @having()
 def test_compiles(of: Description, device: torch.device) -> None:
+    """Without autocast and with it in one graph; what follows the operator is still under autocast."""
     sample = of.small[0]
-    assert_compiles(bound(of.op, sample), in_float32(sample, device), of.names(sample), backend=of.compiler)
+    function = bound(of.op, sample)
+
+    def twice(**tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        plain = function(**tensors)
+        with torch.autocast(device.type, torch.bfloat16):
+            mixed = function(**tensors)
+            after = torch.ones(1, 1, device=device) @ torch.ones(1, 1, device=device)
+        return (*outputs(plain), *outputs(mixed), after)
+
+    tensors = in_float32(sample, device)
+    assert_compiles(twice, tensors, of.names(sample), backend=of.compiler)
+    assert twice(**tensors)[-1].dtype == torch.bfloat16
 
 
 @having(lambda of: of.differentiable)

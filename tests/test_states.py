@@ -142,6 +142,44 @@ def test_values_that_are_no_weights_are_refused(tmp_path, dtype):
         load_model(tmp_path / "ours.pt")
 
 
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("what", ["missing", "surplus", "shape", "first"])
+def test_a_state_that_does_not_fit_writes_nothing(what, strict):
+    """Also what comes before the entry at fault."""
+    model, other = tiny_model(), tiny_model(seed=1)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = other.state_dict()
+    last = list(dict(model.named_parameters()))[-1]
+    if what == "missing":
+        del state[last]
+    elif what == "surplus":
+        state["other.weight"] = torch.zeros(1)
+    else:
+        name = last if what == "shape" else "stem.weight"
+        state[name] = state[name].flatten()[:-1]
+    if not strict and what in ("missing", "surplus"):
+        model.load_state_dict(state, strict=False)
+        assert torch.equal(model.stem.weight, other.stem.weight)
+        return
+    words = {"missing": "missing keys", "surplus": "surplus keys"}.get(what, "shapes that differ")
+    with pytest.raises(RuntimeError, match=rf"NVAE\.load_state_dict: state_dict does not fit .*{words}: "):
+        model.load_state_dict(state, strict=strict)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_hooks_may_change_a_state_that_does_not_fit():
+    model, other = tiny_model(), tiny_model(seed=1)
+    state = {f"old.{key}": value for key, value in other.state_dict().items()}
+
+    def rename(module, state_dict, *_):
+        for key in list(state_dict):
+            state_dict[key.removeprefix("old.")] = state_dict.pop(key)
+
+    model.register_load_state_dict_pre_hook(rename)
+    model.load_state_dict(state)
+    assert torch.equal(model.stem.weight, other.stem.weight)
+
+
 def test_halves_are_weights():
     model = tiny_model()
     state = {k: v.half() if v.is_floating_point() else v for k, v in model.state_dict().items()}

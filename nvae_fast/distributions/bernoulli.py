@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from nvae_fast.distributions.gaussian_pair import Seed
 from nvae_fast.distributions.lazy import Lazy
 from nvae_fast.ops import _checks
+from nvae_fast.ops._pixels import check_unit_range
 from nvae_fast.ops.mixture_logistic import uniform
 
 
@@ -43,23 +44,32 @@ class Bernoulli(Lazy):
         """Log-probability of every pixel of ``samples`` (B, C, H, W) in [0, 1]: (B, C, H, W) in nats.
 
         Raises:
-            TypeError, ValueError: ``samples`` is not such a floating tensor on the logits' device.
+            TypeError, ValueError: ``samples`` is not such a floating tensor on the logits' device, or has values outside
+                [0, 1].
         """
         raw = self._raw["logits"]
         _checks.shape("Bernoulli.log_prob", "samples", samples, tuple(raw.shape), raw)
+        check_unit_range("Bernoulli.log_prob", "samples", samples)
         logits = self.logits
         return -F.binary_cross_entropy_with_logits(logits, samples.to(logits.dtype), reduction="none")
 
-    def sample(self, seed: Seed = None) -> torch.Tensor:
-        """Zeros and ones (B, C, H, W), float32 or float64; ``seed`` as in :meth:`Normal.sample`.
+    def sample(self, t: float = 1.0, seed: Seed = None) -> torch.Tensor:
+        """Zeros and ones (B, C, H, W), float32 or float64; not differentiable.
+
+        Args:
+            t: temperature, > 0: divides the logits once more.
+            seed: as in :meth:`Normal.sample`.
 
         Raises:
-            TypeError, ValueError: ``seed`` is something else.
+            TypeError, ValueError: ``t`` or ``seed`` is something else.
         """
+        _checks.temperature("Bernoulli.sample", t, zero=False, name="t")
         logits = self.logits
         seed_tensor = _checks.seed("Bernoulli.sample", seed, logits.device)
-        return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < self.mean()).to(logits.dtype)
+        probability = self.mean if t == 1 else torch.sigmoid(logits / t)
+        return (uniform(seed_tensor, tuple(logits.shape), logits.dtype) < probability).to(logits.dtype)
 
+    @property
     def mean(self) -> torch.Tensor:
-        """The probabilities of a 1, (B, C, H, W)."""
+        """The probabilities of a 1, (B, C, H, W), float32 or float64."""
         return torch.sigmoid(self.logits)

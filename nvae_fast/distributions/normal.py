@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class Normal(Lazy):
         log_sigma: raw log sigma, like ``mu``. Halves of one tensor (``mu, log_sigma = torch.chunk(x, 2, dim=1)``) are read in
             place, anything else is concatenated when a kernel first needs it.
         temp: temperature, >= 0, a factor on sigma.
+
+    The attributes ``mu`` and ``sigma`` may be set: every method then computes from what was set, in plain PyTorch, and
+    ``packed`` is refused. Modifying one of them in place counts as setting it.
 
     Raises:
         TypeError: ``mu`` or ``log_sigma`` is not a dense floating tensor, or their dtypes differ.
@@ -66,7 +70,16 @@ class Normal(Lazy):
 
     @property
     def packed(self) -> torch.Tensor:
-        """The raw parameters as one tensor (B, 2Z, H, W): a view of what they are halves of, else a copy."""
+        """The raw parameters as one tensor (B, 2Z, H, W): a view of what they are halves of, else a copy.
+
+        Raises:
+            RuntimeError: ``mu`` or ``sigma`` was set, so that the raw parameters are not this distribution's.
+        """
+        if not self._follows_raw:
+            raise RuntimeError(
+                "Normal.packed: mu or sigma was set, and the raw parameters do not describe this distribution any more; "
+                "read mu and sigma, or make a Normal of other raw parameters"
+            )
         self._check_unchanged()  # always: what is kept is a view
         if "params" in self._raw:
             return self._raw["params"]
@@ -74,13 +87,54 @@ class Normal(Lazy):
 
     @property
     def mu(self) -> torch.Tensor:
-        """Squashed mu (B, Z, H, W), float32 or float64."""
+        """Squashed mu (B, Z, H, W), float32 or float64, or what was set: such a tensor, one that expands to it, or a number."""
         return self._get("mu", lambda: soft_clamp(self._half("mu", 0), CLAMP))
+
+    @mu.setter
+    def mu(self, value: torch.Tensor | float) -> None:
+        self._set("mu", value)
 
     @property
     def sigma(self) -> torch.Tensor:
-        """Squashed sigma times the temperature (B, Z, H, W), float32 or float64."""
+        """Squashed sigma times the temperature (B, Z, H, W), float32 or float64, or what was set, as for ``mu``. The
+        temperature does not apply to a sigma that was set."""
         return self._get("sigma", self._sigma)
+
+    @sigma.setter
+    def sigma(self, value: torch.Tensor | float) -> None:
+        self._set("sigma", value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # The compiler of PyTorch 2.11 traces this, but assigns to a property without calling its setter.
+        if name in ("mu", "sigma"):
+            self._set(name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def _set(self, name: str, value: torch.Tensor | float) -> None:
+        op, like = f"Normal.{name}", self._any
+        dtype = _checks.accumulate_dtype(like.dtype)
+        if isinstance(value, torch.Tensor):
+            _checks.tensor(op, name, value)
+            _checks.device(op, name, value, like)
+            try:
+                value = value.to(dtype).expand(self.shape)
+            except RuntimeError:
+                shapes = f"must expand to {tuple(self.shape)}, got {tuple(value.shape)}"
+                raise ValueError(f"{op}: {name} {shapes}") from None
+        else:
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"{op}: {name} must be a tensor or a number, got {type(value).__name__}")
+            if not math.isfinite(value) or (name == "sigma" and value < 0):
+                bound = " >= 0" if name == "sigma" else ""
+                raise ValueError(f"{op}: {name} must be a finite number{bound}, got {value}")
+            value = torch.full(self.shape, value, dtype=dtype, device=like.device)
+        self._given[name] = value
+
+    @property
+    def _follows_raw(self) -> bool:
+        """Whether mu and sigma are those of the raw parameters, which the kernels read."""
+        return self._changed("mu") is None and self._changed("sigma") is None
 
     def _sigma(self) -> torch.Tensor:
         sigma = torch.exp(soft_clamp(self._half("log_sigma", 1), CLAMP)) + SIGMA_FLOOR
@@ -102,9 +156,13 @@ class Normal(Lazy):
         Raises:
             TypeError, ValueError: ``seed`` is something else.
         """
-        packed = self.packed
-        eps = draw_like(packed, None, _checks.seed("Normal.sample", seed, packed.device))
+        eps = self._draw(None, _checks.seed("Normal.sample", seed, self._device))
         return self.sample_given_eps(eps), eps
+
+    def _draw(self, noise: torch.Tensor | None, seed: torch.Tensor | None) -> torch.Tensor:
+        """Standard normal draws (B, Z, H, W) in the memory format of the parameters, float32 or float64."""
+        like = self.packed if self._follows_raw else torch.cat((self.mu, self.sigma), dim=1)
+        return draw_like(like, noise, seed)
 
     def rsample(self, seed: Seed = None) -> torch.Tensor:
         """The z of :meth:`sample`, the same for the same ``seed``, without keeping eps; one kernel.
@@ -113,6 +171,8 @@ class Normal(Lazy):
             TypeError, ValueError: ``seed`` is something else.
         """
         seed_tensor = _checks.seed("Normal.rsample", seed, self._device)
+        if not self._follows_raw:
+            return self.sample_given_eps(self._draw(None, seed_tensor))
         return normal_sample(self.packed, temperature=self.temp, seed=seed_tensor)
 
     def sample_given_eps(self, eps: torch.Tensor) -> torch.Tensor:
@@ -122,6 +182,8 @@ class Normal(Lazy):
             TypeError, ValueError: ``eps`` is not a floating (B, Z, H, W) tensor on the parameters' device.
         """
         self._check_map("sample_given_eps", "eps", eps)
+        if not self._follows_raw:
+            return (self.mu + self.sigma * eps).to(self._any.dtype)
         return normal_sample(self.packed, temperature=self.temp, noise=eps)
 
     def log_p(self, samples: torch.Tensor) -> torch.Tensor:
@@ -147,7 +209,8 @@ class Normal(Lazy):
         return 0.5 * (distance.square() + ratio.square()) - 0.5 - ratio.log()
 
     def kl_per_channel(self, prior: Normal | None = None) -> torch.Tensor:
-        """:meth:`kl` summed over pixels, (B, Z), in one kernel (plain PyTorch where a temperature is not 1).
+        """:meth:`kl` summed over pixels, (B, Z), in one kernel (plain PyTorch where a temperature is not 1, or mu or sigma
+        was set).
 
         Args:
             prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
@@ -162,20 +225,22 @@ class Normal(Lazy):
         return self._fused(prior, None, 0).kl
 
     def log_p_per_channel(self, samples: torch.Tensor) -> torch.Tensor:
-        """:meth:`log_p` summed over pixels, (B, Z), in one kernel (plain PyTorch where the temperature is not 1).
+        """:meth:`log_p` summed over pixels, (B, Z), in one kernel (plain PyTorch where the temperature is not 1, or mu or
+        sigma was set).
 
         Raises:
             TypeError, ValueError: ``samples`` is not a floating (B, Z, H, W) tensor on the parameters' device.
         """
         self._check_map("log_p_per_channel", "samples", samples)
-        if self.temp != 1:
+        if not self._fits_kernel(None):
             return self.log_p(samples).sum((2, 3))
         return normal_log_prob(*same_dtype(samples, self.packed))
 
     def sample_with_kl(
         self, prior: Normal | None = None, seed: Seed = None, noise: torch.Tensor | None = None
     ) -> ResidualNormal:
-        """Sample and measure against a prior in one kernel (plain PyTorch where a temperature is not 1).
+        """Sample and measure against a prior in one kernel (plain PyTorch where a temperature is not 1, or mu or sigma
+        was set).
 
         Args:
             prior: None means raw zeros (mu 0, sigma 1.01), the prior of NVAE's first group.
@@ -199,22 +264,25 @@ class Normal(Lazy):
             seed = _checks.seed("Normal.sample_with_kl", seed, self._device)
         if self._fits_kernel(prior):
             return self._fused(prior, noise, seed)
-        prior, packed = self._or_first(prior), self.packed
-        eps = draw_like(packed, noise, None if noise is not None else torch.as_tensor(seed))
+        prior = self._or_first(prior)
+        eps = self._draw(noise, None if noise is not None else torch.as_tensor(seed))
         z = self.mu + self.sigma * eps
         log_q = -0.5 * eps.square() - LOG_SQRT_2PI - self.sigma.log()
         sums = (t.sum((2, 3)) for t in (self.kl(prior), log_q, prior.log_p(z)))
-        return ResidualNormal(z.to(packed.dtype), *sums)
+        return ResidualNormal(z.to(self._any.dtype), *sums)
 
     def _fused(self, prior: Normal | None, noise: torch.Tensor | None, seed: Seed) -> ResidualNormal:
         packed, packed_prior = self.packed, None if prior is None else prior.packed
         return absolute_normal(packed, packed_prior, noise=noise, seed=seed)
 
     def _fits_kernel(self, prior: Normal | None) -> bool:
-        return self.temp == 1 and (prior is None or prior.temp == 1)
+        return all(n is None or (n.temp == 1 and n._follows_raw) for n in (self, prior))
 
     def _or_first(self, prior: Normal | None) -> Normal:
-        return prior if prior is not None else Normal.from_packed(torch.zeros_like(self.packed))
+        if prior is not None:
+            return prior
+        b, z, h, w = self.shape
+        return Normal.from_packed(self._any.new_zeros(b, 2 * z, h, w))
 
     @property
     def _any(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
+import torch
 
 from nvae_fast.models.architectures import ARCHITECTURES
 
@@ -49,6 +50,13 @@ MOST = 65536
 MOST_SCALES = 16
 MOST_CELLS = 10_000
 LIKELIHOODS = ("bernoulli", "mixture_logistic", "normal")
+
+
+def _plain(value: Any) -> Any:
+    """A scalar of NumPy or PyTorch as a Python value, a float without fraction as an int; anything else as it is."""
+    if isinstance(value, (numpy.generic, numpy.ndarray, torch.Tensor)) and value.ndim == 0:
+        value = value.item()
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @dataclass(frozen=True)
@@ -118,14 +126,15 @@ class NVAEConfig:
 
     @classmethod
     def from_official(cls, args: Any) -> NVAEConfig:
-        """From the arguments of an official run: a Mapping or a Namespace. Unknown keys are ignored, missing ones get
-        their defaults (old checkpoints lack ada_groups, min_groups_per_scale and num_mixture_dec).
+        """From the arguments ``args`` of an official run: a Mapping, a Namespace or a configuration object with ``keys()``.
+        Unknown keys are ignored, missing ones get their defaults (old checkpoints lack ada_groups, min_groups_per_scale and
+        num_mixture_dec). A number may be a NumPy or PyTorch scalar, and an int a float without fraction.
 
         Raises:
             TypeError: ``args`` is neither. ValueError: a value is out of range.
         """
-        if isinstance(args, Mapping):
-            values = dict(args)
+        if isinstance(args, Mapping) or callable(getattr(type(args), "keys", None)):
+            values = {key: args[key] for key in args.keys()}  # noqa: SIM118  # ml_collections iterates otherwise
         elif hasattr(args, "__dict__"):
             values = vars(args)
         else:
@@ -133,7 +142,7 @@ class NVAEConfig:
                 f"NVAEConfig.from_official: args must be a Mapping or a Namespace, got {type(args).__name__}"
             )
         names = {f.name for f in dataclasses.fields(cls)}
-        return cls(**{key: value for key, value in values.items() if key in names})
+        return cls(**{key: _plain(value) for key, value in values.items() if key in names})
 
     def replace(self, **changes: Any) -> NVAEConfig:
         """A copy with ``changes``, validated again.

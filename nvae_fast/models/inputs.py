@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nvae_fast import distributed
-from nvae_fast.models.pixels import can_read, check_unit_range, warn_if_gray
 from nvae_fast.models.seeds import check_per_image, is_per_image, per_image_noise
 from nvae_fast.nn import BatchNormSwish
 from nvae_fast.ops import _checks
+from nvae_fast.ops._pixels import can_read, check_unit_range, warn_if_gray
 from nvae_fast.ops.philox import split_seed
 
 if TYPE_CHECKING:

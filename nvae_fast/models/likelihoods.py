@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from nvae_fast.models.pixels import check_unit_range
 from nvae_fast.models.seeds import check_per_image, is_per_image
 from nvae_fast.ops import _checks
+from nvae_fast.ops._pixels import check_unit_range
 from nvae_fast.ops._squash import soft_clamp, unpack
 from nvae_fast.ops.mixture_logistic import (
     mixture_logistic_log_prob,

@@ -18,7 +18,13 @@ _SCALARS = (
 )  # fmt: skip
 
 
-class Dtype:
+class StandIn:
+    """Takes the place of a class in a pickle; ``value`` is what :func:`unwrap` puts in its place."""
+
+    value: Any = None
+
+
+class Dtype(StandIn):
     """Takes the place of numpy.dtype in a pickle; ``value`` is the dtype."""
 
     def __init__(self, code: Any, *flags: Any) -> None:
@@ -34,7 +40,7 @@ class Dtype:
         self.value = self.value.newbyteorder(state[1])
 
 
-class Array:
+class Array(StandIn):
     """Takes the place of numpy.ndarray in a pickle; ``value`` is the array."""
 
     value: np.ndarray = np.empty(0)
@@ -70,14 +76,16 @@ GLOBALS: dict[str, Any] = {
 
 
 def unwrap(value: Any) -> Any:
-    """``value`` with dtypes and arrays in place of those of this module, in containers too, each changed in place."""
+    """``value`` with their values in place of all stand-ins, in containers too, each changed in place."""
     return _unwrap(value, {})
 
 
 def _unwrap(value: Any, done: dict[int, Any]) -> Any:
-    if isinstance(value, Dtype | Array):
-        return value.value
     if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, StandIn):
+        done[id(value)] = None  # where it holds itself
+        done[id(value)] = _unwrap(value.value, done)
         return done[id(value)]
     if isinstance(value, tuple) and type(value) is tuple:
         done[id(value)] = value

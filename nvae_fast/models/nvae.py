@@ -457,26 +457,25 @@ class NVAE(nn.Module):
             for module, training in modes.items():
                 module.training = training
 
-    # ----------------------------------------------------------------------------------------- state dicts
+    # --------------------------------------------------------------------- state dicts, official checkpoints
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As torch.nn.Module.load_state_dict, also for the state of a wrapped model.
+        """As torch.nn.Module.load_state_dict, also for the state of a wrapped model. Nothing is written where it raises, unless
+        the model has hooks on loading. A container of models has then loaded its earlier children, as PyTorch does.
 
         Args:
-            state_dict: tensors by name. The names may have the prefixes of torch.compile, data parallelism and averaging, such
-                as ``_orig_mod.`` and ``module.``.
+            state_dict: tensors by name, also with prefixes of wrappers such as ``_orig_mod.`` and ``module.``.
             strict: raise for names that are missing or surplus. assign: take the tensors themselves, not their values.
 
         Raises:
             TypeError: ``state_dict`` is no mapping of names to tensors, or a value is not floating where a weight is.
             ValueError: a name is there twice, with and without a prefix. RuntimeError: names or shapes do not fit.
         """
-        state = unwrapped("NVAE.load_state_dict", state_dict, self.state_dict())
+        self._refuse_if_frozen("NVAE.load_state_dict")
+        state = unwrapped("NVAE.load_state_dict", self, state_dict, strict)
         return super().load_state_dict(state, strict=strict, assign=assign)
-
-    # ----------------------------------------------------------------------------------- official checkpoints
 
     def load_official_state_dict(self, state_dict: Mapping[str, torch.Tensor]) -> None:
         """Load a ``state_dict`` with official keys, strictly: nothing is written unless everything fits.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from nvae_fast.models.states import check_values, plain_name, plain_names, some
+from nvae_fast.models.states import check_values, misfits, plain_name, plain_names
 from nvae_fast.nn import (
     AutoregressiveTransform,
     ConvBlock,
@@ -140,22 +140,10 @@ def load_state_dict(model: NVAE, official: Mapping[str, torch.Tensor]) -> None:
     check_values(op, official, {theirs: own[ours] for theirs, (ours, _) in keys.items()})
     missing = [key for key, (_, alias) in keys.items() if not alias and key not in official]
     surplus = [key for key in official if key not in keys]
-    wrong = [
-        f"{key} (expected {tuple(own[ours].shape)}, got {tuple(official[key].shape)})"
-        for key, (ours, _) in keys.items()
-        if key in official and official[key].shape != own[ours].shape
-    ]
-    problems = [
-        f"{what}: {some(found)}"
-        for what, found in (
-            ("missing keys", missing),
-            ("surplus keys", surplus),
-            ("shapes that differ", wrong),
-        )
-        if found
-    ]
+    pairs = {key: (own[ours], official[key]) for key, (ours, _) in keys.items() if key in official}
+    problems = misfits(missing, surplus, pairs)
     if problems:
-        raise ValueError(f"{op}: the state dict does not fit this configuration; " + "; ".join(problems))
+        raise ValueError(f"{op}: the state dict does not fit this configuration; {problems}")
     model.load_state_dict(
         {ours: official[key] for key, (ours, alias) in keys.items() if not alias}, strict=False
     )

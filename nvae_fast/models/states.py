@@ -10,6 +10,7 @@ import torch
 
 # What wrappers put before the names of the modules inside: torch.compile, data parallelism, recomputation, FSDP.
 _WRAPPERS = {"_orig_mod", "module", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_OLD_FLAG = "spectral._extra_state"  # in files of version 0.1.0
 _AVERAGED = "n_averaged"  # the count that torch.optim.swa_utils.AveragedModel adds
 
 
@@ -43,12 +44,25 @@ def plain_names(op: str, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unwrapped(
-    op: str, state_dict: Mapping[str, Any], own: Mapping[str, torch.Tensor]
+    op: str, module: torch.nn.Module, state_dict: Mapping[str, Any], strict: bool
 ) -> OrderedDict[str, Any]:
-    """``state_dict`` under the names of ``own``, with its metadata, checked. Raises as its two steps do."""
+    """``state_dict`` under the names of ``module``, with its metadata, checked as a whole: PyTorch's own load_state_dict has
+    written what fits by the time it raises for what does not.
+
+    Raises:
+        As plain_names and check_values. RuntimeError: shapes differ, or, with ``strict``, names are missing or surplus.
+    """
+    own = module.state_dict()
     names = {plain_name(name): name for name in own}
     state = OrderedDict((names.get(key, key), value) for key, value in plain_names(op, state_dict).items())
     check_values(op, {key: value for key, value in state.items() if key in own}, own)
+    # Hooks may still rename and reshape what is there.
+    if not any(part._load_state_dict_pre_hooks for part in module.modules()):
+        missing = [key for key in own if key not in state] if strict else []
+        surplus = [key for key in state if key not in own and not key.endswith(_OLD_FLAG)] if strict else []
+        problems = misfits(missing, surplus, {key: (own[key], state[key]) for key in own if key in state})
+        if problems:
+            raise RuntimeError(f"{op}: state_dict does not fit this model; {problems}")
     metadata = getattr(state_dict, "_metadata", None)
     if metadata is not None:
         state._metadata = metadata  # type: ignore[attr-defined]
@@ -76,6 +90,20 @@ def check_values(op: str, state: Mapping[str, Any], own: Mapping[str, torch.Tens
             wrong.append(f"{key} ({value.dtype}, expected {kind})")
     if wrong:
         raise TypeError(f"{op}: these entries have the wrong type: {some(wrong)}")
+
+
+def misfits(
+    missing: list[str], surplus: list[str], pairs: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+) -> str:
+    """Names that are ``missing`` or ``surplus``, and those of ``pairs`` (expected, given) whose shapes differ, as a message;
+    empty where there are none."""
+    wrong = [
+        f"{key} (expected {tuple(expected.shape)}, got {tuple(given.shape)})"
+        for key, (expected, given) in pairs.items()
+        if expected.shape != given.shape and not (expected.dim() == 0 and given.shape == (1,))
+    ]
+    found = {"missing keys": missing, "surplus keys": surplus, "shapes that differ": wrong}
+    return "; ".join(f"{what}: {some(names)}" for what, names in found.items() if names)
 
 
 def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:

@@ -14,7 +14,6 @@ import hashlib
 import io
 import os
 import pickle
-import pickletools
 import re
 import stat
 import threading
@@ -25,12 +24,11 @@ from typing import IO, Any
 
 import torch
 
-from nvae_fast.models import numpy_pickles
+from nvae_fast.models import numpy_pickles, option_pickles, pickle_structure
+from nvae_fast.models.pickle_structure import UnreadableFile
 
-# Limits on the pickled part of a file, the structure without the numbers. That of the largest preset with its optimizer
-# takes 3 MB and 700,000 operations; an operation makes at most a few hundred bytes.
+# Limit on the pickled part of a file, its structure without the numbers. The largest preset with its optimizer takes 3 MB.
 MOST_PICKLED_BYTES = 1 << 25
-MOST_OPERATIONS = 2_000_000
 
 _lock = threading.Lock()
 _CHECKSUM = b"nvae_fast sha256 "
@@ -59,40 +57,6 @@ _KINDS = (
     (re.compile(rb".{257}ustar", re.S), "a tar archive"),
     (re.compile(rb"\x80[\x02-\x05]"), "a pickle that torch.save did not write, so it was not opened"),
 )
-_STORAGES = (
-    "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble",
-)  # fmt: skip
-# The globals that a file may name: tensors, their parts, and plain containers. A subset of what torch.load takes, without
-# those that make objects of any size, and with NumPy's scalars.
-_GLOBALS = {
-    "argparse.Namespace",
-    "collections.OrderedDict",
-    "collections.Counter",
-    "_codecs.encode",
-    "torch._utils._rebuild_tensor",
-    "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_parameter",
-    "torch.Size",
-    "torch.device",
-    *(f"torch.{name}Storage" for name in _STORAGES),
-    *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
-}
-# Encodings of bytes as longer bytes: applied again and again they grow without bound.
-_GROWING = {
-    "hex",
-    "base64",
-    "uu",
-    "quopri",
-    "quotedprintable",
-    "quoted_printable",
-    "base_64",
-    "base64_codec",
-    "hex_codec",
-}
-
-
-class UnreadableFile(ValueError):
-    """A file is not what it should be; the message completes "the file ..."."""
 
 
 class DamagedFile(UnreadableFile):
@@ -114,11 +78,12 @@ def read(path: str | os.PathLike[str]) -> Any:
             _check_archive(handle)
         elif head.startswith(_LEGACY):
             handle.seek(0)  # the tensors after the pickles carry no checksum
-            _check_pickles(io.BytesIO(handle.read(MOST_PICKLED_BYTES)), _LEGACY_PICKLES)
+            pickle_structure.check(io.BytesIO(handle.read(MOST_PICKLED_BYTES)), _LEGACY_PICKLES)
         else:
             raise _something_else(head)
         handle.seek(0)
-        extra: list[Any] = [(value, name) for name, value in numpy_pickles.GLOBALS.items()]
+        data = {**numpy_pickles.GLOBALS, **option_pickles.GLOBALS}
+        extra: list[Any] = [(value, name) for name, value in data.items()]
         extra.append((argparse.Namespace, "argparse.Namespace"))
         # The list of globals is shared by all threads.
         with _lock, torch.serialization.safe_globals(extra):
@@ -197,7 +162,7 @@ def _check_archive(handle: IO[bytes]) -> None:
                         pass  # zipfile compares the checksum at the end
         for member in members:
             if _is_pickle(member):
-                _check_pickles(io.BytesIO(archive.read(member)), 1)
+                pickle_structure.check(io.BytesIO(archive.read(member)), 1)
 
 
 def _is_pickle(member: zipfile.ZipInfo) -> bool:
@@ -242,31 +207,6 @@ def _hash_before_comment(handle: IO[bytes], comment: bytes) -> bytes:
         rest -= len(block)
     digest.update(bytes(2))
     return digest.hexdigest().encode()
-
-
-def _check_pickles(stream: io.BytesIO, count: int) -> None:
-    """Raise unless ``stream`` begins with ``count`` pickles of bounded size that name plain data alone."""
-    operations = 0
-    globals_, growing = set(), set()
-    for _ in range(count):
-        for operation, argument, _ in pickletools.genops(stream):
-            operations += 1
-            if operations > MOST_OPERATIONS:
-                raise UnreadableFile(
-                    f"is not a checkpoint of an NVAE: its structure has more than {MOST_OPERATIONS} parts"
-                )
-            if operation.name == "GLOBAL":
-                globals_.add(str(argument).replace(" ", "."))
-            elif isinstance(argument, str) and argument.lower().replace("-", "_") in _GROWING:
-                growing.add(argument)
-    foreign = sorted(globals_ - _GLOBALS - numpy_pickles.GLOBALS.keys())
-    if foreign:
-        raise UnreadableFile(
-            f"holds objects that are not plain data ({foreign[0]:.100}), which could run code: refused. A checkpoint needs "
-            "tensors, numbers and an argparse.Namespace only"
-        )
-    if growing and "_codecs.encode" in globals_:
-        raise UnreadableFile(f"holds bytes encoded as {min(growing)}, which no checkpoint has: refused")
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,7 +11,7 @@ from torch import nn
 
 from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import BatchNormSwish
-from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, check_kernel
+from nvae_fast.nn.conv import PlainConv2d, WeightNormConv2d, odd_kernel, positive
 from nvae_fast.nn.fused_cell import RESIDUAL_SCALE, fused_cell
 from nvae_fast.nn.plain import is_plain
 from nvae_fast.nn.squeeze_excite import SqueezeExcite
@@ -93,7 +93,8 @@ class InvertedResidual(nn.Module):
         groups: of the KxK convolution; 0 means depthwise.
 
     Raises:
-        ValueError: another stride, an even kernel, or groups that do not divide the hidden channels.
+        ValueError: another stride, a kernel size that is no odd int, an expansion that is no int >= 1, or groups that do not
+            divide the hidden channels.
     """
 
     def __init__(
@@ -108,9 +109,8 @@ class InvertedResidual(nn.Module):
     ) -> None:
         super().__init__()
         _check_stride("InvertedResidual", stride)
-        check_kernel("InvertedResidual", kernel_size)
-        if not isinstance(expansion, int) or expansion < 1:
-            raise ValueError(f"InvertedResidual: expansion must be an int >= 1, got {expansion!r}")
+        kernel_size = odd_kernel("InvertedResidual", kernel_size)
+        expansion = positive("InvertedResidual", "expansion", expansion)
         hidden = in_channels * expansion
         if groups and hidden % groups:
             raise ValueError(
@@ -332,8 +332,8 @@ class InvertedResidualCell(ResidualCell):
         squeeze_excite: gate the result.
 
     Raises:
-        ValueError: another stride, channels that differ at stride 1, an even kernel, or groups that do not divide the hidden
-            channels.
+        ValueError: another stride, channels that differ at stride 1, a kernel size that is no odd int, an expansion that is no
+            int >= 1, or groups that do not divide the hidden channels.
     """
 
     def __init__(

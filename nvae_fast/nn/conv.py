@@ -16,10 +16,23 @@ from nvae_fast.ops import _checks
 from nvae_fast.ops.weight_norm import weight_norm
 
 
-def check_kernel(name: str, kernel_size: Any) -> None:
-    """Raise unless ``kernel_size`` is an odd int: only then is "same" padding the same on both sides."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {kernel_size!r}")
+def odd_kernel(name: str, kernel_size: Any) -> int:
+    """``kernel_size`` as an odd int: only then is "same" padding the same on both sides."""
+    size = positive(name, "kernel_size", kernel_size, "an odd int")
+    if size % 2 == 0:
+        raise ValueError(f"{name}: kernel_size must be an odd int >= 1, got {size}")
+    return size
+
+
+def positive(name: str, argument: str, value: Any, kind: str = "an int") -> int:
+    """``value`` as an int >= 1, NumPy's included; ``kind`` is what the error asks for."""
+    try:
+        size = _checks.whole(name, argument, value)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"{name}: {argument} must be {kind} >= 1, got {value!r}")
+    return size
 
 
 class WeightNormConv2d(WeightNormed):
@@ -40,7 +53,7 @@ class WeightNormConv2d(WeightNormed):
             standard deviation 0.2; loading any state marks this as done.
 
     Raises:
-        TypeError, ValueError: an even kernel; on the call, x is no floating (B, C_in, H, W).
+        TypeError, ValueError: a kernel size that is no odd int (ValueError); on the call, x is no floating (B, C_in, H, W).
     """
 
     _mask_values: torch.Tensor | None = None  # of a mask on the meta device
@@ -59,7 +72,7 @@ class WeightNormConv2d(WeightNormed):
         data_init: bool = False,
     ) -> None:
         super().__init__()
-        check_kernel("WeightNormConv2d", kernel_size)
+        kernel_size = odd_kernel("WeightNormConv2d", kernel_size)
         plain = nn.Conv2d(
             in_channels, out_channels, kernel_size, groups=groups, bias=bias
         )  # PyTorch's default initialisation
@@ -160,13 +173,13 @@ class PlainConv2d(nn.Conv2d):
         stride, groups: as those of torch.nn.Conv2d.
 
     Raises:
-        ValueError: an even kernel.
+        ValueError: a kernel size that is no odd int.
     """
 
     def __init__(
         self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1, groups: int = 1
     ) -> None:
-        check_kernel("PlainConv2d", kernel_size)
+        kernel_size = odd_kernel("PlainConv2d", kernel_size)
         super().__init__(
             in_channels,
             out_channels,

@@ -25,7 +25,10 @@ def _as_matrices(x: Tensor, channels: int) -> bool:
         and x.device.type == "cpu"
         and x.dtype in _FEW_PIXELS
         and x.shape[1] % _TILE == channels % _TILE == 0
-        and x.is_contiguous(memory_format=torch.channels_last)
+        # Dynamo does not know the strides of tensors in the backward pass of an autograd.Function. Asked for them, it gives up
+        # the trace inside the autocast context without leaving it, so that autocast is off for what follows, and starts
+        # another in which saved tensors are copied to NCHW. The product is right for either layout.
+        and (torch.compiler.is_compiling() or x.is_contiguous(memory_format=torch.channels_last))
     )
 
 

@@ -1,4 +1,4 @@
-"""The check that images are in [0, 1] before a model takes them for something else."""
+"""Checks that images are in the range that a function takes, before it computes something else of them."""
 
 from __future__ import annotations
 
@@ -28,10 +28,9 @@ def can_read(x: torch.Tensor) -> bool:
 
 def check_unit_range(op: str, name: str, x: torch.Tensor) -> None:
     """Raise ValueError unless the values of x are in [0, 1]. NaN passes; on a GPU this waits for the device."""
-    if not can_read(x):
-        return
-    low, high = torch.stack(torch.aminmax(x.detach())).tolist()
-    if low < -TOLERANCE or high > 1 + TOLERANCE:
+    outside = _outside(x, 0.0)
+    if outside is not None:
+        low, high = outside
         advice = (
             f"divide by 255 ({name} / 255)"
             if low >= 0 and high <= 255.5
@@ -42,6 +41,29 @@ def check_unit_range(op: str, name: str, x: torch.Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must hold images in [0, 1], got values from {low:.4g} to {high:.4g}: {advice}"
         )
+
+
+def check_symmetric_range(op: str, name: str, x: torch.Tensor) -> None:
+    """Raise ValueError unless the values of x are in [-1, 1]; otherwise as :func:`check_unit_range`."""
+    outside = _outside(x, -1.0)
+    if outside is not None:
+        low, high = outside
+        advice = (
+            f"use {name} / 127.5 - 1"
+            if low >= 0 and high <= 255.5
+            else "undo the normalisation of the images"
+        )
+        raise ValueError(
+            f"{op}: {name} must hold images in [-1, 1], got values from {low:.4g} to {high:.4g}: {advice}"
+        )
+
+
+def _outside(x: torch.Tensor, lowest: float) -> tuple[float, float] | None:
+    """Smallest and largest value of x where one is outside [lowest, 1], beyond the tolerance."""
+    if not can_read(x):
+        return None
+    low, high = torch.stack(torch.aminmax(x.detach())).tolist()
+    return (low, high) if low < lowest - TOLERANCE or high > 1 + TOLERANCE else None
 
 
 def warn_if_gray(op: str, name: str, x: torch.Tensor) -> None:
