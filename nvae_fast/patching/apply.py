@@ -10,7 +10,7 @@ from torch import nn
 
 from nvae_fast.patching import cells
 from nvae_fast.patching.bound import BoundForward, bound_forward, remove
-from nvae_fast.patching.recognise import inspect_module
+from nvae_fast.patching.recognise import Comparisons
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,9 +81,10 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check("accelerate", model)
+    comparisons = Comparisons()
     for part in _children_first(model, set()):
         if bound_forward(part) is None:
-            verdict = inspect_module(part, repair)
+            verdict = comparisons.inspect(part, repair)
             if isinstance(verdict, BoundForward):
                 verdict.install()
     return model
@@ -106,6 +107,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
     """
     _check("acceleration_report", model)
     report = AccelerationReport([], [])
+    comparisons = Comparisons()
     within: dict[int, str] = {}  # module inside a whole cell -> name of the cell
     for name, part in model.named_modules():
         bound = bound_forward(part)
@@ -116,13 +118,13 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
                 obstacle = cells.obstacle(part, bound.settings["plan"])
                 note = "" if obstacle is None else f"for now part by part: {obstacle}"
                 if obstacle is None:
-                    within |= {id(inner): name for inner in cells.inside(part)}
+                    within |= {id(inner): name for inner in cells.inside(part, bound.settings["plan"].layout)}
             elif id(part) in within:
                 note = f"within {within[id(part)] or '(model)'}"
             if note:
                 report.notes.append((name, note))
         elif id(part) not in within:
-            verdict = inspect_module(part)
+            verdict = comparisons.inspect(part)
             if verdict is not None:
                 left = (
                     verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"

@@ -2,28 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import nn
 
-# kind -> forward(module, x, **settings). Filled by forwards.py.
+# kind -> forward(module, x, **settings). Filled by forwards.py, cells.py and freezing.py.
 FORWARDS: dict[str, Callable[..., Any]] = {}
 _REPLICATE = "_replicate_for_data_parallel"
+_MISSING = object()
 
 
 class BoundForward:
     """A callable that runs the forward of ``kind`` on ``module``.
 
     An object and not a method: copy.deepcopy and pickle of the module make that of the copy bound to the copy (pickle cannot
-    do so for methods that the class does not have). ``note``: a remark for the report.
+    do so for methods that the class does not have). It takes the arguments of the module's own forward; where any but the
+    first is not its default, the own forward runs. So it does in a graph that torch.export or torch.jit.trace records, which
+    then needs no operators of this package.
+
+    Args:
+        module: the part.
+        kind: key of FORWARDS.
+        settings: keyword arguments of that forward.
+        note: a remark for the report.
+        constants: attributes that the own forward sets to constants, and which are set here too: path of a module inside
+            the part -> name -> value.
     """
 
-    def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any], note: str = "") -> None:
-        self.module, self.kind, self.settings, self.note = module, kind, settings, note
+    constants: Mapping[str, Mapping[str, Any]] = {}
+    parameters: dict[str, Any] | None = None  # of the own forward, and their defaults; read when needed
 
-    def __call__(self, x: Any) -> Any:
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: str,
+        settings: dict[str, Any],
+        note: str = "",
+        constants: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        self.module, self.kind, self.settings, self.note = module, kind, settings, note
+        self.constants = {} if constants is None else constants
+        self.parameters = parameters_of(type(module))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+        else:
+            x = self._only_input(args, kwargs)
+            if x is _MISSING:
+                return original(self.module, *args, **kwargs)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return original(self.module, x)
+        if self.constants:
+            self._set_constants()
         return FORWARDS[self.kind](self.module, x, **self.settings)
+
+    def _only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input, where every other argument has its default."""
+        if self.parameters is None:
+            self.parameters = parameters_of(type(self.module))
+        names = list(self.parameters)
+        if not names or len(args) > len(names):
+            return _MISSING
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given or name not in self.parameters:
+                return _MISSING
+            given[name] = value
+        for name, value in given.items():
+            default = self.parameters[name]
+            same = value is default or (type(value) in (bool, int, float, str) and value == default)
+            if name != names[0] and not same:
+                return _MISSING
+        return given.get(names[0], _MISSING)
+
+    def _set_constants(self) -> None:
+        for path, values in self.constants.items():
+            owner = self.module
+            for name in path.split(".") if path else ():
+                owner = owner._modules[name]  # type: ignore[assignment]
+            for name, value in values.items():
+                setattr(owner, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "parameters": None}  # defaults are compared by identity
+
+    # What torch.export and torch.jit.script read of a forward.
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self.module).forward.__code__  # type: ignore[attr-defined, no-any-return]
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self.module).forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        raise AttributeError(
+            "call nvae_fast.restore(model) before torch.jit.script, which compiles the source of forward: accelerate has "
+            "replaced that"
+        )
 
     def install(self) -> None:
         self.module.__dict__["forward"] = self
@@ -31,9 +115,20 @@ class BoundForward:
 
     def installed_on(self, module: nn.Module) -> BoundForward:
         """Install the same forward on ``module``, bound to it."""
-        copy = BoundForward(module, self.kind, self.settings, self.note)
+        copy = BoundForward(module, self.kind, self.settings, self.note, self.constants)
         copy.install()
         return copy
+
+
+def parameters_of(cls: type) -> dict[str, Any]:
+    """The parameters of the forward of ``cls`` after self, and their defaults."""
+    found: dict[str, Any] = {}
+    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:  # type: ignore[attr-defined]
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            found[parameter.name] = _MISSING if parameter.default is parameter.empty else parameter.default
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            return {}  # only the first argument is known
+    return found
 
 
 class _Replicate:
@@ -64,6 +159,6 @@ def remove(module: nn.Module) -> None:
             module.__dict__.pop(name, None)
 
 
-def original(module: nn.Module, x: Any) -> Any:
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of the class of ``module``."""
-    return type(module).forward(module, x)
+    return type(module).forward(module, *args, **kwargs)
