@@ -14,7 +14,14 @@ class SyncBatchNormSwish(nn.BatchNorm2d):
         if self.training:
             self.num_batches_tracked = self.num_batches_tracked + 1
         y = F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, self.training, self.momentum, self.eps
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
         )
         return y * torch.sigmoid(y)
 

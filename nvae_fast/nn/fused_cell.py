@@ -45,7 +45,7 @@ def fused_cell(
             x, skip, parameters, running, stride=stride, eps=eps, residual_scale=residual_scale
         )
     y, seen = inverted_residual_cell(
-        x, skip, parameters, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE, group=group
+        x, skip, parameters, stride=stride, eps=eps, residual_scale=residual_scale, group=group
     )
     if early and stride == -1:  # the variance is unbiased by the number of pixels that each batch norm sees
         seen = tuple(s._replace(count=s.count / 4) if i < early else s for i, s in enumerate(seen))  # type: ignore[arg-type]

@@ -25,7 +25,6 @@ from nvae_fast.ops._layout import empty_map
 from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op, refuse_double_backward
 from nvae_fast.ops.inverted_residual.coefficients import gate_backward, gate_coefficients
 
-
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
@@ -81,7 +80,7 @@ def squeeze_excite(
         return _op(x, *layers, skip, float(residual_scale))[0]
     if torch.compiler.is_compiling() or not _backend.fused(op, x.device):
         return _formula(x, *layers, skip, float(residual_scale), activation, gate)[0]
-    return _Gated.apply(x, skip, float(residual_scale), activation, gate, *layers)  # type: ignore[no-any-return]
+    return _Gated.apply(x, skip, float(residual_scale), activation, gate, *layers)
 
 
 def _reference(
@@ -182,6 +181,7 @@ _op = define_op(
     saves={1: None},
     constant_outputs={1: None},
 )
+
 
 class _Gated(torch.autograd.Function):
     """The same two passes with other activations, composed of operators."""

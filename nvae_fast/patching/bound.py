@@ -95,7 +95,7 @@ class BoundForward:
 
     @property
     def __code__(self) -> CodeType:
-        return type(self.module).forward.__code__  # type: ignore[attr-defined, no-any-return]
+        return type(self.module).forward.__code__
 
     @property
     def __signature__(self) -> inspect.Signature:

@@ -52,17 +52,18 @@ def _by_parts(
     s = x
     for operation in operations(module, layout):
         s = operation(s)
-    if skip is None:
-        skip = module._modules[layout.skip](x)
     if layout.gate is not None:
         gate = module._modules[layout.gate]
         bound = bound_forward(gate)
-        if bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(gate):
-            fits = is_map(s) and skip.shape == s.shape
-            layers = gate_of(gate, **bound.settings) if fits else None
+        if bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(gate) and is_map(s):
+            layers = gate_of(gate, **bound.settings)
             if layers is not None:
-                return squeeze_excite(s, *layers[:4], skip=skip, residual_scale=scale, **bound.settings)
+                skip = module._modules[layout.skip](x) if skip is None else skip
+                if skip.shape == s.shape:
+                    return squeeze_excite(s, *layers[:4], skip=skip, residual_scale=scale, **bound.settings)
         s = gate(s)
+    if skip is None:
+        skip = module._modules[layout.skip](x)
     return torch.add(skip, s, alpha=scale)
 
 
@@ -72,8 +73,9 @@ def _whole_cell(
     """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise, do not run the parts."""
     layout = _layout(module, plan.layout)
     if own_facts(module) != plan.own and plan.own:
-        return original(module, x)  # type: ignore[no-any-return]
-    modules, skip = inside(module, layout), None
+        return original(module, x)
+    modules = inside(module, layout)
+    skip: Any = None
     why = _obstacle(module, modules, plan)
     if why is None:
         skip = module._modules[layout.skip](x)
@@ -149,7 +151,9 @@ def _groups(modules: list[Any], plan: Plan) -> list[Any]:
     found: list[Any] = []
     for norm in plan.norms:
         module = modules[norm.place]
-        group = getattr(module, "process_group", None) if is_merged(module, norm) else distributed.SINGLE_PROCESS
+        group = (
+            getattr(module, "process_group", None) if is_merged(module, norm) else distributed.SINGLE_PROCESS
+        )
         if distributed.world_size(group) == 1:
             group = distributed.SINGLE_PROCESS
         elif group is None:

@@ -99,7 +99,8 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
             skip_next = False
             continue
         after: Any = children[i + 1] if i + 1 < len(children) else None
-        if i in pairs and is_plain_norm(child) and isinstance(after, pairs[i]) and type(after) is pairs[i]:
+        kind: Any = type(after)
+        if i in pairs and is_plain_norm(child) and kind is pairs[i]:
             merged = type(child) is nn.SyncBatchNorm
             several = merged and distributed.world_size(child.process_group) > 1
             known = normalising(child) is None and not watched(child, after)
@@ -178,7 +179,7 @@ def _squeeze_excite(
 ) -> torch.Tensor:
     layers = gate_of(module, activation, gate) if is_map(x) else None
     if layers is None:
-        return original(module, x)  # type: ignore[no-any-return]
+        return original(module, x)
     return squeeze_excite(x, *layers[:4], activation=activation, gate=gate)
 
 

@@ -159,7 +159,9 @@ def _pairs(module: nn.Module) -> dict[int, type]:
     return {
         i: type(after)
         for i, (norm, after) in enumerate(pairwise(children))
-        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm)) and after is not None and forwards.is_swish(after)
+        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        and after is not None
+        and forwards.is_swish(after)
     }
 
 

@@ -32,7 +32,7 @@ def _module(module: nn.Module, seen: dict[int, int]) -> Hashable:
     seen[id(module)] = len(seen)
     cls, bound = type(module), bound_forward(module)
     ours = None if bound is None else repr((bound.kind, bound.settings, bound.constants))
-    found: list[Hashable] = [cls, id(cls.forward), ours]
+    found: list[Any] = [cls, id(cls.forward), ours]
     for name, value in module.__dict__.items():
         if name == "_parameters":
             found += [(key, _tensor(p), seen.setdefault(id(p), len(seen))) for key, p in value.items()]
@@ -71,6 +71,8 @@ def _value(value: Any, seen: dict[int, int]) -> Hashable:
         return type(value), tuple((_value(k, seen), _value(v, seen)) for k, v in value.items())
     if type(value) in (list, tuple):
         return type(value), tuple(_value(v, seen) for v in value)
+    if isinstance(value, (set, frozenset)):
+        return type(value), frozenset(_value(v, seen) for v in value)
     if isinstance(value, MethodType):
         return id(value.__func__), _value(value.__self__, seen)
     return id(value)

@@ -71,7 +71,9 @@ def disagreement(
         perturb(base, generator)
         for inner in base.modules():
             if hasattr(inner, "init_done"):
-                inner.init_done = True  # what comes after data-dependent initialisation; until then its own runs
+                inner.init_done = (
+                    True  # what comes after data-dependent initialisation; until then its own runs
+                )
         gradients = gradients and not any(_strided_pointwise(m) for m in base.modules())
         first: str | None = None
         for c in channels:
@@ -106,15 +108,24 @@ def _compare(
             return f"{reason[0]} in {mode} mode{reason[1]}", True
         left, reason_of_attributes = _attributes_unlike(actual, expected)
         other = torch.cat([x, x[:1]])[:, :, 2:]  # another input, in the state that the first has left
-        again = _observe(theirs, partial(own, theirs), other, False).attributes
+        again, ours_again = (
+            _observe(theirs, partial(own, theirs), other, False).attributes,
+            _observe(ours, forward, other, False).attributes,
+        )
         for key, value in again.items():
-            if key not in actual.attributes and (key not in left or left[key] != value):
-                return f"its own forward sets attribute {_path(key)} in {mode} mode to what depends on the call", True
+            if key not in ours_again and (key not in left or left[key] != value):
+                return (
+                    f"its own forward sets attribute {_path(key)} in {mode} mode to what depends on the call",
+                    True,
+                )
         if reason_of_attributes is not None:
             return f"{reason_of_attributes} in {mode} mode", True
         if training and left != constants:
             key = next(k for k in (*left, *constants) if left.get(k, _NONE) != constants.get(k, _NONE))
-            return f"its own forward sets attribute {_path(key)} differently in training and in evaluation", True
+            return (
+                f"its own forward sets attribute {_path(key)} differently in training and in evaluation",
+                True,
+            )
         constants = left
     found: dict[str, dict[str, Any]] = {}
     for (prefix, name), value in constants.items():
@@ -123,9 +134,7 @@ def _compare(
     return None, True
 
 
-def _unlike(
-    actual: dict[str, Any], expected: dict[str, Any], tolerance: float
-) -> tuple[str, str] | None:
+def _unlike(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> tuple[str, str] | None:
     """Return which tensor is different, and how; the output is compared first."""
     slopes = [float(t.norm()) for name, t in expected.items() if "gradient" in name and t is not None]
     floor = FLOOR * max(slopes, default=0.0)
