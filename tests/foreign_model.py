@@ -121,9 +121,9 @@ class ConvBNSwish(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int = 3) -> None:
         super().__init__()
-        hidden = 3 * c_in
+        hidden = expansion * c_in
         self.conv = nn.Sequential(
             *([nn.UpsamplingNearest2d(scale_factor=2)] if stride == -1 else []),
             SyncBatchNorm(c_in),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from nvae_fast.patching import cells
-from nvae_fast.patching.bound import BoundForward, bound_forward, remove
+from nvae_fast.patching import cells, wins
+from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
+from nvae_fast.patching.sample import measure_with
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,7 +46,9 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
-def accelerate(model: Model, *, repair: bool = False) -> Model:
+def accelerate(
+    model: Model, *, repair: bool = False, sample_input: Any = None, progress: bool | None = None
+) -> Model:
     """Replace the forward of each recognised part of an NVAE-type model by one with this package's kernels.
 
     Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged
@@ -81,13 +85,37 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check("accelerate", model)
-    comparisons = Comparisons()
-    for part in _children_first(model, set()):
-        if bound_forward(part) is None:
-            verdict = comparisons.inspect(part, repair)
-            if isinstance(verdict, BoundForward):
-                verdict.install()
+    replace(model, repair=repair, progress=progress, everywhere=sample_input is not None)
+    if sample_input is not None:
+        measure_with(model, sample_input, progress)
     return model
+
+
+def replace(
+    model: Model, *, repair: bool = False, progress: bool | None = None, everywhere: bool = False
+) -> Model:
+    """:func:`accelerate` without measuring. ``everywhere``: also where the kernel is never known to be faster."""
+    comparisons = Comparisons()
+    parts = list(_children_first(model, set()))
+    with one_thread(), Progress("accelerate: comparing parts", len(parts), progress) as line:
+        for part in parts:
+            line.advance()
+            if bound_forward(part) is None:
+                verdict = comparisons.inspect(part, repair)
+                if isinstance(verdict, BoundForward) and (everywhere or _slower(verdict) is None):
+                    verdict.install()
+    return model
+
+
+def _slower(bound: BoundForward) -> str | None:
+    """Return why ``bound`` would not run: on its device and in its dtype the kernel was never measured to be faster."""
+    tensor = next(iter((*bound.module.parameters(), *bound.module.buffers())), None)
+    if tensor is None:
+        return None
+    part, _ = PARTS[bound.kind](bound.module, bound.settings)
+    if wins.ever(part, tensor.device.type, tensor.dtype):
+        return None
+    return f"{bound.kind}: PyTorch's own was measured to be faster for {part}; accelerate(model, sample_input=x) measures here"
 
 
 def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
@@ -121,15 +149,18 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
                     within |= {id(inner): name for inner in cells.inside(part, bound.settings["plan"].layout)}
             elif id(part) in within:
                 note = f"within {within[id(part)] or '(model)'}"
+            slow = [mode for mode, wins_here in bound.measured.items() if not wins_here]
+            if slow:
+                note = f"{note}; " if note else ""
+                note += f"its own forward in {' and '.join(slow)}, which was measured to be faster"
             if note:
                 report.notes.append((name, note))
         elif id(part) not in within:
             verdict = comparisons.inspect(part)
             if verdict is not None:
-                left = (
-                    verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"
-                )
-                report.left.append((name, left))
+                if isinstance(verdict, BoundForward):
+                    verdict = _slower(verdict) or f"{verdict.kind}: accelerate has not been called"
+                report.left.append((name, verdict))
     return report
 
 

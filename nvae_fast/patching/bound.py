@@ -10,8 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from nvae_fast import distributed
+from nvae_fast.patching import wins
+
 # kind -> forward(module, x, **settings). Filled by forwards.py, cells.py and freezing.py.
 FORWARDS: dict[str, Callable[..., Any]] = {}
+# kind -> (module, settings) -> name in the table of measurements ("" where the kernel always runs), whether it takes batch
+# statistics.
+PARTS: dict[str, Callable[..., tuple[str, bool]]] = {}
 _REPLICATE = "_replicate_for_data_parallel"
 _MISSING = object()
 
@@ -29,12 +35,19 @@ class BoundForward:
         kind: key of FORWARDS.
         settings: keyword arguments of that forward.
         note: a remark for the report.
+        always: whether the kernel runs also where it is not known to be faster, as in comparisons.
         constants: attributes that the own forward sets to constants, and which are set here too: path of a module inside
             the part -> name -> value.
     """
 
     constants: Mapping[str, Mapping[str, Any]] = {}
     parameters: dict[str, Any] | None = None  # of the own forward, and their defaults; read when needed
+    always = False
+    # The name of the part in the table of measurements, and whether it takes batch statistics; read when needed.
+    part: tuple[str, bool] | None = None
+    measured: Mapping[
+        str, bool
+    ] = {}  # mode -> whether the kernel is faster, where accelerate has measured it
 
     def __init__(
         self,
@@ -43,10 +56,12 @@ class BoundForward:
         settings: dict[str, Any],
         note: str = "",
         constants: Mapping[str, Mapping[str, Any]] | None = None,
+        always: bool = False,
     ) -> None:
         self.module, self.kind, self.settings, self.note = module, kind, settings, note
         self.constants = {} if constants is None else constants
         self.parameters = parameters_of(type(module))
+        self.always = always
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -56,6 +71,8 @@ class BoundForward:
             if x is _MISSING:
                 return original(self.module, *args, **kwargs)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return original(self.module, x)
+        if not self.always and not torch.compiler.is_compiling() and not self.pays(x):
             return original(self.module, x)
         if self.constants:
             self._set_constants()
@@ -79,6 +96,21 @@ class BoundForward:
             if name != names[0] and not same:
                 return _MISSING
         return given.get(names[0], _MISSING)
+
+    def pays(self, x: Any) -> bool:
+        """Return whether the kernel is known to be faster for ``x``; for what kernels do not take, their forwards decide."""
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            return True
+        if self.part is None:
+            self.part = PARTS[self.kind](self.module, self.settings)
+        part, normalises = self.part
+        if not part:
+            return True
+        mode = wins.mode_of(self.module, x, normalises)
+        if normalises and mode == "training" and distributed.world_size() > 1:
+            return True  # batches may differ in size, and processes that merge statistics must decide alike
+        known = self.measured.get(mode)
+        return wins.wins(part, mode, x) if known is None else known
 
     def _set_constants(self) -> None:
         for path, values in self.constants.items():
@@ -115,7 +147,8 @@ class BoundForward:
 
     def installed_on(self, module: nn.Module) -> BoundForward:
         """Install the same forward on ``module``, bound to it."""
-        copy = BoundForward(module, self.kind, self.settings, self.note, self.constants)
+        copy = BoundForward(module, self.kind, self.settings, self.note, self.constants, self.always)
+        copy.part, copy.measured = self.part, self.measured
         copy.install()
         return copy
 

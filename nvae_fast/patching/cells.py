@@ -16,8 +16,8 @@ from nvae_fast.nn.fused_cell import RESIDUAL_SCALE, fused_cell
 from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.inverted_residual.train import CellParameters, available
 from nvae_fast.ops.squeeze_excite import squeeze_excite
-from nvae_fast.patching.bound import FORWARDS, bound_forward, original
-from nvae_fast.patching.forwards import SQUEEZE_EXCITE, gate_of, is_map, normalising
+from nvae_fast.patching.bound import FORWARDS, PARTS, bound_forward, original
+from nvae_fast.patching.forwards import SQUEEZE_EXCITE, gate_of, gate_part, is_map, normalising
 from nvae_fast.patching.plan import (
     Layout,
     Plan,
@@ -200,7 +200,7 @@ def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> b
 def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     n0, n1, n2, n3 = norms = [modules[norm.place] for norm in plan.norms]
     expand, depthwise, project = (modules[place].weight for place in plan.convolutions)
-    gate = [t for place in plan.gate for t in _layer(modules[place])]
+    gate = gate_layers(modules, plan)
     parameters = CellParameters(
         n0.weight, n0.bias, expand, n1.weight, n1.bias, depthwise, n2.weight, n2.bias, project, n3.weight, n3.bias, *gate
     )  # fmt: skip
@@ -210,6 +210,11 @@ def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tenso
     )  # fmt: skip
 
 
+def gate_layers(modules: list[Any], plan: Plan) -> list[torch.Tensor]:
+    """Weights and biases of the two layers of the gate, if there is one."""
+    return [t for place in plan.gate for t in _layer(modules[place])]
+
+
 def _layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and bias of a layer of the gate; zeros where it has no bias."""
     weight, bias = layer.weight.flatten(1), layer.bias
@@ -217,3 +222,16 @@ def _layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 FORWARDS.update({RESIDUAL_CELL: _residual_cell, WHOLE_CELL: _whole_cell})
+
+
+def _residual_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    gate = module._modules.get(settings.get("layout", _USUAL).gate or "")
+    bound = None if gate is None or not getattr(module, "use_se", True) else bound_forward(gate)
+    return RESIDUAL_CELL if bound is None else f"{RESIDUAL_CELL}, {gate_part(bound.settings)}", False
+
+
+def _whole_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    return f"{WHOLE_CELL}, stride {settings['plan'].stride}", True
+
+
+PARTS.update({RESIDUAL_CELL: _residual_part, WHOLE_CELL: _whole_part})

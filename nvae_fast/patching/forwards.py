@@ -19,7 +19,7 @@ from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
-from nvae_fast.patching.bound import FORWARDS, original
+from nvae_fast.patching.bound import FORWARDS, PARTS, original
 from nvae_fast.patching.taps import live_taps
 
 # The kinds of parts, as the report names them.
@@ -257,4 +257,41 @@ FORWARDS.update({
     DEPTHWISE_PLAIN: _norm_convolution,
     DEPTHWISE_NORM: _norm_convolution,
     WEIGHT_NORM: _norm_convolution,
+})  # fmt: skip
+
+
+# Names in the table of measurements.
+
+
+def _norm_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    if settings["activation"] is None:
+        return BATCH_NORM_ONLY, True
+    act = getattr(module, "act", None)
+    return SEQUENTIAL if isinstance(act, nn.Module) and is_swish(act) else BATCH_NORM, True
+
+
+def gate_part(settings: dict[str, Any]) -> str:
+    return f"{SQUEEZE_EXCITE}: {settings.get('activation', 'relu')}, {settings.get('gate', 'sigmoid')}"
+
+
+def _convolution_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    size, stride = module.weight.shape[2], (pair(module.stride) or (1, 1))[0]
+    if not is_depthwise(module, module.weight):
+        # Of a strided 1x1 convolution PyTorch's own may crash: see _convolve.
+        return "" if size == 1 and stride != 1 else f"{WEIGHT_NORM} {size}x{size}", False
+    masked = "masked " if isinstance(getattr(module, "mask", None), torch.Tensor) else ""
+    normed = " with weight norm" if getattr(module, "log_weight_norm", None) is not None else ""
+    dilated = "" if pair(module.dilation) == (1, 1) else ", dilated"
+    return f"{masked}depthwise {size}x{size}, stride {stride}{dilated}{normed}", False
+
+
+PARTS.update({
+    BATCH_NORM: _norm_part,
+    BATCH_NORM_ONLY: _norm_part,
+    SEQUENTIAL: lambda module, settings: (SEQUENTIAL, True),
+    SQUEEZE_EXCITE: lambda module, settings: (gate_part(settings), False),
+    DEPTHWISE: _convolution_part,
+    DEPTHWISE_PLAIN: _convolution_part,
+    DEPTHWISE_NORM: _convolution_part,
+    WEIGHT_NORM: _convolution_part,
 })  # fmt: skip

@@ -98,7 +98,7 @@ def _compare(
             expected = _observe(theirs, partial(own, theirs), x, gradients)
         except Exception as error:
             return f"its own forward raises in {mode} mode: {_line(error)}", training
-        forward = BoundForward(ours, bound.kind, bound.settings)
+        forward = BoundForward(ours, bound.kind, bound.settings, always=True)
         try:
             actual = _observe(ours, forward, x, gradients)
         except Exception as error:

@@ -1,0 +1,103 @@
+"""Where the kernels of accelerate are known to be faster than PyTorch: a table of measurements, made by
+``python -m benchmarks.parts`` and kept in ``measured.json`` beside this file.
+
+A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. A part runs the
+kernel where every row within a factor of two of its size says at least :data:`LEAST`; outside the measured sizes the nearest
+row decides. On a device or in a dtype that has no rows nothing is known, and the kernel runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+LEAST = 1.03  # of a ratio: what a measurement on a busy machine may be wrong by
+TABLE = Path(__file__).with_name("measured.json")
+
+Sizes = tuple[float, float, float]  # logarithms to base 2 of batch, channels and pixels
+
+
+class Key(NamedTuple):
+    """What rows are grouped by."""
+
+    device: str
+    dtype: str
+    part: str
+    mode: str  # "training": forward and backward; "evaluation": forward
+    layout: str  # "contiguous" or "channels_last"
+
+
+@cache
+def _rows() -> dict[Key, list[tuple[Sizes, float]]]:
+    found: dict[Key, list[tuple[Sizes, float]]] = {}
+    for row in json.loads(TABLE.read_text())["rows"]:
+        *key, batch, channels, pixels, ratio = row
+        found.setdefault(Key(*key), []).append((_sizes(batch, channels, pixels), ratio))
+    return found
+
+
+@cache
+def _measured() -> set[tuple[str, str]]:
+    return {(key.device, key.dtype) for key in _rows()}
+
+
+def _sizes(batch: int, channels: int, pixels: int) -> Sizes:
+    return math.log2(max(batch, 1)), math.log2(max(channels, 1)), math.log2(max(pixels, 1))
+
+
+def layout_name(x: torch.Tensor) -> str:
+    """``"channels_last"`` or ``"contiguous"``."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return "channels_last" if last else "contiguous"
+
+
+def wins(part: str, mode: str, x: torch.Tensor) -> bool:
+    """Return whether the kernel of ``part`` runs for input ``x`` (B, C, H, W)."""
+    kind, dtype = x.device.type, x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    b, c, h, w = x.shape
+    return _wins(Key(kind, str(dtype).removeprefix("torch."), part, mode, layout_name(x)), b, c, h * w)
+
+
+@cache
+def _wins(key: Key, batch: int, channels: int, pixels: int) -> bool:
+    if (key.device, key.dtype) not in _measured():
+        return True
+    rows = _rows().get(key)
+    if not rows:
+        return False
+    size = _sizes(batch, channels, pixels)
+    near = [r for at, r in rows if all(abs(a - s) <= 1 for a, s in zip(at, size, strict=True))]
+    if not near:
+        near = [min(rows, key=lambda row: sum(abs(a - s) for a, s in zip(row[0], size, strict=True)))[1]]
+    return min(near) >= LEAST
+
+
+def ever(part: str, device: str, dtype: torch.dtype) -> bool:
+    """Return whether the kernel of ``part`` runs for any mode, layout and size."""
+    name = str(dtype).removeprefix("torch.")
+    if not part or (device, name) not in _measured():
+        return True
+    return any(
+        ratio >= LEAST
+        for key, rows in _rows().items()
+        if key[:3] == (device, name, part)
+        for _, ratio in rows
+    )
+
+
+def unknown(device: str, dtype: torch.dtype) -> bool:
+    """Return whether nothing was measured on ``device`` in ``dtype``."""
+    return (device, str(dtype).removeprefix("torch.")) not in _measured()
+
+
+def mode_of(module: Any, x: torch.Tensor, normalises: bool) -> str:
+    """``"training"`` where a backward pass may follow, or batch statistics are taken; else ``"evaluation"``."""
+    backward = torch.is_grad_enabled() and (module.training or x.requires_grad)
+    return "training" if backward or (normalises and module.training) else "evaluation"
