@@ -32,7 +32,7 @@ SIZES = (
     (8, 16, 16), (8, 32, 32), (8, 64, 16), (32, 64, 8), (8, 128, 16), (32, 128, 8), (2, 32, 112), (8, 96, 56), (8, 240, 14),
     (32, 512, 8), (8, 1152, 7),
 )  # fmt: skip
-WIDE = 256  # channels above which convolutions that mix channels, and cells, are not measured
+LARGE = 300_000  # elements above which cells and convolutions that mix channels are not measured: they take seconds
 
 
 def _depthwise(kernel: int, stride: int) -> Make:
@@ -103,13 +103,16 @@ def rows(device: torch.device, dtypes: list[str], seconds: float, sizes: Any = S
     for make in PARTS_MEASURED:
         for b, c, side in sizes:
             torch.manual_seed(0)
+            whole = isinstance(make(4), (foreign.Cell, foreign.Conv2D)) and not isinstance(
+                make(4), foreign.MaskedConv2d
+            )
+            if whole and b * c * side**2 > LARGE:
+                continue
             part = replace(make(c).to(device), everywhere=True)
             bound = bound_forward(part)
             if bound is None:
                 raise RuntimeError(f"accelerate leaves {type(part).__name__}")
             name = PARTS[bound.kind](part, bound.settings)[0]
-            if c > WIDE and ("depthwise" not in name and ("weight" in name or "whole" in name)):
-                continue
             for layout in ("contiguous", "channels_last"):
                 form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
                 part.to(memory_format=form)

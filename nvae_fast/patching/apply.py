@@ -52,22 +52,30 @@ def accelerate(
     """Replace the forward of each recognised part of an NVAE-type model by one with this package's kernels.
 
     Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged
-    over the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
-    ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
-    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no
-    channel are not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN,
-    1x1, BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs
-    in one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts
-    are replaced.
+    over the process group where the name says Sync; timm's ``BatchNormAct2d`` with SiLU or without activation;
+    ``BatchNorm2d`` or ``SyncBatchNorm`` and SiLU inside a Sequential), squeeze-and-excitation (two Linear or 1x1 convolutions
+    with or without bias; ReLU or SiLU, Sigmoid or Hardsigmoid, as modules or functions), depthwise ``Conv2d``, convolutions
+    with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no channel are not computed), and
+    residual cells ``skip(x) + 0.1 * [se](ops(x))``. A cell, by whatever class name, whose layers are BN, 1x1, BN + swish,
+    depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in one call
+    (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are replaced.
 
-    Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
-    float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`
-    says why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only
-    ``forward`` of the instances is set. A part uses its own forward for inputs that are not (B, C, H, W) or empty, and while
-    a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its batch norms are not
-    all in one mode. A second call changes nothing. deepcopy and pickle keep it, bound to the copy; ``copy.copy`` of a module
-    does not (its forward is still that of the first): use deepcopy. Parts that FSDP2's ``fully_shard`` has sharded are left:
-    call accelerate first.
+    Each part is first compared with its own forward on copies, in evaluation and training mode, on one thread, in float32
+    (whole cells: in float64 on the CPU): output, gradients, buffers, attributes. Equal parts are compared once. Where they
+    differ a part is left; :func:`acceleration_report` says why. Parameters, buffers, state_dict keys, the types of modules,
+    train/eval behaviour, arguments and hooks stay: only ``forward`` of the instances is set.
+
+    A kernel runs where it is known to be faster than the part's own forward: by a table of measurements (the docstring of
+    ``benchmarks/parts.py`` says how it is made) for the device, the dtype, the memory format, the size, and whether a backward
+    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. On devices and in dtypes that the table
+    has not, the kernel always runs.
+
+    A part uses its own forward for inputs that are not (B, C, H, W) or empty, where an argument beside the input is not its
+    default, and while a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its
+    batch norms are not all in one mode. Programs of torch.export and torch.jit.trace hold the own forwards; torch.jit.script
+    needs :func:`restore` first. A second call changes nothing. deepcopy and pickle keep it, bound to the copy; ``copy.copy``
+    of a module does not (its forward is still that of the first): use deepcopy. :func:`freeze` makes an inference-only copy.
+    Parts that FSDP2's ``fully_shard`` has sharded are left: call accelerate first.
 
     With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
     communicated here; hooks inside a cell must then be the same on every process, since a cell communicates differently in
@@ -77,6 +85,10 @@ def accelerate(
         model: any module; other parts are never changed.
         repair: also replace a batch norm with swish whose own forward raises (as a synchronised one written for an older
             PyTorch may); it is compared with ``silu(batch_norm(x))`` instead.
+        sample_input: the input of ``model`` (a tuple: its arguments; a mapping: its keyword arguments), of a typical size.
+            Each part is measured with the input that it is given then, in evaluation and training mode, under the autocast and
+            with the threads in force; the model runs once, on a copy, in evaluation mode.
+        progress: show a line on stderr while parts are compared or measured; None: where stderr is a terminal.
 
     Returns:
         ``model``.

@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nvae_fast.ops import _backend
+
 LEAST = 1.03  # of a ratio: what a measurement on a busy machine may be wrong by
 TABLE = Path(__file__).with_name("measured.json")
 
@@ -59,7 +61,7 @@ def layout_name(x: torch.Tensor) -> str:
 def wins(part: str, mode: str, x: torch.Tensor) -> bool:
     """Return whether the kernel of ``part`` runs for input ``x`` (B, C, H, W)."""
     kind, dtype = x.device.type, x.dtype
-    if dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    if kind in _backend.DEVICES and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
     b, c, h, w = x.shape
     return _wins(Key(kind, str(dtype).removeprefix("torch."), part, mode, layout_name(x)), b, c, h * w)
