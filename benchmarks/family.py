@@ -2,7 +2,8 @@
 
 The model is made of the parts of tests/foreign_model.py, in the shape of a preset: training step (loss, spectral and batch
 norm regularisation, Adamax), sampling, evaluation, and sampling and evaluation when frozen. Every provider takes its turn in
-every round; ratios are of medians. The likelihood is a Bernoulli or a normal distribution, in PyTorch's own functions.
+every round; ratios are of medians, with one thread (OMP_NUM_THREADS=1) of processor time. The likelihood is a Bernoulli or a
+normal distribution, in PyTorch's own functions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nvae_fast as nf
-from benchmarks.timing import Clock, CpuClock, interleave
+from benchmarks.timing import Clock, CpuClock, ProcessClock, interleave
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import foreign_model as foreign
@@ -235,6 +236,25 @@ def sampling(model: Any, n: int) -> Callable[[], None]:
     return run
 
 
+def medians_of(task: str, runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each of ``runs``, which take turns."""
+
+    def timed(run: Callable[[], None]) -> Callable[[Clock], None]:
+        def sample(clock: Clock) -> None:
+            clock.start()
+            run()
+            clock.lap(task)
+
+        return sample
+
+    clock = ProcessClock() if torch.get_num_threads() == 1 else CpuClock()
+    samples = {who: timed(run) for who, run in runs.items()}
+    times, failed = interleave(samples, clock, seconds=0, min_rounds=rounds, warmup=1)
+    if failed:
+        raise RuntimeError(f"{task}: {failed}")
+    return {who: series[task].summary()["median_ms"] for who, series in times.items()}
+
+
 def measure(name: str, layout: str, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds, and how many times faster than the own model: {task: {provider: ...}}."""
     own, ours = make(name, layout), nf.accelerate(make(name, layout), progress=True)
@@ -244,22 +264,10 @@ def measure(name: str, layout: str, rounds: int) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
 
     def compare(task: str, runs: dict[str, Callable[[], None]]) -> None:
-        def timed(run: Callable[[], None]) -> Callable[[Clock], None]:
-            def sample(clock: Clock) -> None:
-                clock.start()
-                run()
-                clock.lap(task)
-
-            return sample
-
-        times, failed = interleave(
-            {k: timed(r) for k, r in runs.items()}, CpuClock(), seconds=0, min_rounds=rounds, warmup=1
+        results[task] = medians_of(task, runs, rounds)
+        shown = ", ".join(
+            f"{who} {ms:.0f} ms ({results[task]['own'] / ms:.2f}x)" for who, ms in results[task].items()
         )
-        if failed:
-            raise RuntimeError(f"{task}: {failed}")
-        medians = {who: series[task].summary()["median_ms"] for who, series in times.items()}
-        results[task] = medians
-        shown = ", ".join(f"{who} {ms:.0f} ms ({medians['own'] / ms:.2f}x)" for who, ms in medians.items())
         print(f"{name} {layout} {task}: {shown}", flush=True)
 
     compare("training step", {"own": training_step(own, x), "accelerate": training_step(ours, x)})

@@ -148,7 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
         done = {(device.type, dtype) for dtype in options.dtypes}
         kept = [row for row in json.loads(options.out.read_text())["rows"] if tuple(row[:2]) not in done]
     lines = ",\n  ".join(json.dumps(row) for row in [*kept, *found])
-    head = json.dumps({"machine": machine.describe(device), "threads": torch.get_num_threads()})
+    described = machine.describe(device)
+    facts = {key: described[key] for key in ("machine", "versions", "date")}
+    head = json.dumps({**facts, "threads": torch.get_num_threads()})
     with atomic_file(options.out) as file:
         file.write(f'{{"measured_on": {head},\n "rows": [\n  {lines}\n ]}}\n'.encode())
     return 0
