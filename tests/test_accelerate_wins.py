@@ -63,10 +63,11 @@ def test_what_the_rows_near_a_size_say(table: Any) -> None:
         (SWISH, "evaluation", "contiguous", 8, 64, 256, 1.01),
     )
     x = torch.empty
-    assert wins.wins(SWISH, "training", x(8, 32, 16, 16))  # near 64 channels only
-    assert not wins.wins(SWISH, "training", x(8, 64, 16, 16))  # near both
-    assert wins.wins(SWISH, "training", x(8, 600, 16, 16))
-    assert wins.wins(SWISH, "training", x(64, 9000, 8, 8))  # the nearest decides
+    assert wins.wins(SWISH, "training", x(8, 64, 16, 16))
+    assert not wins.wins(SWISH, "training", x(8, 32, 16, 16))  # smaller than all that was measured
+    assert not wins.wins(SWISH, "training", x(8, 128, 16, 16))
+    assert not wins.wins(SWISH, "training", x(16, 96, 16, 16))  # near both
+    assert wins.wins(SWISH, "training", x(8, 2000, 16, 16))  # the nearest decides
     assert not wins.wins(SWISH, "evaluation", x(8, 64, 16, 16))  # not by enough
     assert not wins.wins(
         SWISH, "training", x(8, 64, 16, 16).to(memory_format=torch.channels_last)

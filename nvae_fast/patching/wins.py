@@ -1,9 +1,10 @@
 """Where the kernels of accelerate are known to be faster than PyTorch: a table of measurements, made by
 ``python -m benchmarks.parts`` and kept in ``measured.json`` beside this file.
 
-A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. A part runs the
-kernel where every row within a factor of two of its size says at least :data:`LEAST`; outside the measured sizes the nearest
-row decides. On a device or in a dtype that has no rows nothing is known, and the kernel runs.
+A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on small
+inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those the ones
+whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`. On a device or in a dtype
+that has no rows nothing is known, and the kernel runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from nvae_fast.ops import _backend
 LEAST = 1.03  # of a ratio: what a measurement on a busy machine may be wrong by
 TABLE = Path(__file__).with_name("measured.json")
 
-Sizes = tuple[float, float, float]  # logarithms to base 2 of batch, channels and pixels
+FEWER = 1.25  # rows may have that many times the elements of the input
+
+Sizes = tuple[float, float, float]  # logarithms to base 2 of elements, channels and pixels
 
 
 class Key(NamedTuple):
@@ -49,7 +52,8 @@ def _measured() -> set[tuple[str, str]]:
 
 
 def _sizes(batch: int, channels: int, pixels: int) -> Sizes:
-    return math.log2(max(batch, 1)), math.log2(max(channels, 1)), math.log2(max(pixels, 1))
+    b, c, p = max(batch, 1), max(channels, 1), max(pixels, 1)
+    return math.log2(b * c * p), math.log2(c), math.log2(p)
 
 
 def layout_name(x: torch.Tensor) -> str:
@@ -75,10 +79,15 @@ def _wins(key: Key, batch: int, channels: int, pixels: int) -> bool:
     if not rows:
         return False
     size = _sizes(batch, channels, pixels)
-    near = [r for at, r in rows if all(abs(a - s) <= 1 for a, s in zip(at, size, strict=True))]
-    if not near:
-        near = [min(rows, key=lambda row: sum(abs(a - s) for a, s in zip(row[0], size, strict=True)))[1]]
-    return min(near) >= LEAST
+    distances = [
+        (sum(abs(a - s) for a, s in zip(at, size, strict=True)), ratio)
+        for at, ratio in rows
+        if at[0] <= size[0] + math.log2(FEWER)
+    ]
+    if not distances:
+        return False
+    nearest = min(distance for distance, _ in distances)
+    return all(ratio >= LEAST for distance, ratio in distances if distance <= nearest + 1)
 
 
 def ever(part: str, device: str, dtype: torch.dtype) -> bool:
