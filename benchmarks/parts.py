@@ -29,7 +29,8 @@ import foreign_model as foreign
 Make = Callable[[int], nn.Module]
 # (B, C, side): from the last cells of NVAE and of EfficientNets to the first.
 SIZES = (
-    (8, 16, 16), (4, 480, 6), (4, 144, 12), (4, 96, 24), (1, 64, 56), (8, 32, 32), (8, 64, 16), (32, 64, 8), (8, 128, 16), (32, 128, 8), (2, 32, 112), (8, 96, 56), (8, 240, 14),
+    (8, 16, 16), (4, 480, 6), (4, 144, 12), (4, 96, 24), (1, 64, 56), (8, 32, 32), (8, 64, 16), (32, 64, 8), (8, 128, 16),
+    (32, 128, 8), (2, 32, 112), (8, 96, 56), (8, 240, 14),
     (32, 512, 8), (8, 1152, 7),
 )  # fmt: skip
 LARGE = 300_000  # elements above which cells and convolutions that mix channels are not measured: they take seconds

@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from nvae_fast.models.frozen import FREEZERS
 from nvae_fast.patching import cells, wins
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.freezing import freeze_part
 from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
 from nvae_fast.patching.sample import measure_with
 
+FREEZERS.append(freeze_part)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -124,7 +127,7 @@ def _slower(bound: BoundForward) -> str | None:
     tensor = next(iter((*bound.module.parameters(), *bound.module.buffers())), None)
     if tensor is None:
         return None
-    part, _ = PARTS[bound.kind](bound.module, bound.settings)
+    part, _ = bound.part or PARTS[bound.kind](bound.module, bound.settings)
     if wins.ever(part, tensor.device.type, tensor.dtype):
         return None
     return f"{bound.kind}: PyTorch's own was measured to be faster for {part}; accelerate(model, sample_input=x) measures here"

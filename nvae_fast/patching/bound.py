@@ -145,10 +145,15 @@ class BoundForward:
         self.module.__dict__["forward"] = self
         self.module.__dict__[_REPLICATE] = _Replicate(self.module)
 
-    def installed_on(self, module: nn.Module) -> BoundForward:
-        """Install the same forward on ``module``, bound to it."""
+    def on(self, module: nn.Module) -> BoundForward:
+        """The same forward, bound to ``module``."""
         copy = BoundForward(module, self.kind, self.settings, self.note, self.constants, self.always)
         copy.part, copy.measured = self.part, self.measured
+        return copy
+
+    def installed_on(self, module: nn.Module) -> BoundForward:
+        """Install the same forward on ``module``, bound to it."""
+        copy = self.on(module)
         copy.install()
         return copy
 

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast.models import frozen
 from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenResidualCell
 from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.inverted_residual.train import CellParameters
@@ -111,4 +110,3 @@ _MAKERS: dict[str, Callable[..., nn.Module | None]] = {
     forwards.WEIGHT_NORM: _convolution,
     forwards.DEPTHWISE_NORM: _convolution,
 }
-frozen.FREEZERS.append(freeze_part)

@@ -13,7 +13,7 @@ from torch import nn
 
 from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
 from nvae_fast.patching import cells, forwards
-from nvae_fast.patching.bound import BoundForward, bound_forward
+from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward
 from nvae_fast.patching.clone import clone
 from nvae_fast.patching.plan import Layout, layout_of, read
 from nvae_fast.patching.signature import signature
@@ -37,7 +37,7 @@ class Comparisons:
             self._found[key] = inspect_module(module, repair)
         known = self._found[key]
         if isinstance(known, BoundForward) and known.module is not module:
-            return BoundForward(module, known.kind, known.settings, known.note, known.constants)
+            return known.on(module)
         return known
 
 
@@ -60,12 +60,12 @@ def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
         more = _more_inputs(module)
         if more:
             return f"its forward takes {', '.join(more)} without defaults: the kernel has one input"
-        if not _is_parametrized(module):
-            return judge(module, repair)
         # Reading a parametrised weight may change buffers: spectral norm takes a step of its power iteration.
-        found = judge(clone(module, None), repair)
+        subject = clone(module, None) if _is_parametrized(module) else module
+        found = judge(subject, repair)
         if isinstance(found, BoundForward):
-            return BoundForward(module, found.kind, found.settings, found.note, found.constants)
+            found.part = PARTS[found.kind](subject, found.settings)
+            return found if subject is module else found.on(module)
         return found
     return None
 

@@ -19,7 +19,7 @@ import torch
 
 from nvae_fast.ops import _backend
 
-LEAST = 1.03  # of a ratio: what a measurement on a busy machine may be wrong by
+LEAST = 1.1  # of a ratio: measurements on a busy machine are wrong by a few hundredths
 TABLE = Path(__file__).with_name("measured.json")
 
 FEWER = 1.25  # rows may have that many times the elements of the input
