@@ -8,9 +8,44 @@ from torch import nn
 
 
 class SyncBatchNormSwish(nn.BatchNorm2d):
+    """Rebinds its counter instead of adding to it in place."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = super().forward(x)
+        if self.training:
+            self.num_batches_tracked = self.num_batches_tracked + 1
+        y = F.batch_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training,
+            self.momentum,
+            self.eps,
+        )
         return y * torch.sigmoid(y)
+
+
+class SyncBatchNorm(nn.Module):
+    """A wrapper that sets an attribute of its batch norm in every call."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.bn = nn.SyncBatchNorm(channels, momentum=0.05)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.bn.ddp_gpu_size = 1
+        return self.bn(x)
+
+
+def local(model: nn.Module) -> nn.Module:
+    """``model`` with batch norms of one process in the wrappers: PyTorch's synchronised ones need a GPU for several."""
+    for part in model.modules():
+        if isinstance(part, SyncBatchNorm):
+            norm = nn.BatchNorm2d(part.bn.num_features, momentum=part.bn.momentum)
+            norm.load_state_dict(part.bn.state_dict())
+            part.bn = norm.to(part.bn.weight.dtype)
+    return model
 
 
 class Conv2D(nn.Conv2d):
@@ -86,16 +121,16 @@ class ConvBNSwish(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
+    def __init__(self, c_in: int, c_out: int, stride: int, expansion: int = 3) -> None:
         super().__init__()
-        hidden = 3 * c_in
+        hidden = expansion * c_in
         self.conv = nn.Sequential(
             *([nn.UpsamplingNearest2d(scale_factor=2)] if stride == -1 else []),
-            nn.BatchNorm2d(c_in, momentum=0.05),
+            SyncBatchNorm(c_in),
             ConvBNSwish(c_in, hidden, 1),
             ConvBNSwish(hidden, hidden, 5, abs(stride), groups=hidden),
             Conv2D(hidden, c_out, 1, weight_norm=False),
-            nn.BatchNorm2d(c_out, momentum=0.05),
+            SyncBatchNorm(c_out),
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,12 +174,13 @@ class Cell(nn.Module):
         if use_se:
             self.se = SE(channels)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        skip = self.skip(x)
+    def forward(self, s: torch.Tensor, temb: torch.Tensor | None = None) -> torch.Tensor:
+        x = s
         for i in range(self._num_nodes):
             x = self._ops[i](x)
+        x = x if temb is None else x + temb
         x = self.se(x) if self.use_se else x
-        return skip + 0.1 * x
+        return self.skip(s) + 0.1 * x
 
 
 class Tower(nn.Module):

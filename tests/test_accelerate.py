@@ -25,7 +25,7 @@ def tower(dtype: torch.dtype = torch.float32) -> Tower:
     model = Tower().to(dtype)
     with torch.no_grad():
         for part in model.modules():
-            if isinstance(part, nn.BatchNorm2d):
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
                 part.weight.normal_()
                 part.bias.normal_()
                 part.running_mean.normal_()
@@ -244,7 +244,7 @@ def altered(kind: str) -> tuple[nn.Module, str]:
     if kind == "gate":
         gate = SE(4)
         gate.se[1] = nn.ReLU6()
-        return gate, "Linear, ReLU, Linear, Sigmoid"
+        return gate, "Linear, ReLU or SiLU, Linear"
     if kind == "scale":
         cell = of(Cell, lambda m, x: m.skip(x) + 0.2 * m._ops[0](x))
         return cell([BNSwishConv(4, 4, 1)], nn.Identity(), 4, use_se=False), "the output would differ"

@@ -44,7 +44,7 @@ def altered(kind: str) -> Any:
     elif kind == "eps":
         layers[0] = nn.BatchNorm2d(12, eps=1e-3)
     elif kind == "statistics":
-        layers[4].track_running_stats = False
+        layers[4].bn.track_running_stats = False
     elif kind == "affine":
         layers[0] = nn.BatchNorm2d(12, affine=False)
     elif kind == "subclass":
@@ -126,19 +126,19 @@ def frozen(cell: Any) -> Callable[[], None]:
 
 
 def other_momentum(cell: Any) -> Callable[[], None]:
-    cell._ops[0].conv[4].momentum = None
-    return lambda: setattr(cell._ops[0].conv[4], "momentum", 0.05)
+    cell._ops[0].conv[4].bn.momentum = None
+    return lambda: setattr(cell._ops[0].conv[4].bn, "momentum", 0.05)
 
 
 def other_layer(cell: Any) -> Callable[[], None]:
-    layers, old = cell._ops[0].conv, cell._ops[0].conv[0]
-    layers[0] = Doubling(12)
-    layers[0].load_state_dict(old.state_dict())
-    return lambda: layers.__setitem__(0, old)
+    wrapper, old = cell._ops[0].conv[0], cell._ops[0].conv[0].bn
+    wrapper.bn = Doubling(12, momentum=old.momentum)
+    wrapper.bn.load_state_dict(old.state_dict())
+    return lambda: setattr(wrapper, "bn", old)
 
 
 def other_forward(cell: Any) -> Callable[[], None]:
-    norm = cell._ops[0].conv[4]
+    norm = cell._ops[0].conv[4].bn
     norm.forward = lambda x: 2 * type(norm).forward(norm, x)
     return lambda: norm.__dict__.pop("forward") and None
 

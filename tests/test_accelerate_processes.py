@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from foreign_cells import accelerated, counted, of_layers, plain_layers
-from foreign_model import Tower
+from foreign_model import Tower, local
 from harness import assert_close
 from torch import nn
 
@@ -18,13 +18,16 @@ import nvae_fast as nf
 SHARES = (slice(0, 3), slice(3, 8))
 
 
-def one_pass(part: slice) -> dict[str, torch.Tensor]:
-    """The encoder of the miniature, all of whose batch norms with swish are synchronised ones."""
+def one_pass(part: slice, place: int = 0) -> dict[str, torch.Tensor]:
+    """A cell of the miniature, all of whose batch norms are synchronised ones: ``place`` 2 runs in one call."""
     torch.manual_seed(1)
-    cell = nf.accelerate(Tower(8).double().enc[0]).train()
-    x, upstream = (torch.randn(8, 8, 6, 5, dtype=torch.float64)[part] for _ in range(2))
+    cell = nf.accelerate(Tower(8).double().enc[place]).train()
+    c = 8 if place == 0 else 16
+    x, upstream = (torch.randn(8, c, 6, 5, dtype=torch.float64)[part] for _ in range(2))
     x = (x * 3 + 20).requires_grad_()
-    y = cell(x)
+    with counted() as calls:
+        y = cell(x)
+    assert len(calls) == (place == 2)
     (y * upstream).sum().backward()
     gradients = {f"grad {name}": p.grad for name, p in cell.named_parameters()}
     return {"y": y.detach(), "grad x": x.grad, **gradients, **{n: b.clone() for n, b in cell.named_buffers()}}
@@ -54,7 +57,7 @@ def whole_cell(part: slice, synchronised: bool, group: object = None) -> dict[st
 
 def mixed_cell() -> str:
     """Two of four batch norms synchronised: not in one call."""
-    cell = nf.accelerate(Tower(8).double().enc[2]).train()
+    cell = nf.accelerate(local(Tower(8).double().enc[2])).train()
     with counted() as calls:
         cell(torch.randn(2, 16, 6, 5, dtype=torch.float64))
     assert not calls
@@ -67,6 +70,7 @@ def worker(rank: int, directory: str) -> None:
     alone = [dist.new_group([r]) for r in range(2)][rank]
     found = {
         "parts": one_pass(SHARES[rank]),
+        "family": one_pass(SHARES[rank], 2),
         "synchronised": whole_cell(SHARES[rank], True),
         "nothing here": whole_cell(slice(0, 8 * rank), True),
         "own group": whole_cell(SHARES[rank], True, alone),
@@ -84,10 +88,11 @@ def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(directory / f"{rank}.pt") for rank in range(2)]
 
 
-@pytest.mark.parametrize("which", ["parts", "synchronised", "nothing here"])
+@pytest.mark.parametrize("which", ["parts", "family", "synchronised", "nothing here"])
 def test_two_processes_are_one(which: str, both: list[dict[str, Any]]) -> None:
     first, second = both[0][which], both[1][which]
-    whole = one_pass(slice(None)) if which == "parts" else whole_cell(slice(None), True)
+    places = {"parts": 0, "family": 2}
+    whole = one_pass(slice(None), places[which]) if which in places else whole_cell(slice(None), True)
     largest = max(float(value.norm()) for name, value in whole.items() if name.startswith("grad"))
     for name, value in whole.items():
         if name in ("y", "grad x"):

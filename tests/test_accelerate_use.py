@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from foreign_cells import accelerated, assert_same, make, observe, of_layers, plain_layers
-from foreign_model import SE, Cell, Conv2D, InvertedResidual, SyncBatchNormSwish, Tower
+from foreign_model import SE, Cell, Conv2D, InvertedResidual, SyncBatchNormSwish, Tower, local
 from harness import assert_close
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -217,7 +217,7 @@ def test_functional_call_and_swapped_parameters() -> None:
 
 
 def test_distributed_data_parallel_wraps_it(tmp_path: Any) -> None:
-    theirs = make()
+    theirs = local(make())
     ours = accelerated(theirs)
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:

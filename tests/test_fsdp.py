@@ -32,7 +32,7 @@ def our_model() -> nn.Module:
 
 def their_model() -> nn.Module:
     torch.manual_seed(0)
-    return foreign_model.Tower().double()
+    return foreign_model.local(foreign_model.Tower().double())
 
 
 def shard(model: nn.Module, which: str, size: int) -> nn.Module:

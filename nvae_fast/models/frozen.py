@@ -27,7 +27,8 @@ from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.inverted_residual.conv1x1 import PackedMatrix
-from nvae_fast.ops.inverted_residual.eval import affine_of, depthwise_affine, fold
+from nvae_fast.ops.inverted_residual.eval import Running, affine_of, depthwise_affine, fold
+from nvae_fast.ops.inverted_residual.train import CellParameters
 from nvae_fast.ops.squeeze_excite import squeeze_excite, without_grad
 
 _MARK = "_nvae_fast_frozen"
@@ -36,10 +37,11 @@ _MARK = "_nvae_fast_frozen"
 def freeze(module: nn.Module) -> nn.Module:
     """Return an inference-only copy of ``module``.
 
-    In every part built from :mod:`nvae_fast.nn`: ``w = exp(log_weight_norm) weight / (||weight|| + 1e-5)`` is applied, batch
-    norms become ``scale x + shift`` with ``scale = weight / sqrt(running_var + eps)`` and are folded into the convolutions
-    beside them, and an inverted residual cell is one call. Everything else is copied. Outputs equal those of
-    ``module.eval()`` up to rounding, in the same shapes and dtypes.
+    In every part built from :mod:`nvae_fast.nn`, and in those that :func:`accelerate` has replaced, the weight
+    ``w = exp(log_weight_norm) weight / (||weight|| + 1e-5)`` is applied, batch norms become ``scale x + shift`` with
+    ``scale = weight / sqrt(running_var + eps)``, in cells folded into the convolutions beside them, and an inverted residual
+    cell is one call. Everything else is copied. Outputs equal those of ``module.eval()`` up to rounding, in the same shapes
+    and dtypes.
 
     The copy has no parameters, only buffers; ``train()``, ``load_state_dict()`` and inputs that require gradients raise
     RuntimeError. It can be copied, pickled, moved to another device or dtype, compiled and captured in a CUDA graph. Later
@@ -49,7 +51,7 @@ def freeze(module: nn.Module) -> nn.Module:
     NVAE (arXiv 2007.03898), section 3.1.1.
 
     Args:
-        module: a :class:`NVAE`, or any torch.nn.Module with parts from :mod:`nvae_fast.nn`. It is not changed.
+        module: a :class:`NVAE`, or any torch.nn.Module with such parts. It is not changed.
 
     Raises:
         TypeError: ``module`` is no torch.nn.Module.
@@ -202,9 +204,9 @@ class FrozenBatchNorm(FrozenModule):
     scale: torch.Tensor
     shift: torch.Tensor
 
-    def __init__(self, norm: BatchNormSwish) -> None:
+    def __init__(self, norm: Any, activation: str | None) -> None:
         super().__init__()
-        self.activation = norm.activation
+        self.activation = activation
         scale, shift = affine_of(norm.weight, norm.bias, (norm.running_mean, norm.running_var), norm.eps)
         self._keep(scale=scale, shift=shift)
 
@@ -241,16 +243,24 @@ class FrozenResidualCell(FrozenModule):
     shift: torch.Tensor
     project: torch.Tensor
     project_bias: torch.Tensor
+    residual_scale = RESIDUAL_SCALE
 
-    def __init__(self, cell: ResidualCell, skip: nn.Module | None) -> None:
+    def __init__(
+        self,
+        parameters: CellParameters,
+        running: Running,
+        *,
+        eps: float,
+        stride: int,
+        skip: nn.Module | None,
+        residual_scale: float = RESIDUAL_SCALE,
+    ) -> None:
         super().__init__()
-        op: Any = cell.ops[0]
-        parameters, running = op.cell_parameters(cell.se), op.running_statistics()
-        f = fold(parameters, running, eps=op.norm.eps, residual_scale=RESIDUAL_SCALE)
+        f = fold(parameters, running, eps=eps, residual_scale=residual_scale)
         self._keep(**f._asdict(), depthwise=parameters.depthwise)
         self._keep(**{name: getattr(parameters, name) for name in self.GATE})
-        self.gated = cell.se is not None
-        self.stride, self.upsample = op.depthwise.stride[0], 2 if op.upsample else 1
+        self.gated, self.residual_scale = parameters.reduce_weight is not None, residual_scale
+        self.stride, self.upsample = max(stride, 1), 2 if stride == -1 else 1
         self.skip = skip
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -267,7 +277,7 @@ class FrozenResidualCell(FrozenModule):
             h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
         )
         s = project(h)
-        return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
+        return skip + s if gate is None else without_grad(s, *gate, skip, self.residual_scale)[0]  # type: ignore[call-arg]
 
     def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:
         gate = tuple(getattr(self, name) for name in self.GATE) if self.gated else None
@@ -290,7 +300,7 @@ class FrozenResidualCell(FrozenModule):
         s = project(affine_activation(d, self.scale, self.shift, "swish"))
         if gate is None:
             return skip + s
-        return squeeze_excite(s, *gate, skip=skip, residual_scale=RESIDUAL_SCALE)
+        return squeeze_excite(s, *gate, skip=skip, residual_scale=self.residual_scale)
 
 
 def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | None:
@@ -299,16 +309,29 @@ def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | 
     if not isinstance(op, InvertedResidual) or not op.is_fusable(cell.se):
         return None
     skip = None if type(cell.skip) is nn.Identity else _converted(cell.skip, done)
-    return FrozenResidualCell(cell, skip)
+    return FrozenResidualCell(
+        op.cell_parameters(cell.se),
+        op.running_statistics(),
+        eps=op.norm.eps,
+        stride=-1 if op.upsample else op.depthwise.stride[0],
+        skip=skip,
+    )
 
 
 # The replacement of a module of exactly that class; None: its parts are frozen one by one.
 MAKERS: dict[type, Callable[..., nn.Module | None]] = {
     WeightNormConv2d: lambda conv, done: FrozenConv2d(conv),
-    BatchNormSwish: lambda norm, done: None if norm.running_mean is None else FrozenBatchNorm(norm),
+    BatchNormSwish: lambda norm, done: (
+        None if norm.running_mean is None else FrozenBatchNorm(norm, norm.activation)
+    ),
     ResidualCell: _frozen_cell,
     InvertedResidualCell: _frozen_cell,
 }
+
+
+# Functions ``(module, convert) -> done`` that freeze modules of other code bases in place; ``convert`` freezes a child.
+# nvae_fast.patching adds its own.
+FREEZERS: list[Callable[[nn.Module, Callable[[nn.Module], nn.Module]], bool]] = []
 
 
 WEIGHTED.add(FrozenConv2d)
@@ -322,6 +345,9 @@ def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     made = make(module, done) if make is not None and is_plain(module) else None
     if made is None:
         made = module
+        for freeze_part in FREEZERS:
+            if freeze_part(module, lambda child: _converted(child, done)):
+                break
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = _converted(child, done)

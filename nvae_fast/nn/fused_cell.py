@@ -24,8 +24,9 @@ def fused_cell(
     group: Any,
     early: int = 0,
     counted: Sequence[bool] | None = None,
+    residual_scale: float = RESIDUAL_SCALE,
 ) -> torch.Tensor:
-    """``skip + 0.1 * [se](s)`` in the mode of ``norms``, whose running statistics are used or updated.
+    """``skip + residual_scale * [se](s)`` in the mode of ``norms``, whose running statistics are used or updated.
 
     Args:
         x: (B, C_in, H, W); skip: (B, C_out, H', W').
@@ -35,15 +36,16 @@ def fused_cell(
         group: process group over which statistics are merged.
         early: how many of the batch norms see the map before it is upsampled.
         counted: for each batch norm, whether its batches are counted; None for all.
+        residual_scale: factor of the branch.
     """
     eps = norms[0].eps
     if not norms[0].training:
         running = [(norm.running_mean, norm.running_var) for norm in norms]
         return inverted_residual_cell_evaluation(
-            x, skip, parameters, running, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE
+            x, skip, parameters, running, stride=stride, eps=eps, residual_scale=residual_scale
         )
     y, seen = inverted_residual_cell(
-        x, skip, parameters, stride=stride, eps=eps, residual_scale=RESIDUAL_SCALE, group=group
+        x, skip, parameters, stride=stride, eps=eps, residual_scale=residual_scale, group=group
     )
     if early and stride == -1:  # the variance is unbiased by the number of pixels that each batch norm sees
         seen = tuple(s._replace(count=s.count / 4) if i < early else s for i, s in enumerate(seen))  # type: ignore[arg-type]

@@ -2,14 +2,16 @@
 
 ::
 
-    g = sigmoid( W2 relu( W1 mean_hw(x) + b1 ) + b2 )          (B, C)
+    g = gate( W2 activation( W1 mean_hw(x) + b1 ) + b2 )       (B, C); activation relu and gate sigmoid by default
     y = g x                                                    or  skip + residual_scale * g x
 
-NVAE (arXiv 2007.03898), section 3.1.1 and appendix A; Hu et al., arXiv 1709.01507.
+NVAE (arXiv 2007.03898), section 3.1.1 and appendix A; Hu et al., arXiv 1709.01507. SiLU and hard sigmoid are those of the
+EfficientNets (arXiv 1905.11946) and of MobileNetV3 (arXiv 1905.02244).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -18,28 +20,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nvae_fast.ops import _backend, _checks
+from nvae_fast.ops._activation import activation_derivative
 from nvae_fast.ops._layout import empty_map
-from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op, refuse_double_backward
 from nvae_fast.ops.inverted_residual.coefficients import gate_backward, gate_coefficients
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hardsigmoid": F.hardsigmoid}
 
 
 def squeeze_excite(
     x: Tensor,
     reduce_weight: Tensor,
-    reduce_bias: Tensor,
+    reduce_bias: Tensor | None,
     expand_weight: Tensor,
-    expand_bias: Tensor,
+    expand_bias: Tensor | None,
     *,
     skip: Tensor | None = None,
     residual_scale: float = 1.0,
+    activation: str = "relu",
+    gate: str = "sigmoid",
 ) -> Tensor:
     """Gate the channels of ``x``; formula in the module's docstring.
 
     Args:
         x: (B, C, H, W).
-        reduce_weight (R, C), reduce_bias (R,): W1, b1. expand_weight (C, R), expand_bias (C,): W2, b2.
+        reduce_weight (R, C), reduce_bias (R,): W1, b1. expand_weight (C, R), expand_bias (C,): W2, b2. A bias may be None.
         skip: (B, C, H, W) to add, or None.
         residual_scale: factor on the gated x; NVAE's residual cells use 0.1.
+        activation: of the hidden units: "relu" or "silu" (also called "swish").
+        gate: "sigmoid" or "hardsigmoid", ``clamp(t + 3, 0, 6) / 6``.
 
     Returns:
         (B, C, H, W) in the dtype of x (with a skip: the wider of the two). Differentiable in every tensor.
@@ -50,16 +60,27 @@ def squeeze_excite(
     op = "squeeze_excite"
     if not isinstance(residual_scale, (int, float)):
         raise TypeError(f"{op}: residual_scale must be a number, got {residual_scale!r}")
+    _checks.one_of(op, "activation", activation, tuple(HIDDEN))
+    _checks.one_of(op, "gate", gate, tuple(GATES))
     _checks.feature_map(op, "x", x)
     _checks.tensor(op, "reduce_weight", reduce_weight)
     channels, hidden = x.shape[1], reduce_weight.shape[0] if reduce_weight.dim() else 0
     _checks.shape(op, "reduce_weight", reduce_weight, (hidden, channels), x)
+    if reduce_bias is None:
+        reduce_bias = reduce_weight.new_zeros(hidden)
     _checks.shape(op, "reduce_bias", reduce_bias, (hidden,), x)
     _checks.shape(op, "expand_weight", expand_weight, (channels, hidden), x)
+    if expand_bias is None:
+        expand_bias = expand_weight.new_zeros(channels)
     _checks.shape(op, "expand_bias", expand_bias, (channels,), x)
     if skip is not None:
         _checks.shape(op, "skip", skip, x.shape, x)
-    return _op(x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, float(residual_scale))[0]
+    layers = (reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if activation == "relu" and gate == "sigmoid":
+        return _op(x, *layers, skip, float(residual_scale))[0]
+    if torch.compiler.is_compiling() or not _backend.fused(op, x.device):
+        return _formula(x, *layers, skip, float(residual_scale), activation, gate)[0]
+    return _Gated.apply(x, skip, float(residual_scale), activation, gate, *layers)
 
 
 def _reference(
@@ -67,12 +88,21 @@ def _reference(
     skip: Tensor | None, residual_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """y, and the pooled x (B, C), which the backward pass needs."""
+    return _formula(
+        x, reduce_weight, reduce_bias, expand_weight, expand_bias, skip, residual_scale, "relu", "sigmoid"
+    )
+
+
+def _formula(
+    x: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor, expand_bias: Tensor,
+    skip: Tensor | None, residual_scale: float, activation: str, gate: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc_dtype = _checks.accumulate_dtype(x.dtype)
     pooled = x.mean((2, 3), dtype=acc_dtype)
     with _no_autocast(x):
-        hidden = F.relu(F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
-        gate = torch.sigmoid(F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
-    y = x * gate
+        hidden = HIDDEN[activation](F.linear(pooled.to(reduce_weight.dtype), reduce_weight, reduce_bias))
+        factor = GATES[gate](F.linear(hidden, expand_weight, expand_bias)).to(x.dtype)[:, :, None, None]
+    y = x * factor
     if skip is not None:
         y = skip + residual_scale * y
     elif residual_scale != 1.0:
@@ -151,6 +181,63 @@ _op = define_op(
     saves={1: None},
     constant_outputs={1: None},
 )
+
+
+class _Gated(torch.autograd.Function):
+    """The same two passes with other activations, composed of operators."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, skip: Tensor | None, residual_scale: float, activation: str, gate: str, *layers: Tensor
+    ) -> Tensor:  # fmt: skip
+        ops = torch.ops.nvae_fast
+        with _no_autocast(x):
+            pooled = ops.channel_statistics(x, True)[0]
+            *_, factor = _small(pooled, _layers(pooled, *layers), activation, gate)
+            added = None if skip is None else skip.to(torch.promote_types(x.dtype, skip.dtype))
+            y: Tensor = ops.plane_affine(x, residual_scale * factor, added, None, None)
+        ctx.save_for_backward(x, pooled, *layers)
+        ctx.constants = (residual_scale, activation, gate, None if skip is None else skip.dtype)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        refuse_double_backward("squeeze_excite")
+        x, pooled, *layers = ctx.saved_tensors
+        residual_scale, activation, gate, skip_dtype = ctx.constants
+        ops, needs = torch.ops.nvae_fast, ctx.needs_input_grad
+        to_x = None
+        with torch.no_grad(), _no_autocast(x):
+            w1, b1, w2, b2 = _layers(pooled, *layers)
+            before, hidden, logits, factor = _small(pooled, (w1, b1, w2, b2), activation, gate)
+            to_gate = residual_scale * ops.plane_dots(grad, x, None)[1]
+            if gate == "sigmoid":
+                to_logits = to_gate * (factor * (1 - factor))
+            else:
+                to_logits = to_gate * ((logits > -3) & (logits < 3)) / 6
+            to_hidden = to_logits @ w2
+            if activation == "relu":
+                to_before = to_hidden * (before > 0)
+            else:
+                to_before = to_hidden * activation_derivative(before, "swish")
+            if needs[0]:
+                shift = (to_before @ w1) / max(x.shape[2] * x.shape[3], 1)
+                to_x = ops.plane_affine(grad, residual_scale * factor, None, None, shift).to(x.dtype)
+            of_layers = (to_before.t() @ pooled, to_before.sum(0), to_logits.t() @ hidden, to_logits.sum(0))
+        return (
+            to_x, grad.to(skip_dtype) if needs[1] else None, None, None, None,
+            *(value.to(like.dtype) for value, like in zip(of_layers, layers, strict=True)),
+        )  # fmt: skip
+
+
+def _small(pooled: Tensor, layers: Any, activation: str, gate: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Hidden units before and after the activation, logits and the gate."""
+    w1, b1, w2, b2 = layers
+    before = torch.addmm(b1, pooled, w1.t())
+    hidden = HIDDEN[activation](before)
+    logits = torch.addmm(b2, hidden, w2.t())
+    return before, hidden, logits, GATES[gate](logits)
+
 
 # y and what is saved for the backward pass, without gradients, where the kernels are; arguments are trusted.
 without_grad = _op.without_grad

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
-from nvae_fast.patching import cells
-from nvae_fast.patching.bound import BoundForward, bound_forward, remove
-from nvae_fast.patching.recognise import inspect_module
+from nvae_fast.models.frozen import FREEZERS
+from nvae_fast.patching import cells, wins
+from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.freezing import freeze_part
+from nvae_fast.patching.progress import Progress, one_thread
+from nvae_fast.patching.recognise import Comparisons
+from nvae_fast.patching.sample import measure_with
 
+FREEZERS.append(freeze_part)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -44,26 +49,36 @@ class AccelerationReport:
         return "\n".join(lines)
 
 
-def accelerate(model: Model, *, repair: bool = False) -> Model:
+def accelerate(
+    model: Model, *, repair: bool = False, sample_input: Any = None, progress: bool | None = None
+) -> Model:
     """Replace the forward of each recognised part of an NVAE-type model by one with this package's kernels.
 
     Recognised, by class name and attributes: batch norm with swish (``SyncBatchNormSwish`` and its like, statistics merged
-    over the process group where the name says Sync; ``BatchNormAct2d`` with SiLU; ``BatchNorm2d, SiLU`` inside a Sequential),
-    ``SE`` and squeeze-and-excitation as in torchvision and timm (two Linear or 1x1 convolutions with ReLU and Sigmoid),
-    depthwise ``Conv2d``, convolutions with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no
-    channel are not computed), and residual cells ``Cell``: ``skip(x) + 0.1 * [se](ops(x))``. A ``Cell`` whose layers are BN,
-    1x1, BN + swish, depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs
-    in one call (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts
-    are replaced.
+    over the process group where the name says Sync; timm's ``BatchNormAct2d`` with SiLU or without activation;
+    ``BatchNorm2d`` or ``SyncBatchNorm`` and SiLU inside a Sequential), squeeze-and-excitation (two Linear or 1x1 convolutions
+    with or without bias; ReLU or SiLU, Sigmoid or Hardsigmoid, as modules or functions), depthwise ``Conv2d``, convolutions
+    with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no channel are not computed), and
+    residual cells ``skip(x) + 0.1 * [se](ops(x))``. A cell, by whatever class name, whose layers are BN, 1x1, BN + swish,
+    depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in one call
+    (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are replaced.
 
-    Each part is first compared with its own forward on copies, in evaluation and training mode, in float32 (whole cells: in
-    float64 on the CPU): output, gradients, buffers, attributes. Where they differ it is left; :func:`acceleration_report`
-    says why. Parameters, buffers, state_dict keys, the types of modules, train/eval behaviour and hooks stay: only
-    ``forward`` of the instances is set. A part uses its own forward for inputs that are not (B, C, H, W) or empty, and while
-    a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its batch norms are not
-    all in one mode. A second call changes nothing. deepcopy and pickle keep it, bound to the copy; ``copy.copy`` of a module
-    does not (its forward is still that of the first): use deepcopy. Parts that FSDP2's ``fully_shard`` has sharded are left:
-    call accelerate first.
+    Each part is first compared with its own forward on copies, in evaluation and training mode, on one thread, in float32
+    (whole cells: in float64 on the CPU): output, gradients, buffers, attributes. Equal parts are compared once. Where they
+    differ a part is left; :func:`acceleration_report` says why. Parameters, buffers, state_dict keys, the types of modules,
+    train/eval behaviour, arguments and hooks stay: only ``forward`` of the instances is set.
+
+    A kernel runs where it is known to be faster than the part's own forward: by a table of measurements (the docstring of
+    ``benchmarks/parts.py`` says how it is made) for the device, the dtype, the memory format, the size, and whether a backward
+    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. On devices and in dtypes that the table
+    has not, the kernel always runs.
+
+    A part uses its own forward for inputs that are not (B, C, H, W) or empty, where an argument beside the input is not its
+    default, and while a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its
+    batch norms are not all in one mode. Programs of torch.export and torch.jit.trace hold the own forwards; torch.jit.script
+    needs :func:`restore` first. A second call changes nothing. deepcopy and pickle keep it, bound to the copy; ``copy.copy``
+    of a module does not (its forward is still that of the first): use deepcopy. :func:`freeze` makes an inference-only copy.
+    Parts that FSDP2's ``fully_shard`` has sharded are left: call accelerate first.
 
     With torch.distributed in use, synchronised batch norms are compared in evaluation mode only, so that nothing is
     communicated here; hooks inside a cell must then be the same on every process, since a cell communicates differently in
@@ -73,6 +88,10 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
         model: any module; other parts are never changed.
         repair: also replace a batch norm with swish whose own forward raises (as a synchronised one written for an older
             PyTorch may); it is compared with ``silu(batch_norm(x))`` instead.
+        sample_input: the input of ``model`` (a tuple: its arguments; a mapping: its keyword arguments), of a typical size.
+            Each part is measured with the input that it is given then, in evaluation and training mode, under the autocast and
+            with the threads in force; the model runs once, on a copy, in evaluation mode.
+        progress: show a line on stderr while parts are compared or measured; None: where stderr is a terminal.
 
     Returns:
         ``model``.
@@ -81,12 +100,37 @@ def accelerate(model: Model, *, repair: bool = False) -> Model:
         TypeError: ``model`` is not a torch.nn.Module.
     """
     _check("accelerate", model)
-    for part in _children_first(model, set()):
-        if bound_forward(part) is None:
-            verdict = inspect_module(part, repair)
-            if isinstance(verdict, BoundForward):
-                verdict.install()
+    replace(model, repair=repair, progress=progress, everywhere=sample_input is not None)
+    if sample_input is not None:
+        measure_with(model, sample_input, progress)
     return model
+
+
+def replace(
+    model: Model, *, repair: bool = False, progress: bool | None = None, everywhere: bool = False
+) -> Model:
+    """:func:`accelerate` without measuring. ``everywhere``: also where the kernel is never known to be faster."""
+    comparisons = Comparisons()
+    parts = list(_children_first(model, set()))
+    with one_thread(), Progress("accelerate: comparing parts", len(parts), progress) as line:
+        for part in parts:
+            line.advance()
+            if bound_forward(part) is None:
+                verdict = comparisons.inspect(part, repair)
+                if isinstance(verdict, BoundForward) and (everywhere or _slower(verdict) is None):
+                    verdict.install()
+    return model
+
+
+def _slower(bound: BoundForward) -> str | None:
+    """Return why ``bound`` would not run: on its device and in its dtype the kernel was never measured to be faster."""
+    tensor = next(iter((*bound.module.parameters(), *bound.module.buffers())), None)
+    if tensor is None:
+        return None
+    part, _ = bound.part or PARTS[bound.kind](bound.module, bound.settings)
+    if wins.ever(part, tensor.device.type, tensor.dtype):
+        return None
+    return f"{bound.kind}: PyTorch's own was measured to be faster for {part}; accelerate(model, sample_input=x) measures here"
 
 
 def _children_first(module: nn.Module, seen: set[int]) -> Iterator[nn.Module]:
@@ -106,6 +150,7 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
     """
     _check("acceleration_report", model)
     report = AccelerationReport([], [])
+    comparisons = Comparisons()
     within: dict[int, str] = {}  # module inside a whole cell -> name of the cell
     for name, part in model.named_modules():
         bound = bound_forward(part)
@@ -116,18 +161,21 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
                 obstacle = cells.obstacle(part, bound.settings["plan"])
                 note = "" if obstacle is None else f"for now part by part: {obstacle}"
                 if obstacle is None:
-                    within |= {id(inner): name for inner in cells.inside(part)}
+                    within |= {id(inner): name for inner in cells.inside(part, bound.settings["plan"].layout)}
             elif id(part) in within:
                 note = f"within {within[id(part)] or '(model)'}"
+            slow = [mode for mode, wins_here in bound.measured.items() if not wins_here]
+            if slow:
+                note = f"{note}; " if note else ""
+                note += f"its own forward in {' and '.join(slow)}, which was measured to be faster"
             if note:
                 report.notes.append((name, note))
         elif id(part) not in within:
-            verdict = inspect_module(part)
+            verdict = comparisons.inspect(part)
             if verdict is not None:
-                left = (
-                    verdict if isinstance(verdict, str) else f"{verdict.kind}: accelerate has not been called"
-                )
-                report.left.append((name, left))
+                if isinstance(verdict, BoundForward):
+                    verdict = _slower(verdict) or f"{verdict.kind}: accelerate has not been called"
+                report.left.append((name, verdict))
     return report
 
 

@@ -2,38 +2,171 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
+from types import CodeType
 from typing import Any
 
+import torch
 from torch import nn
 
-# kind -> forward(module, x, **settings). Filled by forwards.py.
+from nvae_fast import distributed
+from nvae_fast.patching import wins
+
+# kind -> forward(module, x, **settings). Filled by forwards.py, cells.py and freezing.py.
 FORWARDS: dict[str, Callable[..., Any]] = {}
+# kind -> (module, settings) -> name in the table of measurements ("" where the kernel always runs), whether it takes batch
+# statistics.
+PARTS: dict[str, Callable[..., tuple[str, bool]]] = {}
 _REPLICATE = "_replicate_for_data_parallel"
+_MISSING = object()
 
 
 class BoundForward:
     """A callable that runs the forward of ``kind`` on ``module``.
 
     An object and not a method: copy.deepcopy and pickle of the module make that of the copy bound to the copy (pickle cannot
-    do so for methods that the class does not have). ``note``: a remark for the report.
+    do so for methods that the class does not have). It takes the arguments of the module's own forward; where any but the
+    first is not its default, the own forward runs. So it does in a graph that torch.export or torch.jit.trace records, which
+    then needs no operators of this package.
+
+    Args:
+        module: the part.
+        kind: key of FORWARDS.
+        settings: keyword arguments of that forward.
+        note: a remark for the report.
+        always: whether the kernel runs also where it is not known to be faster, as in comparisons.
+        constants: attributes that the own forward sets to constants, and which are set here too: path of a module inside
+            the part -> name -> value.
     """
 
-    def __init__(self, module: nn.Module, kind: str, settings: dict[str, Any], note: str = "") -> None:
-        self.module, self.kind, self.settings, self.note = module, kind, settings, note
+    constants: Mapping[str, Mapping[str, Any]] = {}
+    parameters: dict[str, Any] | None = None  # of the own forward, and their defaults; read when needed
+    always = False
+    # The name of the part in the table of measurements, and whether it takes batch statistics; read when needed.
+    part: tuple[str, bool] | None = None
+    measured: Mapping[
+        str, bool
+    ] = {}  # mode -> whether the kernel is faster, where accelerate has measured it
 
-    def __call__(self, x: Any) -> Any:
+    def __init__(
+        self,
+        module: nn.Module,
+        kind: str,
+        settings: dict[str, Any],
+        note: str = "",
+        constants: Mapping[str, Mapping[str, Any]] | None = None,
+        always: bool = False,
+    ) -> None:
+        self.module, self.kind, self.settings, self.note = module, kind, settings, note
+        self.constants = {} if constants is None else constants
+        self.parameters = parameters_of(type(module))
+        self.always = always
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            x = args[0]
+        else:
+            x = self._only_input(args, kwargs)
+            if x is _MISSING:
+                return original(self.module, *args, **kwargs)
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():
+            return original(self.module, x)
+        if not self.always and not torch.compiler.is_compiling() and not self.pays(x):
+            return original(self.module, x)
+        if self.constants:
+            self._set_constants()
         return FORWARDS[self.kind](self.module, x, **self.settings)
+
+    def _only_input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The input, where every other argument has its default."""
+        if self.parameters is None:
+            self.parameters = parameters_of(type(self.module))
+        names = list(self.parameters)
+        if not names or len(args) > len(names):
+            return _MISSING
+        given = dict(zip(names, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given or name not in self.parameters:
+                return _MISSING
+            given[name] = value
+        for name, value in given.items():
+            default = self.parameters[name]
+            same = value is default or (type(value) in (bool, int, float, str) and value == default)
+            if name != names[0] and not same:
+                return _MISSING
+        return given.get(names[0], _MISSING)
+
+    def pays(self, x: Any) -> bool:
+        """Return whether the kernel is known to be faster for ``x``; for what kernels do not take, their forwards decide."""
+        if not isinstance(x, torch.Tensor) or x.dim() != 4:
+            return True
+        if self.part is None:
+            self.part = PARTS[self.kind](self.module, self.settings)
+        part, normalises = self.part
+        if not part:
+            return True
+        mode = wins.mode_of(self.module, x, normalises)
+        if normalises and mode == "training" and distributed.world_size() > 1:
+            return True  # batches may differ in size, and processes that merge statistics must decide alike
+        known = self.measured.get(mode)
+        return wins.wins(part, mode, x) if known is None else known
+
+    def _set_constants(self) -> None:
+        for path, values in self.constants.items():
+            owner = self.module
+            for name in path.split(".") if path else ():
+                owner = owner._modules[name]  # type: ignore[assignment]
+            for name, value in values.items():
+                setattr(owner, name, value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "parameters": None}  # defaults are compared by identity
+
+    # What torch.export and torch.jit.script read of a forward.
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self.module).forward.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        own = inspect.signature(type(self.module).forward)
+        return own.replace(parameters=list(own.parameters.values())[1:])
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        raise AttributeError(
+            "call nvae_fast.restore(model) before torch.jit.script, which compiles the source of forward: accelerate has "
+            "replaced that"
+        )
 
     def install(self) -> None:
         self.module.__dict__["forward"] = self
         self.module.__dict__[_REPLICATE] = _Replicate(self.module)
 
+    def on(self, module: nn.Module) -> BoundForward:
+        """The same forward, bound to ``module``."""
+        copy = BoundForward(module, self.kind, self.settings, self.note, self.constants, self.always)
+        copy.part, copy.measured = self.part, self.measured
+        return copy
+
     def installed_on(self, module: nn.Module) -> BoundForward:
         """Install the same forward on ``module``, bound to it."""
-        copy = BoundForward(module, self.kind, self.settings, self.note)
+        copy = self.on(module)
         copy.install()
         return copy
+
+
+def parameters_of(cls: type) -> dict[str, Any]:
+    """The parameters of the forward of ``cls`` after self, and their defaults."""
+    found: dict[str, Any] = {}
+    for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:  # type: ignore[attr-defined]
+        if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
+            found[parameter.name] = _MISSING if parameter.default is parameter.empty else parameter.default
+        elif parameter.kind is parameter.KEYWORD_ONLY:
+            return {}  # only the first argument is known
+    return found
 
 
 class _Replicate:
@@ -64,6 +197,6 @@ def remove(module: nn.Module) -> None:
             module.__dict__.pop(name, None)
 
 
-def original(module: nn.Module, x: Any) -> Any:
+def original(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run the forward of the class of ``module``."""
-    return type(module).forward(module, x)
+    return type(module).forward(module, *args, **kwargs)

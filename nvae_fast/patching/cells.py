@@ -16,46 +16,75 @@ from nvae_fast.nn.fused_cell import RESIDUAL_SCALE, fused_cell
 from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.inverted_residual.train import CellParameters, available
 from nvae_fast.ops.squeeze_excite import squeeze_excite
-from nvae_fast.patching.bound import FORWARDS, bound_forward
-from nvae_fast.patching.forwards import SQUEEZE_EXCITE, is_map, normalising, read_gate
-from nvae_fast.patching.plan import Plan, facts_of, forward_of, inside, waits_for_data
+from nvae_fast.patching.bound import FORWARDS, PARTS, bound_forward, original
+from nvae_fast.patching.forwards import SQUEEZE_EXCITE, gate_of, gate_part, is_map, normalising
+from nvae_fast.patching.plan import (
+    Layout,
+    Plan,
+    facts_of,
+    forward_of,
+    inside,
+    is_merged,
+    operations,
+    own_facts,
+    same_type,
+    waits_for_data,
+)
 
 RESIDUAL_CELL = "residual cell"
 WHOLE_CELL = "whole inverted residual cell"
+_USUAL = Layout("skip", ("_ops",), "se")
 
 
-def _residual_cell(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return _by_parts(module, x, module.skip(x))
+def _layout(cell: Any, known: Layout) -> Layout:
+    """``known``, without the gate that ``cell`` does not use now."""
+    return known._replace(gate=None) if not getattr(cell, "use_se", True) else known
 
 
-def _by_parts(module: Any, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
+def _residual_cell(module: Any, x: torch.Tensor, *, layout: Layout = _USUAL) -> torch.Tensor:
+    return _by_parts(module, x, None, _layout(module, layout), RESIDUAL_SCALE)
+
+
+def _by_parts(
+    module: Any, x: torch.Tensor, skip: torch.Tensor | None, layout: Layout, scale: float
+) -> torch.Tensor:
+    """``skip``: its value if it has been computed."""
     s = x
-    for i in range(module._num_nodes):
-        s = module._ops[i](s)
-    if module.use_se:
-        se = module.se
-        bound = bound_forward(se)
-        known = bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(se)
-        layers = read_gate(se) if known and is_map(s) and skip.shape == s.shape else ""
-        if not isinstance(layers, str):
-            return squeeze_excite(s, *layers, skip=skip, residual_scale=RESIDUAL_SCALE)
-        s = se(s)
-    return torch.add(skip, s, alpha=RESIDUAL_SCALE)
+    for operation in operations(module, layout):
+        s = operation(s)
+    if layout.gate is not None:
+        gate = module._modules[layout.gate]
+        bound = bound_forward(gate)
+        if bound is not None and bound.kind == SQUEEZE_EXCITE and not has_hooks(gate) and is_map(s):
+            layers = gate_of(gate, **bound.settings)
+            if layers is not None:
+                skip = module._modules[layout.skip](x) if skip is None else skip
+                if skip.shape == s.shape:
+                    return squeeze_excite(s, *layers[:4], skip=skip, residual_scale=scale, **bound.settings)
+        s = gate(s)
+    if skip is None:
+        skip = module._modules[layout.skip](x)
+    return torch.add(skip, s, alpha=scale)
 
 
 def _whole_cell(
     module: Any, x: torch.Tensor, *, plan: Plan, sets: tuple[tuple[str, ...], ...], strict: bool = False
 ) -> torch.Tensor:
     """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise, do not run the parts."""
-    skip = module.skip(x)
-    modules = inside(module)
+    layout = _layout(module, plan.layout)
+    if own_facts(module) != plan.own and plan.own:
+        return original(module, x)
+    modules = inside(module, layout)
+    skip: Any = None
     why = _obstacle(module, modules, plan)
-    if why is None and not _takes(modules, plan, x, skip, strict):
-        why = "the kernels do not accept its tensors"
+    if why is None:
+        skip = module._modules[layout.skip](x)
+        if not _takes(modules, plan, x, skip, strict):
+            why = "the kernels do not accept its tensors"
     if why is not None:
         if strict:
             raise RuntimeError(why)
-        return _by_parts(module, x, skip)
+        return _by_parts(module, x, skip, layout, plan.scale)
     for place, names in zip(plan.convolutions, sets, strict=True):
         for name in names:
             setattr(modules[place], name, modules[place].weight)
@@ -67,7 +96,9 @@ def _whole_cell(
 
 def obstacle(cell: Any, plan: Plan) -> str | None:
     """Return why ``cell``, once compared, cannot run in one call now; None when it can."""
-    return _obstacle(cell, inside(cell), plan)
+    if own_facts(cell) != plan.own and plan.own:
+        return "its attributes are no longer those that were compared"
+    return _obstacle(cell, inside(cell, _layout(cell, plan.layout)), plan)
 
 
 def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
@@ -77,7 +108,7 @@ def _obstacle(cell: Any, modules: list[Any], plan: Plan) -> str | None:
         return "its layers are no longer those that were compared"
     for i, (kind, forward) in enumerate(plan.types):
         module = modules[i]
-        if type(modules[i]) is not kind or forward_of(module) != forward:
+        if not same_type(module, kind) or forward_of(module) != forward:
             return "its layers are no longer those that were compared"
         if has_hooks(module):
             name = next((name for name, m in cell.named_modules() if m is module), "")
@@ -118,8 +149,11 @@ def _groups(modules: list[Any], plan: Plan) -> list[Any]:
     if distributed.world_size() == 1:
         return [None]
     found: list[Any] = []
-    for place, merged, _ in plan.norms:
-        group = getattr(modules[place], "process_group", None) if merged else distributed.SINGLE_PROCESS
+    for norm in plan.norms:
+        module = modules[norm.place]
+        group = (
+            getattr(module, "process_group", None) if is_merged(module, norm) else distributed.SINGLE_PROCESS
+        )
         if distributed.world_size(group) == 1:
             group = distributed.SINGLE_PROCESS
         elif group is None:
@@ -166,14 +200,38 @@ def _takes(modules: list[Any], plan: Plan, x: Any, skip: Any, strict: bool) -> b
 def _together(modules: list[Any], plan: Plan, x: torch.Tensor, skip: torch.Tensor) -> torch.Tensor:
     n0, n1, n2, n3 = norms = [modules[norm.place] for norm in plan.norms]
     expand, depthwise, project = (modules[place].weight for place in plan.convolutions)
-    gate = [t for place in plan.gate for t in (modules[place].weight.flatten(1), modules[place].bias)]
+    gate = gate_layers(modules, plan)
     parameters = CellParameters(
         n0.weight, n0.bias, expand, n1.weight, n1.bias, depthwise, n2.weight, n2.bias, project, n3.weight, n3.bias, *gate
     )  # fmt: skip
     return fused_cell(
         x, skip, parameters, norms, stride=plan.stride, group=_groups(modules, plan)[0] if n0.training else None,
-        early=plan.early, counted=[norm.counts for norm in plan.norms],
+        early=plan.early, counted=[norm.counts for norm in plan.norms], residual_scale=plan.scale,
     )  # fmt: skip
 
 
+def gate_layers(modules: list[Any], plan: Plan) -> list[torch.Tensor]:
+    """Weights and biases of the two layers of the gate, if there is one."""
+    return [t for place in plan.gate for t in _layer(modules[place])]
+
+
+def _layer(layer: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and bias of a layer of the gate; zeros where it has no bias."""
+    weight, bias = layer.weight.flatten(1), layer.bias
+    return weight, weight.new_zeros(weight.shape[0]) if bias is None else bias
+
+
 FORWARDS.update({RESIDUAL_CELL: _residual_cell, WHOLE_CELL: _whole_cell})
+
+
+def _residual_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    gate = module._modules.get(settings.get("layout", _USUAL).gate or "")
+    bound = None if gate is None or not getattr(module, "use_se", True) else bound_forward(gate)
+    return RESIDUAL_CELL if bound is None else f"{RESIDUAL_CELL}, {gate_part(bound.settings)}", False
+
+
+def _whole_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    return f"{WHOLE_CELL}, stride {settings['plan'].stride}", True
+
+
+PARTS.update({RESIDUAL_CELL: _residual_part, WHOLE_CELL: _whole_part})

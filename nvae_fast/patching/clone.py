@@ -10,15 +10,15 @@ from torch import nn
 
 from nvae_fast.patching.bound import OURS, bound_forward
 
-Place = tuple[torch.dtype, torch.device | None]
+Place = tuple[torch.dtype | None, torch.device | None]
 
 
 def clone(
-    module: nn.Module, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    module: nn.Module, dtype: torch.dtype | None = torch.float32, device: torch.device | None = None
 ) -> nn.Module:
     """Return a copy of ``module`` with its own parameters and buffers, without hooks.
 
-    They are in ``dtype`` and on ``device`` (None: the same). Forwards of ours are bound to the copy. copy.deepcopy would
+    They are in ``dtype`` and on ``device`` (None: their own). Forwards of ours are bound to the copy. copy.deepcopy would
     refuse tensors with a graph that forward left in the module (a normalised weight), and copy hooks.
     """
     return _module(module, {}, (dtype, device))
@@ -46,7 +46,8 @@ def _value(value: Any, memo: dict[int, Any], place: Place) -> Any:
         return _module(value, memo, place)
     if isinstance(value, torch.Tensor):
         new = value.detach().clone(memory_format=torch.contiguous_format)
-        new = new.to(place[1], place[0] if new.is_floating_point() else new.dtype)
+        floating = new.is_floating_point() and place[0] is not None
+        new = new.to(place[1], place[0] if floating else new.dtype)
         if isinstance(value, nn.Parameter):
             new = nn.Parameter(new, requires_grad=value.requires_grad)
     elif isinstance(value, dict):

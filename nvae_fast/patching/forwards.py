@@ -6,7 +6,7 @@ submodule that the kernel would not call has hooks: results and side effects nev
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
-from nvae_fast.patching.bound import FORWARDS, original
+from nvae_fast.patching.bound import FORWARDS, PARTS, original
 from nvae_fast.patching.taps import live_taps
 
 # The kinds of parts, as the report names them.
 BATCH_NORM = "batch norm + swish"
+BATCH_NORM_ONLY = "batch norm"
 SEQUENTIAL = "batch norm + SiLU in a Sequential"
 SQUEEZE_EXCITE = "squeeze and excitation"
 DEPTHWISE = "depthwise convolution"
@@ -85,8 +86,9 @@ def _batch_norm_swish(
     return batch_norm(module, x, activation, merged=merged, counts=counts)
 
 
-def _has_type(value: Any, kind: type) -> bool:
-    return type(value) is kind
+def is_plain_norm(module: Any) -> bool:
+    """Return whether ``module`` is a batch norm of PyTorch's, which convert_sync_batchnorm may have exchanged."""
+    return type(module) in (nn.BatchNorm2d, nn.SyncBatchNorm)
 
 
 def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
@@ -97,48 +99,66 @@ def _sequential(module: Any, x: Any, *, pairs: dict[int, type]) -> Any:
             skip_next = False
             continue
         after: Any = children[i + 1] if i + 1 < len(children) else None
-        as_verified = i in pairs and type(child) is nn.BatchNorm2d and _has_type(after, pairs[i])
-        fits = (
-            as_verified and is_map(x) and x.numel() and normalising(child) is None and not watched(child, after)
-        )  # fmt: skip
-        if fits:
-            x = batch_norm(child, x, "swish", merged=False, counts=child.num_batches_tracked is not None)
-            skip_next = True
-        else:
-            x = child(x)
+        kind: Any = type(after)
+        if i in pairs and is_plain_norm(child) and kind is pairs[i]:
+            merged = type(child) is nn.SyncBatchNorm
+            several = merged and distributed.world_size(child.process_group) > 1
+            known = normalising(child) is None and not watched(child, after)
+            if known and is_map(x) and (x.numel() or several):
+                x = batch_norm(child, x, "swish", merged=merged, counts=child.num_batches_tracked is not None)
+                skip_next = True
+                continue
+        x = child(x)
     return x
 
 
 # Squeeze and excitation
 
+# The activations of a gate by the names of their classes (some libraries have their own).
+_HIDDEN = {"ReLU": "relu", "SiLU": "silu", "Swish": "silu"}
+_GATES = {"Sigmoid": "sigmoid", "Hardsigmoid": "hardsigmoid", "HardSigmoid": "hardsigmoid"}
+ACTIVATIONS = (("relu", "sigmoid"), ("silu", "sigmoid"), ("relu", "hardsigmoid"), ("silu", "hardsigmoid"))
 
-def read_gate(gate: nn.Module) -> tuple[torch.Tensor, ...] | str:
-    """Return weights and biases of the two layers of a squeeze-and-excitation, or as a string why there are none.
 
-    The modules must be Linear or 1x1 convolution with bias, ReLU, the same again and Sigmoid, in the order of their
-    construction, with or without a mean over pixels.
+class Gate(NamedTuple):
+    """Weights and biases of the two layers of a squeeze-and-excitation, and its activations (None: not modules)."""
+
+    reduce_weight: torch.Tensor
+    reduce_bias: torch.Tensor | None
+    expand_weight: torch.Tensor
+    expand_bias: torch.Tensor | None
+    activation: str | None
+    gate: str | None
+
+
+def read_gate(module: nn.Module) -> Gate | str:
+    """Return the layers of a squeeze-and-excitation, or as a string why there are none.
+
+    The modules must be two of Linear or 1x1 convolution, in the order of their construction, with or without modules for the
+    mean over pixels, the activation (ReLU or SiLU) and the gate (Sigmoid or Hardsigmoid).
     """
-    wanted = "the kernel has Linear, ReLU, Linear, Sigmoid"
+    wanted = "the kernel has Linear, ReLU or SiLU, Linear, Sigmoid or Hardsigmoid"
     dense: list[Any] = []
-    others: list[str] = []
-    for name, part in gate.named_modules():
-        if part is not gate and watched(part):
+    activation = gate = None
+    for name, part in module.named_modules():
+        if part is not module and watched(part):
             return f"{name} inside has hooks or a forward of its own"
-        if part._modules or type(part) is nn.Identity:
+        if (part._modules and name) or part is module or type(part) is nn.Identity:
             continue
+        kind = type(part).__name__
         if type(part) is nn.Linear or _is_pointwise(part):
             dense.append(part)
-        elif type(part).__name__ in ("ReLU", "Sigmoid"):  # by name: some libraries have their own
-            others.append(type(part).__name__)
+        elif kind in _HIDDEN and activation is None:
+            activation = _HIDDEN[kind]
+        elif kind in _GATES and gate is None:
+            gate = _GATES[kind]
         elif type(part) is not nn.AdaptiveAvgPool2d:
-            return f"{type(part).__name__} inside: {wanted}"
-    if len(dense) != 2 or sorted(others) != ["ReLU", "Sigmoid"]:
-        found = ", ".join(type(part).__name__ for part in gate.modules() if not part._modules)
+            return f"{kind} inside: {wanted}"
+    if len(dense) != 2:
+        found = ", ".join(type(part).__name__ for part in module.modules() if not part._modules)
         return f"its layers are {found}: {wanted}"
-    if any(layer.bias is None for layer in dense):
-        return "one of its layers has no bias"
     first, second = dense
-    return first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias
+    return Gate(first.weight.flatten(1), first.bias, second.weight.flatten(1), second.bias, activation, gate)
 
 
 def _is_pointwise(conv: Any) -> bool:
@@ -146,9 +166,21 @@ def _is_pointwise(conv: Any) -> bool:
     return plain and conv.stride == (1, 1) and conv.padding in ((0, 0), "same", "valid")
 
 
-def _squeeze_excite(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    layers = read_gate(module) if is_map(x) else ""
-    return original(module, x) if isinstance(layers, str) else squeeze_excite(x, *layers)
+def gate_of(module: Any, activation: str, gate: str) -> Gate | None:
+    """The layers of ``module`` while they are as they were compared."""
+    found = read_gate(module)
+    if isinstance(found, str) or (found.activation or activation, found.gate or gate) != (activation, gate):
+        return None
+    return found
+
+
+def _squeeze_excite(
+    module: nn.Module, x: torch.Tensor, *, activation: str = "relu", gate: str = "sigmoid"
+) -> torch.Tensor:
+    layers = gate_of(module, activation, gate) if is_map(x) else None
+    if layers is None:
+        return original(module, x)
+    return squeeze_excite(x, *layers[:4], activation=activation, gate=gate)
 
 
 # Convolutions
@@ -218,10 +250,48 @@ def _norm_convolution(module: Any, x: torch.Tensor, *, sets: tuple[str, ...]) ->
 
 FORWARDS.update({
     BATCH_NORM: _batch_norm_swish,
+    BATCH_NORM_ONLY: _batch_norm_swish,
     SEQUENTIAL: _sequential,
     SQUEEZE_EXCITE: _squeeze_excite,
     DEPTHWISE: _depthwise,
     DEPTHWISE_PLAIN: _norm_convolution,
     DEPTHWISE_NORM: _norm_convolution,
     WEIGHT_NORM: _norm_convolution,
+})  # fmt: skip
+
+
+# Names in the table of measurements.
+
+
+def _norm_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    if settings["activation"] is None:
+        return BATCH_NORM_ONLY, True
+    act = getattr(module, "act", None)
+    return SEQUENTIAL if isinstance(act, nn.Module) and is_swish(act) else BATCH_NORM, True
+
+
+def gate_part(settings: dict[str, Any]) -> str:
+    return f"{SQUEEZE_EXCITE}: {settings.get('activation', 'relu')}, {settings.get('gate', 'sigmoid')}"
+
+
+def _convolution_part(module: Any, settings: dict[str, Any]) -> tuple[str, bool]:
+    size, stride = module.weight.shape[2], (pair(module.stride) or (1, 1))[0]
+    if not is_depthwise(module, module.weight):
+        # Of a strided 1x1 convolution PyTorch's own may crash: see _convolve.
+        return "" if size == 1 and stride != 1 else f"{WEIGHT_NORM} {size}x{size}", False
+    masked = "masked " if isinstance(getattr(module, "mask", None), torch.Tensor) else ""
+    normed = " with weight norm" if getattr(module, "log_weight_norm", None) is not None else ""
+    dilated = "" if pair(module.dilation) == (1, 1) else ", dilated"
+    return f"{masked}depthwise {size}x{size}, stride {stride}{dilated}{normed}", False
+
+
+PARTS.update({
+    BATCH_NORM: _norm_part,
+    BATCH_NORM_ONLY: _norm_part,
+    SEQUENTIAL: lambda module, settings: (SEQUENTIAL, True),
+    SQUEEZE_EXCITE: lambda module, settings: (gate_part(settings), False),
+    DEPTHWISE: _convolution_part,
+    DEPTHWISE_PLAIN: _convolution_part,
+    DEPTHWISE_NORM: _convolution_part,
+    WEIGHT_NORM: _convolution_part,
 })  # fmt: skip

@@ -15,18 +15,30 @@ from torch import nn
 from nvae_fast.patching.bound import bound_forward
 from nvae_fast.patching.forwards import (
     BATCH_NORM,
+    BATCH_NORM_ONLY,
     SQUEEZE_EXCITE,
+    is_plain_norm,
     is_swish,
     pair,
     read_gate,
     why_not_depthwise,
 )
 
+NORMS = (BATCH_NORM, BATCH_NORM_ONLY)
+
 
 class Norm(NamedTuple):
     place: int  # in inside(cell)
     merged: bool  # statistics over the process group
     counts: bool  # num_batches_tracked
+
+
+class Layout(NamedTuple):
+    """The names of the children of a cell ``skip(x) + scale * [gate](branch(x))``."""
+
+    skip: str
+    branch: tuple[str, ...]  # one after another; of a ModuleList, its modules
+    gate: str | None
 
 
 class Plan(NamedTuple):
@@ -39,15 +51,66 @@ class Plan(NamedTuple):
     facts: tuple[Any, ...]
     stride: int
     early: int
+    layout: Layout = Layout("skip", ("_ops",), "se")
+    scale: float = 0.1
+    own: tuple[tuple[str, Any], ...] = ()  # numbers and strings among the attributes of the cell
 
 
-def inside(cell: Any) -> list[Any]:
+_SKIP = ("skip", "shortcut", "identity")
+
+
+def layout_of(cell: Any) -> Layout | str:
+    """Return the children of ``cell`` by what they do, or why it is no residual cell."""
+    children = [name for name, child in cell._modules.items() if child is not None]
+    skips = [name for name in children if any(word in name.lower() for word in _SKIP)]
+    if len(skips) != 1:
+        return "it has no module whose name says skip or shortcut, or several"
+    gates = []
+    for name in children:
+        bound = bound_forward(cell._modules[name])
+        if name == "se" or (bound is not None and bound.kind == SQUEEZE_EXCITE):
+            gates.append(name)
+    if len(gates) > 1:
+        return f"it has the gates {', '.join(gates)}"
+    branch = tuple(name for name in children if name not in (*skips, *gates))
+    if not branch:
+        return "it has no modules beside its skip"
+    used = gates and getattr(cell, "use_se", True)
+    return Layout(skips[0], branch, gates[0] if used else None)
+
+
+def own_facts(cell: Any) -> tuple[tuple[str, Any], ...]:
+    """The numbers and strings among the attributes that the forward of ``cell`` may read."""
+    code = getattr(type(cell).forward, "__code__", None)
+    return tuple(
+        (name, value)
+        for name, value in cell.__dict__.items()
+        if type(value) in (bool, int, float, str)
+        and name != "training"
+        and (code is None or name in code.co_names)
+    )
+
+
+def operations(cell: Any, layout: Layout) -> Iterator[Any]:
+    """The modules of the branch that the forward of the cell calls, in order."""
+    for name in layout.branch:
+        child = cell._modules[name]
+        if isinstance(child, nn.ModuleList):
+            yield from child
+        else:
+            yield child
+
+
+def inside(cell: Any, layout: Layout) -> list[Any]:
     """The modules that the whole cell does not call, in order; a module that is used twice comes twice."""
     found: list[Any] = []
-    _walk(cell._ops, found)
-    if cell.use_se:
-        found.append(cell.se)
-        _walk(cell.se, found)
+    for name in layout.branch:
+        if not isinstance(cell._modules[name], nn.ModuleList):
+            found.append(cell._modules[name])
+        _walk(cell._modules[name], found)
+    if layout.gate is not None:
+        found.append(cell._modules[layout.gate])
+        _walk(cell._modules[layout.gate], found)
     return found
 
 
@@ -83,14 +146,24 @@ def waits_for_data(conv: Any) -> bool:
     return bool(getattr(conv, "data_init", False)) and not getattr(conv, "init_done", True)
 
 
-def read(cell: Any) -> Plan | str:
+def same_type(module: Any, kind: type) -> bool:
+    """Return whether ``module`` is of the type that was compared; convert_sync_batchnorm may have come between."""
+    return type(module) is kind or (is_plain_norm(module) and kind in (nn.BatchNorm2d, nn.SyncBatchNorm))
+
+
+def is_merged(module: Any, norm: Norm) -> bool:
+    """Return whether ``module`` takes its statistics over the process group."""
+    return type(module) is nn.SyncBatchNorm if is_plain_norm(module) else norm.merged
+
+
+def read(cell: Any, layout: Layout) -> Plan | str:
     """Return the plan of ``cell``, or why it has none."""
-    modules = inside(cell)
+    modules = inside(cell, layout)
     place = {id(module): i for i, module in enumerate(modules)}
     norms: list[Norm] = []
     convolutions: list[Any] = []
     order, early, upsampled = "", 0, False
-    for leaf in _leaves(cell._ops):
+    for leaf in (leaf for op in operations(cell, layout) for leaf in _leaves(op)):
         norm = _norm_of(leaf, place[id(leaf)])
         if norm is not None:
             norms.append(norm[0])
@@ -117,39 +190,46 @@ def read(cell: Any) -> Plan | str:
     if upsampled and stride != 1:
         return f"it upsamples and has stride {stride}"
     gate: tuple[int, ...] = ()
-    if cell.use_se:
-        bound = bound_forward(cell.se)
+    if layout.gate is not None:
+        squeeze = cell._modules[layout.gate]
+        bound = bound_forward(squeeze)
         if bound is None or bound.kind != SQUEEZE_EXCITE:
-            return "se is not replaced"
-        layers = read_gate(cell.se)
+            return f"{layout.gate} is not replaced"
+        layers = read_gate(squeeze)
         if isinstance(layers, str):
-            return f"se: {layers}"
-        gate = tuple(i for i, m in enumerate(modules) if i > place[id(cell.se)] and "weight" in m._parameters)
+            return f"{layout.gate}: {layers}"
+        used = (bound.settings.get("activation", "relu"), bound.settings.get("gate", "sigmoid"))
+        if used != ("relu", "sigmoid"):
+            return f"{layout.gate} has {used[0]} and {used[1]}, not relu and sigmoid"
+        gate = tuple(i for i, m in enumerate(modules) if i > place[id(squeeze)] and "weight" in m._parameters)
     return Plan(
         tuple((type(m), forward_of(m)) for m in modules), tuple(norms), tuple(place[id(c)] for c in convolutions), gate,
-        facts_of(convolutions), -1 if upsampled else stride, early,
+        facts_of(convolutions), -1 if upsampled else stride, early, layout, own=own_facts(cell),
     )  # fmt: skip
 
 
 def _leaves(module: nn.Module) -> Iterator[Any]:
+    """The layers of ``module``, which may be one itself."""
+    if type(module) is nn.Identity:
+        return
+    if not module._modules or forward_of(module) in NORMS:
+        yield module
+        return
     for child in module._modules.values():
-        if child is None or type(child) is nn.Identity:
-            continue
-        if child._modules and forward_of(child) != BATCH_NORM:
+        if child is not None:
             yield from _leaves(child)
-        else:
-            yield child
 
 
 def _norm_of(leaf: Any, place: int) -> tuple[Norm, str] | None:
     """The batch norm, and "S" or "B": with or without swish; None for another layer."""
     bound = bound_forward(leaf)
-    if bound is not None and bound.kind == BATCH_NORM:
+    if bound is not None and bound.kind in NORMS:
         known = bound.settings
         return Norm(place, known["merged"], known["counts"]), "B" if known["activation"] is None else "S"
-    if bound is None and type(leaf) in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    inherits = type(leaf).forward in (nn.BatchNorm2d.forward, nn.SyncBatchNorm.forward)
+    if bound is None and inherits and isinstance(leaf, (nn.BatchNorm2d, nn.SyncBatchNorm)):
         counts = leaf.num_batches_tracked is not None
-        return Norm(place, type(leaf) is nn.SyncBatchNorm, counts), "B"
+        return Norm(place, isinstance(leaf, nn.SyncBatchNorm), counts), "B"
     return None
 
 

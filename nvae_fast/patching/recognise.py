@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from itertools import pairwise
 from typing import Any
@@ -10,22 +11,39 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
 from nvae_fast.patching import cells, forwards
-from nvae_fast.patching.bound import BoundForward, bound_forward
+from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward
 from nvae_fast.patching.clone import clone
-from nvae_fast.patching.plan import read
+from nvae_fast.patching.plan import Layout, layout_of, read
+from nvae_fast.patching.signature import signature
 from nvae_fast.patching.verify import disagreement, undisturbed
 
 Verdict = BoundForward | str | None  # its replacement; why it is left; not a recognised part
 
 
+class Comparisons:
+    """Verdicts about the parts of a model by their signatures: equal parts are compared once."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Verdict] = {}
+
+    def inspect(self, module: nn.Module, repair: bool = False) -> Verdict:
+        """:func:`inspect_module`, or the same verdict as about an equal part."""
+        if not _fitting(module):
+            return None
+        key = signature(module)
+        if key not in self._found:
+            self._found[key] = inspect_module(module, repair)
+        known = self._found[key]
+        if isinstance(known, BoundForward) and known.module is not module:
+            return known.on(module)
+        return known
+
+
 def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
     """Decide about ``module``. Its children must come first: a residual cell depends on what its gate was found to be."""
-    if _class(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
-        return None
-    for fits, judge in _KINDS:
-        if not fits(module):
-            continue
+    for _, judge in _fitting(module):
         foreign = [
             name
             for name, part in module.named_modules()
@@ -39,8 +57,36 @@ def inspect_module(module: nn.Module, repair: bool = False) -> Verdict:
                 return f"{name} is a DTensor, of which each process holds a part: call accelerate before fully_shard"
             if hasattr(tensor, "__tensor_flatten__"):
                 return f"{name} is a {type(tensor).__name__}, not a plain tensor"
-        return judge(module, repair)
+        more = _more_inputs(module)
+        if more:
+            return f"its forward takes {', '.join(more)} without defaults: the kernel has one input"
+        # Reading a parametrised weight may change buffers: spectral norm takes a step of its power iteration.
+        subject = clone(module, None) if _is_parametrized(module) else module
+        found = judge(subject, repair)
+        if isinstance(found, BoundForward):
+            found.part = PARTS[found.kind](subject, found.settings)
+            return found if subject is module else found.on(module)
+        return found
     return None
+
+
+def _fitting(module: nn.Module) -> list[Any]:
+    """The first of the kinds that ``module`` looks like, in a list."""
+    if _class(module).__module__.split(".")[0] == "nvae_fast" or isinstance(module, torch.jit.ScriptModule):
+        return []
+    subject = clone(module, None) if "parametrizations" in module._modules else module
+    return [kind for kind in _KINDS if kind[0](subject)][:1]
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return any("parametrizations" in part._modules for part in module.modules())
+
+
+def _more_inputs(module: nn.Module) -> list[str]:
+    """The parameters of the forward of ``module`` after the first that have no default."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[2:]
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if p.default is p.empty]
 
 
 def _class(module: nn.Module) -> type:
@@ -65,7 +111,10 @@ def _confirmed(module: nn.Module, kind: str, settings: dict[str, Any], *args: An
 def _fits_batch_norm(module: nn.Module) -> bool:
     name = _name(module)
     known = re.fullmatch(r"(Sync)?BatchNorm(2d)?_?(Swish|SiLU)", name) is not None
-    return known or (name == "BatchNormAct2d" and hasattr(module, "act"))
+    return known or (name in _WITH_ACT and hasattr(module, "act"))
+
+
+_WITH_ACT = ("BatchNormAct2d", "SyncBatchNormAct")  # timm's names
 
 
 def _definition(module: Any, x: torch.Tensor) -> torch.Tensor:
@@ -81,19 +130,21 @@ def _judge_batch_norm(module: Any, repair: bool) -> Verdict:
     if reason is not None:
         return reason
     activation: str | None = "swish"
-    if _name(module) == "BatchNormAct2d":
+    if _name(module) in _WITH_ACT:
         act = module.act
         if not (forwards.is_swish(act) or type(act) is nn.Identity):
             return f"its activation is {_name(act)}, not SiLU"
         activation = None if type(act) is nn.Identity else "swish"
+    kind = forwards.BATCH_NORM if activation else forwards.BATCH_NORM_ONLY
     channels = [module.weight.numel()]
     settings = {"activation": activation, "merged": _name(module).startswith("Sync"), "counts": True}
-    found = _confirmed(module, forwards.BATCH_NORM, settings, channels)
+    found = _confirmed(module, kind, settings, channels)
     if isinstance(found, str) and "num_batches_tracked" in found:  # some do not count
-        found = _confirmed(module, forwards.BATCH_NORM, {**settings, "counts": False}, channels)
+        other = _confirmed(module, kind, {**settings, "counts": False}, channels)
+        found = other if isinstance(other, BoundForward) else found
     if isinstance(found, str) and found.startswith("its own forward raises") and activation == "swish":
         if repair:
-            return _confirmed(module, forwards.BATCH_NORM, settings, channels, _definition)
+            return _confirmed(module, kind, settings, channels, _definition)
         found += "; accelerate(model, repair=True) replaces it by what its name says"
     return found
 
@@ -108,7 +159,9 @@ def _pairs(module: nn.Module) -> dict[int, type]:
     return {
         i: type(after)
         for i, (norm, after) in enumerate(pairwise(children))
-        if isinstance(norm, nn.BatchNorm2d) and after is not None and forwards.is_swish(after)
+        if isinstance(norm, (nn.BatchNorm2d, nn.SyncBatchNorm))
+        and after is not None
+        and forwards.is_swish(after)
     }
 
 
@@ -117,8 +170,8 @@ def _judge_sequential(module: Any, repair: bool) -> Verdict:
     children = list(module._modules.values())
     for i, kind in _pairs(module).items():
         norm, after = children[i], children[i + 1]
-        if type(norm) is not nn.BatchNorm2d:
-            reason = f"{_name(norm)} is not BatchNorm2d itself"
+        if not forwards.is_plain_norm(norm):
+            reason = f"{_name(norm)} is neither BatchNorm2d nor SyncBatchNorm itself"
             continue
         why = forwards.normalising(norm)
         if why is None:
@@ -156,40 +209,67 @@ def _judge_gate(module: Any, repair: bool) -> Verdict:
     layers = forwards.read_gate(module)
     if isinstance(layers, str):
         return layers
-    return _confirmed(module, forwards.SQUEEZE_EXCITE, {}, [layers[0].shape[1]])
+    first: Verdict = None
+    for activation, gate in forwards.ACTIVATIONS:
+        if layers.activation in (None, activation) and layers.gate in (None, gate):
+            settings = {"activation": activation, "gate": gate}
+            found = _confirmed(module, forwards.SQUEEZE_EXCITE, settings, [layers.reduce_weight.shape[1]])
+            if isinstance(found, BoundForward):
+                return found
+            first = first or found
+    return first
 
 
 def _fits_cell(module: nn.Module) -> bool:
-    named = _name(module) == "Cell" and isinstance(module._modules.get("_ops"), nn.ModuleList)
-    return named and all(hasattr(module, name) for name in ("skip", "_num_nodes", "use_se"))
+    if _is_cell(module):
+        return True
+    layout = layout_of(module)
+    return not isinstance(layout, str) and not isinstance(read(module, layout), str)
+
+
+def _is_cell(module: Any) -> bool:
+    """Return whether ``module`` has the attributes of NVAE's cells, of which the residual sum is replaced at least."""
+    has_operations = isinstance(module._modules.get("_ops"), nn.ModuleList)
+    return has_operations and all(hasattr(module, name) for name in ("skip", "_num_nodes", "use_se"))
 
 
 def _judge_cell(module: Any, repair: bool) -> Verdict:
-    if not isinstance(module.skip, nn.Module) or module._num_nodes != len(module._ops):
-        return "skip is not a module, or _num_nodes is not the number of _ops"
-    if module.use_se and not isinstance(getattr(module, "se", None), nn.Module):
-        return "use_se is set and there is no module se"
+    layout = layout_of(module)
+    if isinstance(layout, str):
+        return layout
+    if _is_cell(module):
+        if not isinstance(module.skip, nn.Module) or module._num_nodes != len(module._ops):
+            return "skip is not a module, or _num_nodes is not the number of _ops"
+        if module.use_se and layout.gate is None:
+            return "use_se is set and there is no module se"
     channels = _input_channels(module)
-    whole = _judge_whole_cell(module, channels)
-    if isinstance(whole, BoundForward):
+    whole = _judge_whole_cell(module, layout, channels)
+    if isinstance(whole, BoundForward) or not _is_cell(module):
         return whole
-    found = _confirmed(module, cells.RESIDUAL_CELL, {}, channels, gradients=False)
+    found = _confirmed(module, cells.RESIDUAL_CELL, {"layout": layout}, channels, gradients=False)
     if isinstance(found, BoundForward) and any(getattr(m, "groups", 1) > 1 for m in module._ops.modules()):
         found.note = f"part by part: {whole}"
     return found
 
 
-def _judge_whole_cell(module: Any, channels: list[int]) -> BoundForward | str:
-    plan = read(module)
+def _judge_whole_cell(module: Any, layout: Layout, channels: list[int]) -> BoundForward | str:
+    plan = read(module, layout)
     if isinstance(plan, str):
         return plan
-    inside = cells.inside(module)
+    inside = cells.inside(module, layout)
     convolutions = [inside[place] for place in plan.convolutions]
     sets = tuple(_left_weights(conv, conv.weight.shape[1] * conv.groups) for conv in convolutions)
-    settings = {"plan": plan, "sets": sets}
-    strict = BoundForward(module, cells.WHOLE_CELL, {**settings, "strict": True})
-    why = disagreement(strict, channels, exact=True)
-    return BoundForward(module, cells.WHOLE_CELL, settings) if why is None else why
+    first = None
+    for scale in (RESIDUAL_SCALE, 1.0):
+        settings = {"plan": plan._replace(scale=scale), "sets": sets}
+        strict = BoundForward(module, cells.WHOLE_CELL, {**settings, "strict": True})
+        why = disagreement(strict, channels, exact=True)
+        if why is None:
+            return BoundForward(module, cells.WHOLE_CELL, settings, constants=strict.constants)
+        first = first or why
+        if not why.startswith("the output would differ"):
+            break
+    return first or ""
 
 
 def _input_channels(module: nn.Module) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,6 +20,8 @@ TOLERANCE = {torch.float32: 5e-6, torch.float64: 1e-9}
 FLOOR = 1e-3  # of the largest gradient: below it a gradient counts as this large (one that is zero is rounding noise)
 SIZE = (8, 6)
 SEED = 20071
+PLAIN = (bool, int, float, str, type(None))  # what an attribute that is set again in every call may be
+_NONE = object()
 Own = Callable[[nn.Module, torch.Tensor], Any]
 
 
@@ -49,8 +51,14 @@ def disagreement(
 ) -> str | None:
     """Return why ``bound`` cannot replace ``own`` (the part's forward): a sentence, or None when it can.
 
-    ``channels``: numbers of input channels to try, until the part accepts one. ``exact``: compare in float64 on the CPU, for
-    whole cells.
+    Attributes that ``own`` sets to constants are then in ``bound.constants``.
+
+    Args:
+        bound: the replacement.
+        channels: numbers of input channels to try, until the part accepts one.
+        own: what the part computes.
+        gradients: whether to compare gradients.
+        exact: compare in float64 on the CPU, for whole cells.
     """
     part = bound.module
     device = next((t.device for t in (*part.parameters(), *part.buffers())), torch.device("cpu"))
@@ -62,11 +70,11 @@ def disagreement(
         generator = torch.Generator().manual_seed(SEED)
         perturb(base, generator)
         for inner in base.modules():
-            if hasattr(
-                inner, "init_done"
-            ):  # what comes after data-dependent initialisation; until then its own runs
-                inner.init_done = True
-        gradients = gradients and not any(_strided_pointwise(m) for m in part.modules())
+            if hasattr(inner, "init_done"):
+                inner.init_done = (
+                    True  # what comes after data-dependent initialisation; until then its own runs
+                )
+        gradients = gradients and not any(_strided_pointwise(m) for m in base.modules())
         first: str | None = None
         for c in channels:
             x = torch.randn((2, c, *SIZE), generator=generator).to(device, dtype)
@@ -83,35 +91,96 @@ def _compare(
     """Return the disagreement, and whether the part's own forward ran at all."""
     # Statistics over processes: a comparison must not communicate.
     alone = distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
+    constants: dict[tuple[str, str], Any] = {}
     for mode, training in (("evaluation", False), *((("training", True),) if alone else ())):
         theirs, ours = clone(base, x.dtype).train(training), clone(base, x.dtype).train(training)
         try:
             expected = _observe(theirs, partial(own, theirs), x, gradients)
         except Exception as error:
             return f"its own forward raises in {mode} mode: {_line(error)}", training
+        forward = BoundForward(ours, bound.kind, bound.settings, always=True)
         try:
-            actual = _observe(ours, BoundForward(ours, bound.kind, bound.settings), x, gradients)
+            actual = _observe(ours, forward, x, gradients)
         except Exception as error:
             return f"ours raises in {mode} mode: {_line(error)}", True
-        tolerance = TOLERANCE[x.dtype]
-        slopes = [float(t.norm()) for name, t in expected.items() if "gradient" in name and t is not None]
-        floor = FLOOR * max(slopes, default=0.0)
-        for name in (*expected, *(n for n in actual if n not in expected)):  # the output first
-            if name not in actual or name not in expected:
+        reason = _unlike(actual.tensors, expected.tensors, TOLERANCE[x.dtype])
+        if reason is not None:
+            return f"{reason[0]} in {mode} mode{reason[1]}", True
+        left, reason_of_attributes = _attributes_unlike(actual, expected)
+        other = torch.cat([x, x[:1]])[:, :, 2:]  # another input, in the state that the first has left
+        again, ours_again = (
+            _observe(theirs, partial(own, theirs), other, False).attributes,
+            _observe(ours, forward, other, False).attributes,
+        )
+        for key, value in again.items():
+            if key not in ours_again and (key not in left or left[key] != value):
                 return (
-                    f"only {'its own' if name in expected else 'our'} forward sets {name} in {mode} mode",
+                    f"its own forward sets attribute {_path(key)} in {mode} mode to what depends on the call",
                     True,
                 )
-            least = floor if "gradient" in name else 0.0
-            found = _difference(actual[name], expected[name], tolerance, least)
-            if found is not None:
-                return f"{name} would differ in {mode} mode: {found}", True
+        if reason_of_attributes is not None:
+            return f"{reason_of_attributes} in {mode} mode", True
+        if training and left != constants:
+            key = next(k for k in (*left, *constants) if left.get(k, _NONE) != constants.get(k, _NONE))
+            return (
+                f"its own forward sets attribute {_path(key)} differently in training and in evaluation",
+                True,
+            )
+        constants = left
+    found: dict[str, dict[str, Any]] = {}
+    for (prefix, name), value in constants.items():
+        found.setdefault(prefix, {})[name] = value
+    bound.constants = found
     return None, True
+
+
+def _unlike(actual: dict[str, Any], expected: dict[str, Any], tolerance: float) -> tuple[str, str] | None:
+    """Return which tensor is different, and how; the output is compared first."""
+    slopes = [float(t.norm()) for name, t in expected.items() if "gradient" in name and t is not None]
+    floor = FLOOR * max(slopes, default=0.0)
+    for name in (*expected, *(n for n in actual if n not in expected)):
+        if name not in actual or name not in expected:
+            return f"only {'its own' if name in expected else 'our'} forward sets {name}", ""
+        found = _difference(actual[name], expected[name], tolerance, floor if "gradient" in name else 0.0)
+        if found is not None:
+            return f"{name} would differ", f": {found}"
+    return None
+
+
+def _attributes_unlike(
+    actual: Observation, expected: Observation
+) -> tuple[dict[tuple[str, str], Any], str | None]:
+    """Return the plain values that only the part's own forward sets, and what else is different about attributes."""
+    left: dict[tuple[str, str], Any] = {}
+    for key, value in expected.attributes.items():
+        if key not in actual.attributes:
+            if not isinstance(value, PLAIN):
+                return left, f"only its own forward sets attribute {_path(key)}, to a {type(value).__name__},"
+            left[key] = value
+            continue
+        found = _difference(actual.attributes[key], value, TOLERANCE[torch.float32], 0.0)
+        if found is not None:
+            return left, f"attribute {_path(key)} would differ ({found})"
+    for key in actual.attributes:
+        if key not in expected.attributes:
+            return left, f"only our forward sets attribute {_path(key)}"
+    return left, None
+
+
+def _path(key: tuple[str, str]) -> str:
+    return ".".join(part for part in key if part)
+
+
+class Observation(NamedTuple):
+    """Effects of a forward: tensors by their description, and attributes that were set, by module and name."""
+
+    tensors: dict[str, Any]
+    attributes: dict[tuple[str, str], Any]
 
 
 def _observe(
     module: nn.Module, forward: Callable[[torch.Tensor], Any], x: torch.Tensor, gradients: bool
-) -> dict[str, Any]:
+) -> Observation:
     """Return the effects of ``forward``: output, gradients, and what it changes in the module and in its input."""
     torch.manual_seed(SEED)
     before = {name: _attributes(part) for name, part in module.named_modules()}
@@ -129,20 +198,23 @@ def _observe(
         seen["the gradient of the input"] = leaf.grad
         seen |= {f"the gradient of {name}": p.grad for name, p in module.named_parameters()}
     seen |= {f"buffer {name}": buffer for name, buffer in module.named_buffers()}
-    for prefix, part in module.named_modules():
-        for name, value in _attributes(part).items():
-            if name not in before[prefix] or before[prefix][name] is not value:
-                seen[f"attribute {prefix}{'.' if prefix else ''}{name}"] = value
-    return seen
+    changed = {
+        (prefix, name): value
+        for prefix, part in module.named_modules()
+        for name, value in _attributes(part).items()
+        if name not in before[prefix] or before[prefix][name] is not value
+    }
+    return Observation(seen, changed)
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
+    """Attributes and parameters; buffers are compared by their values, since counting may rebind one or add in place."""
     plain = {
         k: v
         for k, v in module.__dict__.items()
         if k not in ("_parameters", "_buffers", "_modules", "forward")
     }
-    return {**plain, **module._parameters, **module._buffers}
+    return {**plain, **module._parameters}
 
 
 def _difference(actual: Any, expected: Any, tolerance: float, least: float) -> str | None:

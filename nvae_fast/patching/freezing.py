@@ -1,0 +1,112 @@
+"""What nvae_fast.freeze makes of accelerated parts: inference-only modules with folded batch norms and normalised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenResidualCell
+from nvae_fast.nn.plain import has_hooks
+from nvae_fast.ops.inverted_residual.train import CellParameters
+from nvae_fast.ops.weight_norm import weight_norm
+from nvae_fast.patching import cells, forwards
+from nvae_fast.patching.bound import FORWARDS, PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.plan import inside
+
+FROZEN = "frozen part"
+_CHILD = "_nvae_fast_frozen"
+
+
+def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return module._modules[_CHILD](x)
+
+
+FORWARDS[FROZEN] = _frozen
+PARTS[FROZEN] = lambda module, settings: ("", False)
+
+
+class FrozenForeignConv2d(FrozenConv2d):
+    """A weight-normed convolution of another code base with its normalised weight; its padding is its own."""
+
+    def __init__(self, conv: Any, weight: torch.Tensor) -> None:
+        super(FrozenConv2d, self).__init__()
+        self.stride, self.padding, self.dilation, self.groups = (
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+        )
+        plain = forwards.pair(conv.stride) == (1, 1) and forwards.pair(conv.padding) in ((0, 0), None)
+        self.is_matrix = weight.shape[2:] == (1, 1) and conv.groups == 1 and plain
+        self._keep(weight=weight, bias=conv.bias)
+
+
+def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> bool:
+    """Freeze an accelerated ``part``, which is a copy already; return whether it is done.
+
+    The part keeps its class and its plain attributes, which the forward around it may read.
+    """
+    bound = bound_forward(part)
+    if bound is None or has_hooks(part) or "parametrizations" in part._modules:
+        return False
+    for inner in part.modules():
+        inner.training = False
+    make = _MAKERS.get(bound.kind)
+    made = None if make is None else make(part, bound, convert)
+    if made is None:
+        return False
+    remove(part)
+    part._modules = {_CHILD: made}
+    if bound.kind == cells.WHOLE_CELL:
+        part._parameters, part._buffers = {}, {}
+    BoundForward(part, FROZEN, {}).install()
+    return True
+
+
+def _cell(part: Any, bound: BoundForward, convert: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
+    plan = bound.settings["plan"]
+    if cells.obstacle(part, plan) is not None:
+        return None
+    modules = inside(part, plan.layout)
+    norms = [modules[norm.place] for norm in plan.norms]
+    n0, n1, n2, n3 = norms
+    expand, depthwise, project = (modules[place].weight for place in plan.convolutions)
+    gate = cells.gate_layers(modules, plan)
+    parameters = CellParameters(
+        n0.weight, n0.bias, expand, n1.weight, n1.bias, depthwise, n2.weight, n2.bias, project, n3.weight, n3.bias, *gate
+    )  # fmt: skip
+    skip = part._modules[plan.layout.skip]
+    return FrozenResidualCell(
+        parameters,
+        [(norm.running_mean, norm.running_var) for norm in norms],
+        eps=n0.eps,
+        stride=plan.stride,
+        residual_scale=plan.scale,
+        skip=None if type(skip) is nn.Identity else convert(skip),
+    )
+
+
+def _norm(part: Any, bound: BoundForward, convert: Any) -> nn.Module | None:
+    if forwards.normalising(part) is not None or forwards.watched(*part.children()):
+        return None
+    return FrozenBatchNorm(part, bound.settings["activation"])
+
+
+def _convolution(part: Any, bound: BoundForward, convert: Any) -> nn.Module | None:
+    log_norm, mask = getattr(part, "log_weight_norm", None), getattr(part, "mask", None)
+    if log_norm is None:
+        return None
+    mask = mask.to(part.weight.dtype).expand_as(part.weight) if isinstance(mask, torch.Tensor) else None
+    return FrozenForeignConv2d(part, weight_norm(part.weight, log_norm, mask))
+
+
+_MAKERS: dict[str, Callable[..., nn.Module | None]] = {
+    cells.WHOLE_CELL: _cell,
+    forwards.BATCH_NORM: _norm,
+    forwards.BATCH_NORM_ONLY: _norm,
+    forwards.WEIGHT_NORM: _convolution,
+    forwards.DEPTHWISE_NORM: _convolution,
+}

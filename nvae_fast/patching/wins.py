@@ -1,0 +1,114 @@
+"""Where the kernels of accelerate are known to be faster than PyTorch: a table of measurements, made by
+``python -m benchmarks.parts`` and kept in ``measured.json`` beside this file.
+
+A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on small
+inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those the ones
+whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`. On a device or in a dtype
+that has no rows nothing is known, and the kernel runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from nvae_fast.ops import _backend
+
+LEAST = 1.1  # of a ratio: measurements on a busy machine are wrong by a few hundredths
+TABLE = Path(__file__).with_name("measured.json")
+
+FEWER = 1.25  # rows may have that many times the elements of the input
+
+Sizes = tuple[float, float, float]  # logarithms to base 2 of elements, channels and pixels
+
+
+class Key(NamedTuple):
+    """What rows are grouped by."""
+
+    device: str
+    dtype: str
+    part: str
+    mode: str  # "training": forward and backward; "evaluation": forward
+    layout: str  # "contiguous" or "channels_last"
+
+
+@cache
+def _rows() -> dict[Key, list[tuple[Sizes, float]]]:
+    found: dict[Key, list[tuple[Sizes, float]]] = {}
+    for row in json.loads(TABLE.read_text())["rows"]:
+        *key, batch, channels, pixels, ratio = row
+        found.setdefault(Key(*key), []).append((_sizes(batch, channels, pixels), ratio))
+    return found
+
+
+@cache
+def _measured() -> set[tuple[str, str]]:
+    return {(key.device, key.dtype) for key in _rows()}
+
+
+def _sizes(batch: int, channels: int, pixels: int) -> Sizes:
+    b, c, p = max(batch, 1), max(channels, 1), max(pixels, 1)
+    return math.log2(b * c * p), math.log2(c), math.log2(p)
+
+
+def layout_name(x: torch.Tensor) -> str:
+    """``"channels_last"`` or ``"contiguous"``."""
+    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    return "channels_last" if last else "contiguous"
+
+
+def wins(part: str, mode: str, x: torch.Tensor) -> bool:
+    """Return whether the kernel of ``part`` runs for input ``x`` (B, C, H, W)."""
+    kind, dtype = x.device.type, x.dtype
+    if kind in _backend.DEVICES and dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+    b, c, h, w = x.shape
+    return _wins(Key(kind, str(dtype).removeprefix("torch."), part, mode, layout_name(x)), b, c, h * w)
+
+
+@cache
+def _wins(key: Key, batch: int, channels: int, pixels: int) -> bool:
+    if (key.device, key.dtype) not in _measured():
+        return True
+    rows = _rows().get(key)
+    if not rows:
+        return False
+    size = _sizes(batch, channels, pixels)
+    distances = [
+        (sum(abs(a - s) for a, s in zip(at, size, strict=True)), ratio)
+        for at, ratio in rows
+        if at[0] <= size[0] + math.log2(FEWER)
+    ]
+    if not distances:
+        return False
+    nearest = min(distance for distance, _ in distances)
+    return all(ratio >= LEAST for distance, ratio in distances if distance <= nearest + 1)
+
+
+def ever(part: str, device: str, dtype: torch.dtype) -> bool:
+    """Return whether the kernel of ``part`` runs for any mode, layout and size."""
+    name = str(dtype).removeprefix("torch.")
+    if not part or (device, name) not in _measured():
+        return True
+    return any(
+        ratio >= LEAST
+        for key, rows in _rows().items()
+        if key[:3] == (device, name, part)
+        for _, ratio in rows
+    )
+
+
+def unknown(device: str, dtype: torch.dtype) -> bool:
+    """Return whether nothing was measured on ``device`` in ``dtype``."""
+    return (device, str(dtype).removeprefix("torch.")) not in _measured()
+
+
+def mode_of(module: Any, x: torch.Tensor, normalises: bool) -> str:
+    """``"training"`` where a backward pass may follow, or batch statistics are taken; else ``"evaluation"``."""
+    backward = torch.is_grad_enabled() and (module.training or x.requires_grad)
+    return "training" if backward or (normalises and module.training) else "evaluation"

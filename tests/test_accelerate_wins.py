@@ -1,0 +1,223 @@
+"""accelerate runs a kernel where it is known to be faster: the table of measurements, and measuring at hand."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from foreign_cells import WHOLE, make
+from foreign_model import SyncBatchNormSwish, Tower
+from harness import assert_close
+from torch import nn
+
+import nvae_fast as nf
+from nvae_fast.patching import bound as bound_module
+from nvae_fast.patching import sample, wins
+from nvae_fast.patching.forwards import BATCH_NORM, SEQUENTIAL, SQUEEZE_EXCITE
+
+pytestmark = pytest.mark.measured_wins
+
+SWISH = "batch norm + swish"
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Sets the rows of the table: (part, mode, layout, batch, channels, pixels, ratio)."""
+
+    def use(*rows: tuple[Any, ...]) -> None:
+        found: dict[Any, Any] = {}
+        for part, mode, layout, b, c, p, ratio in rows:
+            key = wins.Key("cpu", "float32", part, mode, layout)
+            found.setdefault(key, []).append((wins._sizes(b, c, p), ratio))
+        monkeypatch.setattr(wins, "_rows", lambda: found)
+        for function in (wins._measured, wins._wins):
+            function.cache_clear()
+
+    yield use
+    monkeypatch.undo()
+    for function in (wins._measured, wins._wins):
+        function.cache_clear()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kinds of the kernels that ran."""
+    seen: list[str] = []
+    for kind, forward in bound_module.FORWARDS.items():
+
+        def counting(*args: Any, kind: str = kind, forward: Any = forward, **kwargs: Any) -> Any:
+            seen.append(kind)
+            return forward(*args, **kwargs)
+
+        monkeypatch.setitem(bound_module.FORWARDS, kind, counting)
+    return seen
+
+
+def test_what_the_rows_near_a_size_say(table: Any) -> None:
+    table(
+        (SWISH, "training", "contiguous", 8, 64, 256, 1.5),
+        (SWISH, "training", "contiguous", 8, 128, 256, 0.9),
+        (SWISH, "training", "contiguous", 8, 1024, 256, 2.0),
+        (SWISH, "evaluation", "contiguous", 8, 64, 256, 1.01),
+    )
+    x = torch.empty
+    assert wins.wins(SWISH, "training", x(8, 64, 16, 16))
+    assert not wins.wins(SWISH, "training", x(8, 32, 16, 16))  # smaller than all that was measured
+    assert not wins.wins(SWISH, "training", x(8, 128, 16, 16))
+    assert not wins.wins(SWISH, "training", x(16, 96, 16, 16))  # near both
+    assert wins.wins(SWISH, "training", x(8, 2000, 16, 16))  # the nearest decides
+    assert not wins.wins(SWISH, "evaluation", x(8, 64, 16, 16))  # not by enough
+    assert not wins.wins(
+        SWISH, "training", x(8, 64, 16, 16).to(memory_format=torch.channels_last)
+    )  # not measured
+    assert not wins.wins("other", "training", x(8, 64, 16, 16))
+    assert wins.wins(
+        SWISH, "training", x(8, 64, 16, 16, dtype=torch.float64)
+    )  # no row of the dtype: nothing is known
+    assert wins.wins(SWISH, "training", x(8, 64, 16, 16, device="meta"))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_own_forward_runs_where_it_is_faster(training: bool, table: Any, kernels: list[str]) -> None:
+    table(
+        (SWISH, "training", "contiguous", 2, 4, 25, 2.0), (SWISH, "evaluation", "contiguous", 2, 4, 25, 0.5)
+    )
+    theirs, ours = SyncBatchNormSwish(4).train(training), nf.accelerate(SyncBatchNormSwish(4)).train(training)
+    kernels.clear()
+    x = torch.randn(2, 4, 5, 5)
+    with torch.set_grad_enabled(training):
+        assert_close(ours(x), theirs(x), 2e-5)
+    assert kernels == [BATCH_NORM] * training
+    with torch.no_grad():
+        ours(x)  # in training mode the statistics are those of the batch also without gradients
+    assert kernels == [BATCH_NORM] * (2 * training)
+
+
+def test_parts_that_never_win_are_left_with_the_reason(table: Any) -> None:
+    table(
+        (SWISH, "training", "contiguous", 8, 64, 256, 0.8),
+        (SEQUENTIAL, "training", "contiguous", 8, 64, 256, 1.2),
+    )
+    model = nf.accelerate(nn.ModuleList([SyncBatchNormSwish(4), nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())]))
+    report = nf.acceleration_report(model)
+    assert report.replaced == [("1", SEQUENTIAL)]
+    ((name, reason),) = report.left
+    assert name == "0"
+    assert "PyTorch's own was measured to be faster for batch norm + swish" in reason
+
+
+def test_processes_that_merge_statistics_decide_alike(
+    table: Any, kernels: list[str], monkeypatch: Any
+) -> None:
+    table((SWISH, "training", "contiguous", 64, 4, 25, 2.0), (SWISH, "training", "contiguous", 1, 4, 25, 0.5))
+    ours = nf.accelerate(SyncBatchNormSwish(4))
+    assert not ours.forward.pays(torch.randn(1, 4, 5, 5))
+    monkeypatch.setattr(bound_module.distributed, "world_size", lambda *_: 2)
+    assert ours.forward.pays(torch.randn(1, 4, 5, 5))
+
+
+# Measuring at hand
+
+
+class Two(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList([SyncBatchNormSwish(4), SyncBatchNormSwish(4)])
+        self.cell = make(se=True, c=4)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        return self.cell(self.norms[1](self.norms[0](x)) * scale)
+
+
+@pytest.mark.parametrize("how", ["tensor", "tuple", "mapping"])
+def test_a_sample_input_decides(
+    how: str, table: Any, kernels: list[str], monkeypatch: Any, capsys: Any
+) -> None:
+    table((SWISH, "training", "contiguous", 2, 4, 25, 0.5))
+    asked: list[Any] = []
+
+    def speedups(part: Any, x: torch.Tensor, seconds: float) -> dict[str, float]:
+        asked.append((type(part).__name__, tuple(x.shape)))
+        return {"training": 2.0, "evaluation": 0.5 if len(asked) == 1 else 2.0}
+
+    monkeypatch.setattr(sample, "speedups", speedups)
+    x, model = torch.randn(2, 4, 6, 6), Two()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    given = {"tensor": x, "tuple": (x, 2.0), "mapping": {"x": x, "scale": 2.0}}[how]
+    nf.accelerate(model, sample_input=given)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    names = [name for name, _ in asked]
+    assert names.count("SyncBatchNormSwish") == 2, "equal parts with equal inputs are measured once"
+    assert ("Cell", (2, 4, 6, 6)) in asked
+    assert ("SyncBatchNormSwish", (2, 12, 6, 6)) in asked, "parts inside a whole cell as well"
+    notes = dict(nf.acceleration_report(model).notes)
+    assert (
+        notes["norms.0"]
+        == notes["norms.1"]
+        == "its own forward in evaluation, which was measured to be faster"
+    )
+    kernels.clear()
+    with torch.no_grad():
+        model.eval()(x)
+    assert kernels == [WHOLE]
+    kernels.clear()
+    model.train()(x)
+    assert kernels == [BATCH_NORM, BATCH_NORM, WHOLE]
+
+
+def test_measuring_a_model_changes_nothing(table: Any) -> None:
+    table()
+    model, x = Tower(8).train(), torch.rand(2, 3, 8, 8)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    nf.accelerate(model, sample_input=x)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert model.training
+    assert all(part.forward.measured for part in model.modules() if part.__dict__.get("forward") is not None)
+
+
+# What is shown, and threads
+
+
+def test_progress_and_threads(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from nvae_fast.patching import progress
+
+    monkeypatch.setattr(progress, "_SHOWN_AFTER", 0.0)
+    monkeypatch.setattr(progress, "_EVERY", 0.0)
+    torch.set_num_threads(2)
+    try:
+        nf.accelerate(SyncBatchNormSwish(4), progress=True)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.splitlines()[-1].startswith("accelerate: comparing parts: 1 of 1, ")
+    nf.accelerate(SyncBatchNormSwish(4), progress=False)
+    assert capsys.readouterr().err == ""
+    nf.accelerate(SyncBatchNormSwish(4))  # stderr is no terminal
+    assert capsys.readouterr().err == ""
+
+
+# The committed table
+
+
+def test_the_committed_table() -> None:
+    content = json.loads(wins.TABLE.read_text())
+    assert content["measured_on"]["threads"] == 1
+    assert {"machine", "versions", "date"} < content["measured_on"].keys()
+    parts = {row[2] for row in content["rows"]}
+    assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < parts
+    assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < parts
+    for device, dtype, _, mode, layout, batch, channels, pixels, ratio in content["rows"]:
+        assert (device, dtype) == ("cpu", "float32")
+        assert mode in ("training", "evaluation")
+        assert layout in ("contiguous", "channels_last")
+        assert min(batch, channels, pixels, ratio) > 0
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.empty(8, 64, 16, 16).to(memory_format=layout)
+        assert wins.wins(f"{WHOLE}, stride 1", "training", x)
+        assert not wins.wins("batch norm", "evaluation", x)
