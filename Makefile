@@ -74,9 +74,10 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/mypy
 	$(PY) -m benchmarks.report --readme --check
 
-# A build of the CPU kernels with sanitizers, and the operators' tests and CASES random calls with each instruction set.
+# A build of the CPU kernels with sanitizers, and the operators' tests and CASES random calls with each of CAPABILITIES.
 SANITIZE := build/sanitize
 CASES ?= 5000
+CAPABILITIES ?= baseline avx2 avx512
 SANITIZED_TESTS := residual_normal normal_sample normal_log_prob mixture_logistic_kernels depthwise_conv2d batch_norm_swish \
 	squeeze_excite weight_norm weight_norm_many philox channel_statistics plane_affine elu adamax operator_fuzz
 CXX_FILE = $$($${CXX:-g++} -print-file-name=$(1))
@@ -86,7 +87,7 @@ sanitize: build
 	@set -e; cd $(SANITIZE); export PYTHONPATH=$$PWD/lib:$(CURDIR)/tests OMP_NUM_THREADS=1; \
 	export LD_PRELOAD="$(call CXX_FILE,libasan.so) $(call CXX_FILE,libstdc++.so)"; \
 	export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1; \
-	for capability in baseline avx2 avx512; do \
+	for capability in $(CAPABILITIES); do \
 		export NVAE_FAST_CPU_CAPABILITY=$$capability ATEN_CPU_CAPABILITY=$${capability/baseline/default}; \
 		echo "$$capability: $(CASES) random calls"; \
 		$(CURDIR)/$(PY) -m sanitize.fuzz --cases $(CASES) --library $$PWD/lib --journal call.txt || { cat call.txt; exit 1; }; \
