@@ -1,11 +1,10 @@
-"""Grids of images as PNG files, written with zlib alone, whole or not at all."""
+"""Grids of images as PNG files, written by Pillow, whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from nvae_fast.io import atomic_file
 
 from . import labels
+from .extras import require
 from .integers import plain
 
 _GAP = 2  # pixels between images
@@ -25,20 +25,12 @@ def encode_png(pixels: np.ndarray) -> bytes:
     """The PNG file of uint8 (H,W) gray or (H,W,3) RGB pixels."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels: expected uint8 (H,W) or (H,W,3), got {pixels.dtype} {pixels.shape}")
-    height, width = pixels.shape[:2]
-    if not height or not width:
+    if not pixels.size:
         raise ValueError(f"pixels: expected at least one pixel, got {pixels.shape}")
-    rows = np.zeros(
-        (height, 1 + pixels[0].size), dtype=np.uint8
-    )  # each row starts with its filter type, 0 = none
-    rows[:, 1:] = pixels.reshape(height, -1)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    body = zlib.compress(rows.tobytes(), 6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    image = require("PIL.Image", "pillow", "writing PNG files")
+    buffer = io.BytesIO()
+    image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
