@@ -90,7 +90,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
         axes.invert_yaxis()
         axes.spines[["top", "right", "bottom"]].set_visible(False)
         passes = " + ".join(rows[0]["passes"])
-        axes.set_title("\n".join(textwrap.wrap(f"{case} {workload} {dtype}, {passes}", 48)), fontsize=9)
+        axes.set_title("\n".join(textwrap.wrap(f"{case} {workload} {dtype}, {passes}", 58)), fontsize=9)
     title = f"{report.headline(results)}. Speed-up over the fastest other route."
     figure.suptitle("\n".join(textwrap.wrap(title, 60 * columns)), fontsize=9)
     _save(figure, path)
@@ -139,7 +139,8 @@ def _figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08)  # inches
     FigureCanvasAgg(figure)
     return figure
 
@@ -147,7 +148,7 @@ def _figure(width: float, height: float) -> Any:
 def _save(figure: Any, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
+        figure.savefig(file, format=path.suffix.removeprefix(".") or None)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -199,7 +199,7 @@ def texts_of(monkeypatch: pytest.MonkeyPatch, draw: Callable[[Path], None], path
         for text in figure.findobj(Text):
             if text.get_visible() and text.get_text():
                 box = text.get_window_extent()
-                assert edge.x0 <= box.x0 and box.x1 <= edge.x1, text.get_text()
+                assert edge.x0 <= box.x0 < box.x1 <= edge.x1, text.get_text()
                 found.append(text.get_text())
 
     monkeypatch.setattr(charts, "_save", look)
