@@ -21,7 +21,12 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is None and isinstance(obj, griffe.Attribute):
             text = _help(obj)
-            obj.docstring = griffe.Docstring(text, parent=obj) if text else None
+            if text and isinstance(obj.value, griffe.ExprCall):
+                obj.docstring = griffe.Docstring(text, parent=obj)
+                obj.value = obj.value.arguments[0]  # the default, which the signatures show
+                init = obj.parent.members.get("__init__") if obj.parent is not None else None
+                if isinstance(init, griffe.Function) and obj.name in init.parameters:
+                    init.parameters[obj.name].default = obj.value
         if obj.docstring is not None:
             text = _ROLE.sub(lambda role: _link(obj, role[1]), obj.docstring.value)
             obj.docstring.value = re.sub(r"(?<=:):$", "", re.sub(r"^::$", "", text, flags=re.M), flags=re.M)

@@ -151,6 +151,17 @@ def test_the_pages_of_the_site_are_there() -> None:
     assert listed == pages
 
 
+def test_make_docs_installs_what_the_extra_names() -> None:
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (extra,) = re.findall(r"^docs = \[(.*)\]", project, re.M)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    (line,) = (line for line in makefile.splitlines() if "VENV_DOCS" in line and "pip install" in line)
+    wanted = re.findall(r'"([^"]+)"', extra)
+    assert wanted
+    assert not [name for name in wanted if name not in line]
+    assert "make docs" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
 def test_a_docstring_that_lacks_something_is_found() -> None:
     def refuses(count: int, other: int = 0) -> None:
         """Takes a count and does something with it."""
