@@ -169,12 +169,12 @@ def console(results: dict[str, Any]) -> str:
     lines = [headline(results)]
     for (case, workload, dtype), rows in groups(results).items():
         lines += ["", f"{case}  {workload}  {dtype}"]
-        told: set[tuple[str, str]] = set()
+        said: set[tuple[str, str]] = set()
         for row in rows:
             name = f"{row['provider']} {row['memory_format']}" if row["provider"] != "copy" else "copy"
             if row["status"] != "ok":
-                if (row["provider"], row["reason"]) not in told:
-                    told.add((row["provider"], row["reason"]))
+                if (row["provider"], row["reason"]) not in said:
+                    said.add((row["provider"], row["reason"]))
                     lines.append(f"  {row['provider']:<28}{row['status']}: {row['reason']}")
                 continue
             cells = [f"{lap} {_timed(timed)}" for lap, timed in row["passes"].items()]
@@ -341,7 +341,7 @@ def _share(row: dict[str, Any] | None) -> str:
 
 
 def with_table(readme: str, table: str, source: str = "README.md") -> str:
-    """``readme`` with what stands between the markers replaced.
+    """``readme`` with the text between the markers replaced.
 
     Raises:
         ValueError: there is not exactly one pair of markers.

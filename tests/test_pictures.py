@@ -15,6 +15,8 @@ from nvae_fast import cli
 from nvae_fast.data import labels
 from nvae_fast.data.png import make_grid
 from nvae_fast.training import checkpoint, pictures
+from nvae_fast.training.board import SAMPLES, show_pictures
+from nvae_fast.training.seeds import mix_seed
 
 image = pytest.importorskip("PIL.Image")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,6 +57,20 @@ def test_samples_of_training_are_means_with_temperature_and_step(
     assert np.array_equal(got[-expected.shape[0] :, : expected.shape[1]], expected)
     drawn = make_grid(pictures.draw_images(model, 4, temperature=0.8, seed=3), scale=6)
     assert not np.array_equal(drawn, expected)
+
+
+def test_samples_in_tensorboard_are_means() -> None:
+    class Board:
+        def __init__(self) -> None:
+            self.images: dict[str, np.ndarray] = {}
+
+        def add_image(self, name: str, pixels: np.ndarray, step: int, dataformats: str) -> None:
+            self.images[name] = pixels
+
+    model, board = noisy_model(), Board()
+    show_pictures(board, 1, model, nf.data.open_dataset("photos", image_size=16), seed=2)
+    images = pictures.draw_images(model, 16, temperature=0.7, seed=mix_seed(2, SAMPLES), pixels="mean")
+    assert np.array_equal(board.images["samples/temperature 0.7"], make_grid(images))
 
 
 def test_reconstructions_are_labelled(tmp_path: Path, texts: list[dict[str, Any]]) -> None:
