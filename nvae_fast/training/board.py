@@ -32,8 +32,8 @@ def require_tensorboard() -> Any:
 def show_pictures(board: Any, step: int, model: NVAE, dataset: Any, *, seed: int = 0) -> None:
     """Add samples at four temperatures, and the first images of a dataset above their reconstructions, at a step.
 
-    Samples are means of the likelihood. board: a `SummaryWriter`. seed: of the samples and of the images' binarisation, the same
-    at every step. The model comes out as it went in.
+    Samples are means of the likelihood. board: a `SummaryWriter`. seed: of the samples and of the images' binarisation, the
+    same at every step. The model comes out as it went in.
     """
     from nvae_fast.data.png import make_grid
 
