@@ -5,6 +5,7 @@
 #   make build    environment and extension only
 #   make bench    benchmarks of this machine -> benchmarks/results/
 #   make lint     ruff, clang-format, mypy
+#   make docs     the pages of docs/ and the reference -> build/docs, warnings are errors
 #   make sanitize the C++ operators' tests and random calls under AddressSanitizer and UBSan
 #   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
 #   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
@@ -24,6 +25,8 @@ TORCH_CUDA ?= torch==2.11.0
 VENV_CUDA := .venv-cuda
 CUDA_PY := $(VENV_CUDA)/bin/python
 DRY := build/gpu-dry
+# mkdocs reads the sources without importing them, so that it needs no PyTorch.
+VENV_DOCS := .venv-docs
 # On that PyTorch: the stand-in driver, what depends on versions, and the operators, model and step of test-fast.
 DRY_TESTS = tests/gpu_standin $(patsubst %,tests/test_%.py,triton_compiled triton_normal_compiled triton_launch \
 	extension devices capture sampler $(FAST))
@@ -33,7 +36,7 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 200
 
 .NOTPARALLEL:
-.PHONY: all build test test-fast demo bench lint sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
+.PHONY: all build test test-fast demo bench lint docs sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
 
 all: build
 
@@ -72,7 +75,16 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(VENV)/bin/mypy
-	$(PY) -m benchmarks.report --readme --check
+	$(PY) -m benchmarks.report --readme --page --check
+
+$(VENV_DOCS)/.installed: pyproject.toml
+	@test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
+	@echo "installing mkdocs into $(VENV_DOCS)"
+	@$(VENV_DOCS)/bin/python -m pip install -q --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9.5" "mkdocstrings-python>=2" ruff
+	@touch $@
+
+docs: $(VENV_DOCS)/.installed
+	NO_MKDOCS_2_WARNING=1 PATH="$(CURDIR)/$(VENV_DOCS)/bin:$$PATH" $(VENV_DOCS)/bin/mkdocs build --strict
 
 # A build of the CPU kernels with sanitizers, and the operators' tests and CASES random calls with each of CAPABILITIES.
 SANITIZE := build/sanitize
@@ -146,7 +158,7 @@ gpu-bench:
 clean:
 	rm -rf build dist *.egg-info nvae_fast/_C*.so nvae_fast/_build.json .pytest_cache .mypy_cache .ruff_cache
 
-# Builds and tests for every supported Python and PyTorch (python3.10 to python3.13 on PATH); the table is docs/support.md.
+# Builds and tests for every supported Python and PyTorch (python3.10 to python3.13 on PATH); the table is docs/install.md.
 matrix:
 	$(PYTHON) tests/matrix.py
 .PHONY: matrix

@@ -18,9 +18,10 @@ import torch
 
 import nvae_fast as nf
 from benchmarks import machine, measure
+from benchmarks.charts import COLOURS
 from benchmarks.model import Bench, Contender, TrainingRun, Workload
 from benchmarks.providers import OURS
-from benchmarks.report import COLOURS, headline, write_text
+from benchmarks.report import headline, write_text
 from benchmarks.timing import Clock, WallClock, interleave
 from nvae_fast.io import atomic_file
 from nvae_fast.training.graph import WARM_UP

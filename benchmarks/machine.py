@@ -104,13 +104,20 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> tuple[str | None, bool | None]:
-    """(commit, whether tracked files differ from it); measurements and the README do not count. None without
+    """(commit, whether tracked files differ from it); measurements, README and docs do not count. None without
     git."""
     commit = _git("rev-parse", "--short=12", "HEAD")
     if commit is None:
         return None, None
     status = _git(
-        "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md"
+        "status",
+        "--porcelain",
+        "--untracked-files=no",
+        "--",
+        ".",
+        ":!benchmarks/results",
+        ":!README.md",
+        ":!docs",
     )
     return commit, None if status is None else bool(status)
 

@@ -1,7 +1,7 @@
-"""Results: the document and its JSON file, the console table, the plots, and the README's table.
+"""Results: the document and its JSON file, the console table, and the tables in README.md and docs/benchmarks.md.
 
-``python -m benchmarks.report --readme`` rewrites the table between the markers in README.md from
-benchmarks/results/*.json; ``--check`` changes nothing and fails when the table is stale.
+``python -m benchmarks.report --readme --page`` rewrites what is between the markers in README.md (a few rows) and in
+docs/benchmarks.md (all of them) from benchmarks/results/*.json; ``--check`` changes nothing and fails when one is stale.
 
 A document holds ``schema``, ``machine``, ``versions``, ``commit`` and whether the code was ``modified``
 since, ``date``, ``settings``, ``ceilings`` and ``rows``. A row is one provider in one memory format on one
@@ -51,14 +51,16 @@ WHOLE_MODELS = """\
 Whole models, each provider in its faster memory format. Peak memory on a CPU is what a step or a sampling pass held
 beyond what was there before, on a GPU model and optimizer too."""
 OURS = "nvae_fast"
-COLOURS = {
-    "reference": "#9aa5b1",
-    "library": "#5b8db8",
-    "torch.compile": "#c9a227",
-    OURS: "#2e8b57",
-    "copy": "#dddddd",
-}
 PYTORCH = ("reference", "torch.compile", "library")
+MODELS = ("training_step", "sampling")
+# The rows of README: (case, how the workload begins). The last ones are slower than PyTorch.
+SUMMARY = (
+    ("training_step", "cifar10"),
+    ("sampling", "cifar10"),
+    ("inverted_residual_cell", "B32"),
+    ("residual_normal", "B32"),
+    ("weight_norm", "Out40"),
+)
 
 
 def document(head: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,12 +169,12 @@ def console(results: dict[str, Any]) -> str:
     lines = [headline(results)]
     for (case, workload, dtype), rows in groups(results).items():
         lines += ["", f"{case}  {workload}  {dtype}"]
-        told: set[tuple[str, str]] = set()
+        said: set[tuple[str, str]] = set()
         for row in rows:
             name = f"{row['provider']} {row['memory_format']}" if row["provider"] != "copy" else "copy"
             if row["status"] != "ok":
-                if (row["provider"], row["reason"]) not in told:
-                    told.add((row["provider"], row["reason"]))
+                if (row["provider"], row["reason"]) not in said:
+                    said.add((row["provider"], row["reason"]))
                     lines.append(f"  {row['provider']:<28}{row['status']}: {row['reason']}")
                 continue
             cells = [f"{lap} {_timed(timed)}" for lap, timed in row["passes"].items()]
@@ -212,78 +214,38 @@ def headline(results: dict[str, Any]) -> str:
     return f"{m['name']}: {where}; {versions}; {commit}{changed}; {results['date'][:10]}"
 
 
-# ----------------------------------------------------------------------------------------------------- plots
+# ------------------------------------------------------------------------------------- README and docs
 
 
-def plot_path(asked: str | None, json_path: Path | None, machine_name: str) -> Path | None:
-    """Where the plot goes; None when none is asked for (``asked`` None; empty means the default place).
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    if asked is None:
-        return None
-    try:
-        import matplotlib  # noqa: F401  asked for now, not after minutes of measuring
-    except ImportError:
-        raise ImportError("--plot needs matplotlib: pip install matplotlib") from None
-    if asked == "":
-        return json_path.with_suffix(".png") if json_path is not None else RESULTS / f"{machine_name}.png"
-    path = Path(asked)
-    if path.is_dir() or path.suffix == "":
-        return path / f"{machine_name}.png"
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise ValueError(f"--plot {path}: expected a directory or a .png, .svg or .pdf file")
-    return path
+def speedup(rows: list[dict[str, Any]]) -> float | None:
+    """Time of the fastest route of PyTorch, divided by ours; None where one was not timed."""
+    ours = fastest(row for row in rows if row["provider"] == OURS)
+    others = fastest(row for row in rows if row["provider"] in PYTORCH)
+    return total_ms(others) / total_ms(ours) if ours and others else None
 
 
-def plot(results: dict[str, Any], path: Path) -> None:
-    """Bars of the time of all passes, a panel for each workload, spread as whiskers."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    panels = {key: [row for row in rows if row["status"] == "ok"] for key, rows in groups(results).items()}
-    panels = {key: rows for key, rows in panels.items() if rows}
-    if not panels:
-        raise ValueError("nothing to plot: no provider was timed")
-    columns = min(3, len(panels))
-    lines = -(-len(panels) // columns)
-    figure = Figure(figsize=(6.0 * columns, 2.6 * lines), layout="constrained")
-    FigureCanvasAgg(figure)
-    for index, ((case, workload, dtype), rows) in enumerate(panels.items()):
-        axes = figure.add_subplot(lines, columns, index + 1)
-        names = [
-            row["provider"] if row["provider"] == "copy" else f"{row['provider']} {row['memory_format']}"
-            for row in rows
-        ]
-        medians = [total_ms(row) for row in rows]
-        below = [
-            m - sum(t["lower_quartile_ms"] for t in row["passes"].values())
-            for m, row in zip(medians, rows, strict=True)
-        ]
-        above = [
-            sum(t["upper_quartile_ms"] for t in row["passes"].values()) - m
-            for m, row in zip(medians, rows, strict=True)
-        ]
-        whiskers = [[max(b, 0.0) for b in below], [max(a, 0.0) for a in above]]
-        axes.barh(
-            names, medians, xerr=whiskers, color=[COLOURS.get(row["provider"], "#888888") for row in rows]
-        )
-        axes.invert_yaxis()
-        axes.set_title(f"{case}\n{workload} {dtype}", fontsize=9)
-        axes.set_xlabel(" + ".join(rows[0]["passes"]) + ", ms", fontsize=8)
-        axes.tick_params(labelsize=7)
-    figure.suptitle(headline(results), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
+def summary_table(documents: list[dict[str, Any]]) -> str:
+    """The rows of README in Markdown."""
+    lines = []
+    for results in documents:
+        found = groups(results)
+        for case, start in SUMMARY:
+            for (name, workload, dtype), rows in found.items():
+                value = speedup(rows)
+                if name != case or not workload.startswith(start) or dtype != "float32" or value is None:
+                    continue
+                others = fastest(row for row in rows if row["provider"] in PYTORCH)
+                ours = fastest(row for row in rows if row["provider"] == OURS)
+                how = f"{others['provider']}, " if others else ""
+                lines.append(f"| {case} {workload} | {how}{_cell(others)} | {_cell(ours)} | {value:.2f}x |")
+    if not lines:
+        return "No measurements are committed yet: `make bench` makes them."
+    head = "| float32, two CPU threads | fastest route of PyTorch, ms | nvae_fast, ms | speed-up |"
+    return "\n".join([head, "|---|---|---:|---:|", *lines])
 
 
-# ---------------------------------------------------------------------------------------------------- README
-
-
-def readme_table(documents: list[dict[str, Any]]) -> str:
-    """The README's results in Markdown. Every number in it stands in a results file."""
+def page_table(documents: list[dict[str, Any]]) -> str:
+    """All results in Markdown. Every number in it is in a results file."""
     if not documents:
         return "No measurements are committed yet: `make bench` makes them."
     parts = [EXPLANATION]
@@ -305,19 +267,18 @@ def _markdown(results: dict[str, Any]) -> list[str]:
         if not timed:
             continue
         eager = [row for row in timed if row["provider"] == "reference"]
-        first = _fastest(row for row in eager if row["memory_format"] == "NCHW")
-        second = _fastest(row for row in eager if row["memory_format"] == "channels_last")
-        compiled = _fastest(row for row in timed if row["provider"] == "torch.compile")
-        library = _fastest(row for row in timed if row["provider"] == "library")
-        ours = _fastest(row for row in timed if row["provider"] == OURS)
-        others = _fastest(row for row in timed if row["provider"] in PYTORCH)
-        speedup = f"{total_ms(others) / total_ms(ours):.2f}x" if ours and others else NONE
+        first = fastest(row for row in eager if row["memory_format"] == "NCHW")
+        second = fastest(row for row in eager if row["memory_format"] == "channels_last")
+        compiled = fastest(row for row in timed if row["provider"] == "torch.compile")
+        library = fastest(row for row in timed if row["provider"] == "library")
+        ours = fastest(row for row in timed if row["provider"] == OURS)
+        value = speedup(timed)
         cells = [
             case,
             workload,
             dtype,
             *map(_cell, (first, second, compiled, library, ours)),
-            speedup,
+            NONE if value is None else f"{value:.2f}x",
             _share(ours),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -329,7 +290,7 @@ def _whole_models(results: dict[str, Any]) -> list[str]:
     lines = []
     for (case, workload, dtype), rows in groups(results).items():
         for provider in (*PYTORCH, OURS):
-            row = _fastest(
+            row = fastest(
                 row
                 for row in rows
                 if row["status"] == "ok"
@@ -355,8 +316,9 @@ def _whole_models(results: dict[str, Any]) -> list[str]:
     return [head, "|---|---|---|---:|---:|---|", *lines] if lines else []
 
 
-def _fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    return min(rows, key=total_ms, default=None)
+def fastest(rows: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The row that was timed with the least time; None without any."""
+    return min((row for row in rows if row["status"] == "ok"), key=total_ms, default=None)
 
 
 def _cell(row: dict[str, Any] | None) -> str:
@@ -379,7 +341,7 @@ def _share(row: dict[str, Any] | None) -> str:
 
 
 def with_table(readme: str, table: str, source: str = "README.md") -> str:
-    """``readme`` with what stands between the markers replaced.
+    """``readme`` with the text between the markers replaced.
 
     Raises:
         ValueError: there is not exactly one pair of markers.
@@ -391,30 +353,32 @@ def with_table(readme: str, table: str, source: str = "README.md") -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit status: 0, 1 for a stale README, 2 for wrong arguments or files."""
-    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The README's results table.")
-    p.add_argument(
-        "--readme", nargs="?", type=Path, const=ROOT / "README.md", metavar="PATH", help="rewrite its table"
-    )
+    """Command line; returns the exit status: 0, 1 for a stale table, 2 for wrong arguments or files."""
+    p = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The tables of results.")
+    for option, file in (("--readme", ROOT / "README.md"), ("--page", ROOT / "docs" / "benchmarks.md")):
+        text = f"rewrite the table of {file.relative_to(ROOT)}"
+        p.add_argument(option, nargs="?", type=Path, const=file, metavar="PATH", help=text)
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON files are")
-    p.add_argument("--check", action="store_true", help="change nothing; exit 1 when the table is stale")
+    p.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is stale")
     arguments = p.parse_args(argv)
-    readme = arguments.readme or ROOT / "README.md"
-    if arguments.readme is None and not arguments.check:
-        p.error("give --readme, --check or both")
-    try:
-        documents = [read_json(path) for path in sorted(arguments.results.glob("*.json"))]
-        old = readme.read_text(encoding="utf-8")
-        new = with_table(old, readme_table(documents), str(readme))
-    except (ValueError, OSError) as error:
-        p.error(str(error))
-    if arguments.check:
-        if old != new:
-            print(f"{readme}: the results table is stale; run python -m benchmarks.report --readme")
-        return int(old != new)
-    if old != new:
-        write_text(readme, new)
-    return 0
+    pages = {arguments.readme: summary_table, arguments.page: page_table}
+    pages.pop(None, None)
+    if not pages:
+        p.error("give --readme, --page or both")
+    stale = False
+    for path, table in pages.items():
+        try:
+            documents = [read_json(file) for file in sorted(arguments.results.glob("*.json"))]
+            old = path.read_text(encoding="utf-8")
+            new = with_table(old, table(documents), str(path))
+        except (ValueError, OSError) as error:
+            p.error(str(error))
+        if arguments.check and old != new:
+            print(f"{path}: the results table is stale; run python -m benchmarks.report --readme --page")
+            stale = True
+        elif old != new:
+            write_text(path, new)
+    return int(stale)
 
 
 if __name__ == "__main__":

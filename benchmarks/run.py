@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine, measure, model, report
+from benchmarks import charts, machine, measure, model, report
 from benchmarks.case import Case, Shape, load_cases, select
 from benchmarks.gate import Gate, finite
 from benchmarks.providers import (
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
             print(listing(device))
             return 0
         names = select(arguments.cases, available())
-        plot = report.plot_path(arguments.plot, arguments.json, machine.machine_name(device))
+        plot = charts.plot_path(arguments.plot, arguments.json, machine.machine_name(device))
         if arguments.json is not None:
             report.check_target(arguments.json, names, overwrite=arguments.overwrite)
         if arguments.threads is not None:
@@ -429,7 +429,7 @@ def main(argv: list[str] | None = None) -> int:
         save(results)
         print(f"results: {arguments.json}")
     if plot is not None:
-        report.plot(results, plot)
+        charts.plot(results, plot)
         print(f"plot: {plot}")
     red = report.failed(results)
     for row in red:

@@ -9,7 +9,7 @@ Python is the same without them, and `make gpu-dry` builds them.
     python tests/matrix.py --cells 3.13x2.13      some of them; what others said before is kept
     python tests/matrix.py --wheel FILE --no-sources
 
-Results go to docs/support.json, and as a table into docs/support.md.
+Results go to docs/support.json, and as a table into docs/install.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BUILD = ROOT / "build" / "matrix"
-JSON, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "support.md"
+JSON, PAGE = ROOT / "docs" / "support.json", ROOT / "docs" / "install.md"
 CELLS = "3.10x2.11 3.12x2.12 3.11x2.13 3.13x2.13"
 TOOLS = ["numpy", "setuptools", "wheel", "ninja", "packaging", "pytest", "pillow", "scikit-learn"]
 SPACE = 15e9  # bytes: an environment with a CUDA PyTorch takes 5, and the downloads as much

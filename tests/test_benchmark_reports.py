@@ -1,15 +1,17 @@
-"""What benchmarks write: results, the console, plots, and the table in the README."""
+"""What benchmarks write: results, the console, charts, and the tables in README.md and docs/benchmarks.md."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmark_runs import CPU, tiny_run
 
-from benchmarks import machine, report, run
+from benchmarks import charts, machine, report, run
 
 
 @pytest.fixture(scope="module")
@@ -108,14 +110,14 @@ def test_wrong_arguments_stop_before_anything_is_measured(
 
 def test_plot(results: dict, tmp_path: Path):
     pytest.importorskip("matplotlib")
-    path = report.plot_path(str(tmp_path), None, "box")
+    path = charts.plot_path(str(tmp_path), None, "box")
     assert path == tmp_path / "box.png"
-    report.plot(results, path)
+    charts.plot(results, path)
     assert path.read_bytes()[:4] == b"\x89PNG"
-    assert report.plot_path(None, None, "box") is None
-    assert report.plot_path("", tmp_path / "a.json", "box") == tmp_path / "a.png"
+    assert charts.plot_path(None, None, "box") is None
+    assert charts.plot_path("", tmp_path / "a.json", "box") == tmp_path / "a.png"
     with pytest.raises(ValueError, match="expected a directory or"):
-        report.plot_path("picture.doc", None, "box")
+        charts.plot_path("picture.doc", None, "box")
 
 
 @pytest.fixture
@@ -127,10 +129,10 @@ def folder(results: dict, tmp_path: Path) -> Path:
 
 
 def readme_command(folder: Path, *more: str) -> int:
-    return report.main(["--readme", str(folder / "README.md"), "--results", str(folder / "results"), *more])
+    return report.main(["--page", str(folder / "README.md"), "--results", str(folder / "results"), *more])
 
 
-def test_the_readme_table_comes_from_the_results(folder: Path, results: dict):
+def test_the_table_comes_from_the_results(folder: Path, results: dict):
     assert readme_command(folder, "--check") == 1
     assert "old" in (folder / "README.md").read_text(), "--check must change nothing"
     assert readme_command(folder) == 0
@@ -149,6 +151,95 @@ def test_the_readme_table_comes_from_the_results(folder: Path, results: dict):
     assert len(line.split("|")) == len(report.COLUMNS) + 2
     (folder / "results" / "box.json").unlink()
     assert readme_command(folder, "--check") == 1, "a table without its results is stale"
+
+
+def timed_row(case: str, workload: str, provider: str, ms: float) -> dict:
+    timed = {"median_ms": ms, "lower_quartile_ms": ms, "upper_quartile_ms": ms}
+    return dict(
+        case=case, module="", workload=workload, dtype="float32", provider=provider, memory_format="NCHW", status="ok",
+        reason="", passes={"forward": timed},
+    )  # fmt: skip
+
+
+def test_readme_has_a_few_rows_with_those_that_lose(results: dict, tmp_path: Path) -> None:
+    rows = [
+        timed_row("weight_norm", "Out40 In128 K3", "reference", 1.0),
+        timed_row("weight_norm", "Out40 In128 K3", "library", 0.5),
+        timed_row("weight_norm", "Out40 In128 K3", "nvae_fast", 1.0),
+        timed_row("elu", "B32", "reference", 1.0),
+        timed_row("elu", "B32", "nvae_fast", 1.0),
+        timed_row("residual_normal", "B32 Z20 H16", "reference", 1.0),
+    ]
+    text = report.summary_table([{**results, "rows": rows}])
+    assert text.splitlines()[2:] == [
+        "| weight_norm Out40 In128 K3 | library, 0.500 [0.000] | 1.00 [0.00] | 0.50x |"
+    ]
+    readme, page = tmp_path / "README.md", tmp_path / "page.md"
+    for path in (readme, page):
+        path.write_text(f"{report.BEGIN}\n{report.END}\n")
+    report.write_json({**results, "rows": rows}, tmp_path / "results" / "box.json")
+    command = ["--readme", str(readme), "--page", str(page), "--results", str(tmp_path / "results")]
+    assert report.main([*command, "--check"]) == 1
+    assert report.main(command) == 0
+    assert report.main([*command, "--check"]) == 0
+    assert "| elu |" in page.read_text()
+    assert "elu" not in readme.read_text()
+
+
+def texts_of(monkeypatch: pytest.MonkeyPatch, draw: Callable[[Path], None], path: Path) -> list[str]:
+    """The texts of a chart and, in place of clipped ones, an error: all must be inside the figure."""
+    found: list[str] = []
+    save = charts._save
+
+    def look(figure: Any, out: Path) -> None:
+        save(figure, out)
+        from matplotlib.text import Text
+
+        edge = figure.bbox
+        for text in figure.findobj(Text):
+            if text.get_visible() and text.get_text():
+                box = text.get_window_extent()
+                assert edge.x0 <= box.x0 < box.x1 <= edge.x1, text.get_text()
+                found.append(text.get_text())
+
+    monkeypatch.setattr(charts, "_save", look)
+    draw(path)
+    return found
+
+
+def test_charts_have_values_speed_ups_and_whole_titles(
+    results: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    shape = "B32 C768 H16 K5 of a shape with quite a long name"
+    rows = [
+        timed_row("depthwise_conv2d", shape, "reference", 12.0),
+        timed_row("depthwise_conv2d", shape, "nvae_fast", 3.0),
+        timed_row("depthwise_conv2d", "B8", "reference", 3.0),
+        timed_row("depthwise_conv2d", "B8", "nvae_fast", 1.5),
+        timed_row("sampling", "cifar10", "reference", 10.0),
+        timed_row("sampling", "cifar10", "nvae_fast", 20.0),
+    ]
+    document = {**results, "rows": rows}
+    found = texts_of(monkeypatch, lambda path: charts.plot(document, path), tmp_path / "panels.png")
+    assert {" 12.0 ms", " 3.00 ms, 4.00x", " 20.0 ms, 0.50x"} <= set(found)
+    assert f"depthwise_conv2d {shape} float32, forward" in {text.replace("\n", " ") for text in found}
+    found = texts_of(monkeypatch, lambda path: charts.speedup_chart(document, path), tmp_path / "chart.png")
+    assert {"3.00x (2.00 to 4.00)", "0.50x", "depthwise conv2d", "sampling, whole model"} <= set(found)
+
+
+def test_the_command_for_the_chart(results: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    report.write_json(
+        {**results, "rows": [timed_row("elu", "B32", name, 1.0) for name in ("reference", "nvae_fast")]},
+        tmp_path / "box.json",
+    )
+    for name in ("a.png", "b.svg"):
+        assert charts.main([str(tmp_path / name), "--results", str(tmp_path / "box.json")]) == 0
+        assert (tmp_path / name).stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        charts.main([str(tmp_path / "a.doc"), "--results", str(tmp_path / "box.json")])
+    assert "expected a directory or a .png" in capsys.readouterr().err
 
 
 def test_whole_models_have_a_table_of_their_own(results: dict):
@@ -173,12 +264,12 @@ def test_whole_models_have_a_table_of_their_own(results: dict):
         {**row("torch.compile", "NCHW", 1.0), "status": "absent", "passes": {}},
         {**row("nvae_fast", "channels_last", 800.0), "peak_bytes": None, "operator_calls": None},
     ]
-    text = report.readme_table([{**results, "rows": results["rows"] + rows}])
+    text = report.page_table([{**results, "rows": results["rows"] + rows}])
     assert text.splitlines()[-2:] == [
         "| training_step mnist B8 | float32 | reference channels_last | 5.00 | 3 | 22,309 operator calls |",
         f"| training_step mnist B8 | float32 | nvae_fast channels_last | 10.0 | {report.NONE} | {report.NONE} |",
     ]
-    assert report.WHOLE_MODELS not in report.readme_table([results]), "no models, no table"
+    assert report.WHOLE_MODELS not in report.page_table([results]), "no models, no table"
 
 
 @pytest.mark.parametrize(

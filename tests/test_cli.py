@@ -17,7 +17,7 @@ import torch
 import nvae_fast as nf
 from nvae_fast import cli
 from nvae_fast.cli import options
-from nvae_fast.training import TrainingConfig, checkpoint, metrics
+from nvae_fast.training import TrainingConfig, checkpoint, load_model, metrics
 
 MODEL = [
     "--num_channels_enc", "4", "--num_channels_dec", "4", "--num_latent_scales", "1",
@@ -443,6 +443,44 @@ def test_convert_there_and_back(run, tmp_path, capsys):
     resumed.mkdir()
     (resumed / "checkpoint.pt").write_bytes(ours.read_bytes())
     assert "holds a model only" in failing(capsys, "train", "--resume", "--out", resumed)
+
+
+def test_convert_to_safetensors_and_back(run, tmp_path, capsys):
+    library = pytest.importorskip("safetensors")
+    tensors, ours, official = tmp_path / "model.safetensors", tmp_path / "ours.pt", tmp_path / "official.pt"
+    assert cli.main(["convert", str(run), str(tensors)]) == 0
+    start = checkpoint.load(run)
+    with library.safe_open(tensors, framework="pt") as file:
+        assert json.loads(file.metadata()["nvae_fast.model_config"]) == start["model_config"]
+        assert set(file.keys()) == {name for name, value in start["model"].items() if torch.is_tensor(value)}
+    assert "exists already" in failing(capsys, "convert", run, tensors)
+    assert cli.main(["convert", str(tensors), str(ours)]) == 0
+    end = checkpoint.load(ours)
+    assert end["model_config"] == start["model_config"]
+    for name, value in end["model"].items():
+        assert torch.equal(value, start["model"][name]), name
+    model, facts = load_model(tensors)
+    assert facts["kind"] == "nvae_fast"
+    assert torch.equal(model.sample(2, seed=1), load_model(run)[0].sample(2, seed=1))
+    # An official checkpoint has no statistics of the spectral estimate; the weights are the same.
+    assert cli.main(["convert", str(run), str(official)]) == 0
+    assert cli.main(["convert", str(official), str(tensors), "--overwrite"]) == 0
+    assert torch.equal(load_model(tensors)[0].sample(2, seed=1), model.sample(2, seed=1))
+
+
+def test_convert_refuses_other_safetensors_files(tmp_path, capsys):
+    library = pytest.importorskip("safetensors.torch")
+    source, target = tmp_path / "other.safetensors", tmp_path / "ours.pt"
+    library.save_file({"weight": torch.zeros(3)}, source)
+    assert "holds tensors without the options of a model" in failing(capsys, "convert", source, target)
+    library.save_file({"weight": torch.zeros(3)}, source, {"nvae_fast.model_config": "{}"})
+    assert "does not fit this nvae_fast" in failing(capsys, "convert", source, target)
+    source.write_bytes(source.read_bytes()[:40])
+    assert "is truncated or no safetensors file" in failing(capsys, "convert", source, target)
+    renamed = tmp_path / "renamed.pt"
+    library.save_file({"weight": torch.zeros(3)}, renamed)
+    assert ".safetensors" in failing(capsys, "convert", renamed, target)
+    assert not target.exists()
 
 
 # ---------------------------------------------------------------------------- info

@@ -53,6 +53,13 @@ def size_of(picture: Path) -> tuple[int, int]:
     return height, width
 
 
+def assert_grid(picture: Path, rows: int, columns: int) -> None:
+    """Images of 32 pixels are three times as large, below a title."""
+    height, width = size_of(picture)
+    assert width == columns * 98 - 2
+    assert rows * 98 < height < rows * 98 + 24
+
+
 def words(*given: object) -> list[str]:
     return [str(word) for word in given]
 
@@ -69,9 +76,9 @@ def cells(picture: Path, rows: int, columns: int, side: int) -> np.ndarray:
 
 
 def shown(images: torch.Tensor) -> np.ndarray:
-    """What a picture of 32-pixel images holds: uint8, doubled."""
+    """What a picture of 32-pixel images holds: uint8, each pixel three times."""
     pixels = np.floor(images[:, 0].double().numpy() * 255 + 0.5).astype(np.uint8)
-    return pixels.repeat(2, axis=1).repeat(2, axis=2)
+    return pixels.repeat(3, axis=1).repeat(3, axis=2)
 
 
 @pytest.mark.parametrize("mode", ["spherical", "linear"])
@@ -82,15 +89,15 @@ def test_interpolations_go_from_image_to_image(mode: str, run: Path, tmp_path: P
     )
     assert cli.main(words("interpolate", run, "--out", out, "--threads", 1, *options)) == 0
     assert f"wrote {out}: rows are images of digits (test) by number, {mode}" in capsys.readouterr().err
-    found = cells(out, 2, 5, 64)
+    found = cells(out, 2, 5, 96)
     assert size_of(out)[0] > 2 * 66 - 2, "labels above"
     assert size_of(out)[1] > 5 * 66 - 2, "labels at the left"
     model, _ = checkpoint.load_model(run)
     frozen = nf.freeze(model)
-    binary = (found[:, 0] // 255)[:, ::2, ::2]  # the images themselves
+    binary = (found[:, 0] // 255)[:, ::3, ::3]  # the images themselves
     x = (
         torch.from_numpy(binary).float()[:, None],
-        torch.from_numpy((found[:, 4] // 255)[:, ::2, ::2]).float()[:, None],
+        torch.from_numpy((found[:, 4] // 255)[:, ::3, ::3]).float()[:, None],
     )
     with torch.no_grad():
         start, end = (frozen.encode(part, sample=False) for part in x)
@@ -108,7 +115,7 @@ def test_an_image_is_encoded_alike_whatever_else_is_chosen(run: Path, tmp_path: 
         options = words("--images", *chosen, "--steps", 2, "--out", tmp_path / f"{name}.png", "--quiet")
         assert cli.main(words("interpolate", run, *options)) == 0
     np.testing.assert_array_equal(
-        cells(tmp_path / "a.png", 1, 4, 64)[0], cells(tmp_path / "b.png", 2, 4, 64)[1]
+        cells(tmp_path / "a.png", 1, 4, 96)[0], cells(tmp_path / "b.png", 2, 4, 96)[1]
     )
 
 
@@ -141,9 +148,9 @@ def test_reconstructions_below_their_images(run: Path, tmp_path: Path, capsys) -
     )
     assert cli.main(words("reconstruct", run, *options)) == 0
     assert "columns are images of digits (test) by number" in capsys.readouterr().err
-    found = cells(out, 3, 3, 64)
+    found = cells(out, 3, 3, 96)
     frozen = nf.freeze(checkpoint.load_model(run)[0])
-    x = torch.from_numpy((found[0] // 255)[:, ::2, ::2]).float()[:, None]
+    x = torch.from_numpy((found[0] // 255)[:, ::3, ::3]).float()[:, None]
     with torch.no_grad():
         expected = shown(frozen.reconstruct(x, sample=False))
     assert np.abs(found[2].astype(int) - expected).max() <= 1
@@ -152,7 +159,7 @@ def test_reconstructions_below_their_images(run: Path, tmp_path: Path, capsys) -
 
 def test_ten_images_by_default(run: Path, tmp_path: Path) -> None:
     assert cli.main(words("reconstruct", run, "--out", tmp_path / "r.png", "--quiet")) == 0
-    assert cells(tmp_path / "r.png", 2, 10, 64).shape == (2, 10, 64, 64)
+    assert cells(tmp_path / "r.png", 2, 10, 96).shape == (2, 10, 96, 96)
 
 
 # ------------------------------------------------------------------------------------------ sample
@@ -165,8 +172,8 @@ def test_a_name_without_a_picture_ending_is_a_folder(run: Path, tmp_path: Path, 
     assert f"wrote 5 images into {folder}" in capsys.readouterr().err
     assert json.loads((folder / "samples.json").read_text())["temperature"] == [0.6, 1.0]
     pictures = [np.asarray(image.open(file)) for file in sorted(folder.glob("*.png"))]
-    assert size_of(grid) == (32, 5 * 34 - 2)
-    np.testing.assert_array_equal(np.asarray(image.open(grid))[:, :32], pictures[0])
+    assert_grid(grid, rows=1, columns=5)
+    np.testing.assert_array_equal(np.asarray(image.open(grid))[-96::3, :96:3], pictures[0])
     (folder / "000002.png").unlink()
     assert cli.main(base) == 0
     assert f"wrote 1 images into {folder}, 4 were complete before" in capsys.readouterr().err
@@ -207,7 +214,7 @@ def test_an_array_comes_with_a_grid_of_any_number(run: Path, tmp_path: Path, mon
     monkeypatch.setattr("nvae_fast.cli.sample.FEW", 4)
     assert cli.main(words("sample", run, "-n", 5, "--npy", "images.npy", "--quiet")) == 0
     assert np.load("images.npy").shape == (5, 32, 32, 1)
-    assert size_of(tmp_path / "samples.png") == (2 * 34 - 2, 3 * 34 - 2)
+    assert_grid(tmp_path / "samples.png", rows=2, columns=3)
 
 
 def test_a_grid_where_few_are_asked_for(run: Path, tmp_path: Path, monkeypatch, capsys) -> None:
@@ -218,7 +225,7 @@ def test_a_grid_where_few_are_asked_for(run: Path, tmp_path: Path, monkeypatch, 
     assert cli.main(words("sample", run, "-n", 5, "--quiet")) == 0
     assert len(list((tmp_path / "samples").glob("*.png"))) == 5
     assert cli.main(words("sample", run, "-n", 5, "--quiet", "--out", "asked.png")) == 0
-    assert size_of(tmp_path / "asked.png") == (2 * 34 - 2, 3 * 34 - 2)
+    assert_grid(tmp_path / "asked.png", rows=2, columns=3)
 
 
 def test_pixels_are_drawn_at_temperature_one(photos: Path, tmp_path: Path) -> None:
@@ -297,7 +304,7 @@ def test_the_page_is_true(run: Path, tmp_path: Path, monkeypatch) -> None:
         exec(block, names)
     assert torch.equal(names["logits"], names["model"](names["x"], seed=1).logits)
     assert names["images"].shape == (8, 1, 32, 32)
-    assert size_of(tmp_path / "middle.png")[1] == 4 * 66 - 2
+    assert size_of(tmp_path / "middle.png")[1] == 4 * 98 - 2
     commands = re.findall(r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", PAGE, re.M)
     assert {line.split()[0] for line in commands} == {"interpolate", "reconstruct", "sample"}
     for line in commands:

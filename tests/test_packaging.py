@@ -141,7 +141,16 @@ def test_the_sdist_holds_what_building_and_testing_need(unpacked: Path) -> None:
     wanted += [path.relative_to(ROOT) for path in (ROOT / "examples").glob("*.py")]
     wanted += map(
         Path,
-        ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "PKG-INFO", "docs/generate.py"),
+        (
+            "setup.py",
+            "pyproject.toml",
+            "MANIFEST.in",
+            "README.md",
+            "LICENSE",
+            "PKG-INFO",
+            "mkdocs.yml",
+            "docs/kl.md",
+        ),
     )
     wanted += map(Path, PACKAGE)
     wanted = [path for path in wanted if "__pycache__" not in path.parts]

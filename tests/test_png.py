@@ -45,6 +45,58 @@ def test_grid_shapes_and_types(tmp_path):
     assert make_grid(torch.tensor([1.0005, -0.0005]).view(1, 1, 1, 2)).tolist() == [[255, 0]]
 
 
+def read(path):
+    image = pytest.importorskip("PIL.Image")
+    with image.open(path) as opened:
+        return np.asarray(opened)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("side", "scale"), [(32, 3), (16, 6), (64, 2), (96, 1), (128, 1)])
+def test_images_below_a_title_are_enlarged(tmp_path, channels, side, scale):
+    pixels = random_pixels(4, channels, side, side)
+    images = torch.from_numpy(pixels).float() / 255
+    save_grid(images, tmp_path / "grid.png", columns=4, title="temperature 0.7")
+    got = read(tmp_path / "grid.png")
+    grid = make_grid(images, 4, scale)
+    assert (got[-grid.shape[0] :] == grid).all()
+    above = got[: -grid.shape[0]]
+    assert 8 < above.shape[0] < 24
+    assert above.min() < 100, "dark letters"
+    assert (above == 255).mean() > 0.8, "on white"
+    first = grid[: side * scale : scale, : side * scale : scale].reshape(side, side, channels)
+    assert (first == pixels[0].transpose(1, 2, 0)).all()
+
+
+def test_the_size_of_a_grid_is_limited_and_a_title_is_never_cut(tmp_path):
+    save_grid(torch.rand(3600, 1, 32, 32), tmp_path / "many.png", title="many")
+    assert read(tmp_path / "many.png").shape[1] == 60 * 66 - 2, "3 would be more than 4096 pixels"
+    save_grid(
+        torch.rand(1, 1, 32, 32),
+        tmp_path / "one.png",
+        title="a title that is wider than the only image of the grid",
+    )
+    got = read(tmp_path / "one.png")
+    assert got.shape[1] > 200
+    assert (got[:, -4:] == 255).all()
+    save_grid(torch.rand(2, 1, 4, 4), tmp_path / "asked.png", scale=5, columns=1)
+    assert read(tmp_path / "asked.png").shape == (2 * 22 - 2, 20)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (dict(scale=0), ValueError, "scale: expected a positive integer or None, got 0"),
+        (dict(scale=2.5), ValueError, "scale: expected a positive integer or None, got 2.5"),
+        (dict(title=3), TypeError, "title: expected a string or None, got 3"),
+    ],
+)
+def test_bad_scales_and_titles(tmp_path, options, error, message):
+    with pytest.raises(error, match=message):
+        save_grid(torch.zeros(1, 1, 2, 2), tmp_path / "x.png", **options)
+    assert not os.listdir(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("images", "columns", "error", "message"),
     [

@@ -1,4 +1,4 @@
-"""README is true: its Python runs, its command lines are understood, the names it gives are there."""
+"""README and pages of docs/: their Python runs, their command lines are understood, the names they give are there."""
 
 from __future__ import annotations
 
@@ -15,16 +15,23 @@ from nvae_fast import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-TRAINING = (ROOT / "docs" / "train.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", README, re.M | re.S)
+PAGES = {
+    path: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+}
+BLOCKS = re.findall(
+    r"^```python\n(.*?)^```$",
+    "\n".join(PAGES[ROOT / page] for page in ("README.md", "docs/kl.md", "docs/cell.md")),
+    re.M | re.S,
+)
 COMMANDS = re.findall(
-    r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", README + TRAINING, re.M
+    r"^ +(?:torchrun\b.*)?(?:python )?-m nvae_fast (.*?)(?: +#.*)?$", "\n".join(PAGES.values()), re.M
 )
 
 
 def block(start: str) -> str:
-    (found,) = (text for text in BLOCKS if text.startswith(start))
-    return found
+    """The code block that begins so; README repeats one line of docs/kl.md."""
+    return [text for text in BLOCKS if text.startswith(start)][-1]
 
 
 def test_six_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
@@ -51,7 +58,8 @@ def test_one_line_instead_of_forty() -> None:
         torch.testing.assert_close(
             torch.autograd.grad(value.sum(), packed, retain_graph=True), by_hand, rtol=1e-10, atol=1e-10
         )
-    exec(block("out = nf.residual_normal(posterior, prior)"), {**names, "nf": nf})
+    for line in (text for text in BLOCKS if text.startswith("out = nf.residual_normal(posterior, prior)")):
+        exec(line, {**names, "nf": nf})
 
 
 def test_the_cell_and_its_parts(one_thread: None) -> None:
@@ -78,7 +86,13 @@ def test_models_built_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_every_block_is_run_here() -> None:
-    assert len(BLOCKS) == len(re.findall("^```python", README, re.M)) == 6
+    assert len(BLOCKS) == 7
+
+
+def test_readme_is_short_and_its_pictures_are_small() -> None:
+    assert len(README.splitlines()) <= 150
+    assert 2 <= README.count("![") <= 3
+    assert sum(path.stat().st_size for path in (ROOT / "docs" / "images").iterdir()) < 300_000
 
 
 @pytest.mark.parametrize("line", COMMANDS)
@@ -87,24 +101,36 @@ def test_a_command_line_is_understood(line: str) -> None:
 
 
 def test_there_are_command_lines() -> None:
-    assert {line.split()[0] for line in COMMANDS} == {
-        "train", "evaluate", "fid", "sample", "plot", "convert", "info",
+    assert {line.split()[0] for line in COMMANDS} >= {
+        "train", "evaluate", "fid", "sample", "plot", "convert", "info", "prepare", "interpolate", "reconstruct",
     }  # fmt: skip
 
 
-def test_names_and_links_lead_somewhere() -> None:
-    for name in set(re.findall(r"\bnf\.((?:\w+\.)*\w+)", README)):
+def test_make_targets_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = {name for text in PAGES.values() for name in re.findall(r"(?:^    |`)make ([a-z-]+)", text, re.M)}
+    assert {"build", "demo", "test", "docs", "bench"} <= named
+    assert not [name for name in named if not re.search(rf"^{name}:", makefile, re.M)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_names_and_links_lead_somewhere(page: Path) -> None:
+    text = PAGES[page]
+    for name in set(re.findall(r"\bnf\.((?:\w+\.)*\w+)", text)):
         value: object = nf
         for part in name.split("."):
             assert hasattr(value, part), f"nf.{name}"
             value = getattr(value, part)
-    for method in set(re.findall(r"\bmodel\.(\w+)\(", README)) - {
-        "decoder_output"
-    }:  # that is the official code's
-        assert hasattr(nf.NVAE, method), f"model.{method}"
-    for target in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / target).exists(), target
+    if page.name == "README.md":
+        for method in set(re.findall(r"\bmodel\.(\w+)\(", text)):
+            assert hasattr(nf.NVAE, method), f"model.{method}"
+    for target, _, heading in re.findall(r"\]\(([\w./-]+)(#([\w-]+))?\)", text):
+        found = page.parent / target
+        assert found.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", found.read_text(encoding="utf-8"), re.M)
+            assert heading in {title.lower().replace(" ", "-") for title in titles}, f"{target}#{heading}"
     for path in set(
-        re.findall(r"`((?:nvae_fast|examples|tests|benchmarks|csrc|kernels)/[\w/]+\.\w+)`", README)
+        re.findall(r"`((?:nvae_fast|examples|tests|benchmarks|csrc|kernels)/[\w/]+\.\w+)`", text)
     ):
         assert (ROOT / path).is_file(), path

@@ -339,8 +339,13 @@ def _pixel_temperature(parser: argparse.ArgumentParser) -> None:
 
 
 def _convert_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="checkpoint to read: official, or ours (file or run folder)")
-    parser.add_argument("target", help="checkpoint to write, in the other format")
+    parser.add_argument(
+        "source", help="checkpoint to read: official, ours (file or run folder), or .safetensors"
+    )
+    parser.add_argument(
+        "target",
+        help="file to write: safetensors where its name ends in .safetensors; else ours becomes official, anything else ours",
+    )
     _weights(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace an existing target (default: no)")
 
@@ -485,7 +490,10 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "interpolate": ("pictures between pairs of images", _interpolate_parser),
     "reconstruct": ("images beside their reconstructions", _reconstruct_parser),
     "plot": ("the curves of one or several runs, as a picture", _plot_parser),
-    "convert": ("official checkpoint to ours, or ours to official", _convert_parser),
+    "convert": (
+        "official checkpoint to ours, ours to official, or either to safetensors and back",
+        _convert_parser,
+    ),
     "prepare": ("a data set as it is downloaded into LMDB databases", _prepare_parser),
     "info": ("versions, devices, which backend runs what and why, and the speed of a loader", _info_parser),
 }

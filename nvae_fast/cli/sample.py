@@ -115,12 +115,26 @@ def _write_grid(
     images = pictures.draw_images(model, arguments.number, world=world, **drawn)
     if not world.is_main:
         return []
-    save_grid(images, arguments.out, columns=arguments.columns)
+    how = _how(model, drawn)
+    save_grid(images, arguments.out, columns=arguments.columns, title=how)
+    wrote = f"wrote {arguments.out}: {how}{_advice(model, drawn)}"
     if arguments.npy is None:
-        return [f"wrote {arguments.out}"]
+        return [wrote]
     with atomic_file(arguments.npy) as handle:
         np.save(handle, np.ascontiguousarray(to_pixels(images)))
-    return [f"wrote {arguments.out}", f"wrote {arguments.npy}"]
+    return [wrote, f"wrote {arguments.npy}"]
+
+
+def _how(model: Any, drawn: dict[str, Any]) -> str:
+    """How the images were drawn, for the title of a grid."""
+    pixels = pictures.chosen_pixels(model, drawn["pixels"])
+    return pictures.described(pixels, drawn["temperature"], drawn["pixel_temperature"])
+
+
+def _advice(model: Any, drawn: dict[str, Any]) -> str:
+    """What else `--pixels` can do, where the default was taken."""
+    chosen = pictures.chosen_pixels(model, drawn["pixels"]) if drawn["pixels"] == "auto" else ""
+    return " (--pixels mean shows images without its noise)" if chosen == "sample" else ""
 
 
 def _write_folder(
@@ -137,11 +151,12 @@ def _write_folder(
     )
     kept = f", {done.kept} were complete before" if done.kept else ""
     lines = [done.note] if done.note else []
-    lines.append(f"wrote {done.written} images into {arguments.out}{kept}")
+    how = _how(model, drawn)
+    lines.append(f"wrote {done.written} images into {arguments.out}{kept}: {how}{_advice(model, drawn)}")
     if arguments.grid is not None and world.is_main:
         with single_process():
             few = min(arguments.number, pictures.GRID)
             images = pictures.draw_images(model, few, **dict(drawn, on_batch=None))
-        save_grid(images, arguments.grid, columns=arguments.columns)
+        save_grid(images, arguments.grid, columns=arguments.columns, title=how)
         lines.append(f"wrote {arguments.grid}")
     return lines

@@ -22,6 +22,7 @@ from nvae_fast.cli.common import (
     set_threads,
     versions,
 )
+from nvae_fast.data.extras import require
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
@@ -85,6 +86,7 @@ def _train(arguments: argparse.Namespace, world: distributed.World) -> int:
 
 def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world: distributed.World) -> int:
     say = reporter(arguments.quiet or not world.is_main)
+    require("PIL.Image", "pillow", "the pictures that train writes")
     training_names = [field.name for field in dataclasses.fields(TrainingConfig)]
     training_given = options.given(arguments, training_names)
     if "autocast" in training_given:
@@ -301,6 +303,7 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str
             temperature=config.sample_temperature,
             seed=seeds.mix_seed(config.seed, seeds.SAMPLES),
             readjust_passes=config.sample_readjust_passes,
+            step=trainer.step,
         )
     if not trainer.world.is_main:
         return

@@ -1,4 +1,4 @@
-"""Labels beside the rows and above the columns of a grid of images, with Pillow."""
+"""Labels beside the rows and above the columns of a grid of images, and a title, with Pillow."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from torch import Tensor
 
 from .extras import require
 
-_SMALLEST = 64  # pixels a side of an image beside its label
 _MARGIN = 4
 _PAPER, _INK = 255, 0
 
@@ -32,30 +30,42 @@ def checked_labels(name: str, labels: Any, count: int, what: str) -> list[str]:
     return list(labels)
 
 
-def enlarged(images: Tensor, column_labels: Sequence[str]) -> Tensor:
-    """Images (N,C,H,W), each pixel repeated, so that a label fits above each of them."""
-    widest = max((_size(text)[0] for text in column_labels), default=0)
-    factor = -(-max(_SMALLEST, widest) // images.shape[-1])
-    return images.repeat_interleave(factor, dim=-1).repeat_interleave(factor, dim=-2)
+def widest(texts: Sequence[str]) -> int:
+    """The width of the widest text in pixels, 0 for no texts."""
+    return max((_size(text)[0] for text in texts), default=0)
 
 
 def with_labels(
-    grid: np.ndarray, row_labels: Sequence[str], column_labels: Sequence[str], height: int, width: int
+    grid: np.ndarray,
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    height: int,
+    width: int,
+    title: str = "",
 ) -> np.ndarray:
-    """A grid, uint8 (H,W) or (H,W,3), with labels in a white margin; a row takes ``height`` pixels, a column ``width``."""
+    """A grid, uint8 (H,W) or (H,W,3), with labels and a title in a white margin.
+
+    A row takes ``height`` pixels, a column ``width``.
+    """
     rows, columns = [_size(text) for text in row_labels], [_size(text) for text in column_labels]
+    title_width, title_height = (size + 2 * _MARGIN for size in _size(title)) if title else (0, 0)
     left = max((w + 2 * _MARGIN for w, _ in rows), default=0)
-    top = max((h + 2 * _MARGIN for _, h in columns), default=0)
-    canvas = np.full((grid.shape[0] + top, grid.shape[1] + left, *grid.shape[2:]), _PAPER, dtype=np.uint8)
-    canvas[top:, left:] = grid
+    above = max((h + 2 * _MARGIN for _, h in columns), default=0)
+    top = above + title_height
+    shape = (grid.shape[0] + top, max(grid.shape[1] + left, title_width), *grid.shape[2:])
+    canvas = np.full(shape, _PAPER, dtype=np.uint8)
+    canvas[top:, left : left + grid.shape[1]] = grid
     image, draw, font = _pillow()
     picture = image.fromarray(canvas)
     options = dict(fill=_INK if grid.ndim == 2 else (_INK,) * 3, font=font.load_default(), align="center")
     pen = draw.Draw(picture)
+    if title:
+        pen.multiline_text((_MARGIN, _MARGIN), title, **{**options, "align": "left"})
     for row, (text, (w, h)) in enumerate(zip(row_labels, rows, strict=True)):
         pen.multiline_text((left - _MARGIN - w, top + row * height + (height - h) // 2), text, **options)
     for column, (text, (w, _)) in enumerate(zip(column_labels, columns, strict=True)):
-        pen.multiline_text((left + column * width + (width - w) // 2, _MARGIN), text, **options)
+        place = (left + column * width + (width - w) // 2, title_height + _MARGIN)
+        pen.multiline_text(place, text, **options)
     return np.asarray(picture)
 
 

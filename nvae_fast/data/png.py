@@ -1,11 +1,10 @@
-"""Grids of images as PNG files, written with zlib alone, whole or not at all."""
+"""Grids of images as PNG files, written by Pillow, whole or not at all."""
 
 from __future__ import annotations
 
+import io
 import math
 import os
-import struct
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,30 +14,26 @@ from torch import Tensor
 from nvae_fast.io import atomic_file
 
 from . import labels
+from .extras import require
 from .integers import plain
 
 _GAP = 2  # pixels between images
 _GAP_VALUE = 128
+# Pixels a side: of an image that can be seen, and the most of a grid that is enlarged for it.
+_SEEN = 96
+_MOST = 4096
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
     """The PNG file of uint8 (H,W) gray or (H,W,3) RGB pixels."""
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)):
         raise ValueError(f"pixels: expected uint8 (H,W) or (H,W,3), got {pixels.dtype} {pixels.shape}")
-    height, width = pixels.shape[:2]
-    if not height or not width:
+    if not pixels.size:
         raise ValueError(f"pixels: expected at least one pixel, got {pixels.shape}")
-    rows = np.zeros(
-        (height, 1 + pixels[0].size), dtype=np.uint8
-    )  # each row starts with its filter type, 0 = none
-    rows[:, 1:] = pixels.reshape(height, -1)
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2 if pixels.ndim == 3 else 0, 0, 0, 0)
-    body = zlib.compress(rows.tobytes(), 6)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+    image = require("PIL.Image", "pillow", "writing PNG files")
+    buffer = io.BytesIO()
+    image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
 
 
 def to_pixels(images: Tensor) -> np.ndarray:
@@ -57,26 +52,15 @@ def to_pixels(images: Tensor) -> np.ndarray:
     return pixels
 
 
-def make_grid(images: Tensor, columns: int | None = None) -> np.ndarray:
+def make_grid(images: Tensor, columns: int | None = None, scale: int = 1) -> np.ndarray:
     """uint8 (H',W') or (H',W',3): images (N,C,H,W) in [0,1], C = 1 or 3, row by row, 2 gray pixels between.
 
-    A value v becomes floor(255 v + 1/2). `columns` None: ceil(sqrt(N)). Places left over in the last row
-    are gray.
+    A value v becomes floor(255 v + 1/2). `columns` None: ceil(sqrt(N)). `scale`: how often each pixel is repeated in both
+    directions. Places left over in the last row are gray.
     """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"images: expected a tensor (N,C,H,W), got {type(images).__name__}")
-    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
-        raise ValueError(
-            f"images: expected (N,C,H,W) with C = 1 or 3 and nothing empty, got {tuple(images.shape)}"
-        )
-    if images.is_complex():
-        raise TypeError(f"images: expected real values in [0,1], got {images.dtype}")
-    columns = plain(columns)
-    if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
-        raise ValueError(f"columns: expected a positive integer or None, got {columns!r}")
-    pixels = to_pixels(images)
+    columns = _checked(images, columns)
+    pixels = to_pixels(images).repeat(scale, axis=1).repeat(scale, axis=2)
     count, height, width, channels = pixels.shape
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
     rows = -(-count // columns)
     shape = (rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, channels)
     grid = np.full(shape, _GAP_VALUE, dtype=np.uint8)
@@ -91,21 +75,37 @@ def save_grid(
     path: str | os.PathLike[str],
     *,
     columns: int | None = None,
+    scale: int | None = None,
+    title: str | None = None,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
 ) -> None:
-    """Write `make_grid(images, columns)` to `path` as a PNG.
+    """Write a grid of images (N,C,H,W) in [0,1], C = 1 or 3, to `path` as a PNG; needs Pillow.
 
-    row_labels, column_labels: a text for each row and each column, in a white margin; needs Pillow. Images below 64 pixels,
-    or narrower than a label, are then enlarged by repeating pixels.
+    columns: images in a row; None for ceil(sqrt(N)). title: a text above the grid. row_labels, column_labels: a text for each
+    row and each column. Texts are in a white margin. scale: how often each pixel is repeated in both directions; None is 1
+    for a grid without texts, and enlarges images beside texts to 96 pixels or a little more and to the width of their label,
+    as long as the grid has at most 4096 pixels a side.
 
     Written to a temporary file in the same folder and moved into place: a crash or a full disk leaves an
-    older file whole. Raises TypeError or ValueError for bad images or labels and FileNotFoundError for a missing
-    folder, before anything is written.
+    older file whole. Raises TypeError or ValueError for bad images, columns, scale, title or labels and FileNotFoundError for
+    a missing folder, before anything is written.
     """
-    grid = make_grid(images, columns)
-    if row_labels is not None or column_labels is not None:
-        grid = _labelled(images, columns, row_labels, column_labels)
+    columns = _checked(images, columns)
+    rows = -(-images.shape[0] // columns)
+    beside = labels.checked_labels("row_labels", row_labels, rows, "rows")
+    above = labels.checked_labels("column_labels", column_labels, columns, "columns")
+    if title is not None and not isinstance(title, str):
+        raise TypeError(f"title: expected a string or None, got {title!r}")
+    scale = plain(scale)
+    if scale is None:
+        scale = _scale(images, rows, columns, labels.widest(above)) if title or beside or above else 1
+    elif isinstance(scale, bool) or not isinstance(scale, int) or scale < 1:
+        raise ValueError(f"scale: expected a positive integer or None, got {scale!r}")
+    grid = make_grid(images, columns, scale)
+    if title or beside or above:
+        height, width = (size * scale + _GAP for size in images.shape[-2:])
+        grid = labels.with_labels(grid, beside, above, height, width, title or "")
     data = encode_png(grid)
     target = Path(path)
     if not target.parent.is_dir():
@@ -116,16 +116,25 @@ def save_grid(
         file.write(data)
 
 
-def _labelled(
-    images: Tensor,
-    columns: int | None,
-    row_labels: Sequence[str] | None,
-    column_labels: Sequence[str] | None,
-) -> np.ndarray:
+def _checked(images: Tensor, columns: int | None) -> int:
+    """The images in a row. Raises TypeError or ValueError for images and columns that make no grid."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"images: expected a tensor (N,C,H,W), got {type(images).__name__}")
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        raise ValueError(
+            f"images: expected (N,C,H,W) with C = 1 or 3 and nothing empty, got {tuple(images.shape)}"
+        )
+    if images.is_complex():
+        raise TypeError(f"images: expected real values in [0,1], got {images.dtype}")
+    columns = plain(columns)
+    if columns is not None and (isinstance(columns, bool) or not isinstance(columns, int) or columns < 1):
+        raise ValueError(f"columns: expected a positive integer or None, got {columns!r}")
     count = images.shape[0]
-    columns = min(columns or math.ceil(math.sqrt(count)), count)
-    rows = labels.checked_labels("row_labels", row_labels, -(-count // columns), "rows")
-    above = labels.checked_labels("column_labels", column_labels, columns, "columns")
-    images = labels.enlarged(images, above)
-    height, width = images.shape[-2] + _GAP, images.shape[-1] + _GAP
-    return labels.with_labels(make_grid(images, columns), rows, above, height, width)
+    return min(columns or math.ceil(math.sqrt(count)), count)
+
+
+def _scale(images: Tensor, rows: int, columns: int, label: int) -> int:
+    """How much to enlarge images so that they can be seen and a label of `label` pixels fits above each."""
+    height, width = images.shape[-2:]
+    most = _MOST // max(rows * (height + _GAP), columns * (width + _GAP))
+    return max(-(-label // width), min(-(-_SEEN // width), most), 1)

@@ -46,7 +46,10 @@ _KINDS = (
         re.compile(rb"/annex/objects/|(\.\./)*\.git/annex/"),
         "a git-annex pointer: fetch the file with `git annex get`",
     ),
-    (re.compile(rb".{8}\{", re.S), "a safetensors file, which holds tensors without the model's options"),
+    (
+        re.compile(rb".{8}\{", re.S),
+        "a safetensors file under another name: those of `convert` end in .safetensors",
+    ),
     (re.compile(rb"\x1f\x8b"), "compressed by gzip: decompress it first"),
     (re.compile(rb"\x28\xb5\x2f\xfd"), "compressed by zstd: decompress it first"),
     (re.compile(rb"BZh"), "compressed by bzip2: decompress it first"),

@@ -32,8 +32,8 @@ def require_tensorboard() -> Any:
 def show_pictures(board: Any, step: int, model: NVAE, dataset: Any, *, seed: int = 0) -> None:
     """Add samples at four temperatures, and the first images of a dataset above their reconstructions, at a step.
 
-    board: a `SummaryWriter`. seed: of the samples and of the images' binarisation, the same at every step. The model comes
-    out as it went in.
+    Samples are means of the likelihood. board: a `SummaryWriter`. seed: of the samples and of the images' binarisation, the
+    same at every step. The model comes out as it went in.
     """
     from nvae_fast.data.png import make_grid
 
@@ -43,7 +43,9 @@ def show_pictures(board: Any, step: int, model: NVAE, dataset: Any, *, seed: int
 
     with evaluation(model), single_process():
         for temperature in TEMPERATURES:
-            drawn = draw_images(model, COUNT, temperature=temperature, seed=mix_seed(seed, SAMPLES))
+            drawn = draw_images(
+                model, COUNT, temperature=temperature, seed=mix_seed(seed, SAMPLES), pixels="mean"
+            )
             add(f"samples/temperature {temperature}", drawn)
         images = dataset.batch(torch.arange(min(COUNT, len(dataset))), mix_seed(seed, DATA))
         add("reconstructions", *with_reconstructions(model, images, seed=seed))

@@ -4,7 +4,7 @@ A run folder holds `checkpoint.pt` (the newest), `checkpoint-previous.pt` (the o
 `checkpoint-best.pt` (the one with the best validation). Writing goes to a temporary file in the same folder, is forced to
 disk, and only then takes the name: a crash, a full disk or a power cut at any moment leaves at least one complete
 checkpoint. Files are plain `torch.save` dictionaries of tensors, numbers, strings and lists, with a checksum of the whole
-file, read with `weights_only=True`.
+file, read with `weights_only=True`. The safetensors files of `convert` are read as checkpoints that hold a model only.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from nvae_fast.models.building import build
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.models.states import not_finite
+from nvae_fast.training import safetensors_files
 from nvae_fast.training.config import TrainingConfig
 
 FORMAT = "nvae_fast.checkpoint"
@@ -142,6 +143,8 @@ def load_training(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def _read(file: Path) -> Any:
     try:
+        if safetensors_files.is_safetensors(file):
+            return {"format": FORMAT, "version": VERSION, **safetensors_files.read(file)}
         return torch_files.read(file)
     except torch_files.DamagedFile as error:
         raise DamagedCheckpoint(f"checkpoint {file} {error}{_advice(file)}") from error

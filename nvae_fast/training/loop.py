@@ -449,5 +449,6 @@ class Trainer:
                 temperature=self.config.sample_temperature,
                 seed=seeds.mix_seed(self.config.seed, seeds.SAMPLES),
                 readjust_passes=0,
+                step=self.step,
             )
         self.model.train()

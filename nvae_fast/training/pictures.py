@@ -104,6 +104,19 @@ def evaluation(model: NVAE, *, keep_buffers: bool = False) -> Iterator[NVAE]:
         model.train(training)
 
 
+def described(pixels: str, temperature: float | Sequence[float], pixel_temperature: float = 1.0) -> str:
+    """How images were drawn, in words: the temperatures, and what was taken of the likelihood ("mean" or "sample")."""
+    numbers = sorted(
+        {float(t) for t in ([temperature] if isinstance(temperature, (int, float)) else temperature)}
+    )
+    text = f"temperature {numbers[0]:g}" + (f" to {numbers[-1]:g}" if len(numbers) > 1 else "")
+    if pixels == "mean":
+        return f"{text}, mean of the likelihood"
+    return f"{text}, drawn from the likelihood" + (
+        "" if pixel_temperature == 1 else f" at {pixel_temperature:g}"
+    )
+
+
 def write_samples(
     model: NVAE,
     path: str | os.PathLike[str] | None,
@@ -112,10 +125,13 @@ def write_samples(
     temperature: float = 1.0,
     seed: int = 0,
     readjust_passes: int = 0,
+    step: int | None = None,
 ) -> None:
     """Write a PNG grid of images from the prior. The model is unchanged afterwards, its statistics included.
 
-    Every process computes by itself. With path=None nothing is drawn; the statistics are re-estimated all the same.
+    The images are means of the likelihood: the noise of a likelihood that is not trained yet would hide what the latent
+    variables have learnt. The title of the grid says so, with the temperature and, where one is given, the step. Every process
+    computes by itself. With path=None nothing is drawn; the statistics are re-estimated all the same.
     """
     from nvae_fast.data import save_grid
 
@@ -126,17 +142,20 @@ def write_samples(
             )
             model.eval()
         if path is not None:
-            save_grid(draw_images(model, count, temperature=temperature, seed=seed), path)
+            images = draw_images(model, count, temperature=temperature, seed=seed, pixels="mean")
+            title = described("mean", temperature) + ("" if step is None else f", step {step}")
+            save_grid(images, path, title=title)
 
 
 def write_reconstructions(
     model: NVAE, images: Tensor, path: str | os.PathLike[str], *, columns: int = 8, seed: int = 0
 ) -> None:
-    """Write a PNG grid in which the reconstructions are below each row of images (N,C,H,W, in [0,1])."""
+    """Write a PNG grid in which the reconstructions are below each row of images (N,C,H,W, in [0,1]), with labels."""
     from nvae_fast.data import save_grid
 
     grid, columns = with_reconstructions(model, images, columns=columns, seed=seed)
-    save_grid(grid, path, columns=columns)
+    rows = len(grid) // columns
+    save_grid(grid, path, columns=columns, row_labels=["image", "recon-\nstruction"] * (rows // 2))
 
 
 @torch.no_grad()
