@@ -120,14 +120,15 @@ def _backward(grads: Grads, wanted: frozenset[str], k: Any, saved: Tensors) -> G
     found: Gradients = {}
     sum_g = None
     for name, t, of_factor, factor in (("x", k.x, "a", k.a), ("y", k.y, "b", k.b)):
+        to_map = g
         if name in wanted and of_factor in wanted:
-            found[name], sum_g, found[of_factor] = _gradients(g, t, factor)
-        elif name in wanted:
-            found[name] = g if factor is None else _op.overload(g, factor, None, None, None)
+            to_map, sum_g, found[of_factor] = _gradients(g, t, factor)
+        elif name in wanted and factor is not None:
+            to_map = _op.overload(g, factor, None, None, None)
         elif of_factor in wanted:
             sum_g, found[of_factor] = _dots(g, t, None)
         if name in wanted:
-            found[name] = found[name].to(t.dtype)
+            found[name] = to_map.to(t.dtype)
     if "c" in wanted:
         found["c"] = _dots(g, g, None)[0] if sum_g is None else sum_g
     for name, like in (("a", k.a), ("b", k.b), ("c", k.c)):

@@ -152,10 +152,9 @@ def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> G
     names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
     if grad.dtype == torch.float64:  # from a skip of that dtype
         grad = grad.to(pooled.dtype)
+    layers = a.reduce_weight, a.reduce_bias, a.expand_weight, a.expand_bias
     with _no_autocast(a.x):
-        of_x, *of_layers = _gradients_kernel(
-            grad, a.x, pooled, *(getattr(a, name) for name in names), a.residual_scale
-        )
+        of_x, *of_layers = _gradients_kernel(grad, a.x, pooled, *layers, a.residual_scale)
     for name, value in (("x", of_x), *zip(names, of_layers, strict=True)):
         if name in wanted:
             found[name] = value.to(getattr(a, name).dtype)
