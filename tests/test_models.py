@@ -9,6 +9,7 @@ from harness import Record, assert_close, assert_same_gradients, relative_error
 import nvae_fast as nf
 from nvae_fast.models.architectures import ARCHITECTURES
 from nvae_fast.models.regularization import convolutions
+from nvae_fast.ops.inverted_residual.train import NAME as CELL
 from nvae_fast.training import balanced_kl, kl_balance
 
 MODELS = ["mnist_tiny", "cifar10_flow_tiny"]
@@ -292,6 +293,36 @@ def test_memory_formats_agree() -> None:
         out = model(x.to(memory_format=torch.channels_last), seed=1)
     assert_close(out.logits, expected.logits, 1e-5)
     assert_close(out.kl, expected.kl, 1e-5)
+
+
+@pytest.mark.skipif(nf.backends()[CELL]["cpu"] != "cpp", reason="the kernels are not in use")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_nchw_model_computes_in_channels_last(frozen: bool) -> None:
+    """On a CPU: images and the first feature are converted once, and the results back."""
+    model = nf.NVAE(tiny(dataset="cifar10"))
+    x = torch.rand(2, *(model.config.channels, model.config.resolution, model.config.resolution))
+    if frozen:
+        model = nf.freeze(model.eval())
+    seen: set[bool] = set()
+    for part in [*model.preprocess, *model.encoder, *model.decoder, *model.postprocess]:
+        part.register_forward_pre_hook(
+            lambda _, args: seen.add(args[0].is_contiguous(memory_format=torch.channels_last))
+        )
+    with torch.no_grad():
+        out = model(x, seed=1)
+        maps = [
+            out.logits,
+            *out.z,
+            *model.encode(x, seed=1),
+            model.sample(2, seed=1),
+            model.decode([None, out.z[1]]),
+        ]
+    assert seen == {True}
+    assert all(t.is_contiguous() for t in maps)
+    with torch.no_grad():
+        again = model(x.contiguous(memory_format=torch.channels_last), seed=1)
+    assert again.logits.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(again.logits, out.logits)
 
 
 def test_autocast_keeps_the_sums_in_fp32() -> None:

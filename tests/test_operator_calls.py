@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import nvae_fast as nf
 from nvae_fast.ops.inverted_residual.train import NAME as CELL
+from nvae_fast.ops.plane_affine import plane_affine
 from nvae_fast.training.adamax import Adamax
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -49,6 +50,7 @@ def composed() -> None:
     nf.normal_sample(x).sum().backward()
     nf.weight_norm(torch.ones(2, 2, 3, 3, requires_grad=True), torch.zeros(2, 1, 1, 1)).sum().backward()
     nf.batch_norm_swish(x, torch.ones(4), torch.zeros(4)).y.sum().backward()
+    plane_affine(x, torch.ones(2, 4, requires_grad=True)).sum().backward()
     # Called between processes and on a GPU; on a CPU alone C++ calls its body.
     channels = [torch.rand(4) for _ in range(5)]
     for layout in (torch.contiguous_format, torch.channels_last):

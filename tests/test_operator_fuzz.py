@@ -62,6 +62,18 @@ WRONG: list[tuple[Callable[..., Any], tuple[Any, ...], str]] = [
     ),
     (OPS.batch_norm_coefficients, (z(3), z(9), None, None, 2.0, 1e-3), r"mean must have shape \(9,\), got \(3,\)"),
     (OPS.batch_norm_corrections, (z(9), z(9), None, z(9), z(1), 2.0), r"scale must have shape \(9,\), got \(1,\)"),
+    (
+        OPS.squeeze_excite_gradients,
+        (z(2, 24, 3, 3), z(2, 24, 3, 3), z(2, 23), z(6, 24), z(6), z(24, 6), z(24), 1.0),
+        r"pooled must have shape \(2, 24\), got \(2, 23\)",
+    ),
+    (
+        OPS.squeeze_excite_gradients,
+        (z(2, 24, 3, 4), z(2, 24, 3, 3), SMALL, z(6, 24), z(6), z(24, 6), z(24), 1.0),
+        r"grad must have",
+    ),
+    (OPS.plane_affine_gradients, (z(2, 24, 3, 3), z(2, 24, 3, 3), z(3, 24)), r"a must have shape \(B, C\)"),
+    (OPS.plane_affine_gradients, (z(2, 24, 3, 3), z(2, 24, 3, 4), SMALL), "x must have"),
     (OPS.merge_planes, (z(4, 9), z(2, 9), 4), r"m2 must have shape \(4, 9\), got \(2, 9\)"),
     (OPS.merge_planes, (z(4), z(4), 4), "mean must have two dimensions"),
     (

@@ -30,6 +30,7 @@ PHILOX = {"philox_normal", "philox_words", "split_seed"}  # integers and draws: 
 # Passes that operators and cells are made of, which see to the gradients.
 PASSES = {
     "affine_activation", "affine_activation_reduce", "affine_activation_grad", "plane_dots",
+    "plane_affine_gradients", "squeeze_excite_gradients",
     "batch_norm_coefficients", "batch_norm_corrections", "merge_planes", "gate_coefficients", "gate_gradients",
     "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine", "adamax",
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""squeeze_excite: gates that are saturated, other activations, and layers without biases."""
+"""squeeze_excite: saturated gates, activations, layers without biases, blocks of the CPU kernel, a skip of another dtype."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from descriptions.squeeze_excite import inputs
-from harness import assert_close, evaluate
+from descriptions.squeeze_excite import formula, inputs
+from harness import assert_close, evaluate, relative_error
 
 import nvae_fast as nf
 
@@ -108,3 +108,31 @@ def test_unknown_activations(argument: str, value: Any, allowed: str) -> None:
     tensors = [t.float() for t in list(inputs((2, 4, 3, 3)).values())[:-1]]
     with pytest.raises(ValueError, match=f"squeeze_excite: {argument} must be one of .*{allowed}"):
         nf.squeeze_excite(*tensors, **{argument: value})
+
+
+# Of the CPU kernel's blocks of 256 KiB: several samples each, the last one fewer; one sample each, of several spans.
+@pytest.mark.parametrize("shape", [(70, 24, 9, 9), (3, 40, 60, 50)])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.usefixtures("one_thread")
+def test_blocks(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    exact = inputs(shape, skip=True)
+    given = {
+        name: t.float().contiguous(memory_format=memory_format) if t.dim() == 4 else t.float()
+        for name, t in exact.items()
+    }
+    expected, found = (
+        evaluate(f, t, tuple(exact)) for f, t in ((formula, exact), (nf.squeeze_excite, given))
+    )
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < 2e-6, name
+
+
+def test_skip_of_float64() -> None:
+    exact = inputs((2, 8, 4, 4), skip=True)
+    given = {name: t if name == "skip" else t.float() for name, t in exact.items()}
+    expected, found = (
+        evaluate(f, t, tuple(exact)) for f, t in ((formula, exact), (nf.squeeze_excite, given))
+    )
+    for name, value in expected.items():
+        assert relative_error(found[name], value) < 2e-6, name

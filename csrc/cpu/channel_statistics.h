@@ -8,7 +8,8 @@ namespace nvae {
 struct ChannelStatisticsArgs : MapShape {
   Dtype dtype;
   const void* x = nullptr;  // dense
-  // Mean and sum of squared deviations of every part: [part * channels + channel], see csrc/cpu/planes.h.
+  // Mean and sum of squared deviations of every part: [part * channels + channel], see csrc/cpu/planes.h. Without m2
+  // only means are computed.
   double *mean = nullptr, *m2 = nullptr;
 };
 

@@ -112,10 +112,52 @@ static void channels(const ChannelStatisticsArgs& a, int64_t begin, int64_t end)
   });
 }
 
+template <class V, class T>
+static void mean_rows(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
+  using S = typename V::Scalar;
+  const int64_t spans = a.spans();
+  const double whole = 1.0 / static_cast<double>(a.span());
+  each_row(a, begin, end, [&](int64_t b, int64_t c, int64_t s, int64_t at, int64_t count) {
+    const T* x = static_cast<const T*>(a.x) + at;
+    V sums[4] = {V(S(0)), V(S(0)), V(S(0)), V(S(0))};
+    int64_t i = 0;
+    for (; i + 4 * V::size <= count; i += 4 * V::size)
+      for (int k = 0; k < 4; ++k) {
+        prefetch(x + i + k * V::size);
+        sums[k] = sums[k] + V::load(x + i + k * V::size);
+      }
+    each_vector<V>(count - i, [&](int64_t j, int n) { sums[0] = sums[0] + load_n<V>(x + i + j, n); });
+    const double share = count == a.span() ? whole : 1.0 / static_cast<double>(count);
+    a.mean[(b * spans + s) * a.channels + c] =
+        static_cast<double>(sum((sums[0] + sums[1]) + (sums[2] + sums[3]))) * share;
+  });
+}
+
+template <class V, class T>
+static void mean_channels(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
+  each_run(a, begin, end, [&](int64_t, int64_t task, int64_t pixel, int64_t count) {
+    BlockSums<V, 1> block;
+    for (int64_t first = 0; first < a.channels; first += kBlock) {
+      const int64_t width = a.channels - first < kBlock ? a.channels - first : kBlock;
+      const T* x = static_cast<const T*>(a.x) + pixel * a.channels + first;
+      block.run(width, count, [&](int64_t c, int n, int64_t i, int pixels, V* totals) {
+        for (int k = 0; k < pixels; ++k) {
+          const T* at = x + (i + k) * a.channels + c;
+          __builtin_prefetch(at + kGroup * a.channels);
+          totals[0] = totals[0] + load_n<V>(at, n);
+        }
+      });
+      double* out = a.mean + task * a.channels + first;
+      for (int64_t c = 0; c < width; ++c) out[c] = block.sums[0][c] / static_cast<double>(count);
+    }
+  });
+}
+
 void channel_statistics_parts(const ChannelStatisticsArgs& a, int64_t begin, int64_t end) {
   with_types(a.dtype, [&](auto types) {
     using V = typename decltype(types)::Vector;
     using T = typename decltype(types)::Element;
+    if (!a.m2) return a.channels_last ? mean_channels<V, T>(a, begin, end) : mean_rows<V, T>(a, begin, end);
     a.channels_last ? channels<V, T>(a, begin, end) : rows<V, T>(a, begin, end);
   });
 }

@@ -1,10 +1,12 @@
 // The small arithmetic of the inverted residual cell on the CPU; formulas in nvae_fast/ops/inverted_residual/coefficients.py.
-// Vectors of a few hundred numbers: plain loops, one thread. Sums over samples in double, in order.
+// Vectors of a few hundred numbers: plain loops, one thread. Sums over samples in double, in order. The gate's are in
+// gate.vec.cpp.
 #include <cmath>
 #include <tuple>
 #include <vector>
 
 #include "../memory.h"
+#include "gate.h"
 #include "squeeze_excite.h"
 
 namespace nvae {
@@ -135,7 +137,7 @@ static std::tuple<Tensor, Tensor> merge_planes(const Tensor& mean, const Tensor&
   return {merged, total};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
+static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
     const Tensor& mean, const std::optional<Tensor>& scale, const std::optional<Tensor>& shift,
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, double residual_scale) {
   const char* op = "gate_coefficients";
@@ -152,34 +154,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gate_coefficients(
             *t = given.read("shift", shift, {n}), *u1 = given.read("w1", w1, {units, n}),
             *c1 = given.read("b1", b1, {units}), *u2 = given.read("w2", w2, {n, units}),
             *c2 = given.read("b2", b2, {n});
-    const S rs = static_cast<S>(residual_scale);
-    // Transposed, so that the inner loops add to different numbers and the compiler makes vectors of them.
-    std::vector<double> w1t(static_cast<size_t>(units * n)), w2t(static_cast<size_t>(units * n)),
-        unit(static_cast<size_t>(units)), logit(static_cast<size_t>(n));
-    for (int64_t r = 0; r < units; ++r)
-      for (int64_t i = 0; i < n; ++i) {
-        w1t[i * units + r] = u1[r * n + i];
-        w2t[r * n + i] = u2[i * units + r];
-      }
-    for (int64_t b = 0; b < batch; ++b) {
-      S *p = out<S>(pooled) + b * n, *h = out<S>(hidden) + b * units, *g = out<S>(gate) + b * n;
-      S *f = out<S>(factor) + b * n, *o = out<S>(offset) + b * n;
-      for (int64_t r = 0; r < units; ++r) unit[r] = c1[r];
-      for (int64_t i = 0; i < n; ++i) {
-        p[i] = s ? m[b * n + i] * s[i] + t[i] : m[b * n + i];
-        for (int64_t r = 0; r < units; ++r) unit[r] += w1t[i * units + r] * p[i];
-      }
-      for (int64_t i = 0; i < n; ++i) logit[i] = c2[i];
-      for (int64_t r = 0; r < units; ++r) {
-        h[r] = unit[r] > 0 || unit[r] != unit[r] ? static_cast<S>(unit[r]) : S(0);
-        for (int64_t i = 0; i < n; ++i) logit[i] += w2t[r * n + i] * h[r];
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        g[i] = static_cast<S>(1.0 / (1.0 + std::exp(-logit[i])));
-        f[i] = s ? rs * g[i] * s[i] : rs * g[i];
-        o[i] = s ? rs * g[i] * t[i] : S(0);
-      }
-    }
+    GateArgs a;
+    a.is_double = sizeof(S) == 8;
+    a.channels = n;
+    a.units = units;
+    a.residual_scale = residual_scale;
+    a.mean = m, a.scale = s, a.shift = t, a.b1 = c1, a.b2 = c2;
+    const GateWeights weights(u1, u2, units, n);
+    a.w1 = weights.reduce.data(), a.w2 = weights.expand.data();
+    a.pooled = out<S>(pooled), a.hidden = out<S>(hidden), a.gate = out<S>(gate), a.factor = out<S>(factor);
+    a.offset = out<S>(offset);
+    std::vector<double> scratch(static_cast<size_t>(2 * n));
+    NVAE_CALL(gate_forward, a, 0, batch, scratch.data());
   });
   return {pooled, hidden, gate, factor, offset};
 }
@@ -209,48 +195,28 @@ static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor
             *c = given.read("bias", bias, {n}), *p = given.read("pooled", pooled, {batch, n}),
             *h = given.read("hidden", hidden, {batch, units}), *g = given.read("gate", gate, {batch, n}),
             *u1 = given.read("w1", w1, {units, n}), *u2 = given.read("w2", w2, {n, units});
-    S *t = out<S>(through), *f = out<S>(factor);
-    const S rs = static_cast<S>(residual_scale);
     std::vector<double> d1(static_cast<size_t>(units * n)), d2(static_cast<size_t>(units * n)),
         e1(static_cast<size_t>(units)), e2(static_cast<size_t>(n)), sums(static_cast<size_t>(n)),
-        dots(static_cast<size_t>(n));
-    std::vector<double> logit(static_cast<size_t>(n)), unit(static_cast<size_t>(units)),
-        reached(static_cast<size_t>(n));
-    for (int64_t b = 0; b < batch;
-         ++b, x += n, xp += n, pm = pm ? pm + n : pm, p += n, g += n, h += units, t += n, f += n) {
-      for (double& u : unit) u = 0;
-      for (double& u : reached) u = 0;
-      for (int64_t i = 0; i < n; ++i) {
-        const S to_gate = r ? w[i] * (rs * r[i] * xp[i]) + c[i] * (rs * x[i]) : rs * xp[i];
-        logit[i] = static_cast<double>(to_gate) * g[i] * (1.0 - g[i]);
-        e2[i] += logit[i];
-        for (int64_t k = 0; k < units; ++k) {
-          unit[k] += logit[i] * u2[i * units + k];
-          d2[i * units + k] += logit[i] * h[k];
-        }
-      }
-      for (int64_t k = 0; k < units; ++k) {
-        if (!(h[k] > S(0))) unit[k] *= 0;  // a NaN stays one
-        e1[k] += unit[k];
-        for (int64_t i = 0; i < n; ++i) {
-          reached[i] += unit[k] * u1[k * n + i];
-          d1[k * n + i] += unit[k] * p[i];
-        }
-      }
-      for (int64_t i = 0; i < n; ++i) {
-        f[i] = rs * g[i];
-        t[i] = static_cast<S>(reached[i]);
-        if (!r) continue;
-        sums[i] += static_cast<double>(g[i] * (rs * x[i])) + reached[i];
-        dots[i] += static_cast<double>(g[i] * (rs * r[i] * xp[i])) + reached[i] * (pm[i] - m[i]) * r[i];
-      }
-    }
+        dots(static_cast<size_t>(n)), scratch(static_cast<size_t>(3 * n));
+    GateGradientsArgs a;
+    a.is_double = sizeof(S) == 8;
+    a.channels = n;
+    a.units = units;
+    a.residual_scale = residual_scale;
+    a.sum_x = x, a.sum_xp = xp, a.plane_mean = pm, a.mean = m, a.rstd = r, a.weight = w, a.bias = c;
+    a.pooled = p, a.hidden = h, a.gate = g;
+    const GateWeights weights(u1, u2, units, n);
+    a.w1 = weights.reduce.data(), a.w2 = weights.expand.data();
+    a.through = out<S>(through), a.factor = out<S>(factor);
+    a.to_w1 = d1.data(), a.to_b1 = e1.data(), a.to_w2 = d2.data(), a.to_b2 = e2.data();
+    a.sum_y = sums.data(), a.dot_y = dots.data();
+    NVAE_CALL(gate_backward, a, 0, batch, scratch.data());
+    GateWeights::from_transposed(d2.data(), n, units, out<S>(to_w2));
     const auto write = [](const std::vector<double>& from, const Tensor& to) {
       S* data = out<S>(to);
       for (size_t i = 0; i < from.size(); ++i) data[i] = static_cast<S>(from[i]);
     };
-    write(d1, to_w1), write(e1, to_b1), write(d2, to_w2), write(e2, to_b2), write(sums, sum_y),
-        write(dots, dot_y);
+    write(d1, to_w1), write(e1, to_b1), write(e2, to_b2), write(sums, sum_y), write(dots, dot_y);
   });
   return {to_w1, to_b1, to_w2, to_b2, through, sum_y, dot_y, factor};
 }

@@ -32,12 +32,14 @@ static void affine_rows(const PlaneAffineArgs& args, int64_t begin, int64_t end)
       each_vector<V>(count, [&](int64_t i, int n) {
         prefetch(x + at + i);
         prefetch(y + at + i);
+        prefetch_for_write(out + at + i);
         const V u = load_n<V>(x + at + i, n), v = load_n<V>(y + at + i, n);
         store_n(combine(a, u, true, v, b0 ? &b : nullptr, c0 ? &c : nullptr), out + at + i, n);
       });
     else
       each_vector<V>(count, [&](int64_t i, int n) {
         prefetch(x + at + i);
+        prefetch_for_write(out + at + i);
         store_n(combine(a, load_n<V>(x + at + i, n), false, a, &b, c0 ? &c : nullptr), out + at + i, n);
       });
   });
@@ -55,6 +57,7 @@ static void affine_channels(const PlaneAffineArgs& args, int64_t begin, int64_t 
       const int64_t at = (pixel + i) * args.channels;
       each_vector<V>(args.channels, [&](int64_t channel, int n) {
         prefetch(x + at + channel);
+        prefetch_for_write(out + at + channel);
         V sum = load_n<V>(a0 + channel, n) * load_n<V>(x + at + channel, n);
         if (c0) sum = sum + load_n<V>(c0 + channel, n);
         if (y) {

@@ -13,6 +13,11 @@ NVAE_INLINE void prefetch(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048);
 }
 
+template <class T>
+NVAE_INLINE void prefetch_for_write(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 1);
+}
+
 template <class V, class T>
 NVAE_INLINE V load_n(const T* p, int n) {
   return n == V::size ? V::load(p) : V::load(p, n);

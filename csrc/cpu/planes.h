@@ -115,6 +115,14 @@ void for_planes(const MapShape& m, F kernel) {
   if (m.batches && m.channels && m.pixels) for_tasks(m, kernel);
 }
 
+// The same over the tasks of samples begin .. end - 1.
+template <class F>
+void for_samples(const MapShape& m, int64_t begin, int64_t end, F kernel) {
+  if (begin == end || !m.channels || !m.pixels) return;
+  const int64_t tasks = m.tasks() / m.batches, elements = m.span() * m.lanes();
+  parallel_for(begin * tasks, end * tasks, 4096 / elements + 1, kernel);
+}
+
 // Partial results of `kinds` kinds: kind k begins at data() + k * size().
 class Partials {
  public:

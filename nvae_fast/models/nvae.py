@@ -26,6 +26,7 @@ from nvae_fast.models.inputs import (
     group_temperatures,
     posterior_draws,
 )
+from nvae_fast.models.layout import to_computed_format, to_given_format
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
 from nvae_fast.models.output import NVAEOutput
 from nvae_fast.models.regularization import SpectralEstimate, batch_norm_regularizer, convolutions
@@ -167,7 +168,7 @@ class NVAE(nn.Module):
         with prepare_weights(self):
             s, groups = self._top_down(x, draws)
             return NVAEOutput(
-                self._image(s),
+                self._image(s, x),
                 torch.stack([group.kl.sum(1) for group in groups], dim=1),
                 [group.kl.detach().mean(0) for group in groups],
                 _sum([group.log_q.sum(1) for group in groups]),
@@ -224,7 +225,7 @@ class NVAE(nn.Module):
         c = self.config
         s, kept = self._bottom_up(x)
         top = elu(self.encoder_head(elu(s)))
-        s = self.top_feature.unsqueeze(0).expand(x.shape[0], -1, -1, -1)
+        s = to_computed_format(self.top_feature.unsqueeze(0).expand(x.shape[0], -1, -1, -1))
         groups = []
         for index, prefix, combine in self._groups():
             for part in prefix:
@@ -243,7 +244,7 @@ class NVAE(nn.Module):
                     z = flow(z)
                 log_p = normal_log_prob(z, prior)
                 found = ResidualNormal(z, found.log_q - log_p, found.log_q, log_p)
-            groups.append(found)
+            groups.append(found._replace(z=to_given_format(found.z, x, self.image_head.weight)))
             s = combine(s, found.z)
         return s, groups
 
@@ -311,14 +312,14 @@ class NVAE(nn.Module):
         draws: Sequence[Draw],
         latents: Sequence[torch.Tensor | None],
     ) -> torch.Tensor:
-        s = self.top_feature.unsqueeze(0).expand(n, -1, -1, -1)
+        s = to_computed_format(self.top_feature.unsqueeze(0).expand(n, -1, -1, -1))
         for index, prefix, combine in self._groups():
             for part in prefix:
                 s = self._cell(part, s)
             z = latents[index]
             if z is None:
                 z = self._from_prior(index, s, temperatures[index], draws[index])
-            s = combine(s, z)
+            s = combine(s, to_computed_format(z))
         return self._image(s)
 
     def _from_prior(self, index: int, s: torch.Tensor, temperature: float, draw: Draw) -> torch.Tensor:
@@ -328,15 +329,14 @@ class NVAE(nn.Module):
         else:
             z_channels, height, width = self.config.z_shapes[0]
             prior = s.new_zeros(s.shape[0], 2 * z_channels, height, width)
-        noise, seed = draw
-        return normal_sample(prior, temperature=temperature, noise=noise, seed=seed)
+        return normal_sample(prior, temperature=temperature, noise=draw[0], seed=draw[1])
 
     def _draws(self, op: str, noise: Any, seed: int | torch.Tensor | None, n: int) -> list[Draw]:
         return group_draws(op, "noise", noise, seed, n, self.config.z_shapes, self.top_feature)
 
     def _bottom_up(self, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[nn.Module, torch.Tensor]]]:
         """The last feature, and with every combiner the feature that enters it (used in reverse order)."""
-        s = self.stem(2.0 * x - 1.0)
+        s = self.stem(to_computed_format(2.0 * x - 1.0))
         for part in self.preprocess:
             s = self._cell(part, s)
         kept: list[tuple[nn.Module, torch.Tensor]] = []
@@ -365,10 +365,10 @@ class NVAE(nn.Module):
     def _cell(self, cell: nn.Module, s: torch.Tensor) -> torch.Tensor:
         return recomputed(cell, s) if self.checkpoint_cells and torch.is_grad_enabled() else cell(s)
 
-    def _image(self, s: torch.Tensor) -> torch.Tensor:
+    def _image(self, s: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:
         for part in self.postprocess:
             s = self._cell(part, s)
-        return self.image_head(elu(s))
+        return to_given_format(self.image_head(elu(s)), *given, self.image_head.weight)
 
     # ------------------------------------------------------------------------------------------- likelihood
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nvae_fast.ops import _checks
@@ -99,18 +100,35 @@ def _empty_sums(x: Tensor, *_: Any) -> tuple[Tensor, ...]:
 _dots = define_kernel("plane_dots", _dots_formula, fake=_empty_sums, triton="plane_affine")
 
 
+def _affine_gradients(grad: Tensor, x: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``a g``, and the sums of ``g`` and of ``g x`` over every plane."""
+    return (torch.ops.nvae_fast.plane_affine(grad, a, None, None, None), *_dots(grad, x, None))
+
+
+# On the CPU one operator, which reads the gradient once.
+_gradients = define_kernel(
+    "plane_affine_gradients",
+    _affine_gradients,
+    fake=lambda grad, x, a: (empty_map(grad, grad.shape[1]), *_empty_sums(grad)),
+)
+
+
 def _backward(grads: Grads, wanted: frozenset[str], k: Any, saved: Tensors) -> Gradients:
     """``dx = a g, dy = b g, da = sum g x, db = sum g y, dc = sum g``."""
     (g,) = grads
     assert g is not None
     found: Gradients = {}
-    for name, t, factor in (("x", k.x, k.a), ("y", k.y, k.b)):
-        if name in wanted:
-            found[name] = (g if factor is None else _op.overload(g, factor, None, None, None)).to(t.dtype)
     sum_g = None
-    for name, t in (("a", k.x), ("b", k.y)):
+    for name, t, of_factor, factor in (("x", k.x, "a", k.a), ("y", k.y, "b", k.b)):
+        to_map = g
+        if name in wanted and of_factor in wanted:
+            to_map, sum_g, found[of_factor] = _gradients(g, t, factor)
+        elif name in wanted and factor is not None:
+            to_map = _op.overload(g, factor, None, None, None)
+        elif of_factor in wanted:
+            sum_g, found[of_factor] = _dots(g, t, None)
         if name in wanted:
-            sum_g, found[name] = _dots(g, t, None)
+            found[name] = to_map.to(t.dtype)
     if "c" in wanted:
         found["c"] = _dots(g, g, None)[0] if sum_g is None else sum_g
     for name, like in (("a", k.a), ("b", k.b), ("c", k.c)):

@@ -22,7 +22,7 @@ from torch import Tensor
 from nvae_fast.ops import _backend, _checks
 from nvae_fast.ops._activation import activation_derivative
 from nvae_fast.ops._layout import empty_map
-from nvae_fast.ops._op import Gradients, Grads, Tensors, define_op, refuse_double_backward
+from nvae_fast.ops._op import Gradients, Grads, Tensors, define_kernel, define_op, refuse_double_backward
 from nvae_fast.ops.inverted_residual.coefficients import gate_backward, gate_coefficients
 
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "silu": F.silu, "swish": F.silu}
@@ -144,30 +144,50 @@ def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return ops.plane_affine(x, factor, skip, None, None), pooled
 
 
-def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
-    """From x and the pooled values; the gate is computed again. Two passes: the sums ``sum_p grad x`` reach the gate, and
+def _gradients(
+    grad: Tensor, x: Tensor, pooled: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor,
+    expand_bias: Tensor, residual_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of x and of the two layers. Two passes: the sums ``sum_p grad x`` reach the gate, and
     ``dx = residual_scale gate grad + (what reaches the pooled value) / HW``."""
-    (grad, _), (pooled,), x, ops = grads, saved, a.x, torch.ops.nvae_fast
+    ops = torch.ops.nvae_fast
+    w1, b1, w2, b2 = _layers(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    _, hidden, gate, _, _ = gate_coefficients(pooled, None, None, w1, b1, w2, b2, residual_scale)
+    sum_x, sum_xp = ops.plane_dots(grad, x, None)
+    *of_layers, through, _, _, factor = gate_backward(
+        sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, w1, w2, residual_scale,
+    )  # fmt: skip
+    shift = through / max(x.shape[2] * x.shape[3], 1)
+    return (ops.plane_affine(grad, factor, None, None, shift), *of_layers)
+
+
+# On the CPU one operator, which reads grad once.
+_gradients_kernel = define_kernel(
+    "squeeze_excite_gradients",
+    _gradients,
+    fake=lambda grad, x, pooled, w1, b1, w2, b2, _: (
+        empty_map(grad, grad.shape[1]), *(torch.empty_like(t, dtype=pooled.dtype) for t in (w1, b1, w2, b2)),
+    ),
+)  # fmt: skip
+
+
+def _backward(grads: Grads, wanted: frozenset[str], a: Any, saved: Tensors) -> Gradients:
+    """From x and the pooled values; the gate is computed again."""
+    (grad, _), (pooled,) = grads, saved
     if grad is None:
         return {}
     found: Gradients = {"skip": grad.to(a.skip.dtype)} if "skip" in wanted else {}
     if wanted == {"skip"}:
         return found
     names = ("reduce_weight", "reduce_bias", "expand_weight", "expand_bias")
-    layers = [getattr(a, name) for name in names]
-    with _no_autocast(x):
-        w1, b1, w2, b2 = _layers(pooled, *layers)
-        _, hidden, gate, _, _ = gate_coefficients(pooled, None, None, w1, b1, w2, b2, a.residual_scale)
-        sum_x, sum_xp = ops.plane_dots(grad, x, None)
-        *of_layers, through, _, _, factor = gate_backward(
-            sum_x, sum_xp, None, None, None, None, None, pooled, hidden, gate, w1, w2, a.residual_scale,
-        )  # fmt: skip
-        if "x" in wanted:
-            shift = through / max(x.shape[2] * x.shape[3], 1)
-            found["x"] = ops.plane_affine(grad, factor, None, None, shift).to(x.dtype)
-    for name, like, value in zip(names, layers, of_layers, strict=True):
+    if grad.dtype == torch.float64:  # from a skip of that dtype
+        grad = grad.to(pooled.dtype)
+    layers = a.reduce_weight, a.reduce_bias, a.expand_weight, a.expand_bias
+    with _no_autocast(a.x):
+        of_x, *of_layers = _gradients_kernel(grad, a.x, pooled, *layers, a.residual_scale)
+    for name, value in (("x", of_x), *zip(names, of_layers, strict=True)):
         if name in wanted:
-            found[name] = value.to(like.dtype)
+            found[name] = value.to(getattr(a, name).dtype)
     return found
 
 

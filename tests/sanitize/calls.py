@@ -192,6 +192,11 @@ def plane_affine(d: Draw) -> list[Any]:
     return [x, coefficients(), y, None if y is None else d.maybe(coefficients), d.maybe(coefficients)]
 
 
+def plane_affine_gradients(d: Draw) -> list[Any]:
+    x = d.tensor(d.map_shape(), d.dtype())
+    return [d.like(x), x, d.tensor((d.one(x.shape[0], 1), x.shape[1]), acc(x.dtype))]
+
+
 def plane_dots(d: Draw) -> list[Any]:
     x = d.tensor(d.map_shape(), d.dtype())
     return [x, d.like(x), d.maybe(lambda: _per_channel(d, x)[0])]
@@ -238,12 +243,21 @@ def gate_gradients(d: Draw) -> list[Any]:
     ]  # fmt: skip
 
 
-def squeeze_excite(d: Draw) -> list[Any]:
+def _gated_map(d: Draw) -> tuple[Tensor, list[Tensor]]:
     x = d.tensor(d.map_shape(sides=SIDES[1:]), d.dtype())
     c, units, dtype = x.shape[1], d.one(1, 2, 4, 8), d.one(x.dtype, torch.float32)
     dtype = acc(x.dtype) if x.dtype is torch.float64 else dtype
-    layers = [d.tensor(s, dtype) for s in ((units, c), (units,), (c, units), (c,))]
+    return x, [d.tensor(s, dtype) for s in ((units, c), (units,), (c, units), (c,))]
+
+
+def squeeze_excite(d: Draw) -> list[Any]:
+    x, layers = _gated_map(d)
     return [x, *layers, d.maybe(lambda: d.like(x)), d.one(1.0, 0.1)]
+
+
+def squeeze_excite_gradients(d: Draw) -> list[Any]:
+    x, layers = _gated_map(d)
+    return [d.like(x), x, d.tensor(x.shape[:2], acc(x.dtype)), *layers, d.one(1.0, 0.1)]
 
 
 def _convolution(d: Draw) -> tuple[Tensor, Tensor, int, int, int]:
