@@ -13,16 +13,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn.batch_norm import BatchNormSwish
 from nvae_fast.nn.cells import InvertedResidual, InvertedResidualCell, ResidualCell
-from nvae_fast.nn.conv import WeightNormConv2d
+from nvae_fast.nn.conv import WeightNormConv2d, convolution
 from nvae_fast.nn.flow import WEIGHTED
 from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
 from nvae_fast.nn.plain import is_plain
-from nvae_fast.ops import _backend, _checks
+from nvae_fast.ops import _backend, _checks, wide_conv2d, winograd
 from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -31,6 +30,9 @@ from nvae_fast.ops.inverted_residual.eval import affine_of, depthwise_affine, fo
 from nvae_fast.ops.squeeze_excite import squeeze_excite, without_grad
 
 _MARK = "_nvae_fast_frozen"
+# A part of a batch, for each thread: bytes of its expanded maps, and pixels that a matrix product needs to be fast.
+_PART_BYTES = 3 * 2**19
+_PART_PIXELS = 512
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -160,9 +162,12 @@ class FrozenConv2d(FrozenModule):
         self._check(x, self.weight.shape[1] * self.groups)
         if self.is_matrix and x.is_contiguous(memory_format=torch.channels_last):
             return self._matrix()(x)
-        return F.conv2d(
-            x, self._weight_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        if wide_conv2d.convolves(x, self.weight):
+            x = x.bfloat16()
+            if wide_conv2d.is_winograd(x, self.weight, wide_conv2d.geometry_of(self)):
+                with torch.autocast("cpu", enabled=False):
+                    return winograd.convolve(x, self._transformed(), self.bias)
+        return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:
         found: PackedMatrix | None = self._derived.get("matrix")
@@ -170,6 +175,14 @@ class FrozenConv2d(FrozenModule):
             found = PackedMatrix(self.weight.flatten(1), self.bias)
             if not torch.compiler.is_compiling():
                 self._derived["matrix"] = found
+        return found
+
+    def _transformed(self) -> torch.Tensor:
+        """The weight as Winograd's algorithm takes it."""
+        found: torch.Tensor | None = self._derived.get("winograd")
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._derived["winograd"] = winograd.transformed(self.weight.float())
         return found
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
@@ -182,7 +195,7 @@ class FrozenConv2d(FrozenModule):
         ):
             return self.weight
         dtype = torch.get_autocast_dtype(kind)
-        if self.weight.dtype in (dtype, torch.float64):
+        if self.weight.dtype in (dtype, torch.float64) or wide_conv2d.computes(dtype, x.device):
             return self.weight
         found: torch.Tensor | None = self._derived.get(dtype)
         if found is None:
@@ -262,12 +275,30 @@ class FrozenResidualCell(FrozenModule):
         expand, project, gate = self._derived.get("cell") or self._prepare()
         if torch.compiler.is_compiling() or not _backend.fused(self.NAME, x.device):
             return self._composed(x, skip, expand, project, gate)
+        if wide_conv2d.convolves(x, self.expand) and x.numel():
+            s = self._in_parts(x, expand, project)
+        else:
+            s = self._branch(x, expand, project)
+        return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
+
+    def _branch(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
         h = expand(x.contiguous(memory_format=torch.channels_last))
         h = depthwise_affine(
             h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
         )
-        s = project(h)
-        return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
+        return project(h)
+
+    def _in_parts(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
+        """The branch in bfloat16 by float32 arithmetic, for so few images at a time that their expanded maps, which are not
+        rounded, stay in the cache."""
+        pixels = x.shape[2] * x.shape[3]
+        images = max(_PART_BYTES // (4 * pixels * self.expand.shape[0]), -(-_PART_PIXELS // pixels))
+        with torch.autocast("cpu", enabled=False):
+            parts = [
+                self._branch(part.to(self.expand.dtype), expand, project).bfloat16()
+                for part in x.split(images * torch.get_num_threads())
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:
         gate = tuple(getattr(self, name) for name in self.GATE) if self.gated else None
