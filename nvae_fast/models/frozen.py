@@ -275,29 +275,28 @@ class FrozenResidualCell(FrozenModule):
         expand, project, gate = self._derived.get("cell") or self._prepare()
         if torch.compiler.is_compiling() or not _backend.fused(self.NAME, x.device):
             return self._composed(x, skip, expand, project, gate)
-        if wide_conv2d.convolves(x, self.expand) and x.numel():
+        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if half and x.numel() and wide_conv2d.convolves(x, self.expand):
             s = self._in_parts(x, expand, project)
         else:
-            s = self._branch(x, expand, project)
+            h = expand(x.contiguous(memory_format=torch.channels_last))
+            h = depthwise_affine(
+                h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
+            )
+            s = project(h)
         return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
-
-    def _branch(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
-        h = expand(x.contiguous(memory_format=torch.channels_last))
-        h = depthwise_affine(
-            h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
-        )
-        return project(h)
 
     def _in_parts(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
         """The branch in bfloat16 by float32 arithmetic, for so few images at a time that their expanded maps, which are not
         rounded, stay in the cache."""
         pixels = x.shape[2] * x.shape[3]
         images = max(_PART_BYTES // (4 * pixels * self.expand.shape[0]), -(-_PART_PIXELS // pixels))
+        affine = self.depthwise, self.scale, self.shift, self.stride, self.upsample
+        parts = []
         with torch.autocast("cpu", enabled=False):
-            parts = [
-                self._branch(part.to(self.expand.dtype), expand, project).bfloat16()
-                for part in x.split(images * torch.get_num_threads())
-            ]
+            for part in x.split(images * torch.get_num_threads()):
+                h = expand(part.to(self.expand.dtype, memory_format=torch.channels_last))
+                parts.append(project(depthwise_affine(h, *affine, "swish", "swish")).bfloat16())
             return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:

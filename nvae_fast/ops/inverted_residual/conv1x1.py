@@ -80,9 +80,6 @@ class PackedMatrix:
         self._packed: dict[int, Tensor] = {}
 
     def __call__(self, x: Tensor) -> Tensor:
-        if self._packs and wide_conv2d.convolves(x, self.weight):
-            with torch.autocast("cpu", enabled=False):
-                return self(x.float()).bfloat16()
         if (
             not self._packs
             or x.dtype != torch.float32
@@ -91,6 +88,9 @@ class PackedMatrix:
             or torch.is_autocast_enabled("cpu")
             or not torch._C._get_mkldnn_enabled()
         ):
+            if self._packs and x.numel() and wide_conv2d.convolves(x, self.weight):
+                with torch.autocast("cpu", enabled=False):
+                    return self(x.float()).bfloat16()
             return conv1x1(x, self.weight, self.bias)
         b, c, h, w = x.shape
         pixels = b * h * w
