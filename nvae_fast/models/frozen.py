@@ -166,7 +166,8 @@ class FrozenConv2d(FrozenModule):
             x = x.bfloat16()
             if wide_conv2d.is_winograd(x, self.weight, wide_conv2d.geometry_of(self)):
                 with torch.autocast("cpu", enabled=False):
-                    return winograd.convolve(x, self._transformed(), self.bias)
+                    y = winograd.convolve(x, self._transformed(), self.bias)
+                    return wide_conv2d.in_format_of(x, y)
         return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:

@@ -6,7 +6,7 @@ each; docs/benchmarks.md), and one without AVX512_BF16 emulates them. Maps stay 
 
 - 1x1 convolutions convert some pixels at a time, in memory that stays in the cache.
 - 3x3 convolutions use Winograd's algorithm (:mod:`nvae_fast.ops.winograd`), whose transforms read and write bfloat16.
-- Others, among them those of NCHW maps, convert the map.
+- Others, among them 1x1 convolutions of NCHW maps, convert the map.
 
 Weights are used in the dtype of the parameters, without a rounding, and so are their gradients.
 """
@@ -53,12 +53,6 @@ def convolves(x: Tensor, weight: Tensor) -> bool:
     if torch.is_autocast_enabled("cpu"):
         return x.dtype != torch.float64 and computes(torch.get_autocast_dtype("cpu"), x.device)
     return x.dtype == weight.dtype and computes(x.dtype, x.device)
-
-
-def _as_rows(x: Tensor) -> Tensor | None:
-    """Return (B, C, H, W) in channels_last as the matrix (B H W, C), or None for another memory format."""
-    rows = x.permute(0, 2, 3, 1)
-    return rows.reshape(-1, x.shape[1]) if rows.is_contiguous() and x.numel() else None
 
 
 def _parts(t: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -129,7 +123,7 @@ class _Conv2d(torch.autograd.Function):
             rows = x.permute(0, 2, 3, 1).reshape(b * h * w, -1)
             return product(rows, wide.flatten(1).t(), bias).view(b, h, w, -1).permute(0, 3, 1, 2)
         if is_winograd(x, weight, ctx.geometry):
-            return winograd.convolve(x, winograd.transformed(wide), bias)
+            return in_format_of(x, winograd.convolve(x, winograd.transformed(wide), bias))
         return F.conv2d(x.float(), wide, bias, stride, padding, dilation, groups).bfloat16()
 
     @staticmethod
@@ -154,7 +148,7 @@ class _Conv2d(torch.autograd.Function):
                 tiles = winograd.tiles(grad, True)
                 if need_x:
                     products = torch.bmm(tiles.transpose(0, 1), winograd.transformed(weight.float()))
-                    to_x = winograd.map_of(products, None, x, True)
+                    to_x = in_format_of(x, winograd.map_of(products, None, x, True))
                 if need_weight:
                     u = torch.bmm(tiles.permute(1, 2, 0), winograd.tiles(x, False).transpose(0, 1))
                     to_weight = winograd.weight_gradient(u)
@@ -187,8 +181,12 @@ def is_winograd(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) 
         and min(weight.shape[:2]) >= _WINOGRAD_CHANNELS
         and x.shape[2] % winograd.TILE == x.shape[3] % winograd.TILE == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= _WINOGRAD_TILES * winograd.TILE**2
-        and _as_rows(x) is not None
     )
+
+
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """Return ``y``, which is in channels_last, in the memory format of ``x``."""
+    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
 
 def _is_product(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
@@ -196,5 +194,6 @@ def _is_product(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) 
         x.dtype == torch.bfloat16
         and weight.shape[2:] == (1, 1)
         and geometry == (1, 0, 1, 1)
-        and _as_rows(x) is not None
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and x.numel() > 0
     )
