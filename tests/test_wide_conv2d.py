@@ -65,6 +65,19 @@ def test_values_and_gradients(name: str, memory_format: torch.memory_format) -> 
         assert_close(a, e, ROUNDING if t is inputs[0] else 1e-5)
 
 
+@pytest.mark.parametrize("rows", [64, 128, 150, 0])
+def test_products_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole parts, a shorter last one, and none."""
+    monkeypatch.setattr(wide_conv2d, "_BYTES", 1)  # 64 rows a part
+    torch.manual_seed(6)
+    a, b, matrix, bias = torch.randn(rows, 5), torch.randn(rows, 7), torch.randn(5, 7), torch.randn(7)
+    a, b = a.bfloat16(), b.bfloat16()
+    for added in (None, bias):
+        expected = a.double() @ matrix.double() + (0 if added is None else added.double())
+        assert_close(wide_conv2d.product(a, matrix, added), expected, ROUNDING)
+    assert_close(wide_conv2d.gram(a, b), a.double().t() @ b.double(), 1e-6)
+
+
 @pytest.mark.parametrize(("channels", "side"), [(16, 16), (48, 12)])
 def test_winograd_runs_where_it_should(channels: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
