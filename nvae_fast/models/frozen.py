@@ -30,9 +30,6 @@ from nvae_fast.ops.inverted_residual.eval import affine_of, depthwise_affine, fo
 from nvae_fast.ops.squeeze_excite import squeeze_excite, without_grad
 
 _MARK = "_nvae_fast_frozen"
-# A part of a batch, for each thread: bytes of its expanded maps, and pixels that a matrix product needs to be fast.
-_PART_BYTES = 3 * 2**19
-_PART_PIXELS = 512
 
 
 def freeze(module: nn.Module) -> nn.Module:
@@ -278,7 +275,7 @@ class FrozenResidualCell(FrozenModule):
             return self._composed(x, skip, expand, project, gate)
         half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
         if half and x.numel() and wide_conv2d.convolves(x, self.expand):
-            s = self._in_parts(x, expand, project)
+            s = self._in_float32(x, expand, project)
         else:
             h = expand(x.contiguous(memory_format=torch.channels_last))
             h = depthwise_affine(
@@ -287,18 +284,12 @@ class FrozenResidualCell(FrozenModule):
             s = project(h)
         return skip + s if gate is None else without_grad(s, *gate, skip, RESIDUAL_SCALE)[0]  # type: ignore[call-arg]
 
-    def _in_parts(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
-        """The branch in bfloat16 by float32 arithmetic, for so few images at a time that their expanded maps, which are not
-        rounded, stay in the cache."""
-        pixels = x.shape[2] * x.shape[3]
-        images = max(_PART_BYTES // (4 * pixels * self.expand.shape[0]), -(-_PART_PIXELS // pixels))
+    def _in_float32(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
+        """The branch of a bfloat16 map by float32 arithmetic: the expanded map is not rounded, which costs two conversions."""
         affine = self.depthwise, self.scale, self.shift, self.stride, self.upsample
-        parts = []
         with torch.autocast("cpu", enabled=False):
-            for part in x.split(images * torch.get_num_threads()):
-                h = expand(part.to(self.expand.dtype, memory_format=torch.channels_last))
-                parts.append(project(depthwise_affine(h, *affine, "swish", "swish")).bfloat16())
-            return parts[0] if len(parts) == 1 else torch.cat(parts)
+            h = expand(x.to(self.expand.dtype, memory_format=torch.channels_last))
+            return project(depthwise_affine(h, *affine, "swish", "swish")).bfloat16()
 
     def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:
         gate = tuple(getattr(self, name) for name in self.GATE) if self.gated else None
