@@ -2,8 +2,9 @@
 settings.
 
 On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast. On a CPU they are scaled down
-by one rule (`scaled`) so that a step takes about half a second, in float32; `--full-models` measures the two of
-`FULL` at a size that is trained in earnest. The two settings at 256 pixels are alike and stand for one row.
+by one rule (`scaled`) so that a step takes about half a second, in float32, and those of `BFLOAT16` in bfloat16 autocast
+too; `--full-models` measures the two of `FULL` at a size that is trained in earnest. The two settings at 256 pixels are
+alike and one row is measured for them.
 
 ``python -m benchmarks.model`` measures them alone, with the options of ``python -m benchmarks``.
 
@@ -47,6 +48,8 @@ TOLERANCES = {"float32": (1e-4, 5e-3), "bfloat16": (5e-2, 0.1)}
 
 # In order of measurement: where time is short, the last ones are skipped. ffhq is celeba_256 with other images.
 PRESETS = ("mnist", "cifar10", "celeba_256", "celeba_64", "imagenet_32")
+# On a CPU in bfloat16 autocast too, right after float32.
+BFLOAT16 = ("cifar10",)
 SHRINK, LEAST_CHANNELS, MOST_GROUPS, MOST_PIXELS, BATCH_AT_32 = 8, 8, 2, 64, 8
 
 # On a CPU with --full-models, not scaled: the mnist setting as it is, and cifar10 at half its width and a third of its groups.
@@ -130,6 +133,8 @@ def workloads(
             batch, changes = FULL[name]
             config = nf.NVAEConfig.preset(name).replace(**changes)
         found.append(Workload(name, config, batch, "float32"))
+        if name in BFLOAT16:
+            found.append(Workload(name, config, batch, "bfloat16"))
     return found
 
 

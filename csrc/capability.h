@@ -12,6 +12,9 @@ enum class Capability { baseline = 0, avx2 = 1, avx512 = 2 };
 Capability capability();
 const char* capability_name(Capability c);
 
+// Whether the processor multiplies bfloat16 numbers at a higher rate than float32 ones.
+bool fast_bfloat16();
+
 }  // namespace nvae
 
 #ifdef NVAE_HAVE_X86

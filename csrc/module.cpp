@@ -51,6 +51,7 @@ static PyObject* info(PyObject*, PyObject*) {
   if (put(dict, "cuda_archs", archs) || put(dict, "cuda", PyBool_FromLong(cuda)) ||
       put(dict, "cpu_capability", PyUnicode_FromString(capability_name(nvae::capability()))) ||
       put(dict, "cpu_capabilities", split(compiled)) ||
+      put(dict, "fast_bfloat16", PyBool_FromLong(nvae::fast_bfloat16())) ||
       put(dict, "schemas", PyUnicode_FromString(schemas + sizeof NVAE_SCHEMAS_MARK - 1)) ||
       put(dict, "torch_target", PyUnicode_FromString(NVAE_TORCH_TARGET))) {
     Py_DECREF(dict);

@@ -80,9 +80,14 @@ def test_presets_are_scaled_by_the_rule(name: str):
 
 
 def test_full_models_are_the_ones_in_earnest():
-    labels = [workload.label for workload in model.workloads(CPU, full=True)]
-    assert labels[:2] == ["mnist B16 32px 32ch 15 groups", "cifar10 B8 32px 64ch 10 groups"]
-    assert labels[2:] == [workload.label for workload in model.workloads(CPU)][2:]
+    labels = [(workload.label, workload.precision) for workload in model.workloads(CPU, full=True)]
+    cifar10 = "cifar10 B8 32px 64ch 10 groups"
+    assert labels[:3] == [
+        ("mnist B16 32px 32ch 15 groups", "float32"),
+        (cifar10, "float32"),
+        (cifar10, "bfloat16"),
+    ]
+    assert labels[3:] == [(workload.label, workload.precision) for workload in model.workloads(CPU)][3:]
 
 
 @pytest.mark.filterwarnings("ignore:.*found in sys.modules")

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 import nvae_fast as nf
 from nvae_fast.nn import WeightNormConv2d, shared_weights
 from nvae_fast.nn.shared_weights import checkpoint_contexts, prepare_weights
-from nvae_fast.ops import weight_norm_many
+from nvae_fast.ops import weight_norm_many, wide_conv2d
 from nvae_fast.training import Step, TrainingConfig
 
 CONFIG = nf.NVAEConfig(
@@ -319,8 +319,10 @@ def test_checkpointing_that_keeps_the_scope(computed: list[int], monkeypatch: py
     assert torch.equal(outside, net.body(X))
 
 
-def test_autocast(computed: list[int]) -> None:
-    """The weights come in the dtype of the convolutions, the numbers are those of autocast's own cast."""
+@pytest.mark.parametrize("slow", [False, True])
+def test_autocast(slow: bool, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights come in the dtype of the products, the numbers are those of autocast's own cast."""
+    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: slow)
     net = Net()
 
     def run() -> dict[str, torch.Tensor]:
@@ -334,7 +336,7 @@ def test_autocast(computed: list[int]) -> None:
     assert_equal(actual, expected, 2e-2)
     with prepare_weights(net):
         with torch.autocast("cpu", torch.bfloat16):
-            assert net.first.normalized_weight().dtype == torch.bfloat16
+            assert net.first.normalized_weight().dtype == (torch.float32 if slow else torch.bfloat16)
         assert net.first.normalized_weight().dtype == torch.float32
         with torch.autocast("cpu", torch.bfloat16):
             assert net.double().first.normalized_weight().dtype == torch.float64

@@ -13,16 +13,15 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn.batch_norm import BatchNormSwish
 from nvae_fast.nn.cells import InvertedResidual, InvertedResidualCell, ResidualCell
-from nvae_fast.nn.conv import WeightNormConv2d
+from nvae_fast.nn.conv import WeightNormConv2d, convolution
 from nvae_fast.nn.flow import WEIGHTED
 from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
 from nvae_fast.nn.plain import is_plain
-from nvae_fast.ops import _backend, _checks
+from nvae_fast.ops import _backend, _checks, wide_conv2d, winograd
 from nvae_fast.ops import affine_activation as affine
 from nvae_fast.ops._op import DEFINITIONS
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
@@ -162,9 +161,13 @@ class FrozenConv2d(FrozenModule):
         self._check(x, self.weight.shape[1] * self.groups)
         if self.is_matrix and x.is_contiguous(memory_format=torch.channels_last):
             return self._matrix()(x)
-        return F.conv2d(
-            x, self._weight_for(x), self.bias, self.stride, self.padding, self.dilation, self.groups
-        )
+        if wide_conv2d.convolves(x, self.weight):
+            x = x.bfloat16()
+            if wide_conv2d.is_winograd(x, self.weight, wide_conv2d.geometry_of(self)):
+                with torch.autocast("cpu", enabled=False):
+                    y = winograd.convolve(x, self._transformed(), self.bias)
+                    return wide_conv2d.in_format_of(x, y)
+        return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:
         found: PackedMatrix | None = self._derived.get("matrix")
@@ -172,6 +175,14 @@ class FrozenConv2d(FrozenModule):
             found = PackedMatrix(self.weight.flatten(1), self.bias)
             if not torch.compiler.is_compiling():
                 self._derived["matrix"] = found
+        return found
+
+    def _transformed(self) -> torch.Tensor:
+        """The weight as Winograd's algorithm takes it."""
+        found: torch.Tensor | None = self._derived.get("winograd")
+        if found is None:
+            with torch.inference_mode(False):
+                found = self._derived["winograd"] = winograd.transformed(self.weight.float())
         return found
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:
@@ -184,7 +195,7 @@ class FrozenConv2d(FrozenModule):
         ):
             return self.weight
         dtype = torch.get_autocast_dtype(kind)
-        if self.weight.dtype in (dtype, torch.float64):
+        if self.weight.dtype in (dtype, torch.float64) or wide_conv2d.computes(dtype, x.device):
             return self.weight
         found: torch.Tensor | None = self._derived.get(dtype)
         if found is None:
@@ -272,12 +283,23 @@ class FrozenResidualCell(FrozenModule):
         expand, project, gate = self._derived.get("cell") or self._prepare()
         if torch.compiler.is_compiling() or not _backend.fused(self.NAME, x.device):
             return self._composed(x, skip, expand, project, gate)
-        h = expand(x.contiguous(memory_format=torch.channels_last))
-        h = depthwise_affine(
-            h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
-        )
-        s = project(h)
+        half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+        if half and x.numel() and wide_conv2d.convolves(x, self.expand):
+            s = self._in_float32(x, expand, project)
+        else:
+            h = expand(x.contiguous(memory_format=torch.channels_last))
+            h = depthwise_affine(
+                h, self.depthwise, self.scale, self.shift, self.stride, self.upsample, "swish", "swish"
+            )
+            s = project(h)
         return skip + s if gate is None else without_grad(s, *gate, skip, self.residual_scale)[0]  # type: ignore[call-arg]
+
+    def _in_float32(self, x: torch.Tensor, expand: PackedMatrix, project: PackedMatrix) -> torch.Tensor:
+        """The branch of a bfloat16 map by float32 arithmetic: the expanded map is not rounded, which costs two conversions."""
+        affine = self.depthwise, self.scale, self.shift, self.stride, self.upsample
+        with torch.autocast("cpu", enabled=False):
+            h = expand(x.to(self.expand.dtype, memory_format=torch.channels_last))
+            return project(depthwise_affine(h, *affine, "swish", "swish")).bfloat16()
 
     def _prepare(self) -> tuple[PackedMatrix, PackedMatrix, Any]:
         gate = tuple(getattr(self, name) for name in self.GATE) if self.gated else None

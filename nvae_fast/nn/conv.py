@@ -12,7 +12,7 @@ from nvae_fast import distributed
 from nvae_fast.nn.plain import full
 from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
 from nvae_fast.nn.state import check_state
-from nvae_fast.ops import _checks
+from nvae_fast.ops import _checks, wide_conv2d
 from nvae_fast.ops.weight_norm import weight_norm
 
 
@@ -33,6 +33,14 @@ def positive(name: str, argument: str, value: Any, kind: str = "an int") -> int:
     if size < 1:
         raise ValueError(f"{name}: {argument} must be {kind} >= 1, got {value!r}")
     return size
+
+
+def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Any) -> torch.Tensor:
+    """Return the convolution with the stride, padding, dilation and groups of ``conv``, by the faster arithmetic."""
+    geometry = wide_conv2d.geometry_of(conv)
+    if wide_conv2d.convolves(x, weight):
+        return wide_conv2d.conv2d(x, weight, bias, *geometry)
+    return F.conv2d(x, weight, bias, *geometry)
 
 
 class WeightNormConv2d(WeightNormed):
@@ -93,7 +101,8 @@ class WeightNormConv2d(WeightNormed):
     def normalized_weight(self) -> torch.Tensor:
         """Return the normalised weight (C_out, C_in / groups, K, K).
 
-        Inside ``prepare_weights`` it is the shared one, under autocast in the dtype of autocast; else it is computed.
+        Inside ``prepare_weights`` it is the shared one, under autocast in the dtype that products are computed in; else it is
+        computed.
         """
         layer = prepared_layer(self)
         return self.own_weight() if layer is None else layer.normalized
@@ -149,7 +158,7 @@ class WeightNormConv2d(WeightNormed):
         self.needs_data_init = False
 
     def _convolve(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        return F.conv2d(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
+        return convolution(x, weight, bias, self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _checks.channels("WeightNormConv2d", "x", x, self.weight.shape[1] * self.groups)

@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from nvae_fast.nn.plain import is_plain
-from nvae_fast.ops import _backend
+from nvae_fast.ops import _backend, wide_conv2d
 from nvae_fast.ops.weight_norm_many import weight_norm_many
 
 OP = "weight_norm_many"
@@ -176,7 +176,7 @@ def prepared_layer(conv: Convolution) -> _Layer | None:
     grad = torch.is_grad_enabled()
     if grad and not _state.hooks_allowed and torch._C._autograd._top_saved_tensors_default_hooks(False):
         return None
-    mode = _mode(weight.device.type, weight.dtype, grad)
+    mode = _mode(weight.device, weight.dtype, grad)
     for scope in reversed(scopes):
         found = scope.get(conv, mode)
         if found is not None:
@@ -184,11 +184,11 @@ def prepared_layer(conv: Convolution) -> _Layer | None:
     return None
 
 
-def _mode(device: str, dtype: torch.dtype, grad: bool) -> Mode:
-    if not torch.is_autocast_enabled(device) or dtype == torch.float64:  # which autocast leaves alone
+def _mode(device: torch.device, dtype: torch.dtype, grad: bool) -> Mode:
+    if not torch.is_autocast_enabled(device.type) or dtype == torch.float64:  # which autocast leaves alone
         return None, grad
-    wanted = torch.get_autocast_dtype(device)
-    return (None if wanted == dtype else wanted), grad
+    wanted = torch.get_autocast_dtype(device.type)
+    return (None if wanted == dtype or wide_conv2d.computes(wanted, device) else wanted), grad
 
 
 def checkpoint_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

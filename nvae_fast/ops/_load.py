@@ -24,6 +24,7 @@ from nvae_fast.ops import (  # noqa: F401
     squeeze_excite,
     weight_norm,
     weight_norm_many,
+    winograd,
 )
 from nvae_fast.ops.inverted_residual import coefficients, eval, train  # noqa: F401
 

@@ -301,6 +301,22 @@ def depthwise_conv2d_backward(d: Draw) -> list[Any]:
     ]  # fmt: skip
 
 
+def _winograd(d: Draw) -> Tensor:
+    sides = d.one(0, 4, 4, 8, 12), d.one(0, 4, 4, 8, 16)
+    return d.tensor((d.one(*BATCHES), d.one(*CHANNELS, 63, 65), *sides), d.one(torch.float32, torch.bfloat16))
+
+
+def winograd_tiles(d: Draw) -> list[Any]:
+    return [_winograd(d), d.chance(0.5)]
+
+
+def winograd_map(d: Draw) -> list[Any]:
+    like, gradient, c = _winograd(d), d.chance(0.5), d.one(*CHANNELS, 63, 65)
+    b, _, h, w = like.shape
+    bias = None if gradient else d.maybe(lambda: d.tensor((c,), d.dtype()))
+    return [d.tensor((36, b * h * w // 16, c), torch.float32), bias, like, gradient]
+
+
 def _weight(d: Draw, dtype: torch.dtype) -> list[Any]:
     k = d.one(1, 3, 5)
     shape = (d.one(1, 2, 3, 8, 17, 0), d.one(1, 2, 3, 8, 9), k, k)

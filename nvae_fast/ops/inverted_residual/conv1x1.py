@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvae_fast.ops import wide_conv2d
+
 # oneDNN's convolution brings its weights into a layout of its own in every call, which is slow for few pixels, and its weight
 # gradient is slow at small maps; the matrix product is slow where a number of channels is not a multiple of its tile. Measured
 # in float32 and bfloat16 from 64 to 1536 channels: docs/benchmarks.md.
@@ -35,6 +37,8 @@ def _as_matrices(x: Tensor, channels: int) -> bool:
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
     b, _, h, w = x.shape
+    if wide_conv2d.computes(x.dtype, x.device):
+        return wide_conv2d.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1), bias)
     if _as_matrices(x, weight.shape[0]) and 0 < b * h * w <= _FEW_PIXELS[x.dtype]:
         y = F.linear(
             x.permute(0, 2, 3, 1), weight.flatten(1).to(x.dtype), None if bias is None else bias.to(x.dtype)
@@ -46,8 +50,10 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution."""
+    """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution. In the dtype of x, or wider."""
     c_out, c_in = grad.shape[1], x.shape[1]
+    if grad.dtype == x.dtype and wide_conv2d.computes(x.dtype, x.device):
+        return wide_conv2d.gram(as_matrix(grad), as_matrix(x)).view(c_out, c_in, 1, 1)
     if grad.dtype == x.dtype and _as_matrices(x, c_out) and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
         rows, columns = as_matrix(grad), as_matrix(x)
         product = rows.t() @ columns if c_out >= c_in else (columns.t() @ rows).t()  # the longer side first
@@ -85,6 +91,9 @@ class PackedMatrix:
             or torch.is_autocast_enabled("cpu")
             or not torch._C._get_mkldnn_enabled()
         ):
+            if self._packs and x.numel() and wide_conv2d.convolves(x, self.weight):
+                with torch.autocast("cpu", enabled=False):
+                    return self(x.float()).bfloat16()
             return conv1x1(x, self.weight, self.bias)
         b, c, h, w = x.shape
         pixels = b * h * w

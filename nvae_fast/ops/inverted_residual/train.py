@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast import distributed
-from nvae_fast.ops import _backend, _checks, affine_activation, depthwise_conv2d
+from nvae_fast.ops import _backend, _checks, affine_activation, depthwise_conv2d, wide_conv2d
 from nvae_fast.ops._op import compose, refuse_double_backward
 from nvae_fast.ops.inverted_residual.coefficients import (
     coefficients,
@@ -226,8 +226,12 @@ class _Cell(torch.autograd.Function):
             a = conv1x1(xhat, expand)
             gram = None
             if _gram_pays(b * h * w, *expand.shape):
-                rows = xhat.permute(0, 2, 3, 1).reshape(-1, xl.shape[1]).to(acc_dtype)
-                gram = rows.t() @ rows
+                rows = as_matrix(xhat)
+                if wide_conv2d.computes(dtype, x.device):
+                    gram = wide_conv2d.gram(rows, rows)
+                else:
+                    rows = rows.to(acc_dtype)
+                    gram = rows.t() @ rows
                 squares = ((expand @ gram) * expand).sum(1)
             else:
                 mean1, squares = _OPS.channel_statistics(a, False)

@@ -1,0 +1,191 @@
+// The transforms of Winograd's F(4x4, 3x3) and their adjoints, compiled once per capability: Lavin and Gray, arXiv 1509.09308.
+// The points are 0, 1, -1, 2, -2 and infinity.
+#include "winograd.h"
+
+#include "plane_loops.h"
+
+namespace nvae {
+namespace NVAE_ISA {
+namespace {
+
+using V = VecF;
+constexpr int kTile = kWinogradTile, kPatch = kWinogradPatch;
+
+// One dimension of the transforms. T::in and T::out are numbers of values; V in[], out[].
+struct InputTransform {  // B'
+  static constexpr int in = 6, out = 6;
+  NVAE_INLINE static void run(const V* d, V* t) {
+    const V a = fnma(V(4.0f), d[2], d[4]), b = fnma(V(4.0f), d[1], d[3]);
+    const V c = d[4] - d[2], e = V(2.0f) * (d[3] - d[1]);
+    t[0] = fma(V(4.0f), d[0], fnma(V(5.0f), d[2], d[4]));
+    t[1] = a + b;
+    t[2] = a - b;
+    t[3] = c + e;
+    t[4] = c - e;
+    t[5] = fma(V(4.0f), d[1], fnma(V(5.0f), d[3], d[5]));
+  }
+};
+struct InputAdjoint {  // B
+  static constexpr int in = 6, out = 6;
+  NVAE_INLINE static void run(const V* t, V* d) {
+    const V sum12 = t[1] + t[2], difference12 = t[1] - t[2];
+    const V sum34 = t[3] + t[4], difference34 = t[3] - t[4];
+    d[0] = V(4.0f) * t[0];
+    d[1] = fma(V(4.0f), t[5] - difference12, V(-2.0f) * difference34);
+    d[2] = fma(V(-5.0f), t[0], fma(V(-4.0f), sum12, -sum34));
+    d[3] = fma(V(-5.0f), t[5], fma(V(2.0f), difference34, difference12));
+    d[4] = t[0] + sum12 + sum34;
+    d[5] = t[5];
+  }
+};
+struct OutputTransform {  // A'
+  static constexpr int in = 6, out = 4;
+  NVAE_INLINE static void run(const V* m, V* y) {
+    const V sum12 = m[1] + m[2], difference12 = m[1] - m[2];
+    const V sum34 = m[3] + m[4], difference34 = m[3] - m[4];
+    y[0] = m[0] + sum12 + sum34;
+    y[1] = fma(V(2.0f), difference34, difference12);
+    y[2] = fma(V(4.0f), sum34, sum12);
+    y[3] = fma(V(8.0f), difference34, difference12) + m[5];
+  }
+};
+struct OutputAdjoint {  // A
+  static constexpr int in = 4, out = 6;
+  NVAE_INLINE static void run(const V* y, V* m) {
+    const V even = y[0] + y[2], odd = y[1] + y[3];
+    const V even2 = fma(V(4.0f), y[2], y[0]), odd2 = fma(V(8.0f), y[3], V(2.0f) * y[1]);
+    m[0] = y[0];
+    m[1] = even + odd;
+    m[2] = even - odd;
+    m[3] = even2 + odd2;
+    m[4] = even2 - odd2;
+    m[5] = y[3];
+  }
+};
+
+// Both dimensions: load(row, column) and store(row, column, value).
+template <class T, class Load, class Store>
+NVAE_INLINE void transform(Load load, Store store) {
+  V half[T::out * T::in];
+  for (int j = 0; j < T::in; ++j) {
+    V column[T::in], made[T::out];
+    for (int i = 0; i < T::in; ++i) column[i] = load(i, j);
+    T::run(column, made);
+    for (int i = 0; i < T::out; ++i) half[i * T::in + j] = made[i];
+  }
+  for (int i = 0; i < T::out; ++i) {
+    V made[T::out];
+    T::run(half + i * T::in, made);
+    for (int j = 0; j < T::out; ++j) store(i, j, made[j]);
+  }
+}
+
+template <class T, class E>
+void tiles_of(const WinogradArgs& a, int64_t begin, int64_t end) {
+  constexpr int first = T::in == kPatch ? -1 : 0;  // of a tile's patch
+  const E* const map = static_cast<const E*>(a.map);
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / a.tile_rows(), top = task % a.tile_rows() * kTile + first;
+    for (int64_t t = 0; t < a.tile_columns(); ++t) {
+      const int64_t left = t * kTile + first;
+      const E* pixel[T::in][T::in];  // null outside the map
+      for (int i = 0; i < T::in; ++i)
+        for (int j = 0; j < T::in; ++j) {
+          const int64_t y = top + i, x = left + j;
+          const bool inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
+          pixel[i][j] = inside ? map + ((b * a.height + y) * a.width + x) * a.channels : nullptr;
+        }
+      float* const tile = a.tiles + (task * a.tile_columns() + t) * kWinogradPoints * a.channels;
+      each_vector<V>(a.channels, [&](int64_t c, int n) {
+        transform<T>([&](int i, int j) { return pixel[i][j] ? load_n<V>(pixel[i][j] + c, n) : V(0.0f); },
+                     [&](int i, int j, V v) { store_n(v, tile + (i * kPatch + j) * a.channels + c, n); });
+      });
+    }
+  }
+}
+
+// y = A' m A + bias.
+template <class E>
+void outputs(const WinogradArgs& a, int64_t begin, int64_t end) {
+  E* const map = static_cast<E*>(a.map);
+  const int64_t step = a.count() * a.channels;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / a.groups(), low = task % a.groups() * kWinogradGroup;
+    const int64_t width = a.channels - low < kWinogradGroup ? a.channels - low : kWinogradGroup;
+    for (int64_t row = 0; row < a.tile_rows(); ++row)
+      for (int64_t t = 0; t < a.tile_columns(); ++t) {
+        const float* const tile =
+            a.tiles + ((b * a.tile_rows() + row) * a.tile_columns() + t) * a.channels + low;
+        E* const to = map + ((b * a.height + row * kTile) * a.width + t * kTile) * a.channels + low;
+        each_vector<V>(width, [&](int64_t c, int n) {
+          const V bias = a.bias ? load_n<V>(a.bias + low + c, n) : V(0.0f);
+          transform<OutputTransform>(
+              [&](int i, int j) { return load_n<V>(tile + (i * kPatch + j) * step + c, n); },
+              [&](int i, int j, V v) { store_n(v + bias, to + (i * a.width + j) * a.channels + c, n); });
+        });
+      }
+  }
+}
+
+// dx, the sum of B m B' over the patches that a pixel is in. Rows of the patches of a row of tiles are in scratch memory, with a
+// border of one pixel; the last two are the first two of the next row of tiles.
+template <class E>
+void input_gradients(const WinogradArgs& a, float* scratch, int64_t begin, int64_t end) {
+  E* const map = static_cast<E*>(a.map);
+  const int64_t step = a.count() * a.channels, row_size = (a.width + 2) * kWinogradGroup;
+  for (int64_t task = begin; task < end; ++task) {
+    const int64_t b = task / a.groups(), low = task % a.groups() * kWinogradGroup;
+    const int64_t width = a.channels - low < kWinogradGroup ? a.channels - low : kWinogradGroup;
+    for (int64_t i = 0; i < kPatch * row_size; ++i) scratch[i] = 0;
+    for (int64_t row = 0; row < a.tile_rows(); ++row) {
+      for (int64_t t = 0; t < a.tile_columns(); ++t) {
+        const float* const tile =
+            a.tiles + ((b * a.tile_rows() + row) * a.tile_columns() + t) * a.channels + low;
+        float* const patch = scratch + t * kTile * kWinogradGroup;
+        each_vector<V>(width, [&](int64_t c, int n) {
+          transform<InputAdjoint>(
+              [&](int i, int j) { return load_n<V>(tile + (i * kPatch + j) * step + c, n); },
+              [&](int i, int j, V v) {
+                float* const at = patch + i * row_size + j * kWinogradGroup + c;
+                (V::load(at) + v).store(at);
+              });
+        });
+      }
+      // Padded rows 0 to 3 of these patches are complete, and with the last row of tiles row 4 too.
+      const int64_t complete = row + 1 == a.tile_rows() ? kTile + 1 : kTile;
+      for (int64_t i = 0; i < complete; ++i) {
+        const int64_t y = row * kTile + i - 1;
+        if (y < 0) continue;
+        for (int64_t x = 0; x < a.width; ++x) {
+          const float* const from = scratch + i * row_size + (x + 1) * kWinogradGroup;
+          E* const to = map + ((b * a.height + y) * a.width + x) * a.channels + low;
+          each_vector<V>(width, [&](int64_t c, int n) { store_n(V::load(from + c), to + c, n); });
+        }
+      }
+      for (int64_t i = 0; i < 2 * row_size; ++i) scratch[i] = scratch[kTile * row_size + i];
+      for (int64_t i = 2 * row_size; i < kPatch * row_size; ++i) scratch[i] = 0;
+    }
+  }
+}
+
+}  // namespace
+
+void winograd_tiles(const WinogradArgs& a, int64_t begin, int64_t end) {
+  const bool half = a.dtype == Dtype::bf16;
+  if (a.gradient)
+    return half ? tiles_of<OutputAdjoint, bf16>(a, begin, end)
+                : tiles_of<OutputAdjoint, float>(a, begin, end);
+  return half ? tiles_of<InputTransform, bf16>(a, begin, end)
+              : tiles_of<InputTransform, float>(a, begin, end);
+}
+
+void winograd_map(const WinogradArgs& a, float* scratch, int64_t begin, int64_t end) {
+  const bool half = a.dtype == Dtype::bf16;
+  if (a.gradient)
+    return half ? input_gradients<bf16>(a, scratch, begin, end)
+                : input_gradients<float>(a, scratch, begin, end);
+  return half ? outputs<bf16>(a, begin, end) : outputs<float>(a, begin, end);
+}
+
+}  // namespace NVAE_ISA
+}  // namespace nvae

@@ -1,0 +1,217 @@
+"""Convolutions of bfloat16 maps by float32 arithmetic, and by Winograd's algorithm: the convolution's numbers and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import assert_close
+from torch import Tensor
+
+import nvae_fast as nf
+from nvae_fast.nn.conv import WeightNormConv2d
+from nvae_fast.ops import wide_conv2d, winograd
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+LAST = torch.channels_last
+ROUNDING = 4e-3  # half a unit in the last place of bfloat16, relative: of a whole map 2e-3
+GEOMETRIES = {  # size of x, C_out, K, stride, padding, dilation, groups; bias
+    "winograd": ((4, 24, 12, 16), 20, 3, 1, 1, 1, 1),
+    "few tiles": ((1, 16, 8, 8), 16, 3, 1, 1, 1, 1),
+    "odd height": ((4, 16, 14, 16), 16, 3, 1, 1, 1, 1),
+    "few channels": ((4, 3, 16, 16), 16, 3, 1, 1, 1, 1),
+    "1x1": ((3, 40, 9, 7), 24, 1, 1, 0, 1, 1),
+    "strided 1x1": ((2, 8, 6, 6), 8, 1, 2, 0, 1, 1),
+    "strided": ((2, 32, 16, 16), 16, 3, 2, 1, 1, 1),
+    "dilated": ((2, 32, 16, 16), 16, 3, 1, 2, 2, 1),
+    "groups": ((2, 32, 16, 16), 32, 3, 1, 1, 1, 4),
+    "empty": ((0, 32, 16, 16), 32, 3, 1, 1, 1, 1),
+}
+
+
+@pytest.fixture(autouse=True)
+def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: True)
+
+
+def operands(
+    size: tuple[int, ...], c_out: int, k: int, groups: int, memory_format: torch.memory_format
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(3)
+    x = torch.randn(size).bfloat16().contiguous(memory_format=memory_format)
+    weight = torch.randn(c_out, size[1] // groups, k, k) / (size[1] * k * k / groups) ** 0.5
+    return x.requires_grad_(), weight.requires_grad_(), torch.randn(c_out).requires_grad_()
+
+
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize("name", GEOMETRIES)
+def test_values_and_gradients(name: str, memory_format: torch.memory_format) -> None:
+    size, c_out, k, *geometry = GEOMETRIES[name]
+    inputs = operands(size, c_out, k, geometry[3], memory_format)
+    y = wide_conv2d.conv2d(*inputs, *geometry)
+    assert y.dtype == torch.bfloat16
+    assert y.numel() == 0 or y.is_contiguous(memory_format=memory_format)
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    expected = F.conv2d(*doubles, *geometry)
+    assert_close(y, expected, ROUNDING)
+    grad = torch.randn(expected.shape).bfloat16()
+    found = torch.autograd.grad(y, inputs, grad)
+    for a, e, t in zip(found, torch.autograd.grad(expected, doubles, grad.double()), inputs, strict=True):
+        assert a.dtype == t.dtype
+        # The gradients of float32 parameters are not rounded to bfloat16.
+        assert_close(a, e, ROUNDING if t is inputs[0] else 1e-5)
+
+
+@pytest.mark.parametrize("rows", [64, 128, 150, 0])
+def test_products_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole parts, a shorter last one, and none."""
+    monkeypatch.setattr(wide_conv2d, "_BYTES", 1)  # 64 rows a part
+    torch.manual_seed(6)
+    a, b, matrix, bias = torch.randn(rows, 5), torch.randn(rows, 7), torch.randn(5, 7), torch.randn(7)
+    a, b = a.bfloat16(), b.bfloat16()
+    for added in (None, bias):
+        expected = a.double() @ matrix.double() + (0 if added is None else added.double())
+        assert_close(wide_conv2d.product(a, matrix, added), expected, ROUNDING)
+    assert_close(wide_conv2d.gram(a, b), a.double().t() @ b.double(), 1e-6)
+
+
+@pytest.mark.parametrize(("channels", "side"), [(16, 16), (48, 12)])
+def test_winograd_runs_where_it_should(channels: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[bool] = []
+    tiles = winograd.tiles
+    monkeypatch.setattr(winograd, "tiles", lambda x, gradient: calls.append(gradient) or tiles(x, gradient))
+    x, weight, bias = operands((4, channels, side, side), channels, 3, 1, LAST)
+    y = wide_conv2d.conv2d(x, weight, bias, 1, 1)
+    torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
+    assert calls == [False, True, False]
+
+
+def test_second_derivatives() -> None:
+    inputs = operands((4, 16, 16, 16), 16, 3, 1, LAST)
+
+    def penalty(convolve: Callable[..., Tensor], x: Tensor, *rest: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(convolve(x, *rest, 1, 1).square().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), rest[0])[0]
+
+    doubles = [t.detach().double().requires_grad_() for t in inputs]
+    assert_close(penalty(wide_conv2d.conv2d, *inputs), penalty(F.conv2d, *doubles), 2e-2)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
+def test_nothing_is_kept_in_float32_but_parameters(kernel_size: int) -> None:
+    kept: list[Tensor] = []
+    conv = WeightNormConv2d(32, 32, kernel_size)
+    x = torch.randn(4, 32, 16, 16).contiguous(memory_format=LAST).requires_grad_()
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+    assert y.dtype == torch.bfloat16
+    assert [t.dtype for t in kept if t.shape == x.shape] == [torch.bfloat16]
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_modules(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same numbers as PyTorch's own autocast, up to bfloat16's rounding."""
+    conv: Any = WeightNormConv2d(32, 48, 3)
+    conv = nf.freeze(conv) if frozen else conv.eval()
+    x = torch.randn(4, 32, 16, 16).contiguous(memory_format=LAST)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: False)
+        expected = conv(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert y.stride() == expected.stride()
+    assert not torch.equal(y, expected)
+    assert_close(y, expected.double(), 2 * ROUNDING)
+
+
+def test_only_bfloat16_on_a_slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, cpu = torch.zeros(4, 4, 3, 3), torch.device("cpu")
+    x = torch.zeros(1, 4, 4, 4)
+    assert wide_conv2d.convolves(x.bfloat16(), weight.bfloat16())
+    for a, b in (
+        (x, weight),
+        (x.half(), weight.half()),
+        (x.bfloat16(), weight),
+        (x.double(), weight.double()),
+    ):
+        assert not wide_conv2d.convolves(a, b)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert wide_conv2d.convolves(x, weight)
+        assert not wide_conv2d.convolves(x.double(), weight.double())
+    with torch.autocast("cpu", torch.float16):
+        assert not wide_conv2d.convolves(x, weight)
+    assert not wide_conv2d.computes(torch.bfloat16, torch.device("cuda"))
+    with nf.use_backend("reference"):
+        assert not wide_conv2d.computes(torch.bfloat16, cpu)
+    assert torch.func.vmap(lambda t: t * wide_conv2d.computes(torch.bfloat16, cpu))(torch.ones(1)).item() == 0
+    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: False)
+    assert not wide_conv2d.computes(torch.bfloat16, cpu)
+
+
+# The transforms
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(2, 37, 8, 12), (1, 64, 4, 4), (2, 130, 4, 8), (3, 1, 16, 4), (0, 5, 4, 4)])
+def test_transforms(size: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> None:
+    """The kernels and the formulas, which are written with matrices."""
+    torch.manual_seed(4)
+    x = torch.randn(size).to(dtype)
+    made = winograd.tiles(x.contiguous(memory_format=LAST), gradient)
+    torch.testing.assert_close(made, winograd._tiles(x, gradient), rtol=1e-5, atol=1e-4)
+    assert torch.equal(winograd.tiles(x, gradient), made)
+    points = torch.randn(36, made.shape[0], 21)
+    bias = None if gradient else torch.randn(21)
+    like = x.contiguous(memory_format=LAST)
+    y = winograd.map_of(points, bias, like, gradient)
+    expected = winograd._map(points, bias, like, gradient)
+    assert (y.dtype, y.shape) == (dtype, expected.shape)
+    torch.testing.assert_close(y, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=2e-4)
+
+
+def test_transforms_of_weights() -> None:
+    """F(4x4, 3x3) is exact: the products of one tile in float64."""
+    torch.manual_seed(5)
+    weight = torch.randn(3, 2, 3, 3)
+    u = winograd.transformed(weight)
+    matrix = torch.tensor(winograd.G, dtype=torch.float64)
+    expected = torch.einsum("ik,ockl,jl->ijoc", matrix, weight.double(), matrix).reshape(36, 3, 2)
+    assert_close(u, expected, 1e-6)
+    other = torch.randn(36, 3, 2)
+    inner = (winograd.weight_gradient(other) * weight).sum(), (other * u).sum()
+    torch.testing.assert_close(*inner)
+
+
+def test_what_the_kernels_refuse() -> None:
+    ops, x = torch.ops.nvae_fast, torch.zeros(2, 3, 4, 8)
+    for call, message in (
+        (
+            lambda: ops.winograd_tiles(torch.zeros(3, 4, 4), False),
+            r"winograd_tiles: x must have shape \(B, C, H, W\)",
+        ),
+        (
+            lambda: ops.winograd_tiles(x[..., :7], False),
+            "x must have a height and a width that are multiples of 4",
+        ),
+        (lambda: ops.winograd_tiles(x.double(), True), "x must be float32 or bfloat16, got Double"),
+        (
+            lambda: ops.winograd_map(torch.zeros(36, 3, 3), None, x, False),
+            r"tiles must have shape \(36, 4, 3\)",
+        ),
+        (lambda: ops.winograd_map(torch.zeros(36, 4), None, x, False), r"of shape \(36, tiles, C\)"),
+        (
+            lambda: ops.winograd_map(torch.zeros(36, 4, 3), torch.zeros(2), x, False),
+            r"bias must have shape \(3,\)",
+        ),
+        (
+            lambda: ops.winograd_map(torch.zeros(36, 4, 3), torch.zeros(3), x, True),
+            "bias must be None with gradient",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
