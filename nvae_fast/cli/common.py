@@ -18,6 +18,7 @@ from nvae_fast.cli import options
 from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
 from nvae_fast.data.decode import EVALUATED_ON
+from nvae_fast.data.held_out import HeldOut
 from nvae_fast.models.latents import linear_temperatures
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.ops import _extension as extension
@@ -133,7 +134,10 @@ def images_of(
         data, kind = trained.get("source"), kind or trained.get("kind")
         if data is None:
             raise ValueError(f"{facts['path']} does not say what it was trained on: {advice}")
+    own = same_data(data, trained.get("source"))
     how = image_options(arguments, model_config, trained)
+    if not own:
+        how.pop("held_out", None)
 
     def opened(part: str) -> Any:
         return open_images(data, kind, part, model_config, how)
@@ -145,8 +149,21 @@ def images_of(
             return opened(part), data, part
         except (FileNotFoundError, ValueError) as error:
             say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
-    split = split or "test"
-    return opened(split), data, split
+    dataset = opened(split or ("validation" if "held_out" in how else "test"))
+    if own and not dataset.own_split and dataset.split != "train":
+        if split is not None:
+            raise ValueError(
+                f"--split {split}: {data} has no such part, and the model was trained on all of its images: give --split "
+                "train, or other images with --data"
+            )
+        say(f"{data} has no test part: these are the images that the model was trained on")
+        dataset = opened("train")
+    return dataset, data, dataset.split
+
+
+def same_data(data: str, trained: str | None) -> bool:
+    """Whether ``data`` are what a checkpoint says that it was trained on: the same name, or the same path."""
+    return trained is not None and (data == trained or Path(data).resolve() == Path(trained).resolve())
 
 
 def image_options(
@@ -161,6 +178,8 @@ def image_options(
     if (cache := getattr(arguments, "cache", None)) is not None:
         check_bounds("--cache", cache, least=0)
         options["cache_bytes"] = int(cache * (1 << 30))
+    if trained and trained.get("held_out") is not None:
+        options["held_out"] = HeldOut(**trained["held_out"])
     if not trained or arguments.crop is not None or arguments.resample is not None:
         return {
             **options,

@@ -84,7 +84,8 @@ class ImageDataset:
 
     Attributes: `name`; `split`; `image_size` (pixels a side); `channels` (1 or 3); `num_bits` (1..8);
     `binarize` (a fresh Bernoulli draw at every load); `skipped`, a list of (file, reason) of the unreadable
-    images met so far; `own_split`, False where the data know no splits and all images are given for each.
+    images met so far; `own_split`, False where the data know no splits and all images are given for each; `held_out`, the
+    split that was made of data without splits, None where none was made.
 
     With `binarize` a pixel of stored value v becomes 1 with probability v/255, else 0. Fewer bits leave 0
     and 1 as they are, so `num_bits` has no effect then.
@@ -111,6 +112,7 @@ class ImageDataset:
         self.name = source.name
         self.split = split
         self.own_split = True
+        self.held_out: Any | None = None
         self.image_size = height
         self.channels = channels
         self.num_bits = 8 if num_bits is None else num_bits
@@ -152,6 +154,12 @@ class ImageDataset:
                 f"{self.name}: num_bits={self.num_bits}, but the model has num_x_bits={num_bits}: leave num_bits out "
                 "to follow the model"
             )
+        return result
+
+    def with_source(self, source: Source) -> ImageDataset:
+        """The same options on the images of another ``source``, which have the same shape."""
+        result = copy.copy(self)
+        result.source = source
         return result
 
     def _has_gray(self) -> bool:

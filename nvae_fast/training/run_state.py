@@ -59,6 +59,9 @@ def collect(trainer: Trainer) -> dict[str, Any]:
             "image_size": trainer.dataset.image_size,
             "channels": trainer.dataset.channels,
             "reading": getattr(trainer.dataset, "reading", None),
+            "held_out": None
+            if (held_out := getattr(trainer.dataset, "held_out", None)) is None
+            else held_out.to_dict(),
         },
         "rng": {"torch": torch.get_rng_state()},
     }
