@@ -263,7 +263,7 @@ def test_a_truncated_checkpoint_names_the_way_out(run, tmp_path, capsys):
         (["train", "--data", "digits", "--batch-size", "5000"], "5000"),
         (["train", "--data", "photos", "--data-kind", "xyz"], "kind"),
         (["evaluate", "/does/not/exist"], "no checkpoint at /does/not/exist"),
-        (["sample", "x.pt", "--temperature", "-1"], "--temperature must be greater than 0, got -1"),
+        (["sample", "x.pt", "--temperature", "-1"], "--temperature must be at least 0, got -1"),
         (["sample", "x.pt", "-n", "0"], "--number must be at least 1, got 0"),
         (["convert", "x.pt"], "the following arguments are required: target"),
         ([], "the following arguments are required: command"),

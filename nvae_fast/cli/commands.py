@@ -211,7 +211,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
         const="-",
         default=None,
         metavar="FILE",
-        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
+        help="also write the result as JSON; without FILE to stdout, and the table to stderr (default: none, the table alone)",
     )
     _machine(parser)
 

@@ -131,10 +131,12 @@ def images_of(
     data, kind = arguments.data, arguments.data_kind
     trained = facts.get("data", {})
     if data is None:
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
+        if trained.get("source") is None:
             raise ValueError(f"{facts['path']} does not say what it was trained on: {advice}")
-    own = same_data(data, trained.get("source"))
+        data, kind = find_data(trained, Path(facts["path"]).parent), kind or trained.get("kind")
+        own = True
+    else:
+        own = same_data(data, trained.get("source"))
     how = image_options(arguments, model_config, trained)
     if not own:
         how.pop("held_out", None)
@@ -159,6 +161,15 @@ def images_of(
         say(f"{data} has no test part: these are the images that the model was trained on")
         dataset = opened("train")
     return dataset, data, dataset.split
+
+
+def find_data(trained: dict[str, Any], folder: Path) -> str:
+    """The data that a checkpoint in ``folder`` names: where they were, or else where they are beside it."""
+    source = str(trained.get("source") or trained["name"])
+    if trained.get("kind") == source or Path(source).exists():
+        return source
+    places = [folder / place for place in (trained.get("beside"), source) if place]
+    return next((os.path.abspath(place) for place in places if place.exists()), source)
 
 
 def same_data(data: str, trained: str | None) -> bool:
@@ -229,9 +240,15 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
 
 
 def check_temperature(option: str, value: float | tuple[float, float] | None) -> None:
-    """Raise ValueError unless one number, or both ends of a range, are finite and greater than 0; None passes."""
+    """Raise ValueError unless one number, or both ends of a range, are finite and at least 0; None passes."""
     for end in value if isinstance(value, tuple) else (value,):
-        check_bounds(option, end, above=0)
+        check_bounds(option, end, least=0)
+
+
+def check_picture(option: str, path: str) -> None:
+    """Raise ValueError unless ``path`` names a PNG file, the only format that grids are written in."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{option} must be a PNG file, whose name ends in .png, got {path}")
 
 
 def temperatures(value: float | tuple[float, float], model: NVAE) -> float | list[float]:

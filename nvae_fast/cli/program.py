@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
 from nvae_fast.training.launch import find_launch
 
 INTERRUPT_CODE = 130
+# "batch_size (--batch-size)", "crop, resample (--crop, --resample)"
+_DOUBLE = re.compile(r"\b[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,5 +52,7 @@ def _one_line(error: BaseException) -> str:
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+    # Where the library names an argument and its option, the user of the command line knows the option.
+    lines = [_DOUBLE.sub(r"\1", line) for line in lines]
     prefix = "" if isinstance(error, known) and lines else f"{type(error).__name__}: "
     return prefix + "; ".join(lines) if lines else type(error).__name__

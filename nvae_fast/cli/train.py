@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from nvae_fast.cli import config_file, options
 from nvae_fast.cli.choice import Choice, choose
 from nvae_fast.cli.common import (
+    find_data,
     image_options,
     open_images,
     report_skipped,
@@ -74,6 +76,8 @@ _UNNAMED = "nvae"
 _OWN = {"--config": "options", "--init-from": "weights"}
 # The share of images without a validation part that is held out.
 VAL_FRACTION = 0.1
+# The pictures at the end of a run.
+_PICTURES = ("samples.png", "reconstructions.png")
 # Built-in data, which say what kind of images they are.
 _BUILT_IN = ("digits", "photos")
 
@@ -123,7 +127,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             config = _resumed_config(state, training_given, say, world)
         model_config = _resumed_model(state, model_given, arguments.preset)
         images = state["data"]
-        data, kind = _resumed_data(arguments, images)
+        data, kind = _resumed_data(arguments, images, folder)
     else:
         given = training_given | model_given
         with config_file.errors_name_file(file, given), options.errors_name_options():
@@ -191,6 +195,12 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     say(_run_summary(trainer, data, folder))
     if trainer.validation.interval:
         say(trainer.validation.describe())
+    if _is_complete(trainer):
+        say(
+            f"the run in {folder} is complete: {trainer.step} steps. A larger --epochs or --max-steps goes on with it; "
+            f"{_next_command(folder)}"
+        )
+        return 0
     result = trainer.run()
     report_skipped(dataset, say)
     if validation is not None:
@@ -206,10 +216,14 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     _final_pictures(trainer, data, kind, how)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
+    say(f"pictures: {', '.join(str(folder / name) for name in _PICTURES)}")
+    say(_next_command(folder))
     return 0
 
 
-def _resumed_data(arguments: argparse.Namespace, images: dict[str, Any]) -> tuple[str, str | None]:
+def _resumed_data(
+    arguments: argparse.Namespace, images: dict[str, Any], folder: Path
+) -> tuple[str, str | None]:
     """The data of a run to resume and their kind: those given now, else those that its checkpoint names."""
     held_out, fraction = images.get("held_out"), arguments.val_fraction
     if fraction is not None and fraction != (held_out or {"fraction": 0.0})["fraction"]:
@@ -220,7 +234,7 @@ def _resumed_data(arguments: argparse.Namespace, images: dict[str, Any]) -> tupl
     kind = images.get("kind")
     if arguments.data is not None and kind in _BUILT_IN:
         kind = None
-    return arguments.data or images.get("source") or images["name"], arguments.data_kind or kind
+    return arguments.data or find_data(images, folder), arguments.data_kind or kind
 
 
 def _started(
@@ -366,10 +380,26 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
     return config
 
 
+def _is_complete(trainer: Trainer) -> bool:
+    """Whether a resumed run has nothing to do: all steps are taken, nothing is to be evaluated, and the pictures are there."""
+    return (
+        trainer.step > 0
+        and trainer.position >= trainer.total_steps
+        and not trainer.validation.pending(trainer)
+        and all((trainer.folder / name).exists() for name in _PICTURES)
+    )
+
+
+def _next_command(folder: Path) -> str:
+    quoted = shlex.quote(str(folder))
+    return f"next: python -m nvae_fast sample {quoted}, for new images; evaluate {quoted} for the likelihood"
+
+
 def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
     config, model = trainer.config, trainer.evaluated_model
-    own = trainer.folder / "samples.png" if trainer.world.is_main else None
-    with run_folder.writing(trainer.folder / "samples.png"):
+    samples, reconstructions = (trainer.folder / name for name in _PICTURES)
+    own = samples if trainer.world.is_main else None
+    with run_folder.writing(samples):
         pictures.write_samples(
             model,
             own,
@@ -385,8 +415,8 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str
         # Folders and arrays may have no test part; training images are shown instead.
         dataset = trainer.dataset
     images = dataset.batch(torch.arange(min(32, len(dataset))), seeds.mix_seed(config.seed, seeds.DATA))
-    with run_folder.writing(trainer.folder / "reconstructions.png"):
-        pictures.write_reconstructions(model, images, trainer.folder / "reconstructions.png")
+    with run_folder.writing(reconstructions):
+        pictures.write_reconstructions(model, images, reconstructions)
 
 
 def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:

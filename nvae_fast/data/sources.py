@@ -105,7 +105,7 @@ def open_dataset(
     ):
         raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)} or None, got {kind!r}")
+        raise ValueError(f"kind (--data-kind): expected one of {', '.join(KINDS)} or None, got {kind!r}")
 
     if binarize is None and likelihood is not None:
         binarize = likelihood == "bernoulli"

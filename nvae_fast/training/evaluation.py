@@ -234,8 +234,8 @@ def check_fit(model_config: Any, dataset: Any) -> None:
     got = (dataset.channels, dataset.image_size, dataset.image_size)
     if wanted != got:
         raise ValueError(
-            f"the model takes images of (channels, height, width) {wanted}, {dataset.name} has {got}: choose "
-            "a preset or --dataset of that size, or set --image-size and --image-channels"
+            f"the model takes images of (channels, height, width) {wanted}, {dataset.name} has {got}: set "
+            "image_size and image_channels (--image-size and --image-channels) of the model to those of the images"
         )
 
 

@@ -119,8 +119,8 @@ class Trainer:
             metrics.require_tensorboard()
         if config.batch_size * self.world.size > len(dataset):
             raise ValueError(
-                f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
-                f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
+                f"batch_size (--batch-size) {config.batch_size}, times {self.world.size} process(es), exceeds the "
+                f"{len(dataset)} images of {dataset.name}: choose a smaller one"
             )
         workers = config.workers
         if workers is None:
@@ -344,11 +344,14 @@ class Trainer:
             raise TrainingDiverged(self._advice(problem))
 
     def _advice(self, problem: str, *, blame_weights: bool = True) -> str:
-        advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
+        advice = [
+            f"lower learning_rate (--learning-rate), {self.config.learning_rate:g} now",
+            "check the images for NaN",
+        ]
         if self.config.autocast:
-            advice.append("try --autocast none")
+            advice.append("try autocast (--autocast) none")
         if not self.config.grad_clip:
-            advice.append("try --grad-clip")
+            advice.append("try grad_clip (--grad-clip)")
         good = None
         # A checkpoint after which no step was finite may hold the weights that made them so.
         if blame_weights and not self._proven and self._last_saved > 0:
