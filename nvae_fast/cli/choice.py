@@ -71,7 +71,7 @@ def choose(
 
     kind, images: the training images and their number. data, built_in: their name or path. device: where the model is trained.
     """
-    model = {"dataset": data} if built_in else _format(kind, given)
+    model: dict[str, Any] = {"dataset": data} if built_in else _format(kind, given)
     model = {**model, **{name: value for name, value in given.items() if name in (*model, "dataset")}}
     side = given.get("image_size") or model.get("image_size")
     if side is None:
@@ -81,7 +81,7 @@ def choose(
     model |= _halvings(
         side, given, *((_CPU_HALVINGS, _CPU_SCALES) if small else (_GPU_HALVINGS, _GPU_SCALES))
     )
-    training = dict(_CPU_TRAINING if small else _GPU_TRAINING)
+    training: dict[str, Any] = dict(_CPU_TRAINING if small else _GPU_TRAINING)
     training["batch_size"] = min(training["batch_size"], 2 ** (max(images, 1).bit_length() - 1))
     model, training = ({k: v for k, v in part.items() if k not in given} for part in (model, training))
     return Choice(model, training, _line(kind, data, {**model, **training}, small))

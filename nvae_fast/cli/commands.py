@@ -121,14 +121,7 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     )
     _image_options(run)
     _cache(run)
-    run.add_argument(
-        "--val-fraction",
-        type=float,
-        default=None,
-        metavar="X",
-        help="share of the images that is kept for validation where the data have no parts of their own, chosen by a hash of "
-        "their names (default: 0.1, or that of the run to resume; 0 trains on all of them)",
-    )
+    options.add_val_fraction(run)
     run.add_argument(
         "--dry-run",
         action="store_true",
@@ -463,10 +456,6 @@ def _fid_parser(parser: argparse.ArgumentParser) -> None:
     _machine(parser)
 
 
-def _presets_parser(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", default=None, help="the preset to show in full")
-
-
 def _plot_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("runs", nargs="+", metavar="run", help="run folder, or a metrics.jsonl")
     parser.add_argument(
@@ -496,7 +485,7 @@ def _number(
 # {name: (what it does, what adds its options)}, in the order of the help text.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("train a model, or continue a run", _train_parser),
-    "presets": ("what each preset sets", _presets_parser),
+    "presets": ("what each preset sets", options.add_preset_name),
     "evaluate": ("the likelihood of images under a model", _evaluate_parser),
     "fid": ("Frechet inception distance between images of a model and a dataset", _fid_parser),
     "sample": ("draw new images from a model", _sample_parser),

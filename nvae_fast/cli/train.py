@@ -298,10 +298,10 @@ def new_run(
         "the built-in digits for about two minutes)"
     )
     if preset_name is not None:
-        chosen = training_preset(preset_name)
-        training, model = chosen.training.to_dict(), chosen.model_config().to_dict()
-        data = data or chosen.data
-        missing = f"preset {chosen.name} needs --data, the path of its images"
+        entry = training_preset(preset_name)
+        training, model = entry.training.to_dict(), entry.model_config().to_dict()
+        data = data or entry.data
+        missing = f"preset {entry.name} needs --data, the path of its images"
     elif chosen is not None:
         training, model = dict(chosen.training), dict(chosen.model)
     for given in (file.training if file is not None else {}, training_given):

@@ -8,6 +8,7 @@ and running averages, and a resumed run continues bit for bit.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 import warnings
@@ -71,12 +72,14 @@ class RunResult:
 
 
 class Trainer:
-    """Trains `model` on `dataset`, writing into `folder` (made by `run_folder.prepare`).
+    """Trains `model` on `dataset`, writing into `folder`, which is made where there is none.
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
-    size and channels. world: the processes of the run, None for a single one. quiet: no progress line.
+    size and channels, or a map-style torch Dataset of such images (C,H,W) in [0,1], alone or first in a tuple, or a DataLoader
+    of one, whose batch size, order and workers are not used. A run on a data set with random transforms does not resume bit for
+    bit. world: the processes of the run, None for a single one. quiet: no progress line.
     progress: "auto", "plain" or "none", see `Progress`.
-    validation: an `ImageDataset` to validate on while training, see `Validation`; None for no validation.
+    validation: images of any of these kinds to validate on while training, see `Validation`; None for no validation.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.
@@ -87,7 +90,7 @@ class Trainer:
         model: NVAE,
         config: TrainingConfig,
         dataset: Any,
-        folder: Path,
+        folder: str | os.PathLike[str],
         *,
         world: World | None = None,
         validation: Any | None = None,
@@ -101,7 +104,8 @@ class Trainer:
         self.world = world or World()
         self.config = config = precision.resolved(config, self.world.device)
         self.dataset = dataset = fitted(model.config, dataset)
-        self.folder = folder
+        validation = None if validation is None else fitted(model.config, validation, "validation")
+        self.folder = Path(folder)
         self.data = data
         self.quiet = quiet or not self.world.is_main
         self.progress = progress
@@ -140,7 +144,7 @@ class Trainer:
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.validation = Validation(
             config,
-            None if validation is None else fitted(model.config, validation),
+            validation,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
             world=self.world,
@@ -179,6 +183,7 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
+                run_folder.make(self.folder, new=self._last_saved < 0)
                 stack.enter_context(run_folder.lock(self.folder))
             stack.enter_context(
                 self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder))
