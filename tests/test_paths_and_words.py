@@ -188,4 +188,5 @@ def test_the_command_line_names_options_and_python_arguments(digits, tmp_path, c
     wrong = failing(capsys, "train", "--data", "digits", "--data-kind", "digit")
     assert "error: --data-kind: expected one of" in wrong
     text = _one_line(ValueError("crop, resample (--crop, --resample): x, max=0.1 (--max-skipped-images)"))
+    assert _one_line(ValueError("off: val_fraction=0 (--val-fraction 0)")) == "off: --val-fraction 0"
     assert text == "--crop, --resample: x, max=0.1 (--max-skipped-images)"

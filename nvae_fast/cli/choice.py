@@ -132,6 +132,8 @@ def _line(kind: ImageKind, data: str, chosen: dict[str, Any], small: bool) -> st
     options = " ".join(
         f"{spelled(name)} {chosen[name]}" for name in _NAMED if name in chosen and chosen[name] != "custom"
     )
+    if not options:
+        return ""
     return (
         f"{data} holds {found}. Chosen for them and for {'a CPU' if small else 'a GPU'}: {options}. Options that you give "
         "win, --preset NAME takes a published model (see python -m nvae_fast presets)"

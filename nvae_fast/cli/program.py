@@ -12,8 +12,11 @@ from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
 from nvae_fast.training.launch import find_launch
 
 INTERRUPT_CODE = 130
-# "batch_size (--batch-size)", "crop, resample (--crop, --resample)"
-_DOUBLE = re.compile(r"\b[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)")
+# "batch_size (--batch-size)", "crop, resample (--crop, --resample)", "val_fraction=0 (--val-fraction 0)"
+_DOUBLE = re.compile(
+    r"\b[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)"
+    r"|\b[a-z_]+=\w+ \((--[a-z][a-z-]* \w+)\)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +56,6 @@ def _one_line(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
     # Where the library names an argument and its option, the user of the command line knows the option.
-    lines = [_DOUBLE.sub(r"\1", line) for line in lines]
+    lines = [_DOUBLE.sub(lambda found: found[1] or found[2], line) for line in lines]
     prefix = "" if isinstance(error, known) and lines else f"{type(error).__name__}: "
     return prefix + "; ".join(lines) if lines else type(error).__name__

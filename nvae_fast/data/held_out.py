@@ -53,7 +53,7 @@ def split_off(dataset: ImageDataset, held_out: HeldOut, *, training: bool) -> Im
         if len(hashes) < 2:
             raise ValueError(
                 f"{dataset.name}: one image alone cannot be split into training and validation images: add images, or "
-                "switch validation off with val_fraction 0 (--val-fraction 0)"
+                "switch validation off with val_fraction=0 (--val-fraction 0)"
             )
         count = min(max(round(held_out.fraction * len(hashes)), 1), len(hashes) - 1)
         held_out = replace(held_out, bound=int(np.partition(hashes, count)[count]))

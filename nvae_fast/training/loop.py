@@ -183,8 +183,10 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
-                run_folder.make(self.folder, new=self._last_saved < 0)
+                run_folder.make(self.folder)
                 stack.enter_context(run_folder.lock(self.folder))
+                if self._last_saved < 0:
+                    run_folder.check_new(self.folder)
             stack.enter_context(
                 self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder))
             )

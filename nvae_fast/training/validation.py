@@ -141,7 +141,7 @@ class Validation:
         if self.interval and images not in (0, self.images):
             raise ValueError(
                 f"the run was validated on {images} images, the data given now have {self.images} for it: give the same "
-                "data (--data), or switch validation off: validate_every (--validate-every) 0"
+                "data (--data), or switch validation off: validate_every=0 (--validate-every 0)"
             )
         self.images = images or self.images
 
