@@ -15,7 +15,7 @@ from training_runs import TINY_TRAINING, tiny_model
 
 import nvae_fast as nf
 from nvae_fast import cli
-from nvae_fast.cli.program import _one_line
+from nvae_fast.cli.program import one_line
 from nvae_fast.training import Trainer, checkpoint, progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -182,11 +182,11 @@ def test_the_command_line_names_options_and_python_arguments(digits, tmp_path, c
     tiny = TINY_TRAINING.replace(batch_size=2000)
     with pytest.raises(ValueError, match=r"^batch_size \(--batch-size\) 2000, times 1 process") as caught:
         Trainer(tiny_model(), tiny, digits, tmp_path)
-    assert _one_line(caught.value).startswith("--batch-size 2000, times 1 process")
+    assert one_line(caught.value).startswith("--batch-size 2000, times 1 process")
     with pytest.raises(ValueError, match="set image_size and image_channels"):
         nf.training.evaluate(tiny_model(image_size=16), digits)
     wrong = failing(capsys, "train", "--data", "digits", "--data-kind", "digit")
     assert "error: --data-kind: expected one of" in wrong
-    text = _one_line(ValueError("crop, resample (--crop, --resample): x, max=0.1 (--max-skipped-images)"))
-    assert _one_line(ValueError("off: val_fraction=0 (--val-fraction 0)")) == "off: --val-fraction 0"
+    text = one_line(ValueError("crop, resample (--crop, --resample): x, max=0.1 (--max-skipped-images)"))
+    assert one_line(ValueError("off: val_fraction=0 (--val-fraction 0)")) == "off: --val-fraction 0"
     assert text == "--crop, --resample: x, max=0.1 (--max-skipped-images)"

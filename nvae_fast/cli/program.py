@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"{PROGRAM}:{_process()} error: {_one_line(error)}", file=sys.stderr)
+        print(f"{PROGRAM}:{_process()} error: {one_line(error)}", file=sys.stderr)
         return ERROR_CODE
 
 
@@ -51,7 +51,8 @@ def _process() -> str:
     return "" if launch.size == 1 else f" process {launch.rank} of {launch.size}:"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error as the command line shows it."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
