@@ -159,7 +159,7 @@ def test_a_folder_named_like_a_built_in_set_is_an_error_that_names_both(tmp_path
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "digits")
     text = error_of(capsys, "train", "--data", "digits", *SMALL)
-    assert "write ./digits for what is there, or give kind (--data-kind) digits for the built-in set" in text
+    assert "write ./digits for what is there, or give --data-kind digits for the built-in set" in text
     assert len(nf.data.open_dataset("./digits")) == 6
     assert len(nf.data.open_dataset("digits", kind="digits")) == 1500
     assert cli.main(["train", "--data", "./digits", *SMALL]) == 0
