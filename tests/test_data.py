@@ -203,7 +203,7 @@ def test_builtin_arguments():
         ({"num_bits": 2.0}, "num_bits: expected an integer from 1 to 8, got 2.0"),
         ({"channels": 2}, "channels: expected 1, 3 or None, got 2"),
         ({"image_size": 0}, "image_size: expected a positive integer or None, got 0"),
-        ({"kind": "tfrecord"}, "kind: expected one of digits, .* or None, got 'tfrecord'"),
+        ({"kind": "tfrecord"}, r"kind \(--data-kind\): expected one of digits, .* or None, got 'tfrecord'"),
     ],
 )
 def test_bad_arguments(options, message):

@@ -169,7 +169,9 @@ def test_a_scale_that_collapses_stops_training(tmp_path, digits, no_autocast, ca
     run = trainer(tmp_path, digits, config)
     run.quiet = False
     overflowing(run, lambda step: step >= 1)
-    with pytest.raises(TrainingDiverged, match=r"step 19: .*3 times in a row.*try --autocast none"):
+    with pytest.raises(
+        TrainingDiverged, match=r"step 19: .*3 times in a row.*try autocast .--autocast. none"
+    ):
         run.run()
     # 16 steps bring the scale from 2^16 to 1; those after that are bad.
     assert run.step == 19

@@ -78,7 +78,7 @@ def test_time_left_counts_from_where_the_job_began(monkeypatch):
     bar = progress.Progress("train", 100, stream=stream)
     bar.update(50)
     bar.update(60)
-    assert stream.getvalue().splitlines()[-1] == " 60%  train step 60/100  left 0:40"
+    assert stream.getvalue().splitlines()[-1] == " 60%  left 0:40  train step 60/100"
     assert progress.clock(3723) == "1:02:03"
 
 

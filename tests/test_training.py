@@ -189,7 +189,9 @@ def test_published_presets():
         assert (c.batch_size, c.epochs, c.weight_decay_norm, c.warmup_epochs, c.learning_rate) == expected
         assert c.lambda_initial() == (1.0 if name in ("imagenet_32", "celeba_256", "ffhq") else None)
         assert preset(name).model_config() == nf.NVAEConfig.preset(name)
-    with pytest.raises(ValueError, match="unknown preset 'mnsit'; there are: digits_demo"):
+    with pytest.raises(
+        ValueError, match=r"unknown preset 'mnsit'; did you mean mnist. there are: digits_demo"
+    ):
         preset("mnsit")
 
 

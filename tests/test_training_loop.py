@@ -117,7 +117,8 @@ def test_too_many_bad_steps_stop_with_advice(tmp_path, digits):
     run = trainer(tmp_path, poisoned(digits), TINY_TRAINING.replace(max_bad_steps=3, max_steps=50))
     before = {name: p.clone() for name, p in run.model.named_parameters()}
     with pytest.raises(
-        TrainingDiverged, match=r"3 times in a row.*lower --learning-rate.*last good checkpoint"
+        TrainingDiverged,
+        match=r"3 times in a row.*lower learning_rate .--learning-rate.*last good checkpoint",
     ):
         run.run()
     kept = checkpoint.load(tmp_path)
@@ -148,9 +149,9 @@ def test_data_and_model_must_fit(tmp_path, digits):
     run = trainer(tmp_path, digits)
     run.save()
     state = checkpoint.load(tmp_path)
-    with pytest.raises(ValueError, match=r"trained on 1500 images .* have 10: give the same --data"):
+    with pytest.raises(ValueError, match=r"trained on 1500 images .* have 10: give the same data"):
         trainer(tmp_path, digits_of(digits, 10), state=state)
-    with pytest.raises(ValueError, match=r"375 steps an epoch.*same --batch-size"):
+    with pytest.raises(ValueError, match=r"375 steps an epoch.*same batch_size"):
         trainer(tmp_path, digits, TINY_TRAINING.replace(batch_size=8), state=state)
 
 

@@ -472,7 +472,7 @@ def test_the_command_line(parts, tmp_path, capsys):
 
 @pytest.mark.usefixtures("no_pictures")
 def test_data_without_other_parts_are_trained_on_without_validation(parts, tmp_path, capsys):
-    words = [*WORDS, "--data", str(parts / "train.npy"), "--max-steps", "2"]
+    words = [*WORDS, "--data", str(parts / "train.npy"), "--max-steps", "2", "--val-fraction", "0"]
     assert cli.main([*words, "--out", str(tmp_path / "run"), "--validate-every", "1"]) == 0
     assert capsys.readouterr().err.count("has no validation or test part: training without validation") == 1
     assert not lines(tmp_path / "run", "val")

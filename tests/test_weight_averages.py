@@ -183,7 +183,7 @@ def test_a_checkpoint_without_averages(tmp_path):
     model, facts = load_model(old)
     assert facts["weights"] == "model"
     assert "ema" not in facts
-    message = rf"{old}.*has no averages of the weights, which --weights ema asks for"
+    message = rf"{old}.*has no averages of the weights, which weights .--weights. ema asks for"
     with pytest.raises(CheckpointError, match=message):
         load_model(old, weights="ema")
     nf.save_official(model, tmp_path / "official.pt")

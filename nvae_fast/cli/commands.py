@@ -92,8 +92,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
         "--preset",
         choices=list(PRESETS),
         default=None,
-        help="model and training settings to start from, each of which an option given replaces (default: none, which is "
-        "the default of every option)",
+        help="model and training settings to start from, each of which an option given replaces (default: none, which chooses "
+        "a model by the images and the machine)",
     )
     run.add_argument(
         "--config",
@@ -121,6 +121,12 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     )
     _image_options(run)
     _cache(run)
+    options.add_val_fraction(run)
+    run.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the configuration, the number of parameters and the memory that is needed, and write nothing (default: no)",
+    )
     run.add_argument(
         "--out",
         default=None,
@@ -198,7 +204,7 @@ def _evaluate_parser(parser: argparse.ArgumentParser) -> None:
         const="-",
         default=None,
         metavar="FILE",
-        help="write the result as JSON, to stdout without FILE (default: none, a table on stdout)",
+        help="also write the result as JSON; without FILE to stdout, and the table to stderr (default: none, the table alone)",
     )
     _machine(parser)
 
@@ -484,6 +490,7 @@ def _number(
 # {name: (what it does, what adds its options)}, in the order of the help text.
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None]]] = {
     "train": ("train a model, or continue a run", _train_parser),
+    "presets": ("what each preset sets", options.add_preset_name),
     "evaluate": ("the likelihood of images under a model", _evaluate_parser),
     "fid": ("Frechet inception distance between images of a model and a dataset", _fid_parser),
     "sample": ("draw new images from a model", _sample_parser),

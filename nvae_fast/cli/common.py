@@ -18,6 +18,7 @@ from nvae_fast.cli import options
 from nvae_fast.cli.parser import options_of
 from nvae_fast.data import open_dataset
 from nvae_fast.data.decode import EVALUATED_ON
+from nvae_fast.data.held_out import HeldOut
 from nvae_fast.models.latents import linear_temperatures
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.ops import _extension as extension
@@ -130,10 +131,15 @@ def images_of(
     data, kind = arguments.data, arguments.data_kind
     trained = facts.get("data", {})
     if data is None:
-        data, kind = trained.get("source"), kind or trained.get("kind")
-        if data is None:
+        if trained.get("source") is None:
             raise ValueError(f"{facts['path']} does not say what it was trained on: {advice}")
+        data, kind = find_data(trained, Path(facts["path"]).parent), kind or trained.get("kind")
+        own = True
+    else:
+        own = same_data(data, trained.get("source"))
     how = image_options(arguments, model_config, trained)
+    if not own:
+        how.pop("held_out", None)
 
     def opened(part: str) -> Any:
         return open_images(data, kind, part, model_config, how)
@@ -145,8 +151,30 @@ def images_of(
             return opened(part), data, part
         except (FileNotFoundError, ValueError) as error:
             say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
-    split = split or "test"
-    return opened(split), data, split
+    dataset = opened(split or ("validation" if "held_out" in how else "test"))
+    if own and not dataset.own_split and dataset.split != "train":
+        if split is not None:
+            raise ValueError(
+                f"--split {split}: {data} has no such part, and the model was trained on all of its images: give --split "
+                "train, or other images with --data"
+            )
+        say(f"{data} has no test part: these are the images that the model was trained on")
+        dataset = opened("train")
+    return dataset, data, dataset.split
+
+
+def find_data(trained: dict[str, Any], folder: Path) -> str:
+    """The data that a checkpoint in ``folder`` names: where they were, or else where they are beside it."""
+    source = str(trained.get("source") or trained["name"])
+    if trained.get("kind") == source or Path(source).exists():
+        return source
+    places = [folder / place for place in (trained.get("beside"), source) if place]
+    return next((os.path.abspath(place) for place in places if place.exists()), source)
+
+
+def same_data(data: str, trained: str | None) -> bool:
+    """Whether ``data`` are what a checkpoint says that it was trained on: the same name, or the same path."""
+    return trained is not None and (data == trained or Path(data).resolve() == Path(trained).resolve())
 
 
 def image_options(
@@ -161,6 +189,8 @@ def image_options(
     if (cache := getattr(arguments, "cache", None)) is not None:
         check_bounds("--cache", cache, least=0)
         options["cache_bytes"] = int(cache * (1 << 30))
+    if trained and trained.get("held_out") is not None:
+        options["held_out"] = HeldOut(**trained["held_out"])
     if not trained or arguments.crop is not None or arguments.resample is not None:
         return {
             **options,
@@ -210,9 +240,15 @@ def check_writable(path: str | Path, overwrite: bool) -> None:
 
 
 def check_temperature(option: str, value: float | tuple[float, float] | None) -> None:
-    """Raise ValueError unless one number, or both ends of a range, are finite and greater than 0; None passes."""
+    """Raise ValueError unless one number, or both ends of a range, are finite and at least 0; None passes."""
     for end in value if isinstance(value, tuple) else (value,):
-        check_bounds(option, end, above=0)
+        check_bounds(option, end, least=0)
+
+
+def check_picture(option: str, path: str) -> None:
+    """Raise ValueError unless ``path`` names a PNG file, the only format that grids are written in."""
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"{option} must be a PNG file, whose name ends in .png, got {path}")
 
 
 def temperatures(value: float | tuple[float, float], model: NVAE) -> float | list[float]:

@@ -1,6 +1,6 @@
 """Options of `train` from a file: the config.json of a run, or TOML.
 
-data = "photos"          # or a table [data] of source, kind, crop and resample
+data = "photos"          # or a table [data] of source, kind, crop, resample and val_fraction
 preset = "cifar10"       # also init_from
 
 [model]                  # fields of NVAEConfig
@@ -31,15 +31,16 @@ from nvae_fast.training.presets import PRESETS
 
 _TABLES = ("data", "model", "training")
 _NAMES = ("preset", "data", "init_from")
-_DATA = ("source", "kind", "crop", "resample")
+_DATA = ("source", "kind", "crop", "resample", "val_fraction")
+_KINDS: dict[str, tuple[type, ...]] = {"crop": (int,), "val_fraction": (int, float)}
 # What config.json says besides, which is no option.
 _FACTS = {"": ("versions",), "data": ("images",)}
 
 
 @dataclasses.dataclass(frozen=True)
 class ConfigFile:
-    """The options of a file. preset, init_from: None where it has none; data: some of source, kind, crop, resample; model,
-    training: options by the names of the fields."""
+    """The options of a file. preset, init_from: None where it has none; data: some of `_DATA`; model, training:
+    options by the names of the fields."""
 
     path: Path
     preset: str | None = None
@@ -55,7 +56,7 @@ class ConfigFile:
             if getattr(arguments, name) is None:
                 setattr(arguments, name, getattr(self, name))
         if arguments.data is None:
-            names = {"source": "data", "kind": "data_kind", "crop": "crop", "resample": "resample"}
+            names = {"source": "data", "kind": "data_kind"} | {key: key for key in _DATA[2:]}
             for key, name in names.items():
                 if getattr(arguments, name) is None:
                     setattr(arguments, name, self.data.get(key))
@@ -170,10 +171,10 @@ def _fields() -> dict[str, Any]:
 
 def _check_data(file: Path, data: dict[str, Any]) -> None:
     for key in _DATA:
-        value, kind = data.get(key), int if key == "crop" else str
+        value, kind = data.get(key), _KINDS.get(key, (str,))
         if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
             raise ValueError(
-                f"--config: {file}: {key} in [data] must be {kind.__name__}, got {type(value).__name__}"
+                f"--config: {file}: {key} in [data] must be {kind[-1].__name__}, got {type(value).__name__}"
             )
 
 

@@ -70,8 +70,10 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
             with atomic_file(arguments.json) as handle:
                 handle.write(text.encode())
             say(f"wrote {arguments.json}")
-    else:
+    if arguments.json != "-":
         print(_evaluation_table(report))
+    else:
+        say(_evaluation_table(report))  # on stderr: stdout is the JSON
     return 0
 
 

@@ -22,6 +22,7 @@ from nvae_fast.cli.common import (
     report_skipped,
     reporter,
     run_on_processes,
+    same_data,
     set_threads,
     temperatures,
 )
@@ -29,6 +30,7 @@ from nvae_fast.data import ImageDataset
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import checkpoint, distributed, fid
+from nvae_fast.training.config import check_bounds
 from nvae_fast.training.fid import FeatureStatistics
 from nvae_fast.training.readjust import readjust
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_numbers(arguments, "max_images", "kid", least=2)
     options.check_numbers(arguments, "batch_size", "readjust_passes")
     check_temperature("--temperature", arguments.temperature)
-    check_temperature("--pixel-temperature", arguments.pixel_temperature)
+    check_bounds("--pixel-temperature", arguments.pixel_temperature, above=0)
     if arguments.stats is not None:
         stats = Path(arguments.stats)
         if stats.suffix != ".npz" or stats.is_dir():
@@ -143,7 +145,11 @@ def _known_statistics(
         option, value = f"--{key.replace('_', '-')}", getattr(arguments, key)
         if value is not None and key not in found.facts:
             say(f"{name} does not say which images it is of: they are used in place of {option} {value}")
-        elif value is not None and found.facts[key] != value:
+        elif (
+            value is not None
+            and found.facts[key] != value
+            and not (key == "data" and same_data(value, found.facts[key]))
+        ):
             raise ValueError(
                 f"{name} was made with {option} {found.facts[key]}, not {value}: leave {option} out, or give another file"
             )

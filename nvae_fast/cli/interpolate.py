@@ -8,6 +8,7 @@ import torch
 
 from nvae_fast.cli import options
 from nvae_fast.cli.common import (
+    check_picture,
     check_writable,
     images_of,
     load_model,
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_numbers(arguments, "steps", least=2, most=MOST)
     if arguments.images is not None and len(arguments.images) % 2:
         raise ValueError(f"--images must be pairs, an even number of images, got {len(arguments.images)}")
+    check_picture("--out", arguments.out)
     check_writable(arguments.out, arguments.overwrite)
     set_threads(arguments.threads)
     return run_on_processes(arguments, _interpolate)

@@ -80,6 +80,23 @@ def add_dataclass_options(
         parser.add_argument(option, type=convert, metavar=metavar, **common)
 
 
+def add_val_fraction(parser: argparse._ActionsContainer) -> None:
+    """Add `--val-fraction`, None where it is not given."""
+    parser.add_argument(
+        "--val-fraction",
+        type=float,
+        default=None,
+        metavar="X",
+        help="share of the images that is kept for validation where the data have no parts of their own, chosen by a hash of "
+        "their names (default: 0.1, or that of the run to resume; 0 trains on all of them)",
+    )
+
+
+def add_preset_name(parser: argparse.ArgumentParser) -> None:
+    """Add the argument of `presets`."""
+    parser.add_argument("name", nargs="?", default=None, help="the preset to show in full")
+
+
 def training_texts() -> tuple[dict[str, str], dict[str, str]]:
     """Help texts and units of every TrainingConfig field."""
     fields = dataclasses.fields(TrainingConfig)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 from collections.abc import Sequence
 from typing import NoReturn
 
 from nvae_fast.cli.commands import COMMANDS
+from nvae_fast.version import __version__
 
 PROGRAM = "nvae_fast"
 ERROR_CODE = 2
@@ -17,6 +19,10 @@ class _Parser(argparse.ArgumentParser):
     """Parser whose errors are one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
+        if found := re.search(r"invalid choice: '([^']*)' \((?:choose from )?(.*)\)", message):
+            known = [name.strip(" '") for name in found[2].split(",")]
+            close = difflib.get_close_matches(found[1], known, n=1, cutoff=0.6)
+            message += f"; did you mean {close[0]}?" if close else ""
         self.exit(ERROR_CODE, f"{PROGRAM}: error: {message} (see python -m {self.prog} --help)\n")
 
 
@@ -93,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="Options may be spelt with underscores (--num_channels_enc). Exit codes: 0 done, 2 error, "
         "130 or 143 training stopped by SIGINT or SIGTERM after saving.",
     )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (text, add_options) in COMMANDS.items():
         add_options(_add(commands, name, text))

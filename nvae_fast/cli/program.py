@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import traceback
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
 from nvae_fast.training.launch import find_launch
 
 INTERRUPT_CODE = 130
+# "batch_size (--batch-size)", "crop, resample (--crop, --resample)", "val_fraction=0 (--val-fraction 0)"
+_DOUBLE = re.compile(
+    r"\b[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)"
+    r"|\b[a-z_]+=\w+ \((--[a-z][a-z-]* \w+)\)"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if arguments.debug:
             traceback.print_exc()
-        print(f"{PROGRAM}:{_process()} error: {_one_line(error)}", file=sys.stderr)
+        print(f"{PROGRAM}:{_process()} error: {one_line(error)}", file=sys.stderr)
         return ERROR_CODE
 
 
@@ -45,9 +51,12 @@ def _process() -> str:
     return "" if launch.size == 1 else f" process {launch.rank} of {launch.size}:"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """The message of an error as the command line shows it."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     known = (ValueError, TypeError, OSError, RuntimeError, ImportError)
+    # Where the library names an argument and its option, the user of the command line knows the option.
+    lines = [_DOUBLE.sub(lambda found: found[1] or found[2], line) for line in lines]
     prefix = "" if isinstance(error, known) and lines else f"{type(error).__name__}: "
     return prefix + "; ".join(lines) if lines else type(error).__name__

@@ -7,6 +7,7 @@ import argparse
 import torch
 
 from nvae_fast.cli.common import (
+    check_picture,
     check_temperature,
     check_writable,
     images_of,
@@ -30,6 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_temperature("--temperature", arguments.temperature)
     if arguments.temperature is not None and not arguments.groups:
         raise ValueError("--temperature needs --groups: nothing else is drawn from the prior")
+    check_picture("--out", arguments.out)
     check_writable(arguments.out, arguments.overwrite)
     set_threads(arguments.threads)
     return run_on_processes(arguments, _reconstruct)

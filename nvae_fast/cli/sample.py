@@ -10,6 +10,7 @@ import numpy as np
 
 from nvae_fast.cli import options
 from nvae_fast.cli.common import (
+    check_picture,
     check_temperature,
     check_writable,
     load_model,
@@ -25,6 +26,7 @@ from nvae_fast.data.png import to_pixels
 from nvae_fast.distributed import single_process
 from nvae_fast.io import atomic_file
 from nvae_fast.training import distributed, pictures
+from nvae_fast.training.config import check_bounds
 from nvae_fast.training.image_files import check_folder, sample_to_folder
 from nvae_fast.training.readjust import readjust
 
@@ -39,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     options.check_numbers(arguments, "number", most=options.MOST_IMAGES)
     options.check_numbers(arguments, "columns", most=10_000)
     check_temperature("--temperature", arguments.temperature)
-    check_temperature("--pixel-temperature", arguments.pixel_temperature)
+    check_bounds("--pixel-temperature", arguments.pixel_temperature, above=0)
     if arguments.pixel_temperature is not None and arguments.pixels == "mean":
         raise ValueError("--pixel-temperature needs --pixels sample: the mean of the likelihood has no noise")
     if arguments.out is None:
@@ -69,6 +71,8 @@ def _check_target(arguments: argparse.Namespace) -> None:
         for option in ("format", "grid"):
             if getattr(arguments, option) is not None:
                 raise ValueError(f"--{option} is for a folder of images, --out {out} is a grid")
+    if arguments.grid is not None:
+        check_picture("--grid", arguments.grid)
     for file in (arguments.npy, arguments.grid, None if _to_folder(arguments) else out):
         if file is not None:
             check_writable(file, arguments.overwrite)

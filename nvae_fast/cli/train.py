@@ -6,6 +6,8 @@ import argparse
 import contextlib
 import dataclasses
 import json
+import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from typing import Any
 import torch
 
 from nvae_fast.cli import config_file, options
+from nvae_fast.cli.choice import Choice, choose
 from nvae_fast.cli.common import (
+    find_data,
     image_options,
     open_images,
     report_skipped,
@@ -22,7 +26,10 @@ from nvae_fast.cli.common import (
     set_threads,
     versions,
 )
+from nvae_fast.cli.dry_run import describe
+from nvae_fast.data import open_dataset
 from nvae_fast.data.extras import require
+from nvae_fast.data.inspection import ImageKind, check_kind, inspect_images
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
@@ -68,6 +75,10 @@ _VALIDATION = ("validate_images", "validate_samples")
 _UNNAMED = "nvae"
 # What the options that start a run conflict with in a run that is resumed.
 _OWN = {"--config": "options", "--init-from": "weights"}
+# The share of images without a validation part that is held out.
+VAL_FRACTION = 0.1
+# The pictures at the end of a run.
+_PICTURES = ("samples.png", "reconstructions.png")
 # Built-in data, which say what kind of images they are.
 _BUILT_IN = ("digits", "photos")
 
@@ -117,16 +128,15 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         with options.errors_name_options():
             config = _resumed_config(state, training_given, say, world)
         model_config = _resumed_model(state, model_given, arguments.preset)
-        data = arguments.data or state["data"].get("source") or state["data"]["name"]
-        kind = arguments.data_kind or state["data"].get("kind")
         images = state["data"]
+        data, kind = _resumed_data(arguments, images, folder)
     else:
         given = training_given | model_given
         with config_file.errors_name_file(file, given), options.errors_name_options():
-            config, model_config, data = new_run(
-                arguments.preset, arguments.data, training_given, model_given, file
+            config, model_config, data, kind = _started(
+                arguments, file, training_given, model_given, world, say
             )
-        kind, images = arguments.data_kind, None
+        images = None
     if config.validate_every == 0:
         for name in (*_VALIDATION, "validate_final_samples"):
             if name in training_given:
@@ -135,12 +145,20 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
                 )
     set_threads(config.threads)
     how = image_options(arguments, model_config, images)
+    if images is None:
+        how["val_fraction"] = VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction
     dataset = open_images(data, kind, "train", model_config, how)
     if images is not None and images.get("reading") not in (None, dataset.reading):
         raise ValueError(
             f"--crop and --resample cannot change when a run is resumed: it has {images['reading']}, "
             f"{dataset.reading} was asked for"
         )
+
+    if arguments.dry_run:
+        if world.is_main:
+            print(f"{len(dataset)} training images of {data}, into {folder}")
+            print(describe(model_config, config))
+        return 0
 
     validation = None
     if config.validate_every != 0:
@@ -179,6 +197,12 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     say(_run_summary(trainer, data, folder))
     if trainer.validation.interval:
         say(trainer.validation.describe())
+    if _is_complete(trainer):
+        say(
+            f"the run in {folder} is complete: {trainer.step} steps. A larger --epochs or --max-steps goes on with it; "
+            f"{_next_command(folder)}"
+        )
+        return 0
     result = trainer.run()
     report_skipped(dataset, say)
     if validation is not None:
@@ -194,7 +218,69 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     _final_pictures(trainer, data, kind, how)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
+    say(f"pictures: {', '.join(str(folder / name) for name in _PICTURES)}")
+    say(_next_command(folder))
     return 0
+
+
+def _resumed_data(
+    arguments: argparse.Namespace, images: dict[str, Any], folder: Path
+) -> tuple[str, str | None]:
+    """The data of a run to resume and their kind: those given now, else those that its checkpoint names."""
+    held_out, fraction = images.get("held_out"), arguments.val_fraction
+    if fraction is not None and fraction != (held_out or {"fraction": 0.0})["fraction"]:
+        raise ValueError(
+            f"--val-fraction cannot change when a run is resumed: it has {(held_out or {'fraction': 0.0})['fraction']:g}, "
+            f"{fraction:g} was asked for"
+        )
+    kind = images.get("kind")
+    if arguments.data is not None and kind in _BUILT_IN:
+        kind = None
+    return arguments.data or find_data(images, folder), arguments.data_kind or kind
+
+
+def _started(
+    arguments: argparse.Namespace,
+    file: config_file.ConfigFile | None,
+    training_given: dict[str, Any],
+    model_given: dict[str, Any],
+    world: distributed.World,
+    say: Any,
+) -> tuple[TrainingConfig, NVAEConfig, str, str | None]:
+    """The configurations of a new run, its data and their kind. What follows from the images is chosen, and reported."""
+    given = {**(file.model if file is not None else {}), **model_given}
+    given |= {**(file.training if file is not None else {}), **training_given}
+    data, kind = arguments.data, arguments.data_kind
+    built_in = data in _BUILT_IN and kind in (None, data) and not Path(data).exists()
+
+    def inspected() -> tuple[ImageKind, int]:
+        dataset = open_dataset(
+            data,
+            kind=kind,
+            num_bits=8,
+            binarize=False,
+            crop=arguments.crop,
+            resample=arguments.resample,
+            max_skipped=arguments.max_skipped_images,
+            cache_bytes=0,
+            val_fraction=VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction,
+        )
+        return inspect_images(dataset), len(dataset)
+
+    chosen, found = None, None
+    if arguments.preset is None and data is not None:
+        found, count = inspected()
+        chosen = choose(found, count, data, built_in, given, world.device)
+    config, model_config, data = new_run(arguments.preset, data, training_given, model_given, file, chosen)
+    if arguments.data is None or built_in:
+        return config, model_config, data, data if data in _BUILT_IN else kind
+    if found is None and (model_config.channels == 1 or model_config.likelihood_name == "bernoulli"):
+        found, _ = inspected()
+    if found is not None:
+        check_kind(found, data, model_config, given)
+    if chosen is not None and chosen.line:
+        say(chosen.line)
+    return config, model_config, os.path.abspath(Path(data).expanduser()), kind
 
 
 def new_run(
@@ -203,9 +289,10 @@ def new_run(
     training_given: dict[str, Any],
     model_given: dict[str, Any],
     file: config_file.ConfigFile | None = None,
+    chosen: Choice | None = None,
 ) -> tuple[TrainingConfig, NVAEConfig, str]:
-    """The configurations of a run and its data: the options given, then those of the file, then those of the preset, then the
-    defaults."""
+    """The configurations of a run and its data: the options given, then those of the file, then those of the preset or, without
+    one, what was chosen for the data, then the defaults."""
     training: dict[str, Any] = {}
     model: dict[str, Any] = {"dataset": data} if data in _BUILT_IN else {}
     missing = (
@@ -213,10 +300,12 @@ def new_run(
         "the built-in digits for about two minutes)"
     )
     if preset_name is not None:
-        chosen = training_preset(preset_name)
-        training, model = chosen.training.to_dict(), chosen.model_config().to_dict()
-        data = data or chosen.data
-        missing = f"preset {chosen.name} needs --data, the path of its images"
+        entry = training_preset(preset_name)
+        training, model = entry.training.to_dict(), entry.model_config().to_dict()
+        data = data or entry.data
+        missing = f"preset {entry.name} needs --data, the path of its images"
+    elif chosen is not None:
+        training, model = dict(chosen.training), dict(chosen.model)
     for given in (file.training if file is not None else {}, training_given):
         # A length given takes the place of that of the layer below, in whatever unit that is.
         if "epochs" in given:
@@ -293,10 +382,26 @@ def _resumed_model(state: dict[str, Any], given: dict[str, Any], preset_name: st
     return config
 
 
+def _is_complete(trainer: Trainer) -> bool:
+    """Whether a resumed run has nothing to do: all steps are taken, nothing is to be evaluated, and the pictures are there."""
+    return (
+        trainer.step > 0
+        and trainer.position >= trainer.total_steps
+        and not trainer.validation.pending(trainer)
+        and all((trainer.folder / name).exists() for name in _PICTURES)
+    )
+
+
+def _next_command(folder: Path) -> str:
+    quoted = shlex.quote(str(folder))
+    return f"next: python -m nvae_fast sample {quoted}, for new images; evaluate {quoted} for the likelihood"
+
+
 def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
     config, model = trainer.config, trainer.evaluated_model
-    own = trainer.folder / "samples.png" if trainer.world.is_main else None
-    with run_folder.writing(trainer.folder / "samples.png"):
+    samples, reconstructions = (trainer.folder / name for name in _PICTURES)
+    own = samples if trainer.world.is_main else None
+    with run_folder.writing(samples):
         pictures.write_samples(
             model,
             own,
@@ -313,8 +418,8 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str
         # Folders and arrays may have no test part; training images are shown instead.
         dataset = trainer.dataset
     images = dataset.batch(torch.arange(min(32, len(dataset))), seeds.mix_seed(config.seed, seeds.DATA))
-    with run_folder.writing(trainer.folder / "reconstructions.png"):
-        pictures.write_reconstructions(model, images, trainer.folder / "reconstructions.png")
+    with run_folder.writing(reconstructions):
+        pictures.write_reconstructions(model, images, reconstructions)
 
 
 def _run_summary(trainer: Trainer, data: str, folder: Path) -> str:
@@ -345,6 +450,7 @@ def _write_config(trainer: Trainer, started_from: str | None) -> None:
             # A crop for images of one size alone is the one that the dataset was published with.
             "crop": None if reading.get("only") else reading.get("crop"),
             "resample": reading.get("resample"),
+            "val_fraction": 0.0 if trainer.dataset.held_out is None else trainer.dataset.held_out.fraction,
             "images": len(trainer.dataset),
         },
         "model": trainer.model.config.to_dict(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from . import hashing
 from .integers import plain
@@ -79,12 +81,13 @@ def reduce_bits(pixels: np.ndarray, num_bits: int) -> np.ndarray:
     return np.divide(levels, np.float32(2**num_bits - 1), dtype=np.float32)
 
 
-class ImageDataset:
-    """Images of one size, addressed by index.
+class ImageDataset(Dataset[Tensor]):
+    """Images of one size, addressed by index: a map-style torch Dataset of images (C,H,W), with whole batches in one call.
 
     Attributes: `name`; `split`; `image_size` (pixels a side); `channels` (1 or 3); `num_bits` (1..8);
     `binarize` (a fresh Bernoulli draw at every load); `skipped`, a list of (file, reason) of the unreadable
-    images met so far; `own_split`, False where the data know no splits and all images are given for each.
+    images met so far; `own_split`, False where the data know no splits and all images are given for each; `held_out`, the
+    split that was made of data without splits, None where none was made.
 
     With `binarize` a pixel of stored value v becomes 1 with probability v/255, else 0. Fewer bits leave 0
     and 1 as they are, so `num_bits` has no effect then.
@@ -111,6 +114,7 @@ class ImageDataset:
         self.name = source.name
         self.split = split
         self.own_split = True
+        self.held_out: Any | None = None
         self.image_size = height
         self.channels = channels
         self.num_bits = 8 if num_bits is None else num_bits
@@ -154,6 +158,12 @@ class ImageDataset:
             )
         return result
 
+    def with_source(self, source: Source) -> ImageDataset:
+        """The same options on the images of another ``source``, which have the same shape."""
+        result = copy.copy(self)
+        result.source = source
+        return result
+
     def _has_gray(self) -> bool:
         """Whether the first images have values between black and white."""
         pixels = self.source.read(np.arange(min(len(self), 8)))
@@ -172,6 +182,15 @@ class ImageDataset:
 
     def __len__(self) -> int:
         return len(self.source)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image ``index``, float32 (C,H,W) in [0,1]. A draw of black and white pixels takes its seed from PyTorch's generator;
+        :meth:`batch` takes one. Raises IndexError for an index out of range, TypeError for one that is no integer."""
+        number = operator.index(index)
+        if not -len(self) <= number < len(self):
+            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1} for {self.name}, got {number}")
+        seed = int(torch.randint(2**62, ())) if self.binarize else 0
+        return self.batch([number % len(self)], seed)[0]
 
     def __repr__(self) -> str:
         shape = f"{self.channels}x{self.image_size}x{self.image_size}"

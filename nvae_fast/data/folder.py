@@ -159,7 +159,7 @@ class FolderImages(LazyImages):
         self.values = PixelRange()
         shape = (channels, image_size, image_size)
         super().__init__(root, len(self.files), shape, skipped, cache_bytes=cache_bytes)
-        self.values = find_range(self._sample(), root)
+        self.values = find_range(self.pictures(), root)
         self._one(0)  # raises when not a single file can be decoded
 
     def _first(self, path: Path, most_skipped: int) -> tuple[int, int]:
@@ -176,7 +176,12 @@ class FolderImages(LazyImages):
             f"{path}: none of its first {len(reasons)} image file(s) can be read; the first: {reasons[0]}"
         )
 
-    def _sample(self) -> Iterator[Any]:
+    def names(self) -> list[str]:
+        """The files, by their paths below the folder."""
+        return [os.path.relpath(file, self.name).replace(os.sep, "/") for file in self.files]
+
+    def pictures(self) -> Iterator[Any]:
+        """Some images, evenly spaced, as Pillow reads them; damaged ones are left out."""
         for index in np.unique(np.linspace(0, len(self.files) - 1, SAMPLED).astype(int)):
             try:
                 with open_image(read_file(self.files[index])) as picture:

@@ -187,7 +187,7 @@ class LmdbImages(LazyImages):
         cache_bytes = cache_bytes if self.raw_shape is None else 0
         super().__init__(str(path), count, (bands, size, size), skipped, cache_bytes=cache_bytes)
         if self.raw_shape is None:
-            self.values = find_range(self._pictures(), str(path))
+            self.values = find_range(self.pictures(), str(path))
         elif self._is_binary():
             warn_binary(str(path))
             self.values = PixelRange(eight=255)
@@ -254,10 +254,15 @@ class LmdbImages(LazyImages):
             except (KeyError, DamagedImage):  # counted when it is decoded
                 continue
 
-    def _pictures(self) -> Iterator[Any]:
+    def names(self) -> list[str]:
+        """The keys of the images."""
+        return [self._key(index) for index in range(self._count)]
+
+    def pictures(self) -> Iterator[Any]:
+        """Some images, evenly spaced, as Pillow reads them; damaged ones are left out."""
         for value in self._sampled():
             try:
-                with open_image(value) as picture:
+                with open_image(value) if self.raw_shape is None else self._picture(value) as picture:
                     picture.load()
                     yield picture
             except ModuleNotFoundError:

@@ -23,7 +23,7 @@ _AHEAD = 2  # batches in preparation per worker
 
 
 class BatchLoader:
-    """Batches of an `ImageDataset`, epoch by epoch.
+    """Batches of an `ImageDataset`, epoch by epoch. Iterating over the loader gives an epoch, and the next one each time.
 
     dataset: the images, as :func:`open_dataset` gives them.
     batch_size: images a process gets per step; the global batch is batch_size * world_size. Step k of an
@@ -84,6 +84,12 @@ class BatchLoader:
         self.workers = workers
         self.rank = rank
         self.world_size = world_size
+        self._iterations = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """The batches of epoch 0 when it is called first, of epoch 1 the next time, and so on; see :meth:`epoch`."""
+        self._iterations += 1
+        return self.epoch(self._iterations - 1)
 
     def __len__(self) -> int:
         """Batches per epoch, the same for every rank."""

@@ -12,6 +12,7 @@ from typing import Any
 from . import arrays, builtin, cifar, contents, folder, idx, lmdb_images, omniglot
 from .dataset import ImageDataset, Source
 from .decode import PUBLISHED, RESAMPLE, SUFFIXES, Reading, looks_encoded
+from .held_out import HeldOut, check_fraction, split_off
 from .integers import plain
 from .lazy import MAX_SKIPPED, check_max_skipped
 from .memory import CACHE_BYTES, check_cache_bytes
@@ -51,10 +52,13 @@ def open_dataset(
     resample: str | None = None,
     dataset: str | None = None,
     cache_bytes: int = CACHE_BYTES,
+    val_fraction: float | None = None,
+    held_out: HeldOut | None = None,
 ) -> ImageDataset:
     """Open a built-in set by name or images from a path.
 
-    name_or_path: "digits", "photos" (built in; write "./digits" for a folder of that name), or a path to
+    name_or_path: "digits", "photos" (built in; where there is a folder of that name here, write "./digits" for it or give
+        kind="digits" for the built-in set), or a path to
         "folder"   a folder of images, searched recursively, cropped to a square and resized (needs Pillow)
         "npy"      a .npy or .npz of uint8 or bool (N,H,W), (N,H,W,C) or (N,C,H,W), a folder of train.npy, test.npy,
                    or the batches of ImageNet at 32 or 64 pixels (train_data_batch_*.npz, val_data.npz)
@@ -64,7 +68,8 @@ def open_dataset(
         "lmdb"     an LMDB, or a folder with train.lmdb and validation.lmdb (needs lmdb)
         "omniglot" chardata.mat, or its folder (needs scipy)
     split: "train", "validation" or "test". Where there is a validation part and no test part, that is the test part. A
-    path that knows no splits gives all its images for each, and says so in the log for the last two.
+    path that knows no splits gives all its images for each, and says so in the log for the last two, unless val_fraction
+    holds some of them out.
     image_size: pixels a side; None: what the source has. channels: 1 or 3; None: what the source has.
     num_bits: 1..8 bits a pixel. kind: None detects it from the content.
     binarize: a Bernoulli draw at every load. likelihood: that of the model, "bernoulli" binarises and any other does not.
@@ -77,6 +82,10 @@ def open_dataset(
     filter are taken where none is given: "celeba_64" is a 148x148 crop of aligned faces (178x218), bilinear.
     cache_bytes: the decoded images of a folder or LMDB are kept in memory when all of them fit into so many bytes and into half
     of the free memory; else none are, and 0 keeps none.
+    val_fraction: of a path that knows no splits, the share of the images that is the validation and the test split; the others
+    are the train split. The names of the files decide, or the numbers of images that have none, by a hash: every opening
+    makes the same split. None or 0 holds nothing out. held_out: the attribute of that name of a data set that was opened with
+    val_fraction, to make its split again after images were added; it takes the place of val_fraction.
 
     One-channel 28x28 arrays are padded by 2 to 32x32 unless image_size is 28. Pixels that are 0 and 1 only become 0 and
     255, with a warning. Other types than uint8 and bool in arrays are refused. Raises FileNotFoundError or
@@ -96,15 +105,21 @@ def open_dataset(
     ):
         raise ValueError(f"num_bits: expected an integer from 1 to 8, got {num_bits!r}")
     if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind: expected one of {', '.join(KINDS)} or None, got {kind!r}")
+        raise ValueError(f"kind (--data-kind): expected one of {', '.join(KINDS)} or None, got {kind!r}")
 
     if binarize is None and likelihood is not None:
         binarize = likelihood == "bernoulli"
+    fraction = check_fraction(val_fraction)
     max_skipped, cache_bytes = check_max_skipped(max_skipped), check_cache_bytes(plain(cache_bytes))
     reading = _reading(crop, resample, dataset)
 
     name = os.fspath(name_or_path)
     source: Source
+    if kind is None and name in _BUILTIN and Path(name).exists():
+        raise ValueError(
+            f"name_or_path (--data): {name} is a built-in data set, and also a folder or file in {Path.cwd()}: write "
+            f"./{name} for what is there, or give kind (--data-kind) {name} for the built-in set"
+        )
     if split == "validation" and (kind or name) in _BUILTIN:
         raise contents.MissingSplit(
             f"split (--split): {kind or name} has train and test images, no validation images"
@@ -132,6 +147,10 @@ def open_dataset(
         if kind in _LAZY:
             options = {"max_skipped": max_skipped, "reading": reading, "cache_bytes": cache_bytes}
         source, own_split = _OPENERS[kind](path, split, image_size, channels, **options)
+    images = ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
+    images.own_split = own_split
+    if not own_split and (fraction or held_out is not None):
+        return split_off(images, held_out or HeldOut(fraction), training=split == "train")
     if split != "train" and not own_split:
         logger.warning(
             "%s has no splits: all of its %d images are given as the %s split; "
@@ -141,8 +160,6 @@ def open_dataset(
             split,
             split,
         )
-    images = ImageDataset(source, split=split, num_bits=num_bits, binarize=binarize)
-    images.own_split = own_split
     return images
 
 

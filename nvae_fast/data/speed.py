@@ -7,6 +7,7 @@ import time
 from dataclasses import dataclass
 
 from .dataset import ImageDataset
+from .held_out import SomeImages
 from .lazy import LazyImages
 from .loader import BatchLoader
 
@@ -30,7 +31,8 @@ def default_workers(dataset: ImageDataset, processes: int = 1) -> int:
     dataset: the images. processes: how many share the CPUs of this machine. Returns 0 for images held as an array, whose
     batches take microseconds, else one for each CPU of this process beside the one that trains: 1 to 4.
     """
-    if not isinstance(getattr(dataset, "source", None), LazyImages):
+    source = getattr(dataset, "source", None)
+    if not isinstance(source.whole if isinstance(source, SomeImages) else source, LazyImages):
         return 0
     return min(max(cpu_count() // max(processes, 1) - 1, 1), _MOST_WORKERS)
 

@@ -113,7 +113,8 @@ class NVAEConfig:
 
     @classmethod
     def preset(cls, name: str) -> NVAEConfig:
-        """One of the published settings by ``name``: mnist, cifar10, celeba_64, imagenet_32, celeba_256, ffhq.
+        """The model of a preset by ``name``: the published mnist, cifar10, celeba_64, imagenet_32, celeba_256 and ffhq, and
+        digits_demo, a small model of the built-in digits.
 
         Raises:
             ValueError: there is no such preset.

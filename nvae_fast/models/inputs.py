@@ -3,6 +3,7 @@ computed."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,15 @@ def check_images(op: str, model: NVAE, x: Any) -> None:
     expected = (c.channels, c.resolution, c.resolution)
     if not isinstance(x, torch.Tensor):
         kind = type(x)
-        raise TypeError(f"{op}: x must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}")
+        raise TypeError(
+            f"{op}: x must be a torch.Tensor, got {kind.__module__}.{kind.__qualname__}"
+            + _checks.how_to_convert(x)
+        )
     if not x.is_floating_point():
-        raise TypeError(f"{op}: x must be of a floating-point dtype with values in [0, 1], got {x.dtype}")
+        raise TypeError(
+            f"{op}: x must be of a floating-point dtype with values in [0, 1], got {x.dtype}: give x.float() / 255 for 8-bit "
+            "pixels"
+        )
     if x.dim() != 4 or tuple(x.shape[1:]) != expected:
         raise ValueError(
             f"{op}: x must have shape (B, {', '.join(map(str, expected))}), got {tuple(x.shape)}"
@@ -81,6 +88,16 @@ def check_range(op: str, model: NVAE, x: torch.Tensor, *, warn_gray: bool = Fals
     if first and warn_gray and model.config.likelihood_name == "bernoulli":
         warn_if_gray(op, "x", x)
     model._checked.add((op, model.training))
+
+
+def warn_if_training(op: str, model: NVAE) -> None:
+    """Warn that a model that images are drawn from is in training mode; while compiling, nothing is said."""
+    if model.training and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"{op}: the model is in training mode, so that batch norm takes the statistics of these samples and moves its "
+            "running ones: call model.eval() first, or nvae_fast.freeze(model)",
+            stacklevel=3,
+        )
 
 
 def group_draws(

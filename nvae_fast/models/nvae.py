@@ -25,6 +25,7 @@ from nvae_fast.models.inputs import (
     group_draws,
     group_temperatures,
     posterior_draws,
+    warn_if_training,
 )
 from nvae_fast.models.layout import to_computed_format, to_given_format
 from nvae_fast.models.likelihoods import Bernoulli, Likelihood, MixtureLogistic, Normal
@@ -301,16 +302,13 @@ class NVAE(nn.Module):
         if n < 0:
             raise ValueError(f"{op}: n must be an int >= 0, got {n}")
         temperatures = group_temperatures(op, temperature, self.config.num_groups)
+        warn_if_training(op, self)
         draws = self._draws("NVAE", noise, seed, n)
         with prepare_weights(self):
             return self._generate(n, temperatures, draws, [None] * len(draws))
 
     def _generate(
-        self,
-        n: int,
-        temperatures: Sequence[float],
-        draws: Sequence[Draw],
-        latents: Sequence[torch.Tensor | None],
+        self, n: int, temperatures: Sequence[float], draws: Sequence[Draw], latents: Sequence[Any]
     ) -> torch.Tensor:
         s = to_computed_format(self.top_feature.unsqueeze(0).expand(n, -1, -1, -1))
         for index, prefix, combine in self._groups():
@@ -452,7 +450,9 @@ class NVAE(nn.Module):
         self.train()
         try:
             for sub_seed in seeds:
-                self.sample(batch, temperatures, seed=sub_seed)
+                draws = self._draws("NVAE", None, sub_seed, batch)
+                with prepare_weights(self):
+                    self._generate(batch, temperatures, draws, [None] * len(draws))
         finally:
             for module, training in modes.items():
                 module.training = training

@@ -125,7 +125,7 @@ def not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
     return None
 
 
-def some(names: list[str], most: int = 12) -> str:
+def some(names: list[str], most: int = 10) -> str:
     """The first of ``names``, and how many more there are."""
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")

@@ -18,13 +18,20 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def tensor(op: str, name: str, value: Any, *, dtypes: tuple[torch.dtype, ...] = FLOATING) -> None:
     """``value`` is a dense tensor of one of ``dtypes``."""
     if not isinstance(value, Tensor):
-        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}")
+        raise TypeError(
+            f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}{how_to_convert(value)}"
+        )
     if value.dtype not in dtypes:
         raise TypeError(
             f"{op}: {name} must have one of the dtypes {[str(d) for d in dtypes]}, got {value.dtype}"
         )
     if value.layout is not torch.strided:
         raise TypeError(f"{op}: {name} must be a dense tensor, got layout {value.layout}")
+
+
+def how_to_convert(value: Any) -> str:
+    """What to do with an array of NumPy that is given in place of a tensor, as the end of a message; else empty."""
+    return ": torch.from_numpy makes a tensor of it" if type(value).__module__ == "numpy" else ""
 
 
 def feature_map(op: str, name: str, value: Any) -> None:

@@ -285,8 +285,8 @@ def chosen_weights(document: dict[str, Any], file: str | os.PathLike[str], weigh
         raise ValueError(f"weights must be 'model', 'ema' or None, got {weights!r}")
     if weights == "ema" and "ema" not in document:
         raise CheckpointError(
-            f"checkpoint {file} has no averages of the weights, which --weights ema asks for: leave --weights out, or train "
-            "with --ema"
+            f"checkpoint {file} has no averages of the weights, which weights (--weights) ema asks for: leave it out, or "
+            "train with ema (--ema)"
         )
     return weights or ("ema" if "ema" in document else "model")
 

@@ -186,7 +186,7 @@ class TrainingConfig:
         least=0,
     )
     sample_temperature: float = _option(
-        1.0, "temperature of the samples drawn while training and at the end", above=0
+        1.0, "temperature of the samples drawn while training and at the end", least=0
     )
     sample_readjust_passes: int = _option(
         0,

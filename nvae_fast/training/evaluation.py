@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from nvae_fast.data.torch_dataset import as_images
 from nvae_fast.models.frozen import freeze
 from nvae_fast.ops import _checks
 from nvae_fast.training import precision, seeds
@@ -105,7 +106,9 @@ def importance_bound(
     if samples < 1:
         raise ValueError(f"importance_bound: samples must be at least 1, got {samples}")
     if not isinstance(x, Tensor):
-        raise TypeError(f"importance_bound: x must be a torch.Tensor, got {type(x).__name__}")
+        raise TypeError(
+            f"importance_bound: x must be a torch.Tensor, got {type(x).__name__}" + _checks.how_to_convert(x)
+        )
     if not isinstance(seed, int) and len(seed) != x.shape[0]:
         raise ValueError(f"importance_bound: seed must be one number or {x.shape[0]}, got {len(seed)}")
     bound = OnlineLogMeanExp()
@@ -151,11 +154,13 @@ def evaluate(
     """Evaluate `model` on `dataset`. The noise of an image depends only on the seed and the index of the image: another batch
     size gives the same numbers up to rounding, another number of processes exactly the same numbers.
 
-    samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images: only the
-    first images. autocast: None, "bf16" or "fp16". on_batch(images done, negative bound so far) is called after every batch,
-    the same number of times on each process; an exception that it raises on all of them ends the evaluation. world: processes
-    among which the images are divided; each returns the whole result. Raises ValueError for bad arguments, on every process
-    when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the model itself is not changed.
+    dataset: an `ImageDataset`; or a map-style torch Dataset of images (C,H,W) in [0,1], alone or first in a tuple; or a
+    DataLoader of one. samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images:
+    only the first images. autocast: None, "bf16" or "fp16". on_batch(images done, negative bound so far) is called after
+    every batch, the same number of times on each process; an exception that it raises on all of them ends the evaluation.
+    world: processes among which the images are divided; each returns the whole result. Raises ValueError for bad arguments,
+    on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the model itself is
+    not changed.
     """
     samples, batch_size = (
         _checks.whole("evaluate", "samples", samples),
@@ -234,13 +239,15 @@ def check_fit(model_config: Any, dataset: Any) -> None:
     got = (dataset.channels, dataset.image_size, dataset.image_size)
     if wanted != got:
         raise ValueError(
-            f"the model takes images of (channels, height, width) {wanted}, {dataset.name} has {got}: choose "
-            "a preset or --dataset of that size, or set --image-size and --image-channels"
+            f"the model takes images of (channels, height, width) {wanted}, {dataset.name} has {got}: set "
+            "image_size and image_channels (--image-size and --image-channels) of the model to those of the images"
         )
 
 
-def fitted(model_config: Any, dataset: Any) -> Any:
-    """`dataset` as the model takes its images: binarised or not, with its bits per colour. Raises as :func:`check_fit`."""
+def fitted(model_config: Any, dataset: Any, name: str = "dataset") -> Any:
+    """`dataset` as the model takes its images: binarised or not, with its bits per colour. Raises as :func:`check_fit` and
+    :func:`as_images`."""
+    dataset = as_images(dataset, name)
     check_fit(model_config, dataset)
     if not hasattr(dataset, "for_model"):  # a dataset of the user's own class
         return dataset

@@ -8,6 +8,7 @@ and running averages, and a resumed run continues bit for bit.
 from __future__ import annotations
 
 import contextlib
+import os
 import statistics
 import time
 import warnings
@@ -71,12 +72,14 @@ class RunResult:
 
 
 class Trainer:
-    """Trains `model` on `dataset`, writing into `folder` (made by `run_folder.prepare`).
+    """Trains `model` on `dataset`, writing into `folder`, which is made where there is none.
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
-    size and channels. world: the processes of the run, None for a single one. quiet: no progress line.
+    size and channels, or a map-style torch Dataset of such images (C,H,W) in [0,1], alone or first in a tuple, or a DataLoader
+    of one, whose batch size, order and workers are not used. A run on a data set with random transforms does not resume bit for
+    bit. world: the processes of the run, None for a single one. quiet: no progress line.
     progress: "auto", "plain" or "none", see `Progress`.
-    validation: an `ImageDataset` to validate on while training, see `Validation`; None for no validation.
+    validation: images of any of these kinds to validate on while training, see `Validation`; None for no validation.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
     again, kept in checkpoints. Raises ValueError when model and data do not fit, or when the data are not
     those the checkpoint was made with.
@@ -87,7 +90,7 @@ class Trainer:
         model: NVAE,
         config: TrainingConfig,
         dataset: Any,
-        folder: Path,
+        folder: str | os.PathLike[str],
         *,
         world: World | None = None,
         validation: Any | None = None,
@@ -101,7 +104,8 @@ class Trainer:
         self.world = world or World()
         self.config = config = precision.resolved(config, self.world.device)
         self.dataset = dataset = fitted(model.config, dataset)
-        self.folder = folder
+        validation = None if validation is None else fitted(model.config, validation, "validation")
+        self.folder = Path(folder)
         self.data = data
         self.quiet = quiet or not self.world.is_main
         self.progress = progress
@@ -119,8 +123,8 @@ class Trainer:
             metrics.require_tensorboard()
         if config.batch_size * self.world.size > len(dataset):
             raise ValueError(
-                f"batch_size {config.batch_size} (times {self.world.size} processes) exceeds the "
-                f"{len(dataset)} images of {dataset.name}: choose a smaller --batch-size"
+                f"batch_size (--batch-size) {config.batch_size}, times {self.world.size} process(es), exceeds the "
+                f"{len(dataset)} images of {dataset.name}: choose a smaller one"
             )
         workers = config.workers
         if workers is None:
@@ -140,7 +144,7 @@ class Trainer:
         self.total_steps = config.total_steps(self.steps_per_epoch)
         self.validation = Validation(
             config,
-            None if validation is None else fitted(model.config, validation),
+            validation,
             steps_per_epoch=self.steps_per_epoch,
             total_steps=self.total_steps,
             world=self.world,
@@ -179,7 +183,10 @@ class Trainer:
         """
         with contextlib.ExitStack() as stack:
             if self.world.is_main:
+                run_folder.make(self.folder)
                 stack.enter_context(run_folder.lock(self.folder))
+                if self._last_saved < 0:
+                    run_folder.check_new(self.folder)
             stack.enter_context(
                 self.world.report_lost_process(lambda: run_folder.how_to_continue(self.folder))
             )
@@ -344,11 +351,14 @@ class Trainer:
             raise TrainingDiverged(self._advice(problem))
 
     def _advice(self, problem: str, *, blame_weights: bool = True) -> str:
-        advice = [f"lower --learning-rate ({self.config.learning_rate:g} now)", "check the images for NaN"]
+        advice = [
+            f"lower learning_rate (--learning-rate), {self.config.learning_rate:g} now",
+            "check the images for NaN",
+        ]
         if self.config.autocast:
-            advice.append("try --autocast none")
+            advice.append("try autocast (--autocast) none")
         if not self.config.grad_clip:
-            advice.append("try --grad-clip")
+            advice.append("try grad_clip (--grad-clip)")
         good = None
         # A checkpoint after which no step was finite may hold the weights that made them so.
         if blame_weights and not self._proven and self._last_saved > 0:

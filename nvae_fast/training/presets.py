@@ -1,11 +1,12 @@
 """Training presets: the six published settings and the small one of `make demo`.
 
-A preset has a model configuration, which `nvae_fast.models` defines under the same name (except `digits_demo`, which is no
-published model and is defined in this module), a training configuration and the data it expects.
+A preset has a model configuration, which is `NVAEConfig.preset` of the same name, a training configuration and the data it
+expects.
 """
 
 from __future__ import annotations
 
+import difflib
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 class TrainingPreset:
     """A model and training configuration. name: as in `preset(name)`; summary: one line for the command line's help;
     training: the `TrainingConfig`; data: a built-in set of images, None when a path must be given; model: options of the
-    NVAEConfig, None for those of the published model of that name."""
+    NVAEConfig, None for those of `NVAEConfig.preset` of that name."""
 
     name: str
     summary: str
@@ -32,37 +33,17 @@ class TrainingPreset:
         """The NVAEConfig of this preset."""
         from nvae_fast.models.config import NVAEConfig
 
-        if self.model is not None:
-            return NVAEConfig(**self.model)
-        return NVAEConfig.preset(self.name)
+        return NVAEConfig.preset(self.name) if self.model is None else NVAEConfig(**self.model)
 
 
 def preset(name: str) -> TrainingPreset:
     """The preset called ``name``. Raises ValueError listing the names when there is no such one."""
     if name not in PRESETS:
-        raise ValueError(f"unknown preset {name!r}; there are: {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"unknown preset {name!r}; {hint}there are: {', '.join(PRESETS)}")
     return PRESETS[name]
 
-
-# Two halvings before the first latent scale keep nearly all work at 8x8 and 4x4; the digits are upscaled 8x8
-# scans, so nothing is lost by it. Two groups at 8x8 on top of one at 4x4 are enough for samples that look
-# like digits.
-_DIGITS_MODEL = {
-    "dataset": "digits",
-    "num_channels_enc": 8,
-    "num_channels_dec": 8,
-    "num_latent_scales": 2,
-    "num_groups_per_scale": 2,
-    "ada_groups": True,
-    "min_groups_per_scale": 1,
-    "num_latent_per_group": 8,
-    "num_preprocess_blocks": 2,
-    "num_preprocess_cells": 1,
-    "num_postprocess_blocks": 2,
-    "num_postprocess_cells": 1,
-    "num_cell_per_cond_enc": 1,
-    "num_cell_per_cond_dec": 1,
-}
 
 _training = partial(TrainingConfig, autocast="auto")
 
@@ -89,7 +70,6 @@ PRESETS: dict[str, TrainingPreset] = {
                 checkpoint_every=250,
             ),
             data="digits",
-            model=_DIGITS_MODEL,
         ),
         TrainingPreset(
             "mnist",

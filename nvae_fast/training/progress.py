@@ -68,7 +68,8 @@ class Progress:
             if fresh > 0 and part < 1
             else ""
         )
-        self._write(f"{part:4.0%}  {line}{left}")
+        # The time left comes first: a narrow terminal cuts or wraps the end of the line.
+        self._write(f"{part:4.0%}{left}  {line}")
 
     def message(self, text: str) -> None:
         """Print a line above the bar."""

@@ -62,14 +62,28 @@ def prepare(
                 "first, --out names another folder"
             )
         note = move_aside(folder)
+    make(folder)
+    _check_writable(folder)
+    return folder, note
+
+
+def make(folder: Path) -> None:
+    """Make a run folder where there is none. Raises RunFolderError when it cannot be made."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunFolderError(
-            f"cannot make run folder {folder}: {error.strerror}; give another one with --out"
+            f"cannot make run folder {folder}: {error.strerror}; give another folder (--out)"
         ) from error
-    _check_writable(folder)
-    return folder, note
+
+
+def check_new(folder: Path) -> None:
+    """Raise RunFolderError when a folder for a new run holds the checkpoint of another one."""
+    if has_checkpoint(folder):
+        raise RunFolderError(
+            f"run folder {folder} holds the checkpoint of another run: give another folder, or state="
+            "nvae_fast.training.checkpoint.load_training(folder) to continue that run"
+        )
 
 
 def move_aside(folder: Path) -> str:

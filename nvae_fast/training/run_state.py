@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ _DECIDES_STEPS = (
 
 def collect(trainer: Trainer) -> dict[str, Any]:
     """Everything needed to continue the run from here, as plain values and tensors."""
+    source = _absolute(trainer)
     return {
         "nvae_fast": __version__,
         "torch": str(torch.__version__),
@@ -52,16 +54,29 @@ def collect(trainer: Trainer) -> dict[str, Any]:
         "metrics": trainer.averages.state(),
         "validation": trainer.validation.state(),
         "data": {
-            "source": trainer.data[0] or trainer.dataset.name,
+            "source": source,
+            # From the run folder: the data are found when both have moved together.
+            "beside": os.path.relpath(source, trainer.folder.resolve()) if os.path.isabs(source) else None,
             "kind": trainer.data[1],
             "name": trainer.dataset.name,
             "images": len(trainer.dataset),
             "image_size": trainer.dataset.image_size,
             "channels": trainer.dataset.channels,
             "reading": getattr(trainer.dataset, "reading", None),
+            "held_out": None
+            if (held_out := getattr(trainer.dataset, "held_out", None)) is None
+            else held_out.to_dict(),
         },
         "rng": {"torch": torch.get_rng_state()},
     }
+
+
+def _absolute(trainer: Trainer) -> str:
+    """The path of the data of a run, or the name of a built-in set as it is."""
+    source, kind = trainer.data
+    source = source or trainer.dataset.name
+    built_in = source in ("digits", "photos") or kind in ("digits", "photos")
+    return source if built_in or not os.path.exists(source) else os.path.abspath(source)
 
 
 def restore(trainer: Trainer, state: dict[str, Any]) -> None:
@@ -73,13 +88,13 @@ def restore(trainer: Trainer, state: dict[str, Any]) -> None:
     if images != len(trainer.dataset):
         raise ValueError(
             f"the run to resume was trained on {images} images ({state['data']['name']}), "
-            f"the data given now ({trainer.dataset.name}) have {len(trainer.dataset)}: give the same --data"
+            f"the data given now ({trainer.dataset.name}) have {len(trainer.dataset)}: give the same data (--data)"
         )
     progress = state["progress"]
     if progress["steps_per_epoch"] != trainer.steps_per_epoch:
         raise ValueError(
             f"the run to resume has {progress['steps_per_epoch']} steps an epoch, now there would be "
-            f"{trainer.steps_per_epoch}: use the same --batch-size with the same number of processes "
+            f"{trainer.steps_per_epoch}: use the same batch_size (--batch-size) with the same number of processes "
             f"({progress['world_size']}), or one that makes as many images a step"
         )
     try:

@@ -141,7 +141,7 @@ class Validation:
         if self.interval and images not in (0, self.images):
             raise ValueError(
                 f"the run was validated on {images} images, the data given now have {self.images} for it: give the same "
-                "--data, or switch validation off with --validate-every 0"
+                "data (--data), or switch validation off: validate_every=0 (--validate-every 0)"
             )
         self.images = images or self.images
 
@@ -158,6 +158,11 @@ class Validation:
         epochs = self.interval // self.steps_per_epoch
         part = getattr(self.dataset, "split", "validation")
         return f"validation on {len(self.dataset)} {part} images every {epochs} epoch(s) and at the end"
+
+    def pending(self, trainer: Trainer) -> bool:
+        """Whether `run` would evaluate the model of ``trainer`` now."""
+        step, done = trainer.step, trainer.position >= trainer.total_steps
+        return self._due(step, done) or self._final_due(step, done)
 
     def _due(self, step: int, done: bool) -> bool:
         return self.interval > 0 and step > self.step and (done or step % self.interval == 0)
