@@ -27,6 +27,8 @@ def test_every_operator_module_has_a_case_and_every_op_is_measured():
         "affine_activation",
         "spectral_norm",
         "sync_batch_norm_swish",
+        "wide_conv2d",
+        "winograd",
     }  # measured in their callers
     assert set(modules()) == public
     assert {case.op for case in CASES.values()} == set(nf.backends())

@@ -495,10 +495,3 @@ def test_info_says_what_runs_where(capsys):
     report = json.loads(capsys.readouterr().out)
     assert report["backends"].keys() == nf.backends().keys()
     assert report["extension"]["loaded"] or report["extension"]["reason"]
-
-
-def test_numbers_may_be_written_large():
-    assert options.whole_number("1e6") == 1_000_000
-    assert options.whole_number("1_000") == 1000
-    with pytest.raises(ValueError):
-        options.whole_number("1.5")

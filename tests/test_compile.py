@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ def test_the_whole_model_is_one_graph_under_autocast():
     for compiled, mixed in ((True, True), (False, True), (False, False)):
         own = copy.deepcopy(model)
         f = torch.compile(own, backend="aot_eager", fullgraph=True, dynamic=False) if compiled else own
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+        # A compiled model has PyTorch's own bfloat16 convolutions. Ours lose less on some processors.
+        own_convolutions = nf.use_backend("reference") if mixed and not compiled else nullcontext()
+        with own_convolutions, torch.autocast("cpu", torch.bfloat16, enabled=mixed):
             out = f(x, seed=torch.tensor(1))
         assert out.logits.dtype == (torch.bfloat16 if mixed else torch.float32)
         (out.kl.sum() + own.reconstruction_loss(out.logits, x).sum()).backward()

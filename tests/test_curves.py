@@ -228,7 +228,7 @@ def test_plot_command(tmp_path, drawn, capsys):
     "words, message",
     [
         (["run", "run2"], "--out is needed for the picture of 2 runs"),
-        (["run", "--out", "x.txt"], "(--out): the picture must be .png, .pdf or .svg, got x.txt"),
+        (["run", "--out", "x.txt"], "--out: the picture must be .png, .pdf or .svg, got x.txt"),
         (["run", "run", "--out", "x.png"], "the same run is given twice"),
         (["none"], "no metrics.jsonl of a run at"),
         (["empty"], "has no lines of metrics yet"),

@@ -231,3 +231,15 @@ def test_command(tmp_path, capsys):
     assert stored(tmp_path / "db").shape == (6, 3, 32, 32)
     assert main(words) == 2
     assert "DST: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["plain", "none"])
+def test_prepare_shows_progress_as_asked(mode, tmp_path, capsys):
+    image = pytest.importorskip("PIL.Image")
+    pytest.importorskip("lmdb")
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / "images" / f"{number}.png")
+    words = ["prepare", "folder", tmp_path / "images", tmp_path / "out", "--size", 8, "--progress", mode]
+    assert main(list(map(str, words))) == 0
+    assert ("image 4/4" in capsys.readouterr().err) == (mode == "plain")

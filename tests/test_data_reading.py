@@ -174,6 +174,6 @@ def test_the_share_of_skipped_images_is_an_option(tmp_path, capsys):
     assert main(words) == 2
     assert "2 of 20 images cannot be read" in capsys.readouterr().err
     assert main([*words, "--max-skipped-images", "2"]) == 2
-    assert "--max-skipped-images): expected a share from 0 to 1, got 2.0" in capsys.readouterr().err
+    assert "--max-skipped-images: expected a share from 0 to 1, got 2.0" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert main([*words, "--max-skipped-images", "0.2"]) == 0

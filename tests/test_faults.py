@@ -229,7 +229,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, options, monkeypatch, capsys)
     (tmp_path / "file").write_text("mine")
     assert main([*options, "--out", str(tmp_path / "file" / "run")]) == 2
     assert "cannot make run folder" in (text := capsys.readouterr().err)
-    assert "give another one with --out" in text
+    assert "give another --out" in text
     (tmp_path / "empty").mkdir()
 
     def read_only(path):

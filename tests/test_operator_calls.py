@@ -12,6 +12,7 @@ from recording import Call, Recorder
 from torch.utils._pytree import tree_map_only
 
 import nvae_fast as nf
+from nvae_fast.ops import winograd
 from nvae_fast.ops.inverted_residual.train import NAME as CELL
 from nvae_fast.ops.plane_affine import plane_affine
 from nvae_fast.training.adamax import Adamax
@@ -53,6 +54,9 @@ def composed() -> None:
     plane_affine(x, torch.ones(2, 4, requires_grad=True)).sum().backward()
     # Called between processes and on a GPU; on a CPU alone C++ calls its body.
     channels = [torch.rand(4) for _ in range(5)]
+    # Convolutions of bfloat16 maps, on processors that multiply such numbers slowly.
+    weight = winograd.transformed(torch.randn(3, 4, 3, 3))
+    winograd.convolve(torch.randn(2, 4, 8, 8).bfloat16(), weight, torch.randn(3))
     for layout in (torch.contiguous_format, torch.channels_last):
         maps = [torch.randn(2, 4, 3, 3).contiguous(memory_format=layout) for _ in range(2)]
         torch.ops.nvae_fast.affine_activation_grad(*maps, *channels, "swish")

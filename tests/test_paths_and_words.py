@@ -15,6 +15,7 @@ from training_runs import TINY_TRAINING, tiny_model
 
 import nvae_fast as nf
 from nvae_fast import cli
+from nvae_fast.cli import options
 from nvae_fast.cli.program import one_line
 from nvae_fast.training import Trainer, checkpoint, progress
 
@@ -190,3 +191,10 @@ def test_the_command_line_names_options_and_python_arguments(digits, tmp_path, c
     text = one_line(ValueError("crop, resample (--crop, --resample): x, max=0.1 (--max-skipped-images)"))
     assert one_line(ValueError("off: val_fraction=0 (--val-fraction 0)")) == "off: --val-fraction 0"
     assert text == "--crop, --resample: x, max=0.1 (--max-skipped-images)"
+
+
+def test_numbers_may_be_written_large():
+    assert options.whole_number("1e6") == 1_000_000
+    assert options.whole_number("1_000") == 1000
+    with pytest.raises(ValueError):
+        options.whole_number("1.5")

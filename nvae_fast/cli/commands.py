@@ -10,43 +10,6 @@ from nvae_fast.cli import options
 _FROM_PRESET = "; a preset may set another"
 
 
-def _image_options(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--crop",
-        type=options.whole_number,
-        default=None,
-        metavar="N",
-        help="centre crop of the images of a folder or LMDB [pixels] (default: the short side; 148 for the aligned faces "
-        "of celeba_64; a checkpoint's own)",
-    )
-    parser.add_argument(
-        "--resample",
-        choices=["bilinear", "lanczos"],
-        default=None,
-        help="filter that resizes the images of a folder or LMDB (default: lanczos; bilinear for celeba_64; a "
-        "checkpoint's own)",
-    )
-    parser.add_argument(
-        "--max-skipped-images",
-        type=float,
-        default=0.01,
-        metavar="X",
-        help="share of a folder's or LMDB's images that may be damaged and are skipped; more are an error, and so is a "
-        "file that cannot be reached (default: 0.01; 0 skips none)",
-    )
-
-
-def _cache(parser: argparse._ActionsContainer) -> None:
-    parser.add_argument(
-        "--cache",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="decoded images of a folder or LMDB are kept in memory when all of them fit into so much, and into half of the "
-        "free memory; else none are [GiB] (default: 1.0; 0 keeps none)",
-    )
-
-
 def _machine(parser: argparse.ArgumentParser, *, threads: bool = True) -> None:
     group = parser.add_argument_group("machine")
     group.add_argument(
@@ -119,8 +82,8 @@ def _train_parser(parser: argparse.ArgumentParser) -> None:
     run.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
-    _image_options(run)
-    _cache(run)
+    options.add_image_options(run)
+    options.add_cache_option(run)
     options.add_val_fraction(run)
     run.add_argument(
         "--dry-run",
@@ -180,7 +143,7 @@ def _images_of(
     parser.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
-    _image_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "--split",
         choices=["train", "validation", "test"],
@@ -368,7 +331,7 @@ def _prepare_parser(parser: argparse.ArgumentParser) -> None:
         "target", metavar="DST", help="folder to write; one that was stopped goes on where it was"
     )
     _number(parser, "--size", None, "side of the images; 256 for ffhq, 32 for imagenet", "pixels")
-    _image_options(parser)
+    options.add_image_options(parser)
     parser.add_argument(
         "--validation",
         type=float,
@@ -392,7 +355,7 @@ def _info_parser(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--data-kind", default=None, metavar="KIND", help="format of --data (default: none, which guesses it)"
     )
-    _image_options(parser)
+    options.add_image_options(parser)
     _number(parser, "--image-size", None, "side of the images; none takes the source's", "pixels")
     _number(parser, "--batch-size", 32, "images in a batch", "images")
     _number(parser, "--workers", None, "threads that read images; none takes those of training", "threads")

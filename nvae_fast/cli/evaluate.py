@@ -70,7 +70,7 @@ def _evaluate(arguments: argparse.Namespace, world: distributed.World) -> int:
             with atomic_file(arguments.json) as handle:
                 handle.write(text.encode())
             say(f"wrote {arguments.json}")
-    if arguments.json != "-":
+    if arguments.json is None or (arguments.json != "-" and not arguments.quiet):
         print(_evaluation_table(report))
     else:
         say(_evaluation_table(report))  # on stderr: stdout is the JSON

@@ -162,6 +162,45 @@ def temperature(text: str) -> float | tuple[float, float]:
 temperature.__name__ = "number or FIRST:LAST"
 
 
+def add_image_options(parser: argparse._ActionsContainer) -> None:
+    """Add how images of a folder or LMDB are read."""
+    parser.add_argument(
+        "--crop",
+        type=whole_number,
+        default=None,
+        metavar="N",
+        help="centre crop of the images of a folder or LMDB [pixels] (default: the short side; 148 for the aligned faces "
+        "of celeba_64; a checkpoint's own)",
+    )
+    parser.add_argument(
+        "--resample",
+        choices=["bilinear", "lanczos"],
+        default=None,
+        help="filter that resizes the images of a folder or LMDB (default: lanczos; bilinear for celeba_64; a "
+        "checkpoint's own)",
+    )
+    parser.add_argument(
+        "--max-skipped-images",
+        type=float,
+        default=0.01,
+        metavar="X",
+        help="share of a folder's or LMDB's images that may be damaged and are skipped; more are an error, and so is a "
+        "file that cannot be reached (default: 0.01; 0 skips none)",
+    )
+
+
+def add_cache_option(parser: argparse._ActionsContainer) -> None:
+    """Add how much memory decoded images may take."""
+    parser.add_argument(
+        "--cache",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="decoded images of a folder or LMDB are kept in memory when all of them fit into so much, and into half of the "
+        "free memory; else none are [GiB] (default: 1.0; 0 keeps none)",
+    )
+
+
 def _optional(convert: Any) -> Any:
     def parse(text: str) -> Any:
         return None if text.lower() == "none" else convert(text)

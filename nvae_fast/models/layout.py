@@ -15,9 +15,14 @@ from nvae_fast.ops.inverted_residual.train import NAME as CELL
 
 def to_computed_format(t: torch.Tensor) -> torch.Tensor:
     """``t`` (B, C, H, W) in the memory format that is fastest on its device."""
-    if t.device.type == "cpu" and _backend.fused(CELL, t.device):
-        return t.contiguous(memory_format=torch.channels_last)
-    return t
+    if t.device.type != "cpu" or not _backend.fused(CELL, t.device):
+        return t
+    if (
+        t.shape[1] == 1
+    ):  # in both formats at once; the strides of channels_last make the convolution's result so
+        b, _, h, w = t.shape
+        return t.reshape(b, h, w, 1).permute(0, 3, 1, 2)
+    return t.contiguous(memory_format=torch.channels_last)
 
 
 def to_given_format(t: torch.Tensor, *given: torch.Tensor) -> torch.Tensor:

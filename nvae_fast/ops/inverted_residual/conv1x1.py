@@ -37,7 +37,7 @@ def _as_matrices(x: Tensor, channels: int) -> bool:
 def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """1x1 convolution with a (C_out, C_in) matrix or a (C_out, C_in, 1, 1) weight, in the dtype of x."""
     b, _, h, w = x.shape
-    if wide_conv2d.computes(x.dtype, x.device):
+    if x.dtype == torch.bfloat16 and wide_conv2d.computes(x.dtype, x.device):
         return wide_conv2d.conv2d(x, weight.reshape(*weight.shape[:2], 1, 1), bias)
     if _as_matrices(x, weight.shape[0]) and 0 < b * h * w <= _FEW_PIXELS[x.dtype]:
         y = F.linear(
@@ -52,7 +52,7 @@ def conv1x1(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution. In the dtype of x, or wider."""
     c_out, c_in = grad.shape[1], x.shape[1]
-    if grad.dtype == x.dtype and wide_conv2d.computes(x.dtype, x.device):
+    if grad.dtype == x.dtype == torch.bfloat16 and wide_conv2d.computes(x.dtype, x.device):
         return wide_conv2d.gram(as_matrix(grad), as_matrix(x)).view(c_out, c_in, 1, 1)
     if grad.dtype == x.dtype and _as_matrices(x, c_out) and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
         rows, columns = as_matrix(grad), as_matrix(x)

@@ -226,8 +226,8 @@ class _Cell(torch.autograd.Function):
             a = conv1x1(xhat, expand)
             gram = None
             if _gram_pays(b * h * w, *expand.shape):
-                rows = as_matrix(xhat)
-                if wide_conv2d.computes(dtype, x.device):
+                rows = xhat.permute(0, 2, 3, 1).reshape(-1, xl.shape[1])
+                if dtype == torch.bfloat16 and wide_conv2d.computes(dtype, x.device):
                     gram = wide_conv2d.gram(rows, rows)
                 else:
                     rows = rows.to(acc_dtype)
