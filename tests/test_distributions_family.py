@@ -104,7 +104,7 @@ def test_log_scales_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("how", ["halves", "packed"])
-@pytest.mark.parametrize("change", ["set", "scaled in place", "modified"])
+@pytest.mark.parametrize("change", ["set", "expanded", "scaled in place", "modified"])
 def test_mu_and_sigma_may_be_set(how: str, change: str) -> None:
     """All methods then agree with the formulas; a prior so changed counts as well."""
     t = inputs()
@@ -113,6 +113,10 @@ def test_mu_and_sigma_may_be_set(how: str, change: str) -> None:
     if change == "set":
         mu, sigma = mu + 0.5, torch.full_like(sigma, 2.0)
         normal.mu, normal.sigma = mu, 2
+    elif change == "expanded":
+        sigma = torch.full_like(sigma, 0.5)
+        normal.sigma = torch.tensor(0.25)
+        normal.sigma *= 2
     elif change == "scaled in place":
         sigma = sigma * 0.5
         normal.sigma *= 0.5

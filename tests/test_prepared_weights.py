@@ -322,7 +322,7 @@ def test_checkpointing_that_keeps_the_scope(computed: list[int], monkeypatch: py
 @pytest.mark.parametrize("slow", [False, True])
 def test_autocast(slow: bool, computed: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     """The weights come in the dtype of the products, the numbers are those of autocast's own cast."""
-    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: slow)
+    monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: not slow)
     net = Net()
 
     def run() -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -128,11 +129,15 @@ def test_blocks(shape: tuple[int, ...], memory_format: torch.memory_format) -> N
         assert relative_error(found[name], value) < 2e-6, name
 
 
-def test_skip_of_float64() -> None:
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_skip_of_float64(activation: str) -> None:
     exact = inputs((2, 8, 4, 4), skip=True)
     given = {name: t if name == "skip" else t.float() for name, t in exact.items()}
-    expected, found = (
-        evaluate(f, t, tuple(exact)) for f, t in ((formula, exact), (nf.squeeze_excite, given))
-    )
+
+    def reference(**tensors: torch.Tensor) -> torch.Tensor:
+        return definition(*tensors.values(), activation, "sigmoid", scale=1.0)
+
+    function = functools.partial(nf.squeeze_excite, activation=activation)
+    expected, found = (evaluate(f, t, tuple(exact)) for f, t in ((reference, exact), (function, given)))
     for name, value in expected.items():
         assert relative_error(found[name], value) < 2e-6, name

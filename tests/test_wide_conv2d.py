@@ -34,7 +34,7 @@ GEOMETRIES = {  # size of x, C_out, K, stride, padding, dilation, groups; bias
 
 @pytest.fixture(autouse=True)
 def slow_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: True)
+    monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: False)
 
 
 def operands(
@@ -75,7 +75,7 @@ def test_products_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for added in (None, bias):
         expected = a.double() @ matrix.double() + (0 if added is None else added.double())
         assert_close(wide_conv2d.product(a, matrix, added), expected, ROUNDING)
-    assert_close(wide_conv2d.gram(a, b), a.double().t() @ b.double(), 1e-6)
+    assert_close(wide_conv2d.transposed_product(a, b), a.double().t() @ b.double(), 1e-6)
 
 
 @pytest.mark.parametrize(("channels", "side"), [(16, 16), (48, 12)])
@@ -101,6 +101,19 @@ def test_second_derivatives() -> None:
 
 
 @pytest.mark.parametrize("kernel_size", [1, 3])
+def test_batched_gradients(kernel_size: int) -> None:
+    inputs = operands((4, 16, 16, 16), 16, kernel_size, 1, LAST)
+    y = wide_conv2d.conv2d(*inputs, 1, kernel_size // 2)
+    grads = torch.randn(3, *y.shape).bfloat16()
+    batched = torch.autograd.grad(y, inputs, grads, is_grads_batched=True, retain_graph=True)
+    for i, grad in enumerate(grads):
+        for found, expected in zip(
+            batched, torch.autograd.grad(y, inputs, grad, retain_graph=True), strict=True
+        ):
+            assert_close(found[i], expected.double(), ROUNDING if found.dtype == torch.bfloat16 else 1e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 3])
 def test_nothing_is_kept_in_float32_but_parameters(kernel_size: int) -> None:
     kept: list[Tensor] = []
     conv = WeightNormConv2d(32, 32, kernel_size)
@@ -120,7 +133,7 @@ def test_autocast_modules(frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None
     x = torch.randn(4, 32, 16, 16).contiguous(memory_format=LAST)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         y = conv(x)
-        monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: False)
+        monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: True)
         expected = conv(x)
     assert y.dtype == expected.dtype == torch.bfloat16
     assert y.stride() == expected.stride()
@@ -148,7 +161,7 @@ def test_only_bfloat16_on_a_slow_processor(monkeypatch: pytest.MonkeyPatch) -> N
     with nf.use_backend("reference"):
         assert not wide_conv2d.computes(torch.bfloat16, cpu)
     assert torch.func.vmap(lambda t: t * wide_conv2d.computes(torch.bfloat16, cpu))(torch.ones(1)).item() == 0
-    monkeypatch.setattr(wide_conv2d, "multiplies_bfloat16_slowly", lambda: False)
+    monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: True)
     assert not wide_conv2d.computes(torch.bfloat16, cpu)
 
 

@@ -1,12 +1,11 @@
 // nvae_fast::channel_statistics on the CPU; the arithmetic is in channel_statistics.vec.cpp.
 #include <tuple>
 
-#include "squeeze_excite.h"
 #include "statistics.h"
 
 namespace nvae {
 
-std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample) {
+static std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample) {
   const char* op = "channel_statistics";
   check_feature_map(op, "x", x);
   std::vector<Tensor> keep_alive;

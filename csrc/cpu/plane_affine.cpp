@@ -65,8 +65,8 @@ void PlaneAffine::run_tasks(int64_t begin, int64_t end) const {
   NVAE_CALL(plane_affine_forward, args_, begin, end);
 }
 
-Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
-                    const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
+static Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
+                           const std::optional<Tensor>& b, const std::optional<Tensor>& c) {
   const PlaneAffine map(x, a, y, b, c);
   map.run(0, x.size(0));
   return map.out();
@@ -116,8 +116,8 @@ static std::tuple<Tensor, Tensor> plane_dots(const Tensor& x, const Tensor& y,
   return {sum_x, sum_xy};
 }
 
-constexpr int64_t kCached =
-    8192;  // elements of g that are still in the innermost cache when they are read again
+// Elements of g that are still in the first-level cache when they are read again.
+constexpr int64_t kCached = 8192;
 
 // dx = a g, and the sums of g and of g x, of maps in one format span by span: g is read once.
 static std::tuple<Tensor, Tensor, Tensor> plane_affine_gradients(const Tensor& grad, const Tensor& x,

@@ -1,17 +1,12 @@
 // The host side of the passes that squeeze_excite.cpp is made of; each is an operator of its own as well.
 #pragma once
 #include <optional>
-#include <tuple>
 #include <vector>
 
 #include "plane_affine.h"
 #include "planes.h"
 
 namespace nvae {
-
-std::tuple<Tensor, Tensor> channel_statistics(const Tensor& x, bool per_sample);
-Tensor plane_affine(const Tensor& x, const Tensor& a, const std::optional<Tensor>& y,
-                    const std::optional<Tensor>& b, const std::optional<Tensor>& c);
 
 // plane_affine in parts. The coefficients of a sample are read when it is computed.
 class PlaneAffine {

@@ -18,8 +18,8 @@ struct WinogradArgs {
   int64_t batches = 0, channels = 0, height = 0, width = 0;
   bool gradient = false;
   void* map = nullptr;
-  float* tiles =
-      nullptr;  // written by winograd_tiles: [tile][point][channel]; read by winograd_map: [point][tile][channel]
+  // Written by winograd_tiles: [tile][point][channel]; read by winograd_map: [point][tile][channel].
+  float* tiles = nullptr;
   const float* bias = nullptr;  // (C), winograd_map without gradient; may be null
   int64_t tile_rows() const { return height / kWinogradTile; }
   int64_t tile_columns() const { return width / kWinogradTile; }

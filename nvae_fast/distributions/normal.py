@@ -36,7 +36,8 @@ class Normal(Lazy):
         temp: temperature, >= 0, a factor on sigma.
 
     The attributes ``mu`` and ``sigma`` may be set: every method then computes from what was set, in plain PyTorch, and
-    ``packed`` is refused. Modifying one of them in place counts as setting it.
+    ``packed`` is refused. Modifying one of them in place counts as setting it, except inside torch.compile and in inference
+    mode, where PyTorch does not count modifications.
 
     Raises:
         TypeError: ``mu`` or ``log_sigma`` is not a dense floating tensor, or their dtypes differ.
@@ -81,6 +82,9 @@ class Normal(Lazy):
                 "read mu and sigma, or make a Normal of other raw parameters"
             )
         self._check_unchanged()  # always: what is kept is a view
+        return self._raw_parameters()
+
+    def _raw_parameters(self) -> torch.Tensor:
         if "params" in self._raw:
             return self._raw["params"]
         return self._get("packed", lambda: pack(self._raw["mu"], self._raw["log_sigma"]))
@@ -105,7 +109,7 @@ class Normal(Lazy):
         self._set("sigma", value)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The compiler of PyTorch 2.11 traces this, but assigns to a property without calling its setter.
+        # Instead of the properties' setters, which type checkers need: torch.compile of PyTorch 2.11 does not call them.
         if name in ("mu", "sigma"):
             self._set(name, value)
         else:
@@ -117,11 +121,13 @@ class Normal(Lazy):
         if isinstance(value, torch.Tensor):
             _checks.tensor(op, name, value)
             _checks.device(op, name, value, like)
-            try:
-                value = value.to(dtype).expand(self.shape)
-            except RuntimeError:
-                shapes = f"must expand to {tuple(self.shape)}, got {tuple(value.shape)}"
-                raise ValueError(f"{op}: {name} {shapes}") from None
+            value = value.to(dtype)
+            if value.shape != self.shape:
+                try:
+                    value = value.expand(self.shape).clone()  # a copy, which may be modified in place
+                except RuntimeError:
+                    shapes = f"must expand to {tuple(self.shape)}, got {tuple(value.shape)}"
+                    raise ValueError(f"{op}: {name} {shapes}") from None
         else:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise TypeError(f"{op}: {name} must be a tensor or a number, got {type(value).__name__}")
@@ -161,8 +167,7 @@ class Normal(Lazy):
 
     def _draw(self, noise: torch.Tensor | None, seed: torch.Tensor | None) -> torch.Tensor:
         """Standard normal draws (B, Z, H, W) in the memory format of the parameters, float32 or float64."""
-        like = self.packed if self._follows_raw else torch.cat((self.mu, self.sigma), dim=1)
-        return draw_like(like, noise, seed)
+        return draw_like(self._raw_parameters(), noise, seed)
 
     def rsample(self, seed: Seed = None) -> torch.Tensor:
         """The z of :meth:`sample`, the same for the same ``seed``, without keeping eps; one kernel.

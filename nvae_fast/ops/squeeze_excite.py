@@ -230,7 +230,10 @@ class _Gated(torch.autograd.Function):
         with torch.no_grad(), _no_autocast(x):
             w1, b1, w2, b2 = _layers(pooled, *layers)
             before, hidden, logits, factor = _small(pooled, (w1, b1, w2, b2), activation, gate)
-            to_gate = residual_scale * ops.plane_dots(grad, x, None)[1]
+            grad_of_map = (
+                grad.to(pooled.dtype) if grad.dtype == torch.float64 else grad
+            )  # from a skip of that dtype
+            to_gate = residual_scale * ops.plane_dots(grad_of_map, x, None)[1]
             if gate == "sigmoid":
                 to_logits = to_gate * (factor * (1 - factor))
             else:
@@ -242,7 +245,7 @@ class _Gated(torch.autograd.Function):
                 to_before = to_hidden * activation_derivative(before, "swish")
             if needs[0]:
                 shift = (to_before @ w1) / max(x.shape[2] * x.shape[3], 1)
-                to_x = ops.plane_affine(grad, residual_scale * factor, None, None, shift).to(x.dtype)
+                to_x = ops.plane_affine(grad_of_map, residual_scale * factor, None, None, shift).to(x.dtype)
             of_layers = (to_before.t() @ pooled, to_before.sum(0), to_logits.t() @ hidden, to_logits.sum(0))
         return (
             to_x, grad.to(skip_dtype) if needs[1] else None, None, None, None,

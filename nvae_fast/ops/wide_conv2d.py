@@ -1,8 +1,8 @@
-"""Convolutions of bfloat16 maps by float32 arithmetic, for processors on which it is the faster of the two.
+"""Convolutions of bfloat16 maps in float32 arithmetic, for processors on which it is faster than bfloat16 arithmetic.
 
 A product of two bfloat16 numbers is exact in float32, so that only the order of the additions differs. An Intel processor
 without AMX multiplies bfloat16 numbers at half the rate of float32 ones (one ``vdpbf16ps`` in two cycles, two ``vfmadd`` in
-each; docs/benchmarks.md), and one without AVX512_BF16 emulates them. Maps stay bfloat16 in memory and in the graph:
+each; docs/benchmarks.md), and one without AVX512_BF16 emulates them. Maps stay bfloat16 in memory and in autograd's graph:
 
 - 1x1 convolutions convert some pixels at a time, in memory that stays in the cache.
 - 3x3 convolutions use Winograd's algorithm (:mod:`nvae_fast.ops.winograd`), whose transforms read and write bfloat16.
@@ -22,15 +22,15 @@ from torch import Tensor
 
 from nvae_fast.ops import _backend, _extension, winograd
 
-_BYTES = 2**20  # of float32 numbers that a thread has at a time: half of its cache
+_BYTES = 2**20  # of the float32 copies that a thread works on at a time: half of its second-level cache
 _WINOGRAD_CHANNELS = 16  # and tiles: with fewer, the transforms cost more than they save
 _WINOGRAD_TILES = 32
 
 
 @functools.cache
-def multiplies_bfloat16_slowly() -> bool:
-    """Return whether this processor multiplies bfloat16 numbers at a lower rate than float32 ones."""
-    return not _extension.info().get("fast_bfloat16", True)
+def fast_bfloat16() -> bool:
+    """Return whether this processor multiplies bfloat16 numbers faster than float32 ones. True without the extension."""
+    return bool(_extension.info().get("fast_bfloat16", True))
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
@@ -42,7 +42,7 @@ def computes(dtype: torch.dtype, device: torch.device) -> bool:
         and not torch.compiler.is_exporting()
         and not _backend.forced_reference()
         and not _backend.transforms_active()
-        and multiplies_bfloat16_slowly()
+        and not fast_bfloat16()
     )
 
 
@@ -60,7 +60,7 @@ def _parts(t: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 def _size(rows: int, columns: int) -> int:
-    """Return the number of rows of a part: whole vectors of them, and as many parts as there are threads at least."""
+    """Return the number of rows to convert at a time: ``_BYTES`` for each thread, a multiple of 16 unless it is all."""
     size = max(_BYTES // (4 * columns), 64) * torch.get_num_threads()
     return min(-(-size // 16) * 16, rows)
 
@@ -82,7 +82,7 @@ def product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
-def gram(a: Tensor, b: Tensor) -> Tensor:
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
     """Return ``a' b`` of a bfloat16 (N, K) and (N, M), as a float32 (K, M). Not differentiable."""
     n, k, m = *a.shape, b.shape[1]
     size = _size(n, k + m)
@@ -114,7 +114,7 @@ class _Conv2d(torch.autograd.Function):
         groups: int,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, weight)
-        ctx.bias = None if bias is None else bias.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.geometry = stride, padding, dilation, groups
         wide = weight.float()
         bias = None if bias is None else bias.float()
@@ -132,8 +132,8 @@ class _Conv2d(torch.autograd.Function):
         need_x, need_weight, need_bias, *_ = ctx.needs_input_grad
         to_x = to_weight = to_bias = None
         with torch.autocast("cpu", enabled=False):
-            # Second derivatives come of PyTorch's own operators.
-            own = not torch.is_grad_enabled()
+            # PyTorch's operators compute what is differentiated again (create_graph) or batched (is_grads_batched).
+            own = not torch.is_grad_enabled() and not torch._C._functorch.is_legacy_batchedtensor(grad)
             if own and _is_product(x, weight, ctx.geometry):
                 b, c, h, w = x.shape
                 rows = grad.permute(0, 2, 3, 1).reshape(b * h * w, -1)
@@ -141,7 +141,9 @@ class _Conv2d(torch.autograd.Function):
                     matrix = weight.float().flatten(1)
                     to_x = product(rows, matrix).view(b, h, w, c).permute(0, 3, 1, 2)
                 if need_weight:
-                    to_weight = gram(rows, x.permute(0, 2, 3, 1).reshape(-1, c)).view(weight.shape)
+                    to_weight = transposed_product(rows, x.permute(0, 2, 3, 1).reshape(-1, c)).view(
+                        weight.shape
+                    )
                 if need_bias:
                     to_bias = rows.sum(0, dtype=torch.float32)
             elif own and is_winograd(x, weight, ctx.geometry):
@@ -162,7 +164,7 @@ class _Conv2d(torch.autograd.Function):
         return (
             None if to_x is None else to_x.to(x.dtype),
             None if to_weight is None else to_weight.to(weight.dtype),
-            None if to_bias is None else to_bias.to(ctx.bias),
+            None if to_bias is None else to_bias.to(ctx.bias_dtype),
             None, None, None, None,
         )  # fmt: skip
 

@@ -53,7 +53,7 @@ def weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """grad' x over pixels, (C_out, C_in, 1, 1): the weight gradient of a 1x1 convolution. In the dtype of x, or wider."""
     c_out, c_in = grad.shape[1], x.shape[1]
     if grad.dtype == x.dtype == torch.bfloat16 and wide_conv2d.computes(x.dtype, x.device):
-        return wide_conv2d.gram(as_matrix(grad), as_matrix(x)).view(c_out, c_in, 1, 1)
+        return wide_conv2d.transposed_product(as_matrix(grad), as_matrix(x)).view(c_out, c_in, 1, 1)
     if grad.dtype == x.dtype and _as_matrices(x, c_out) and 0 < x.shape[2] * x.shape[3] <= _SMALL_MAP:
         rows, columns = as_matrix(grad), as_matrix(x)
         product = rows.t() @ columns if c_out >= c_in else (columns.t() @ rows).t()  # the longer side first

@@ -228,7 +228,7 @@ class _Cell(torch.autograd.Function):
             if _gram_pays(b * h * w, *expand.shape):
                 rows = xhat.permute(0, 2, 3, 1).reshape(-1, xl.shape[1])
                 if dtype == torch.bfloat16 and wide_conv2d.computes(dtype, x.device):
-                    gram = wide_conv2d.gram(rows, rows)
+                    gram = wide_conv2d.transposed_product(rows, rows)
                 else:
                     rows = rows.to(acc_dtype)
                     gram = rows.t() @ rows
