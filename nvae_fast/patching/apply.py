@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from nvae_fast.models.frozen import FREEZERS
+from nvae_fast.models.frozen import refuse
 from nvae_fast.patching import cells, wins
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
-from nvae_fast.patching.freezing import freeze_part
 from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
 from nvae_fast.patching.sample import measure_with
 
-FREEZERS.append(freeze_part)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -183,9 +181,12 @@ def restore(model: Model) -> Model:
     """Undo :func:`accelerate`: give every part of ``model`` its own forward back. Returns ``model``.
 
     Raises:
-        TypeError: ``model`` is not a torch.nn.Module.
+        TypeError: ``model`` is not a torch.nn.Module. RuntimeError: parts of it were frozen when accelerated.
     """
     _check("restore", model)
+    found = [bound_forward(part) for part in model.modules()]
+    if not all(bound.removable for bound in found if bound is not None):
+        refuse("restore")
     for part in model.modules():
         remove(part)
     return model
