@@ -13,6 +13,7 @@ from harness import assert_close
 from torch import nn
 
 import nvae_fast as nf
+from benchmarks.parts import PARTS_MEASURED
 from nvae_fast.patching import bound as bound_module
 from nvae_fast.patching import measure, sample, wins
 from nvae_fast.patching.apply import replace
@@ -241,9 +242,10 @@ def test_the_committed_table() -> None:
     content = json.loads(wins.TABLE.read_text())
     assert content["measured_on"]["threads"] == 1
     assert {"machine", "versions", "date"} < content["measured_on"].keys()
-    parts = {row[2] for row in content["rows"]}
-    assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < parts
-    assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < parts
+    names = {replace(make(16), everywhere=True).forward.part[0] for make in PARTS_MEASURED}
+    assert {row[2] for row in content["rows"]} == names, "a part is not measured, or not found by its name"
+    assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < names
+    assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < names
     for device, dtype, _, mode, layout, batch, channels, pixels, ratio in content["rows"]:
         assert (device, dtype) == ("cpu", "float32")
         assert mode in ("training", "evaluation")

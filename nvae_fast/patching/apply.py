@@ -68,8 +68,9 @@ def accelerate(
 
     A kernel runs where it is known to be faster than the part's own forward: by a table of measurements (the docstring of
     ``benchmarks/parts.py`` says how it is made) for the device, the dtype, the memory format, the size, and whether a backward
-    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. On devices and in dtypes that the table
-    has not, the kernel always runs.
+    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. It also runs where nothing is known: on
+    devices and in dtypes without measurements, under torch.compile, and, for parts that take batch statistics, while several
+    processes train. Without ``sample_input`` a part is left if no kernel was ever faster in the dtype of its parameters.
 
     A part uses its own forward for inputs that are not (B, C, H, W) or empty, where an argument beside the input is not its
     default, and while a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its
@@ -107,7 +108,7 @@ def accelerate(
 def replace(
     model: Model, *, repair: bool = False, progress: bool | None = None, everywhere: bool = False
 ) -> Model:
-    """:func:`accelerate` without measuring. ``everywhere``: also where the kernel is never known to be faster."""
+    """:func:`accelerate` without measuring. ``everywhere``: also parts whose kernel was never measured to be faster."""
     comparisons = Comparisons()
     parts = list(_children_first(model, set()))
     with one_thread(), Progress("accelerate: comparing parts", len(parts), progress) as line:
