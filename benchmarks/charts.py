@@ -1,6 +1,6 @@
 """Charts of results: a panel for each workload, and one chart of all speed-ups.
 
-``python -m benchmarks.charts docs/images/speed.png`` draws the speed-ups of all results that are committed.
+``python -m benchmarks.charts docs/images/speed.png`` draws the speed-ups of the first file in benchmarks/results.
 """
 
 from __future__ import annotations
@@ -157,7 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("out", type=Path, help="picture to write: .png, .svg or .pdf")
     default = next(iter(sorted(report.RESULTS.glob("*.json"))), None)
     p.add_argument(
-        "--results", type=Path, default=default, metavar="FILE", help="results (default: the committed ones)"
+        "--results",
+        type=Path,
+        default=default,
+        metavar="FILE",
+        help="results (default: the first of benchmarks/results)",
     )
     p.add_argument("--panels", action="store_true", help="a panel for each workload, with the times")
     arguments = p.parse_args(argv)

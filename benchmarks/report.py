@@ -53,7 +53,7 @@ beyond what was there before, on a GPU model and optimizer too."""
 OURS = "nvae_fast"
 PYTORCH = ("reference", "torch.compile", "library")
 MODELS = ("training_step", "sampling")
-# The rows of README: (case, how the workload begins). The last ones are slower than PyTorch.
+# The rows of README: (case, how the workload begins). The last one is slower than PyTorch.
 SUMMARY = (
     ("training_step", "cifar10"),
     ("sampling", "cifar10"),
@@ -365,10 +365,13 @@ def main(argv: list[str] | None = None) -> int:
     pages.pop(None, None)
     if not pages:
         p.error("give --readme, --page or both")
+    try:
+        documents = [read_json(file) for file in sorted(arguments.results.glob("*.json"))]
+    except (ValueError, OSError) as error:
+        p.error(str(error))
     stale = False
     for path, table in pages.items():
         try:
-            documents = [read_json(file) for file in sorted(arguments.results.glob("*.json"))]
             old = path.read_text(encoding="utf-8")
             new = with_table(old, table(documents), str(path))
         except (ValueError, OSError) as error:

@@ -94,3 +94,21 @@ def test_own_models_freeze_with_accelerated_parts_inside() -> None:
         frozen = nf.freeze(nf.accelerate(model))
         assert_close(frozen(x), expected, 2e-5)
     assert [type(part).__name__ for part in frozen.modules()].count("FrozenResidualCell") == 2
+
+
+def test_frozen_parts_have_no_other_forward() -> None:
+    """Nothing asks for the forward that freeze has taken away."""
+    model = make().eval()
+    x, temb = torch.randn(2, 12, 8, 6), torch.randn(2, 12, 8, 6)
+    with torch.no_grad():
+        expected = model(x)
+        frozen = nf.freeze(nf.accelerate(model))
+        with pytest.raises(
+            RuntimeError, match=r"Cell\.forward with arguments beside its input: the module is frozen"
+        ):
+            frozen(x, temb)
+        with pytest.raises(RuntimeError, match="restore: the module is frozen"):
+            nf.restore(frozen)
+        nf.accelerate(nn.Sequential(frozen, make()), sample_input=x)
+        assert_close(frozen(x), expected, 2e-5)
+        assert_close(torch.export.export(frozen, (x,)).module()(x), expected, 2e-5)

@@ -13,8 +13,10 @@ from harness import assert_close
 from torch import nn
 
 import nvae_fast as nf
+from benchmarks.parts import PARTS_MEASURED
 from nvae_fast.patching import bound as bound_module
-from nvae_fast.patching import sample, wins
+from nvae_fast.patching import measure, sample, wins
+from nvae_fast.patching.apply import replace
 from nvae_fast.patching.forwards import BATCH_NORM, SEQUENTIAL, SQUEEZE_EXCITE
 
 pytestmark = pytest.mark.measured_wins
@@ -179,6 +181,37 @@ def test_measuring_a_model_changes_nothing(table: Any) -> None:
     assert all(part.forward.measured for part in model.modules() if part.__dict__.get("forward") is not None)
 
 
+def test_parts_are_measured_under_the_flags_in_force(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TF32, cuDNN's choice of algorithms and autocast are those of the model: without them its own forward is slower."""
+    seen: list[Any] = []
+
+    def quartiles(*_: Any) -> list[float]:
+        flags = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.benchmark
+        seen.append((*flags, torch.backends.cudnn.allow_tf32, torch.is_autocast_enabled("cpu")))
+        return [1.0, 1.0]
+
+    monkeypatch.setattr(measure, "_quartiles", quartiles)
+    part, before = replace(SyncBatchNormSwish(4), everywhere=True), torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        with (
+            torch.backends.cudnn.flags(benchmark=True, allow_tf32=True),
+            torch.autocast("cpu", torch.bfloat16),
+        ):
+            found = measure.speedups(part, torch.randn(2, 4, 5, 5), 0.0)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+    assert found.keys() == {"evaluation", "training"}
+    assert set(seen) == {(True, True, True, True)}
+
+
+def test_measuring_does_not_communicate(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The number of rounds is a matter of time: processes that merge statistics would wait for each other."""
+    part = replace(SyncBatchNormSwish(4), everywhere=True)
+    monkeypatch.setattr(bound_module.distributed, "world_size", lambda *_: 2)
+    assert measure.speedups(part, torch.randn(2, 4, 5, 5), 0.0).keys() == {"evaluation"}
+
+
 # What is shown, and threads
 
 
@@ -209,9 +242,10 @@ def test_the_committed_table() -> None:
     content = json.loads(wins.TABLE.read_text())
     assert content["measured_on"]["threads"] == 1
     assert {"machine", "versions", "date"} < content["measured_on"].keys()
-    parts = {row[2] for row in content["rows"]}
-    assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < parts
-    assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < parts
+    names = {replace(make(16), everywhere=True).forward.part[0] for make in PARTS_MEASURED}
+    assert {row[2] for row in content["rows"]} == names, "a part is not measured, or not found by its name"
+    assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < names
+    assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < names
     for device, dtype, _, mode, layout, batch, channels, pixels, ratio in content["rows"]:
         assert (device, dtype) == ("cpu", "float32")
         assert mode in ("training", "evaluation")

@@ -297,10 +297,11 @@ def test_memory_formats_agree() -> None:
 
 @pytest.mark.skipif(nf.backends()[CELL]["cpu"] != "cpp", reason="the kernels are not in use")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_an_nchw_model_computes_in_channels_last(frozen: bool) -> None:
+@pytest.mark.parametrize("dataset", ["cifar10", "mnist"])
+def test_an_nchw_model_computes_in_channels_last(dataset: str, frozen: bool) -> None:
     """On a CPU: images and the first feature are converted once, and the results back."""
-    model = nf.NVAE(tiny(dataset="cifar10"))
-    x = torch.rand(2, *(model.config.channels, model.config.resolution, model.config.resolution))
+    model = nf.NVAE(tiny(dataset=dataset))
+    x = torch.rand(2, model.config.channels, model.config.resolution, model.config.resolution)
     if frozen:
         model = nf.freeze(model.eval())
     seen: set[bool] = set()

@@ -64,8 +64,10 @@ def check_images(op: str, model: NVAE, x: Any) -> None:
 
 def _refuse_sharded_initialisation(op: str, model: NVAE) -> None:
     """RuntimeError where the first batch would initialise layers of which FSDP2 keeps no change made in a forward."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return
     waiting = [name for name, module in model.named_modules() if getattr(module, "needs_data_init", False)]
-    if not waiting or not torch.distributed.is_available() or not torch.distributed.is_initialized():
+    if not waiting:
         return
     from torch.distributed.fsdp import FSDPModule  # half a second to import
 

@@ -17,9 +17,7 @@ def to_computed_format(t: torch.Tensor) -> torch.Tensor:
     """``t`` (B, C, H, W) in the memory format that is fastest on its device."""
     if t.device.type != "cpu" or not _backend.fused(CELL, t.device):
         return t
-    if (
-        t.shape[1] == 1
-    ):  # in both formats at once; the strides of channels_last make the convolution's result so
+    if t.shape[1] == 1:  # both formats fit: by its strides a convolution chooses the format of its result
         b, _, h, w = t.shape
         return t.reshape(b, h, w, 1).permute(0, 3, 1, 2)
     return t.contiguous(memory_format=torch.channels_last)

@@ -71,19 +71,24 @@ def load_official(path: str | os.PathLike[str], **options: Any) -> NVAE:
     Paths, namespaces, numbers of NumPy and configuration objects (OmegaConf, ml_collections and others) in the file are read as
     plain data. Prefixes of wrappers in the names of the state, such as ``module.`` and ``_orig_mod.``, are dropped.
 
+    Options that neither the file nor ``options`` gives get defaults. A state whose names or shapes do not fit them is refused.
+    ``dataset``, ``res_dist`` and ``num_x_bits`` may change results without changing a name or a shape: a warning says what was
+    assumed for them.
+
     Args:
         path: the file.
         options: options of :class:`NVAEConfig` that the arguments in the file lack, or that shall replace them. A file without
             ``args`` needs them.
-
-    A warning names the options which neither the file nor ``options`` gives and which the state cannot confirm: ``dataset``,
-    ``res_dist`` and ``num_x_bits``. Other options that are missing get defaults, which the state confirms.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, it is damaged, is no official checkpoint or names objects that are
             not data, or its keys do not fit its arguments.
         TypeError: there is no option of such a name.
     """
+    names = [field.name for field in dataclasses.fields(NVAEConfig)]
+    unknown = sorted(options.keys() - names)
+    if unknown:
+        raise TypeError(f"load_official: there are no options {unknown}, expected some of {names}")
     needed = ("state_dict",) if options else ("state_dict", "args")
     return model_from(read_checkpoint(path, needed), path, **options)
 
@@ -91,9 +96,6 @@ def load_official(path: str | os.PathLike[str], **options: Any) -> NVAE:
 def model_from(document: dict[str, Any], path: str | os.PathLike[str], **options: Any) -> NVAE:
     """The model of what :func:`read_checkpoint` returned for the file ``path``, as :func:`load_official`."""
     names = [field.name for field in dataclasses.fields(NVAEConfig)]
-    unknown = sorted(options.keys() - names)
-    if unknown:
-        raise TypeError(f"load_official: there are no options {unknown}, expected some of {names}")
     _check_document(document, Path(path), ("state_dict",) if options else ("state_dict", "args"))
     state, args = document["state_dict"], document.get("args", {})
     given = {**(vars(args) if isinstance(args, argparse.Namespace) else args), **options}

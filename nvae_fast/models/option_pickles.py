@@ -26,8 +26,6 @@ class Config(StandIn):
 class Kind(StandIn):
     """Takes the place of a type that a configuration names, such as int or typing.Any; ``value`` is None."""
 
-    value = None
-
     def __setstate__(self, state: Any) -> None:
         """Ignore it."""
 

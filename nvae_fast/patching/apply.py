@@ -8,15 +8,13 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from nvae_fast.models.frozen import FREEZERS
+from nvae_fast.models.frozen import refuse
 from nvae_fast.patching import cells, wins
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
-from nvae_fast.patching.freezing import freeze_part
 from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
 from nvae_fast.patching.sample import measure_with
 
-FREEZERS.append(freeze_part)
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -70,8 +68,9 @@ def accelerate(
 
     A kernel runs where it is known to be faster than the part's own forward: by a table of measurements (the docstring of
     ``benchmarks/parts.py`` says how it is made) for the device, the dtype, the memory format, the size, and whether a backward
-    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. On devices and in dtypes that the table
-    has not, the kernel always runs.
+    pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. It also runs where nothing is known: on
+    devices and in dtypes without measurements, under torch.compile, and, for parts that take batch statistics, while several
+    processes train. Without ``sample_input`` a part is left if no kernel was ever faster in the dtype of its parameters.
 
     A part uses its own forward for inputs that are not (B, C, H, W) or empty, where an argument beside the input is not its
     default, and while a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its
@@ -109,7 +108,7 @@ def accelerate(
 def replace(
     model: Model, *, repair: bool = False, progress: bool | None = None, everywhere: bool = False
 ) -> Model:
-    """:func:`accelerate` without measuring. ``everywhere``: also where the kernel is never known to be faster."""
+    """:func:`accelerate` without measuring. ``everywhere``: also parts whose kernel was never measured to be faster."""
     comparisons = Comparisons()
     parts = list(_children_first(model, set()))
     with one_thread(), Progress("accelerate: comparing parts", len(parts), progress) as line:
@@ -183,9 +182,12 @@ def restore(model: Model) -> Model:
     """Undo :func:`accelerate`: give every part of ``model`` its own forward back. Returns ``model``.
 
     Raises:
-        TypeError: ``model`` is not a torch.nn.Module.
+        TypeError: ``model`` is not a torch.nn.Module. RuntimeError: parts of it were frozen when accelerated.
     """
     _check("restore", model)
+    found = [bound_forward(part) for part in model.modules()]
+    if not all(bound.removable for bound in found if bound is not None):
+        refuse("restore")
     for part in model.modules():
         remove(part)
     return model

@@ -13,13 +13,13 @@ from torch import nn
 from nvae_fast import distributed
 from nvae_fast.patching import wins
 
-# kind -> forward(module, x, **settings). Filled by forwards.py, cells.py and freezing.py.
+# kind -> forward(module, x, **settings). Filled by forwards.py and cells.py.
 FORWARDS: dict[str, Callable[..., Any]] = {}
 # kind -> (module, settings) -> name in the table of measurements ("" where the kernel always runs), whether it takes batch
 # statistics.
 PARTS: dict[str, Callable[..., tuple[str, bool]]] = {}
 _REPLICATE = "_replicate_for_data_parallel"
-_MISSING = object()
+MISSING = object()
 
 
 class BoundForward:
@@ -35,19 +35,19 @@ class BoundForward:
         kind: key of FORWARDS.
         settings: keyword arguments of that forward.
         note: a remark for the report.
-        always: whether the kernel runs also where it is not known to be faster, as in comparisons.
         constants: attributes that the own forward sets to constants, and which are set here too: path of a module inside
             the part -> name -> value.
+        always: whether the kernel runs also where it is not known to be faster, as in comparisons.
     """
 
     constants: Mapping[str, Mapping[str, Any]] = {}
     parameters: dict[str, Any] | None = None  # of the own forward, and their defaults; read when needed
     always = False
+    removable = True  # whether the part has another forward
     # The name of the part in the table of measurements, and whether it takes batch statistics; read when needed.
     part: tuple[str, bool] | None = None
-    measured: Mapping[
-        str, bool
-    ] = {}  # mode -> whether the kernel is faster, where accelerate has measured it
+    # Mode -> whether the kernel is faster, where accelerate has measured it.
+    measured: Mapping[str, bool] = {}
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class BoundForward:
             x = args[0]
         else:
             x = self._only_input(args, kwargs)
-            if x is _MISSING:
+            if x is MISSING:
                 return original(self.module, *args, **kwargs)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return original(self.module, x)
@@ -84,18 +84,18 @@ class BoundForward:
             self.parameters = parameters_of(type(self.module))
         names = list(self.parameters)
         if not names or len(args) > len(names):
-            return _MISSING
+            return MISSING
         given = dict(zip(names, args, strict=False))
         for name, value in kwargs.items():
             if name in given or name not in self.parameters:
-                return _MISSING
+                return MISSING
             given[name] = value
         for name, value in given.items():
             default = self.parameters[name]
             same = value is default or (type(value) in (bool, int, float, str) and value == default)
             if name != names[0] and not same:
-                return _MISSING
-        return given.get(names[0], _MISSING)
+                return MISSING
+        return given.get(names[0], MISSING)
 
     def pays(self, x: Any) -> bool:
         """Return whether the kernel is known to be faster for ``x``; for what kernels do not take, their forwards decide."""
@@ -147,7 +147,7 @@ class BoundForward:
 
     def on(self, module: nn.Module) -> BoundForward:
         """The same forward, bound to ``module``."""
-        copy = BoundForward(module, self.kind, self.settings, self.note, self.constants, self.always)
+        copy = type(self)(module, self.kind, self.settings, self.note, self.constants, self.always)
         copy.part, copy.measured = self.part, self.measured
         return copy
 
@@ -163,7 +163,7 @@ def parameters_of(cls: type) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for parameter in list(inspect.signature(cls.forward).parameters.values())[1:]:  # type: ignore[attr-defined]
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD):
-            found[parameter.name] = _MISSING if parameter.default is parameter.empty else parameter.default
+            found[parameter.name] = MISSING if parameter.default is parameter.empty else parameter.default
         elif parameter.kind is parameter.KEYWORD_ONLY:
             return {}  # only the first argument is known
     return found
@@ -191,8 +191,9 @@ def bound_forward(module: nn.Module) -> BoundForward | None:
 
 
 def remove(module: nn.Module) -> None:
-    """Remove our forward from ``module``, if there is one."""
-    if bound_forward(module) is not None:
+    """Remove our forward from ``module``, if there is one and the module has another."""
+    bound = bound_forward(module)
+    if bound is not None and bound.removable:
         for name in OURS:
             module.__dict__.pop(name, None)
 

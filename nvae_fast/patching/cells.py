@@ -72,7 +72,7 @@ def _whole_cell(
 ) -> torch.Tensor:
     """``sets``: attributes in which the three convolutions leave their weight. ``strict``: raise, do not run the parts."""
     layout = _layout(module, plan.layout)
-    if own_facts(module) != plan.own and plan.own:
+    if plan.own and own_facts(module) != plan.own:
         return original(module, x)
     modules = inside(module, layout)
     skip: Any = None
@@ -96,7 +96,7 @@ def _whole_cell(
 
 def obstacle(cell: Any, plan: Plan) -> str | None:
     """Return why ``cell``, once compared, cannot run in one call now; None when it can."""
-    if own_facts(cell) != plan.own and plan.own:
+    if plan.own and own_facts(cell) != plan.own:
         return "its attributes are no longer those that were compared"
     return _obstacle(cell, inside(cell, _layout(cell, plan.layout)), plan)
 

@@ -8,24 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenResidualCell
+from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenResidualCell, refuse
 from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.inverted_residual.train import CellParameters
 from nvae_fast.ops.weight_norm import weight_norm
 from nvae_fast.patching import cells, forwards
-from nvae_fast.patching.bound import FORWARDS, PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.bound import MISSING, BoundForward, bound_forward, remove
 from nvae_fast.patching.plan import inside
 
-FROZEN = "frozen part"
-_CHILD = "_nvae_fast_frozen"
+_CHILD = "_nvae_fast_part"
 
 
-def _frozen(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return module._modules[_CHILD](x)
+class FrozenForward(BoundForward):
+    """The forward of a part that freeze has replaced. The part has no other: it runs in exported programs too."""
 
+    removable = False
 
-FORWARDS[FROZEN] = _frozen
-PARTS[FROZEN] = lambda module, settings: ("", False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if len(args) == 1 and not kwargs else self._only_input(args, kwargs)
+        if x is MISSING:
+            refuse(f"{type(self.module).__name__}.forward with arguments beside its input")
+        made: Any = self.module._modules[_CHILD]
+        return made(x)
 
 
 class FrozenForeignConv2d(FrozenConv2d):
@@ -44,26 +48,25 @@ class FrozenForeignConv2d(FrozenConv2d):
         self._keep(weight=weight, bias=conv.bias)
 
 
-def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> bool:
-    """Freeze an accelerated ``part``, which is a copy already; return whether it is done.
+def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
+    """Freeze ``part``, which is a copy already, in place where it is accelerated; ``convert`` freezes a child.
 
     The part keeps its class and its plain attributes, which the forward around it may read.
     """
     bound = bound_forward(part)
     if bound is None or has_hooks(part) or "parametrizations" in part._modules:
-        return False
+        return
     for inner in part.modules():
         inner.training = False
     make = _MAKERS.get(bound.kind)
     made = None if make is None else make(part, bound, convert)
     if made is None:
-        return False
+        return
     remove(part)
     part._modules = {_CHILD: made}
     if bound.kind == cells.WHOLE_CELL:
         part._parameters, part._buffers = {}, {}
-    BoundForward(part, FROZEN, {}).install()
-    return True
+    FrozenForward(part, "frozen part", {}).install()
 
 
 def _cell(part: Any, bound: BoundForward, convert: Callable[[nn.Module], nn.Module]) -> nn.Module | None:

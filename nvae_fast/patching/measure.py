@@ -6,6 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import nn
 
 from nvae_fast.patching.bound import bound_forward, remove
 from nvae_fast.patching.clone import clone
-from nvae_fast.patching.verify import undisturbed
+from nvae_fast.patching.verify import communicates, restored
 
 MODES = ("evaluation", "training")
 ROUNDS = 7
@@ -22,11 +23,10 @@ ROUNDS = 7
 def speedups(part: nn.Module, x: torch.Tensor, seconds: float) -> dict[str, float]:
     """Return for each mode how much faster than its own forward an accelerated ``part`` computes ``x`` with its kernel.
 
-    Both run on copies, in turns, for ``seconds`` a mode and at least :data:`ROUNDS` times, under the autocast in force. Lower
-    quartiles are compared; with one thread on the CPU, of processor time, which other processes do not change.
+    Both run on copies, in turns, for ``seconds`` a mode and at least :data:`ROUNDS` times, under the autocast and the flags in
+    force. Lower quartiles are compared; with one thread on the CPU, of processor time, which other processes do not change.
+    A part that communicates in training mode is measured in evaluation mode only: processes make different numbers of rounds.
     """
-    kind = x.device.type
-    half = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     own, ours = clone(part, None), clone(part, None)
     for inner in own.modules():
         remove(inner)
@@ -35,8 +35,8 @@ def speedups(part: nn.Module, x: torch.Tensor, seconds: float) -> dict[str, floa
         raise ValueError(f"{type(part).__name__} is not accelerated")
     bound.always = True
     found: dict[str, float] = {}
-    with undisturbed(x.device), torch.autocast(kind, half, enabled=half is not None):
-        for mode in MODES:
+    with restored(x.device):
+        for mode in MODES[:1] if communicates(part) else MODES:
             training = mode == "training"
             runs = [_run(module.train(training), x, training) for module in (own, ours)]
             mine, kernel = _quartiles(runs, seconds, x.device)
@@ -61,7 +61,7 @@ def _run(module: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], Non
 
 
 def _quartiles(runs: list[Callable[[], None]], seconds: float, device: torch.device) -> list[float]:
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     clock = clock_for(device)
     times: list[list[float]] = [[] for _ in runs]
     for run in runs:  # warm-up

@@ -14,7 +14,7 @@ from nvae_fast.patching.clone import clone
 from nvae_fast.patching.measure import speedups
 from nvae_fast.patching.progress import Progress
 from nvae_fast.patching.signature import signature
-from nvae_fast.patching.verify import undisturbed
+from nvae_fast.patching.verify import restored
 
 SECONDS = 0.05  # for a part and mode
 
@@ -42,11 +42,11 @@ def measure_with(model: nn.Module, sample_input: Any, progress: bool | None) -> 
 def _inputs(model: nn.Module, sample_input: Any) -> dict[str, torch.Tensor]:
     """The first map that each accelerated part is given, by its name."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    half = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     found: dict[str, torch.Tensor] = {}
     twin = clone(model, None).eval()
     for name, part in twin.named_modules():
-        if bound_forward(part) is not None:
+        bound = bound_forward(part)
+        if bound is not None and bound.removable:
 
             def keep(
                 module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str = name
@@ -57,7 +57,7 @@ def _inputs(model: nn.Module, sample_input: Any) -> dict[str, torch.Tensor]:
 
             part.register_forward_pre_hook(keep, with_kwargs=True)
     args: Sequence[Any] = sample_input if isinstance(sample_input, (tuple, list)) else (sample_input,)
-    with undisturbed(device), torch.no_grad(), torch.autocast(device.type, half, enabled=half is not None):
+    with restored(device), torch.no_grad():
         if isinstance(sample_input, Mapping):
             twin(**sample_input)
         else:

@@ -26,14 +26,22 @@ Own = Callable[[nn.Module, torch.Tensor], Any]
 
 
 @contextmanager
-def undisturbed(device: torch.device) -> Iterator[None]:
-    """A context that restores random number generators and modes, and in which float32 is computed in float32."""
+def restored(device: torch.device) -> Iterator[None]:
+    """A context with gradients that restores the modes and the random number generators."""
     cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad():
+        yield
+
+
+@contextmanager
+def undisturbed(device: torch.device) -> Iterator[None]:
+    """:func:`restored` without autocast, and with float32 computed in float32."""
     matmul = torch.backends.cuda.matmul.allow_tf32
     with (
-        torch.random.fork_rng(cuda), torch.inference_mode(False), torch.enable_grad(),
-        torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
-    ):  # fmt: skip
+        restored(device),
+        torch.autocast(device.type, enabled=False),
+        torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+    ):
         torch.backends.cuda.matmul.allow_tf32 = False
         try:
             yield
@@ -70,10 +78,8 @@ def disagreement(
         generator = torch.Generator().manual_seed(SEED)
         perturb(base, generator)
         for inner in base.modules():
-            if hasattr(inner, "init_done"):
-                inner.init_done = (
-                    True  # what comes after data-dependent initialisation; until then its own runs
-                )
+            if hasattr(inner, "init_done"):  # until the data-dependent initialisation its own forward runs
+                inner.init_done = True
         gradients = gradients and not any(_strided_pointwise(m) for m in base.modules())
         first: str | None = None
         for c in channels:
@@ -85,14 +91,17 @@ def disagreement(
     return first or "the number of its input channels is unknown"
 
 
+def communicates(module: nn.Module) -> bool:
+    """Return whether ``module`` takes statistics over several processes in training mode: it is not run in that mode here."""
+    return distributed.world_size() > 1 and any("Sync" in type(m).__name__ for m in module.modules())
+
+
 def _compare(
     base: nn.Module, bound: BoundForward, x: torch.Tensor, own: Own, gradients: bool
 ) -> tuple[str | None, bool]:
     """Return the disagreement, and whether the part's own forward ran at all."""
-    # Statistics over processes: a comparison must not communicate.
-    alone = distributed.world_size() == 1 or not any("Sync" in type(m).__name__ for m in base.modules())
     constants: dict[tuple[str, str], Any] = {}
-    for mode, training in (("evaluation", False), *((("training", True),) if alone else ())):
+    for mode, training in (("evaluation", False), *(() if communicates(base) else (("training", True),))):
         theirs, ours = clone(base, x.dtype).train(training), clone(base, x.dtype).train(training)
         try:
             expected = _observe(theirs, partial(own, theirs), x, gradients)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,29 +56,39 @@ def _sizes(batch: int, channels: int, pixels: int) -> Sizes:
     return math.log2(b * c * p), math.log2(c), math.log2(p)
 
 
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def layout_name(x: torch.Tensor) -> str:
     """``"channels_last"`` or ``"contiguous"``."""
-    last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    return "channels_last" if last else "contiguous"
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return "contiguous"
+    return "channels_last"
 
 
 def wins(part: str, mode: str, x: torch.Tensor) -> bool:
     """Return whether the kernel of ``part`` runs for input ``x`` (B, C, H, W)."""
-    kind, dtype = x.device.type, x.dtype
+    kind, dtype = (
+        "cpu" if x.is_cpu else x.device.type,
+        x.dtype,
+    )  # the type of a device is a new string each time
     if kind in _backend.DEVICES and dtype != torch.float64 and torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-    b, c, h, w = x.shape
-    return _wins(Key(kind, str(dtype).removeprefix("torch."), part, mode, layout_name(x)), b, c, h * w)
+    return _wins(part, mode, kind, dtype, layout_name(x), x.shape)
 
 
-@cache
-def _wins(key: Key, batch: int, channels: int, pixels: int) -> bool:
-    if (key.device, key.dtype) not in _measured():
+# Every part asks in every call, so that only a look-up may remain. Inputs of many sizes do not fill the memory.
+@lru_cache(maxsize=1 << 14)
+def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, shape: torch.Size) -> bool:
+    name = _name(dtype)
+    if (device, name) not in _measured():
         return True
-    rows = _rows().get(key)
+    rows = _rows().get(Key(device, name, part, mode, layout))
     if not rows:
         return False
-    size = _sizes(batch, channels, pixels)
+    batch, channels, height, width = shape
+    size = _sizes(batch, channels, height * width)
     distances = [
         (sum(abs(a - s) for a, s in zip(at, size, strict=True)), ratio)
         for at, ratio in rows
@@ -92,7 +102,7 @@ def _wins(key: Key, batch: int, channels: int, pixels: int) -> bool:
 
 def ever(part: str, device: str, dtype: torch.dtype) -> bool:
     """Return whether the kernel of ``part`` runs for any mode, layout and size."""
-    name = str(dtype).removeprefix("torch.")
+    name = _name(dtype)
     if not part or (device, name) not in _measured():
         return True
     return any(
@@ -101,11 +111,6 @@ def ever(part: str, device: str, dtype: torch.dtype) -> bool:
         if key[:3] == (device, name, part)
         for _, ratio in rows
     )
-
-
-def unknown(device: str, dtype: torch.dtype) -> bool:
-    """Return whether nothing was measured on ``device`` in ``dtype``."""
-    return (device, str(dtype).removeprefix("torch.")) not in _measured()
 
 
 def mode_of(module: Any, x: torch.Tensor, normalises: bool) -> str:
