@@ -13,7 +13,7 @@ from data_files import image_folder, png_bytes, random_pixels
 import nvae_fast as nf
 from nvae_fast import cli
 from nvae_fast.cli.choice import choose
-from nvae_fast.data.held_out import HeldOut
+from nvae_fast.data.held_out import HeldOut, validation_part
 from nvae_fast.data.inspection import ImageKind, inspect_images, nearest_power
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.training import checkpoint
@@ -243,6 +243,48 @@ def test_evaluation_and_resuming_use_the_images_that_were_held_out(tmp_path, mon
     assert checkpoint.load(tmp_path / "again")["data"]["held_out"]["fraction"] == 0.2
 
 
+def test_a_fraction_does_not_matter_to_data_with_parts(tmp_path, capsys):
+    run = ["--out", str(tmp_path / "run"), "--val-fraction", "0.3"]
+    assert cli.main(["train", "--data", "digits", *run, *SMALL]) == 0
+    assert cli.main(["train", "--resume", *run, "--max-steps", "2", "--quiet"]) == 0
+    assert checkpoint.load(tmp_path / "run")["data"]["held_out"] is None
+
+
+def test_a_folder_is_opened_once_for_training_and_validation(tmp_path, monkeypatch):
+    image_folder(tmp_path / "images", count=20)
+    (tmp_path / "images/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    opened, shown, skipped = [], [], []
+    train = cli.train
+    real_open, real_grid = train.open_images, train.pictures.write_reconstructions
+    monkeypatch.setattr(train, "open_images", lambda *given: opened.append(given[2]) or real_open(*given))
+    monkeypatch.setattr(
+        train.pictures,
+        "write_reconstructions",
+        lambda model, images, path: shown.append(len(images)) or real_grid(model, images, path),
+    )
+    monkeypatch.setattr(train, "report_skipped", lambda dataset, say: skipped.append(len(dataset.skipped)))
+    words = [
+        "--batch-size",
+        "4",
+        "--max-skipped-images",
+        "0.5",
+        "--val-fraction",
+        "0.2",
+        "--validate-every",
+        "1",
+    ]
+    run = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *run, *SMALL, *words, "--max-steps", "5"]) == 0
+    assert opened == ["train"]
+    assert shown == [4]
+    assert skipped == [1]
+    held = nf.data.open_dataset(tmp_path / "images", val_fraction=0.2, max_skipped=0.5)
+    again = nf.data.open_dataset(tmp_path / "images", split="validation", val_fraction=0.2, max_skipped=0.5)
+    part = validation_part(held)
+    assert (part.split, part.own_split, part.held_out) == (again.split, again.own_split, again.held_out)
+    assert torch.equal(part.batch(range(4), 0), again.batch(range(4), 0))
+
+
 def test_training_images_are_not_evaluated_as_a_test_part(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     image_folder(tmp_path / "images")
@@ -270,6 +312,29 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "estimated memory of a training step: " in text
     assert not list(tmp_path.iterdir())
     assert cli.main(["train", "--preset", "celeba_256", "--dry-run", "--data", "digits"]) == 2
+    assert "--batch-size 5000" in error_of(
+        capsys, "train", "--data", "digits", "--dry-run", "--batch-size", "5000"
+    )
+    assert cli.main(["train", "--preset", "digits_demo", "--dry-run", "--device", "cpu"]) == 0
+    assert '"autocast": null' in capsys.readouterr().out, "what a run would record"
+
+
+def test_a_dry_run_of_a_run_to_resume_writes_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", "digits", "--out", str(run), *SMALL]) == 0
+    words = ["train", "--resume", "--out", str(run), "--max-steps", "2", "--dry-run"]
+
+    def state() -> dict[str, object]:
+        return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+
+    before, folder = state(), run.stat().st_mtime_ns
+    assert cli.main(words) == 0
+    assert '"max_steps": 2' in capsys.readouterr().out
+    assert (state(), run.stat().st_mtime_ns) == (before, folder)
+    (run / checkpoint.NAME).write_bytes(before[checkpoint.NAME][0][:300])
+    before, folder = state(), run.stat().st_mtime_ns
+    assert "is truncated or damaged" in error_of(capsys, *words)
+    assert (state(), run.stat().st_mtime_ns) == (before, folder)
 
 
 def test_presets_shows_what_each_sets(capsys):
