@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from data_files import image_folder, png_bytes, random_pixels
+from training_runs import TINY
 
 import nvae_fast as nf
 from nvae_fast import cli
 from nvae_fast.cli.choice import choose
+from nvae_fast.cli.dry_run import activation_bytes, describe
 from nvae_fast.data.held_out import HeldOut, validation_part
 from nvae_fast.data.inspection import ImageKind, inspect_images, nearest_power
 from nvae_fast.models.config import NVAEConfig
-from nvae_fast.training import checkpoint
+from nvae_fast.training import TrainingConfig, checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -138,6 +140,13 @@ def test_one_command_trains_a_model_of_colours(tmp_path, monkeypatch, capsys):
         assert picture.mode == "RGB"
 
 
+def test_the_size_is_that_of_the_crop(tmp_path, capsys):
+    image_folder(tmp_path / "images", size=64)
+    for words, size in (([], 64), (["--crop", "20"], 16)):
+        assert cli.main(["train", "--data", str(tmp_path / "images"), "--dry-run", *words]) == 0
+        assert f'"image_size": {size}' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -234,6 +243,11 @@ def test_evaluation_and_resuming_use_the_images_that_were_held_out(tmp_path, mon
     assert "(validation)" in out
     assert cli.main(["evaluate", "run", "--data", "images"]) == 0
     assert "4 images of images (validation)" in capsys.readouterr().out
+    image_folder(tmp_path / "others", count=20)
+    assert cli.main(["evaluate", "run", "--data", "others"]) == 0
+    assert "20 images of others (test)" in capsys.readouterr().out, (
+        "the split is that of the run's own images"
+    )
     assert "--val-fraction cannot change when a run is resumed: it has 0.2, 0.3 was asked for" in error_of(
         capsys, "train", "--resume", "--out", "run", "--val-fraction", "0.3"
     )
@@ -248,6 +262,7 @@ def test_a_fraction_does_not_matter_to_data_with_parts(tmp_path, capsys):
     assert cli.main(["train", "--data", "digits", *run, *SMALL]) == 0
     assert cli.main(["train", "--resume", *run, "--max-steps", "2", "--quiet"]) == 0
     assert checkpoint.load(tmp_path / "run")["data"]["held_out"] is None
+    assert "--val-fraction: expected" in error_of(capsys, "train", "--resume", *run[:2], "--val-fraction", 2)
 
 
 def test_a_folder_is_opened_once_for_training_and_validation(tmp_path, monkeypatch):
@@ -317,6 +332,35 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     )
     assert cli.main(["train", "--preset", "digits_demo", "--dry-run", "--device", "cpu"]) == 0
     assert '"autocast": null' in capsys.readouterr().out, "what a run would record"
+
+
+def test_the_memory_of_a_dry_run_is_that_of_plain_pytorch():
+    config = NVAEConfig(**TINY)
+    model, x = nf.NVAE(config).train(), torch.rand(3, 1, 32, 32).round()
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with nf.use_backend("reference"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(x, seed=0)
+        model.reconstruction_loss(out.logits, x).sum() + out.kl.sum()
+    with torch.device("meta"):
+        found = activation_bytes(nf.NVAE(config).train(), 3)
+    assert found == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.01)
+
+
+def test_the_memory_of_weights_counts_their_average(monkeypatch):
+    monkeypatch.setattr("nvae_fast.cli.dry_run._size", str)
+    config = NVAEConfig(**TINY)
+    count = sum(p.numel() for p in nf.NVAE(config).parameters())
+    for ema, copies in ((None, 4), (0.9, 5)):
+        text = describe(config, TrainingConfig(batch_size=1, ema=ema))
+        assert f"({copies * 4 * count} for weights, gradients and optimizer, " in text
 
 
 def test_a_dry_run_of_a_run_to_resume_writes_nothing(tmp_path, capsys):

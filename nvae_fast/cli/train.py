@@ -29,7 +29,7 @@ from nvae_fast.cli.common import (
 from nvae_fast.cli.dry_run import describe
 from nvae_fast.data import open_dataset
 from nvae_fast.data.extras import require
-from nvae_fast.data.held_out import validation_part
+from nvae_fast.data.held_out import check_fraction, validation_part
 from nvae_fast.data.inspection import ImageKind, check_kind, inspect_images
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
@@ -192,8 +192,6 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         if note:
             say(note)
     world.barrier()
-    if world.is_main:
-        _write_config(trainer, arguments.init_from)
     say(_run_summary(trainer, data, folder))
     if trainer.validation.interval:
         say(trainer.validation.describe())
@@ -203,6 +201,8 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             f"{_next_command(folder)}"
         )
         return 0
+    if world.is_main:
+        _write_config(trainer, arguments.init_from)
     result = trainer.run()
     report_skipped(dataset, say)
     if validation is not None and dataset.held_out is None:  # else they have one list
@@ -243,7 +243,7 @@ def _check_resumed_images(arguments: argparse.Namespace, images: dict[str, Any],
     had, fraction = (images.get("held_out") or {}).get("fraction", 0.0), arguments.val_fraction
     # Data with parts of their own are not split, whatever the fraction.
     splits = dataset.held_out is not None or not dataset.own_split
-    if splits and fraction is not None and fraction != had:
+    if fraction is not None and check_fraction(fraction) != had and splits:
         raise ValueError(
             f"--val-fraction cannot change when a run is resumed: it has {had:g}, {fraction:g} was asked for"
         )
