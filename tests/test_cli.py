@@ -19,6 +19,8 @@ from nvae_fast import cli
 from nvae_fast.cli import options
 from nvae_fast.training import TrainingConfig, checkpoint, load_model, metrics
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 MODEL = [
     "--num_channels_enc", "4", "--num_channels_dec", "4", "--num_latent_scales", "1",
     "--num_groups_per_scale=2",
@@ -28,14 +30,6 @@ MODEL = [
 SHORT = [
     "--max-steps", "4", "--batch-size", "4", "--log-every", "2", "--threads", "1", "--time-limit", "none",
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -165,6 +165,18 @@ def test_without_the_published_part_the_test_part_is_taken(tmp_path, capsys, mon
     assert "the test part is taken, celeba_64 was published on the validation part" in captured.err
 
 
+def test_images_that_were_trained_on_are_not_the_published_part(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    image_folder(tmp_path / "images", 6, size=64)
+    train = f"train --preset celeba_64 --num-latent-scales 1 --num-nf 0 --data images --out run {SMALL} {STEPS}".split()
+    assert main([*train, "--val-fraction", "0"]) == 0, capsys.readouterr().err
+    capsys.readouterr()
+    assert main(["evaluate", "run", "--max-images", "2", "--batch-size", "2", "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["split"] == "train"
+    assert "images has no test part: these are the images that the model was trained on" in captured.err
+
+
 def test_the_share_of_skipped_images_is_an_option(tmp_path, capsys):
     image_folder(tmp_path / "images", 20, size=64)
     for i in (3, 5):

@@ -235,7 +235,7 @@ SKEW = np.array([[1.0, 5.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
 )
 def test_files_that_are_no_statistics_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "x.npz", **arrays)
-    with pytest.raises(ValueError, match=rf"statistics file \(--stats\) .*x\.npz: .*{message}"):
+    with pytest.raises(ValueError, match=rf"path \(--stats\): .*x\.npz: .*{message}"):
         FeatureStatistics.load(tmp_path / "x.npz")
 
 
@@ -250,7 +250,7 @@ def test_files_that_are_no_archives_are_refused(tmp_path, content):
             np.save(handle, np.zeros(3))
     else:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"\(--stats\) .*x\.npz: not an .npz file of mu and sigma"):
+    with pytest.raises(ValueError, match=r"\(--stats\): .*x\.npz: not an .npz file of mu and sigma"):
         FeatureStatistics.load(path)
 
 
@@ -366,7 +366,7 @@ def test_a_missing_library_names_the_command_that_installs_it(tmp_path, monkeypa
 
 
 def test_arguments_of_load_inception_are_checked(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"\(--inception\) at .*none\.pth"):
+    with pytest.raises(FileNotFoundError, match=r"\(--inception\): .*none\.pth"):
         load_inception(tmp_path / "none.pth")
     with pytest.raises(ValueError, match=r"layer \(--layer\) must be one of 64, 192, 768, 2048, got 'pool3'"):
         load_inception(tmp_path / "none.pth", layer="pool3")

@@ -12,7 +12,7 @@ import torch
 from processes import ranks
 from test_step import Again, capturable  # noqa: F401  a fixture
 from test_training_loop import interrupted_steps, same_runs, with_bad_steps
-from training_runs import TINY, TINY_TRAINING, digits_of, tiny_model, trainer
+from training_runs import TINY, TINY_TRAINING, assert_same, digits_of, everything, tiny_model, trainer
 
 from benchmarks import loss_curves
 from nvae_fast.cli import main
@@ -44,19 +44,6 @@ def no_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def images(digits, count: int = 4) -> torch.Tensor:
     return digits.batch(torch.arange(count), 0)
-
-
-def everything(step: Step) -> dict[str, torch.Tensor]:
-    state = {name: value.clone() for name, value in step.model.state_dict().items()}
-    for index, entry in step.optimizer.state_dict()["state"].items():
-        state.update({f"optimizer {index} {name}": value.clone() for name, value in entry.items()})
-    return state
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 def test_presets_take_what_the_device_has(monkeypatch):

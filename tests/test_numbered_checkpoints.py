@@ -8,25 +8,13 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
 from training_runs import TINY_TRAINING, trainer
 
 import nvae_fast as nf
 from nvae_fast import cli
 from nvae_fast.training import checkpoint, numbered
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return nf.data.open_dataset("digits")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def numbers(folder: Path) -> list[int]:

@@ -9,14 +9,16 @@ import numpy as np
 import pytest
 import torch
 from data_files import image_folder, png_bytes, random_pixels
+from training_runs import TINY
 
 import nvae_fast as nf
 from nvae_fast import cli
 from nvae_fast.cli.choice import choose
-from nvae_fast.data.held_out import HeldOut
+from nvae_fast.cli.dry_run import activation_bytes, describe
+from nvae_fast.data.held_out import HeldOut, validation_part
 from nvae_fast.data.inspection import ImageKind, inspect_images, nearest_power
 from nvae_fast.models.config import NVAEConfig
-from nvae_fast.training import checkpoint
+from nvae_fast.training import TrainingConfig, checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = [
@@ -138,6 +140,13 @@ def test_one_command_trains_a_model_of_colours(tmp_path, monkeypatch, capsys):
         assert picture.mode == "RGB"
 
 
+def test_the_size_is_that_of_the_crop(tmp_path, capsys):
+    image_folder(tmp_path / "images", size=64)
+    for words, size in (([], 64), (["--crop", "20"], 16)):
+        assert cli.main(["train", "--data", str(tmp_path / "images"), "--dry-run", *words]) == 0
+        assert f'"image_size": {size}' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------------------- what is refused
 
 
@@ -234,6 +243,11 @@ def test_evaluation_and_resuming_use_the_images_that_were_held_out(tmp_path, mon
     assert "(validation)" in out
     assert cli.main(["evaluate", "run", "--data", "images"]) == 0
     assert "4 images of images (validation)" in capsys.readouterr().out
+    image_folder(tmp_path / "others", count=20)
+    assert cli.main(["evaluate", "run", "--data", "others"]) == 0
+    assert "20 images of others (test)" in capsys.readouterr().out, (
+        "the split is that of the run's own images"
+    )
     assert "--val-fraction cannot change when a run is resumed: it has 0.2, 0.3 was asked for" in error_of(
         capsys, "train", "--resume", "--out", "run", "--val-fraction", "0.3"
     )
@@ -241,6 +255,49 @@ def test_evaluation_and_resuming_use_the_images_that_were_held_out(tmp_path, mon
     assert checkpoint.load(tmp_path / "run")["data"]["images"] == 16
     assert cli.main(["train", "--config", "run", "--out", "again", "--quiet"]) == 0
     assert checkpoint.load(tmp_path / "again")["data"]["held_out"]["fraction"] == 0.2
+
+
+def test_a_fraction_does_not_matter_to_data_with_parts(tmp_path, capsys):
+    run = ["--out", str(tmp_path / "run"), "--val-fraction", "0.3"]
+    assert cli.main(["train", "--data", "digits", *run, *SMALL]) == 0
+    assert cli.main(["train", "--resume", *run, "--max-steps", "2", "--quiet"]) == 0
+    assert checkpoint.load(tmp_path / "run")["data"]["held_out"] is None
+    assert "--val-fraction: expected" in error_of(capsys, "train", "--resume", *run[:2], "--val-fraction", 2)
+
+
+def test_a_folder_is_opened_once_for_training_and_validation(tmp_path, monkeypatch):
+    image_folder(tmp_path / "images", count=20)
+    (tmp_path / "images/damaged.png").write_bytes(b"\x89PNG\r\n\x1a\n damaged")
+    opened, shown, skipped = [], [], []
+    train = cli.train
+    real_open, real_grid = train.open_images, train.pictures.write_reconstructions
+    monkeypatch.setattr(train, "open_images", lambda *given: opened.append(given[2]) or real_open(*given))
+    monkeypatch.setattr(
+        train.pictures,
+        "write_reconstructions",
+        lambda model, images, path: shown.append(len(images)) or real_grid(model, images, path),
+    )
+    monkeypatch.setattr(train, "report_skipped", lambda dataset, say: skipped.append(len(dataset.skipped)))
+    words = [
+        "--batch-size",
+        "4",
+        "--max-skipped-images",
+        "0.5",
+        "--val-fraction",
+        "0.2",
+        "--validate-every",
+        "1",
+    ]
+    run = ["--data", str(tmp_path / "images"), "--out", str(tmp_path / "run")]
+    assert cli.main(["train", *run, *SMALL, *words, "--max-steps", "5"]) == 0
+    assert opened == ["train"]
+    assert shown == [4]
+    assert skipped == [1]
+    held = nf.data.open_dataset(tmp_path / "images", val_fraction=0.2, max_skipped=0.5)
+    again = nf.data.open_dataset(tmp_path / "images", split="validation", val_fraction=0.2, max_skipped=0.5)
+    part = validation_part(held)
+    assert (part.split, part.own_split, part.held_out) == (again.split, again.own_split, again.held_out)
+    assert torch.equal(part.batch(range(4), 0), again.batch(range(4), 0))
 
 
 def test_training_images_are_not_evaluated_as_a_test_part(tmp_path, monkeypatch, capsys):
@@ -270,6 +327,58 @@ def test_a_dry_run_prints_and_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "estimated memory of a training step: " in text
     assert not list(tmp_path.iterdir())
     assert cli.main(["train", "--preset", "celeba_256", "--dry-run", "--data", "digits"]) == 2
+    assert "--batch-size 5000" in error_of(
+        capsys, "train", "--data", "digits", "--dry-run", "--batch-size", "5000"
+    )
+    assert cli.main(["train", "--preset", "digits_demo", "--dry-run", "--device", "cpu"]) == 0
+    assert '"autocast": null' in capsys.readouterr().out, "what a run would record"
+
+
+def test_the_memory_of_a_dry_run_is_that_of_plain_pytorch():
+    config = NVAEConfig(**TINY)
+    model, x = nf.NVAE(config).train(), torch.rand(3, 1, 32, 32).round()
+    parameters = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with nf.use_backend("reference"), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = model(x, seed=0)
+        model.reconstruction_loss(out.logits, x).sum() + out.kl.sum()
+    with torch.device("meta"):
+        found = activation_bytes(nf.NVAE(config).train(), 3)
+    assert found == pytest.approx(sum(storage.nbytes() for storage in kept.values()), rel=0.01)
+
+
+def test_the_memory_of_weights_counts_their_average(monkeypatch):
+    monkeypatch.setattr("nvae_fast.cli.dry_run._size", str)
+    config = NVAEConfig(**TINY)
+    count = sum(p.numel() for p in nf.NVAE(config).parameters())
+    for ema, copies in ((None, 4), (0.9, 5)):
+        text = describe(config, TrainingConfig(batch_size=1, ema=ema))
+        assert f"({copies * 4 * count} for weights, gradients and optimizer, " in text
+
+
+def test_a_dry_run_of_a_run_to_resume_writes_nothing(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert cli.main(["train", "--data", "digits", "--out", str(run), *SMALL]) == 0
+    words = ["train", "--resume", "--out", str(run), "--max-steps", "2", "--dry-run"]
+
+    def state() -> dict[str, object]:
+        return {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in run.iterdir()}
+
+    before, folder = state(), run.stat().st_mtime_ns
+    assert cli.main(words) == 0
+    assert '"max_steps": 2' in capsys.readouterr().out
+    assert (state(), run.stat().st_mtime_ns) == (before, folder)
+    (run / checkpoint.NAME).write_bytes(before[checkpoint.NAME][0][:300])
+    before, folder = state(), run.stat().st_mtime_ns
+    assert "is truncated or damaged" in error_of(capsys, *words)
+    assert (state(), run.stat().st_mtime_ns) == (before, folder)
 
 
 def test_presets_shows_what_each_sets(capsys):

@@ -9,9 +9,11 @@ import pytest
 import torch
 from data_files import memory_dataset
 from torch.utils.data import (
+    BatchSampler,
     DataLoader,
     Dataset,
     IterableDataset,
+    SequentialSampler,
     Subset,
     TensorDataset,
     WeightedRandomSampler,
@@ -55,6 +57,8 @@ def forms(x: torch.Tensor) -> dict[str, object]:
         "tensor dataset": TensorDataset(x),
         "subset": Subset(Pairs(torch.cat([x, x])), range(len(x))),
         "loader": DataLoader(Pairs(x), batch_size=2, shuffle=True),
+        "loader of single images": DataLoader(Pairs(x), batch_size=None),
+        "loader of batches": DataLoader(Pairs(x), batch_sampler=BatchSampler(SequentialSampler(x), 2, False)),
     }
 
 
@@ -177,6 +181,14 @@ class Stream(IterableDataset):
             ValueError,
             "chooses images with WeightedRandomSampler, which training does not use: give the Dataset",
         ),
+        (
+            DataLoader(
+                Pairs(pixels()), batch_sampler=BatchSampler(WeightedRandomSampler([1.0] * 9, 4), 2, False)
+            ),
+            ValueError,
+            "chooses images with WeightedRandomSampler",
+        ),
+        (DataLoader(Pairs(pixels()), batch_sampler=[[0, 1], [2]]), ValueError, "chooses images with list"),
     ],
 )
 def test_what_is_no_data_set_of_images_is_refused(data, error, message):

@@ -16,22 +16,11 @@ from nvae_fast.cli import config_file
 from nvae_fast.training import TrainingConfig, checkpoint, init_from, kl_coefficient, metrics
 from nvae_fast.training.step import layers_needing_data_init
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ELU = {"arch_instance": "res_elu"}  # whose layers are initialised from the first batch
 MODEL = [word for name, value in {**TINY, **ELU}.items() for word in (f"--{name}", str(value))]
 SHORT = ["--data", "digits", "--batch-size", "4", "--log-every", "2", "--threads", "1", "--quiet"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return nf.data.open_dataset("digits")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,16 @@ from training_runs import TINY_TRAINING, digits_of, tiny_model, trainer
 
 import nvae_fast as nf
 from nvae_fast.cli import main
-from nvae_fast.training import CheckpointError, Step, TrainingConfig, checkpoint, load_model
+from nvae_fast.cli.train import _final_pictures
+from nvae_fast.training import (
+    CheckpointError,
+    Step,
+    TrainingConfig,
+    checkpoint,
+    load_model,
+    metrics,
+    pictures,
+)
 from nvae_fast.training.averages import WeightAverages
 from nvae_fast.training.graph import WARM_UP
 from nvae_fast.training.readjust import readjust
@@ -254,11 +263,19 @@ def test_readjusted_statistics_of_either_weights_are_kept_apart(run, tmp_path):
     assert not same(found["model"][1], found["ema"][1])
 
 
-def test_pictures_and_evaluations_of_a_run_are_of_the_averages(tmp_path, digits):
-    made = trainer(tmp_path / "b", digits, EMA)
-    assert made.evaluated_model is made.step_function.averages.module
-    plain = trainer(tmp_path / "c", digits)
-    assert plain.evaluated_model is plain.model
+def test_pictures_of_a_run_are_of_the_averages(tmp_path, digits, monkeypatch):
+    seen = []
+    for name in ("write_samples", "write_reconstructions"):
+        monkeypatch.setattr(pictures, name, lambda model, *_, **__: seen.append(model))
+    monkeypatch.setattr(metrics.MetricsLog, "pictures", lambda log, step, model, *_, **__: seen.append(model))
+    for config in (EMA, TINY_TRAINING):
+        made = trainer(tmp_path / f"{config.ema}", digits, config.replace(max_steps=2, sample_every=1))
+        made.run()
+        _final_pictures(made, "digits", "digits", {})
+        averages = made.step_function.averages
+        assert len(seen) == 6
+        assert all(model is (made.model if averages is None else averages.module) for model in seen)
+        seen.clear()
 
 
 def test_averages_that_do_not_fit_are_errors(run, tmp_path, digits):

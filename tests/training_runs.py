@@ -7,10 +7,7 @@ from pathlib import Path
 import torch
 
 import nvae_fast as nf
-from nvae_fast.training import (
-    Trainer,
-    TrainingConfig,
-)
+from nvae_fast.training import Step, Trainer, TrainingConfig
 
 TINY = {
     "dataset": "digits",
@@ -35,6 +32,20 @@ def tiny_model(seed: int = 0, **changes) -> nf.NVAE:
 def trainer(folder: Path, dataset, config: TrainingConfig = TINY_TRAINING, *, state=None, **model) -> Trainer:
     folder.mkdir(exist_ok=True)
     return Trainer(tiny_model(**model), config, dataset, folder, state=state, quiet=True)
+
+
+def everything(step: Step) -> dict[str, torch.Tensor]:
+    """Copies of the tensors that a step changes: those of its model and of its optimizer."""
+    state = {name: value.clone() for name, value in step.model.state_dict().items() if torch.is_tensor(value)}
+    for index, entry in step.optimizer.state_dict()["state"].items():
+        state.update({f"optimizer {index} {name}": value.clone() for name, value in entry.items()})
+    return state
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 def digits_of(dataset, count: int):

@@ -13,34 +13,23 @@ from nvae_fast.models.config import DATASETS
 
 # Side in pixels of the finest latent variables, where the images can be halved down to it, and of the smallest ones.
 _FINEST, _COARSEST = 16, 4
-# A model that makes pictures within minutes on two cores. With fewer images in a step there are more steps in that time.
-_CPU = {
-    "num_channels_enc": 8,
-    "num_channels_dec": 8,
-    "num_groups_per_scale": 2,
-    "num_latent_per_group": 8,
-    "num_preprocess_cells": 1,
-    "num_postprocess_cells": 1,
-    "num_cell_per_cond_enc": 1,
-    "num_cell_per_cond_dec": 1,
-    "num_mixture_dec": 3,
+# Options on a CPU, for a model that makes pictures within minutes on two cores, and on a GPU, for one that trains for hours, in
+# the manner of the published ones for images of 32 and 64 pixels.
+_MODEL = {
+    "num_channels_enc": (8, 64),
+    "num_channels_dec": (8, 64),
+    "num_groups_per_scale": (2, 10),
+    "num_latent_per_group": (8, 20),
+    "num_preprocess_cells": (1, 2),
+    "num_postprocess_cells": (1, 2),
+    "num_cell_per_cond_enc": (1, 2),
+    "num_cell_per_cond_dec": (1, 2),
+    "num_mixture_dec": (3, 10),
 }
-_CPU_TRAINING = {"batch_size": 16, "sample_readjust_passes": 50}
-_CPU_HALVINGS, _CPU_SCALES = 2, 2
-# A model for hours on a GPU, in the manner of the published ones for images of 32 and 64 pixels.
-_GPU = {
-    "num_channels_enc": 64,
-    "num_channels_dec": 64,
-    "num_groups_per_scale": 10,
-    "num_latent_per_group": 20,
-    "num_preprocess_cells": 2,
-    "num_postprocess_cells": 2,
-    "num_cell_per_cond_enc": 2,
-    "num_cell_per_cond_dec": 2,
-    "num_mixture_dec": 10,
-}
-_GPU_TRAINING = {"batch_size": 32, "sample_readjust_passes": 50}
-_GPU_HALVINGS, _GPU_SCALES = 1, 3
+# With fewer images in a step there are more steps in the same time.
+_TRAINING = {"batch_size": (16, 32), "sample_readjust_passes": (50, 50)}
+# The fewest halvings of the image before the first scale, and the most scales.
+_HALVINGS, _SCALES = (2, 1), (2, 3)
 # The options that the line about the choice names.
 _NAMED = (
     "dataset",
@@ -67,9 +56,10 @@ class Choice:
 def choose(
     kind: ImageKind, images: int, data: str, built_in: bool, given: dict[str, Any], device: torch.device
 ) -> Choice:
-    """Choose what is not ``given``, by the names of the fields.
+    """Choose the options that are not given.
 
-    kind, images: the training images and their number. data, built_in: their name or path. device: where the model is trained.
+    kind, images: what the training images are, and their number. data: their name or path. built_in: whether they are a
+    built-in set. given: options by the names of their fields. device: where the model is trained.
     """
     model: dict[str, Any] = {"dataset": data} if built_in else _format(kind, given)
     model = {**model, **{name: value for name, value in given.items() if name in (*model, "dataset")}}
@@ -77,11 +67,10 @@ def choose(
     if side is None:
         side = DATASETS[model["dataset"]].size if model["dataset"] in DATASETS else kind.size
     small = device.type == "cpu"
-    model |= _CPU if small else _GPU
-    model |= _halvings(
-        side, given, *((_CPU_HALVINGS, _CPU_SCALES) if small else (_GPU_HALVINGS, _GPU_SCALES))
-    )
-    training: dict[str, Any] = dict(_CPU_TRAINING if small else _GPU_TRAINING)
+    column = 0 if small else 1
+    model |= {name: values[column] for name, values in _MODEL.items()}
+    model |= _halvings(side, given, _HALVINGS[column], _SCALES[column])
+    training = {name: values[column] for name, values in _TRAINING.items()}
     training["batch_size"] = min(training["batch_size"], 2 ** (max(images, 1).bit_length() - 1))
     model, training = ({k: v for k, v in part.items() if k not in given} for part in (model, training))
     return Choice(model, training, _line(kind, data, {**model, **training}, small))

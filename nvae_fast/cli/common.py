@@ -144,14 +144,15 @@ def images_of(
     def opened(part: str) -> Any:
         return open_images(data, kind, part, model_config, how)
 
-    split = arguments.split or split
+    dataset, split = None, arguments.split or split
     if split is None and model_config.dataset in EVALUATED_ON:
         part = EVALUATED_ON[model_config.dataset]
         try:
-            return opened(part), data, part
+            dataset = opened(part)
         except (FileNotFoundError, ValueError) as error:
             say(f"{error}: the test part is taken, {model_config.dataset} was published on the {part} part")
-    dataset = opened(split or ("validation" if "held_out" in how else "test"))
+    if dataset is None:
+        dataset = opened(split or ("validation" if "held_out" in how else "test"))
     if own and not dataset.own_split and dataset.split != "train":
         if split is not None:
             raise ValueError(

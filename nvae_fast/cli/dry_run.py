@@ -28,12 +28,13 @@ def describe(model_config: NVAEConfig, config: TrainingConfig) -> str:
         f"{json.dumps(options, indent=2)}\n"
         f"{parameters} parameters in {model_config.num_groups} latent groups\n"
         f"estimated memory of a training step: {_size(weights + maps)} ({_size(weights)} for weights, gradients and optimizer, "
-        f"{_size(maps)} for the feature maps of {images} images in float32)"
+        f"{_size(maps)} for the feature maps of {images} images in float32 with plain PyTorch; fused operations keep fewer)"
     )
 
 
 def activation_bytes(model: NVAE, images: int) -> int:
-    """Bytes that autograd keeps of a forward pass in float32. model: on the meta device, in training mode."""
+    """Bytes that autograd keeps of a forward pass in float32, with the operations of PyTorch, which are what runs on the meta
+    device. model: on that device, in training mode."""
     config, kept = model.config, {}
     own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
 

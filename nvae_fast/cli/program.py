@@ -12,10 +12,10 @@ from nvae_fast.cli.parser import ERROR_CODE, PROGRAM, parse
 from nvae_fast.training.launch import find_launch
 
 INTERRUPT_CODE = 130
-# "batch_size (--batch-size)", "crop, resample (--crop, --resample)", "val_fraction=0 (--val-fraction 0)"
+# "batch_size (--batch-size)", "crop, resample (--crop, --resample)", "val_fraction=0.1 (--val-fraction 0.1)"
 _DOUBLE = re.compile(
-    r"\b[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)"
-    r"|\b[a-z_]+=\w+ \((--[a-z][a-z-]* \w+)\)"
+    r"(?<!\S)[a-z_]+(?:(?:, | and )[a-z_]+)* \((--[a-z][a-z-]*(?:(?:, | and )--[a-z][a-z-]*)*)\)"
+    r"|(?<!\S)[a-z_]+=[\w.]+ \((--[a-z][a-z-]* [\w.]+)\)"
 )
 
 

@@ -29,13 +29,14 @@ from nvae_fast.cli.common import (
 from nvae_fast.cli.dry_run import describe
 from nvae_fast.data import open_dataset
 from nvae_fast.data.extras import require
+from nvae_fast.data.held_out import check_fraction, validation_part
 from nvae_fast.data.inspection import ImageKind, check_kind, inspect_images
 from nvae_fast.io import atomic_file
 from nvae_fast.models.config import NVAEConfig
 from nvae_fast.models.nvae import NVAE
 from nvae_fast.training import checkpoint, distributed, pictures, precision, run_folder, seeds
 from nvae_fast.training.config import TrainingConfig
-from nvae_fast.training.loop import Trainer
+from nvae_fast.training.loop import Trainer, check_batch_size
 from nvae_fast.training.presets import preset as training_preset
 from nvae_fast.training.progress import clock
 from nvae_fast.training.starting_point import init_from
@@ -117,7 +118,8 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
 
     state = None
     if arguments.resume:
-        if world.is_main:
+        # A dry run does not repair a damaged checkpoint: loading it is then an error.
+        if world.is_main and not arguments.dry_run:
             if run_folder.has_checkpoint(folder):
                 stack.enter_context(run_folder.lock(folder))
             _, note = run_folder.prepare(folder, resume=True, overwrite=arguments.overwrite)
@@ -148,16 +150,14 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
     if images is None:
         how["val_fraction"] = VAL_FRACTION if arguments.val_fraction is None else arguments.val_fraction
     dataset = open_images(data, kind, "train", model_config, how)
-    if images is not None and images.get("reading") not in (None, dataset.reading):
-        raise ValueError(
-            f"--crop and --resample cannot change when a run is resumed: it has {images['reading']}, "
-            f"{dataset.reading} was asked for"
-        )
+    if images is not None:
+        _check_resumed_images(arguments, images, dataset)
 
     if arguments.dry_run:
+        check_batch_size(config, dataset, world)
         if world.is_main:
             print(f"{len(dataset)} training images of {data}, into {folder}")
-            print(describe(model_config, config))
+            print(describe(model_config, precision.resolved(config, world.device)))
         return 0
 
     validation = None
@@ -192,8 +192,6 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
         if note:
             say(note)
     world.barrier()
-    if world.is_main:
-        _write_config(trainer, arguments.init_from)
     say(_run_summary(trainer, data, folder))
     if trainer.validation.interval:
         say(trainer.validation.describe())
@@ -203,9 +201,11 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             f"{_next_command(folder)}"
         )
         return 0
+    if world.is_main:
+        _write_config(trainer, arguments.init_from)
     result = trainer.run()
     report_skipped(dataset, say)
-    if validation is not None:
+    if validation is not None and dataset.held_out is None:  # else they have one list
         report_skipped(validation, say)
     skipped = f", {result.skipped} step(s) skipped as not finite" if result.skipped else ""
     skipped += f", {result.large} step(s) skipped for their gradient norm" if result.large else ""
@@ -227,16 +227,26 @@ def _resumed_data(
     arguments: argparse.Namespace, images: dict[str, Any], folder: Path
 ) -> tuple[str, str | None]:
     """The data of a run to resume and their kind: those given now, else those that its checkpoint names."""
-    held_out, fraction = images.get("held_out"), arguments.val_fraction
-    if fraction is not None and fraction != (held_out or {"fraction": 0.0})["fraction"]:
-        raise ValueError(
-            f"--val-fraction cannot change when a run is resumed: it has {(held_out or {'fraction': 0.0})['fraction']:g}, "
-            f"{fraction:g} was asked for"
-        )
     kind = images.get("kind")
     if arguments.data is not None and kind in _BUILT_IN:
         kind = None
     return arguments.data or find_data(images, folder), arguments.data_kind or kind
+
+
+def _check_resumed_images(arguments: argparse.Namespace, images: dict[str, Any], dataset: Any) -> None:
+    """Raise ValueError when other images, or other parts of them, are asked for than the checkpoint's run has."""
+    if images.get("reading") not in (None, dataset.reading):
+        raise ValueError(
+            f"--crop and --resample cannot change when a run is resumed: it has {images['reading']}, "
+            f"{dataset.reading} was asked for"
+        )
+    had, fraction = (images.get("held_out") or {}).get("fraction", 0.0), arguments.val_fraction
+    # Data with parts of their own are not split, whatever the fraction.
+    splits = dataset.held_out is not None or not dataset.own_split
+    if fraction is not None and check_fraction(fraction) != had and splits:
+        raise ValueError(
+            f"--val-fraction cannot change when a run is resumed: it has {had:g}, {fraction:g} was asked for"
+        )
 
 
 def _started(
@@ -386,7 +396,7 @@ def _is_complete(trainer: Trainer) -> bool:
     """Whether a resumed run has nothing to do: all steps are taken, nothing is to be evaluated, and the pictures are there."""
     return (
         trainer.step > 0
-        and trainer.position >= trainer.total_steps
+        and trainer.done
         and not trainer.validation.pending(trainer)
         and all((trainer.folder / name).exists() for name in _PICTURES)
     )
@@ -413,7 +423,11 @@ def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str
     if not trainer.world.is_main:
         return
     try:
-        dataset = open_images(data, kind, "test", model.config, how)
+        # Images that were held out are open already.
+        split = trainer.dataset.held_out is not None
+        dataset = (
+            validation_part(trainer.dataset) if split else open_images(data, kind, "test", model.config, how)
+        )
     except (ValueError, OSError):
         # Folders and arrays may have no test part; training images are shown instead.
         dataset = trainer.dataset

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -58,16 +58,30 @@ def split_off(dataset: ImageDataset, held_out: HeldOut, *, training: bool) -> Im
         count = min(max(round(held_out.fraction * len(hashes)), 1), len(hashes) - 1)
         held_out = replace(held_out, bound=int(np.partition(hashes, count)[count]))
     below = hashes < held_out.bound
-    positions = np.flatnonzero(~below if training else below)
-    if not len(positions):
-        part = "training" if training else "validation"
-        raise ValueError(
-            f"{dataset.name}: no {part} images among its {len(hashes)}, when they are split as the checkpoint says: give "
-            "the data that it was trained on"
-        )
-    result = dataset.with_source(SomeImages(dataset.source, positions))
+    result = _part(dataset, dataset.source, np.flatnonzero(~below if training else below), dataset.split)
     result.own_split = True
     result.held_out = held_out
+    return result
+
+
+def validation_part(training: ImageDataset) -> ImageDataset:
+    """The images that were held out of ``training``, which `split_off` made. They are read from the same source: it is not
+    opened again, and its cache is shared. Raises ValueError when there are none."""
+    source = cast(SomeImages, training.source)
+    others = np.setdiff1d(np.arange(len(source.whole)), source.positions, assume_unique=True)
+    return _part(training, source.whole, others, "validation")
+
+
+def _part(dataset: ImageDataset, source: Source, positions: np.ndarray, split: str) -> ImageDataset:
+    """``dataset`` with the images of ``source`` at these positions. Raises ValueError when there are none."""
+    if not len(positions):
+        part = "training" if split == "train" else "validation"
+        raise ValueError(
+            f"{dataset.name}: no {part} images among its {len(source)}, when they are split as the checkpoint says: give "
+            "the data that it was trained on"
+        )
+    result = dataset.with_source(SomeImages(source, positions))
+    result.split = split
     return result
 
 

@@ -58,7 +58,8 @@ class Skipped:
             label, reason = self.items[0]
             raise ValueError(
                 f"{self.name}: {len(self.items)} of {self.count} images cannot be read, more than the {self.most} "
-                f"that max_skipped={self.max_skipped:g} (--max-skipped-images) allows; the first: {label}: {reason}"
+                f"that max_skipped={self.max_skipped:g} (--max-skipped-images {self.max_skipped:g}) allows; "
+                f"the first: {label}: {reason}"
             )
 
 

@@ -49,6 +49,10 @@ def _dataset_of(loader: DataLoader[Any], name: str) -> Any:
     if isinstance(loader.dataset, IterableDataset):
         return loader.dataset
     sampler, dataset = cast(Any, loader.sampler), cast(Any, loader.dataset)
+    if (
+        loader.batch_size is None and loader.batch_sampler is not None
+    ):  # a batch_sampler was given, which replaces sampler
+        sampler = getattr(loader.batch_sampler, "sampler", loader.batch_sampler)
     plain = isinstance(sampler, SequentialSampler | RandomSampler)
     if not plain or len(sampler) != len(dataset) or getattr(sampler, "replacement", False):
         raise ValueError(

@@ -155,12 +155,12 @@ def evaluate(
     size gives the same numbers up to rounding, another number of processes exactly the same numbers.
 
     dataset: an `ImageDataset`; or a map-style torch Dataset of images (C,H,W) in [0,1], alone or first in a tuple; or a
-    DataLoader of one. samples: K, draws of z for every image. batch_size: images at a time. seed: of the draws. max_images:
-    only the first images. autocast: None, "bf16" or "fp16". on_batch(images done, negative bound so far) is called after
-    every batch, the same number of times on each process; an exception that it raises on all of them ends the evaluation.
-    world: processes among which the images are divided; each returns the whole result. Raises ValueError for bad arguments,
-    on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the model itself is
-    not changed.
+    DataLoader of one; or a tensor (N,C,H,W). samples: K, draws of z for every image. batch_size: images at a time. seed: of
+    the draws. max_images: only the first images. autocast: None, "bf16" or "fp16". on_batch(images done, negative bound so
+    far) is called after every batch, the same number of times on each process; an exception that it raises on all of them
+    ends the evaluation. world: processes among which the images are divided; each returns the whole result. Raises ValueError
+    for bad arguments, on every process when they differ. A frozen copy of the model computes (:func:`nvae_fast.freeze`); the
+    model itself is not changed.
     """
     samples, batch_size = (
         _checks.whole("evaluate", "samples", samples),

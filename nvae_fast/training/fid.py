@@ -70,7 +70,7 @@ class FeatureStatistics:
         path: of the file. Raises FileNotFoundError, or ValueError when an array is missing, not floating point, of
         another shape or not finite, or when `sigma` is no covariance.
         """
-        name = f"statistics file (--stats) {os.fspath(path)}"
+        name = f"path (--stats): {os.fspath(path)}"
         arrays = _read_arrays(path, name)
         mu, sigma = arrays["mu"], arrays["sigma"]
         if mu.ndim != 1 or mu.size == 0 or sigma.shape != (mu.size, mu.size):
@@ -158,7 +158,7 @@ def load_inception(
         raise ValueError(f"layer (--layer) must be one of {', '.join(LAYERS)}, got {layer!r}")
     file = Path(path)
     if not file.is_file():
-        raise FileNotFoundError(f"no file of InceptionV3 weights (--inception) at {file}")
+        raise FileNotFoundError(f"path (--inception): no file of InceptionV3 weights at {file}")
     library = _library()
     try:
         # The library reads the file again, without this restriction to tensors.
@@ -169,7 +169,7 @@ def load_inception(
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[:2]
         raise ValueError(
-            f"{file} (--inception) does not hold the weights of the InceptionV3 of FID, as in torch-fidelity's "
+            f"path (--inception): {file} does not hold the weights of the InceptionV3 of FID, as in torch-fidelity's "
             f"weights-inception-2015-12-05-6726825d.pth: {' '.join(line.strip() for line in reason)[:200]}"
         ) from error
     return Inception(network).to(device)

@@ -71,13 +71,22 @@ class RunResult:
     large: int = 0
 
 
+def check_batch_size(config: TrainingConfig, dataset: Any, world: World) -> None:
+    """Raise ValueError when the images are too few for one step of all processes."""
+    if config.batch_size * world.size > len(dataset):
+        raise ValueError(
+            f"batch_size (--batch-size) {config.batch_size}, times {world.size} process(es), exceeds the "
+            f"{len(dataset)} images of {dataset.name}: choose a smaller one"
+        )
+
+
 class Trainer:
     """Trains `model` on `dataset`, writing into `folder`, which is made where there is none.
 
     model: an NVAE whose parameters are initialised. config: a `TrainingConfig`. dataset: an `ImageDataset` of the model's
-    size and channels, or a map-style torch Dataset of such images (C,H,W) in [0,1], alone or first in a tuple, or a DataLoader
-    of one, whose batch size, order and workers are not used. A run on a data set with random transforms does not resume bit for
-    bit. world: the processes of the run, None for a single one. quiet: no progress line.
+    size and channels; or a map-style torch Dataset of such images (C,H,W) in [0,1], alone or first in a tuple; or a DataLoader
+    of one, whose batch size, order and workers are not used; or a tensor (N,C,H,W). A run on a data set with random transforms
+    does not resume bit for bit. world: the processes of the run, None for a single one. quiet: no progress line.
     progress: "auto", "plain" or "none", see `Progress`.
     validation: images of any of these kinds to validate on while training, see `Validation`; None for no validation.
     state: a document of `checkpoint.load` to continue from. data: (name or path, kind) to open the data
@@ -121,11 +130,7 @@ class Trainer:
         )
         if config.tensorboard:
             metrics.require_tensorboard()
-        if config.batch_size * self.world.size > len(dataset):
-            raise ValueError(
-                f"batch_size (--batch-size) {config.batch_size}, times {self.world.size} process(es), exceeds the "
-                f"{len(dataset)} images of {dataset.name}: choose a smaller one"
-            )
+        check_batch_size(config, dataset, self.world)
         workers = config.workers
         if workers is None:
             workers = default_workers(dataset, processes_here())
@@ -167,6 +172,11 @@ class Trainer:
         self._saved_validation = self.validation.state()
         # Whether a step has been finite since: only then is it known that its weights give a finite loss and gradient.
         self._proven = False
+
+    @property
+    def done(self) -> bool:
+        """Whether the run has reached its end."""
+        return self.position >= self.total_steps
 
     @property
     def evaluated_model(self) -> NVAE:
@@ -216,7 +226,7 @@ class Trainer:
                 number = self._validate(stop, log, progress)
                 self.save()
                 stopping, due = number != 0, False
-                while not stopping and self.position < self.total_steps:
+                while not stopping and not self.done:
                     begun = time.perf_counter()
                     images = next(batches)
                     result, facts = self._take_step(images)
@@ -224,20 +234,19 @@ class Trainer:
                     pace.append(time.perf_counter() - begun)
                     self._advance(time.perf_counter() - started, statistics.median(pace))
                     self._report(result, facts, log, progress)
-                    done = self.position >= self.total_steps
                     if self._pictures_due():
                         self._pictures(f"samples-{self.step:07d}.png")
-                    if log is not None and (done or self._pictures_due()):
+                    if log is not None and (self.done or self._pictures_due()):
                         log.pictures(self.step, self.evaluated_model, self.dataset, seed=self.config.seed)
                     # A signal to one process stops all of them after the same step.
                     number = int(self.world.largest(float(stop.signal or 0))[0])
-                    if done:
+                    if self.done:
                         self.save()  # the last validations may take long
                     number = number or self._validate(stop, log, progress)
                     stopping = number != 0
                     due = due or self.step % self.config.checkpoint_every == 0
                     # Between bad steps nothing is written: both checkpoints would soon be of weights that diverge.
-                    if done or stopping or (due and not self.bad_in_a_row):
+                    if self.done or stopping or (due and not self.bad_in_a_row):
                         self.save()
                         pace.clear()
                         due = False
@@ -260,10 +269,6 @@ class Trainer:
         if self.step == self._last_saved and validated == self._saved_validation:
             return
         problem = not_finite(self.model.state_dict().items())
-        if problem is None and self.evaluated_model is not self.model:
-            problem = not_finite(
-                (f"the average of {k}", v) for k, v in self.evaluated_model.state_dict().items()
-            )
         if problem is not None:
             raise TrainingDiverged(self._advice(problem))
         if self.world.is_main:
@@ -415,11 +420,10 @@ class Trainer:
         since_step, since_time = self._log_mark
         speed = (self.step - since_step) * self._images() / max(self.elapsed - since_time, 1e-9)
         text = f"loss {result.loss:.2f}  kl {result.kl:.2f}  bits/dim {bits:.4f}  {speed:.0f} images/s"
-        last = self.position >= self.total_steps
         # With a time limit the position is ahead of the step count, and the number of steps to come is unknown.
         count = str(self.step) if self.position != self.step else None
-        progress.update(min(self.position, self.total_steps), text, count=count, force=last)
-        if self.step % self.config.log_every and not last:
+        progress.update(min(self.position, self.total_steps), text, count=count, force=self.done)
+        if self.step % self.config.log_every and not self.done:
             return
         means = self.averages.means()
         kl, reconstruction = means["kl"], means["reconstruction"]

@@ -35,9 +35,8 @@ def keep(folder: Path, step: int, count: int) -> str | None:
     made = _made(folder)
     if target.exists() and step not in made:
         return f"{target} was not made by this run and is left alone: step {step} gets no numbered checkpoint"
-    made.pop(
-        step, None
-    )  # the order is that of making: a run that was set back may have made later steps before
+    # The order is that of making: a run that was set back may have made later steps before.
+    made.pop(step, None)
     # Recorded first: a crash after it leaves a record without a file, which is dropped.
     made[step] = _facts(newest)
     _record(folder, made)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nvae_fast.data.contents import MissingSplit
+from nvae_fast.data.held_out import validation_part
 from nvae_fast.training import checkpoint
 from nvae_fast.training.config import TrainingConfig
 from nvae_fast.training.distributed import World
@@ -56,8 +57,8 @@ class _Interrupted(Exception):
 class Validation:
     """Evaluates the model of a run every few epochs and at the end, and remembers the best value.
 
-    config: the options of the run. dataset: images as the model takes them, None for no validation. batch_size: images at a
-    time. steps_per_epoch, total_steps: of the run. world: processes that share the images.
+    config: the options of the run. dataset: images as the model takes them, None for no validation. steps_per_epoch,
+    total_steps: of the run. world: processes that share the images.
 
     Attributes: `interval`, steps between two validations, 0 for none; `best` and `best_step`, the lowest bits per dimension so
     far and its step; `step` and `final_step`, the step of the last validation and of the last evaluation of a finished run.
@@ -87,15 +88,15 @@ class Validation:
 
         What was interrupted is due again when the run is resumed.
         """
-        step, done = trainer.step, trainer.position >= trainer.total_steps
+        step = trainer.step
         try:
-            if self._due(step, done):
+            if self._due(trainer):
                 result = self._evaluate(trainer, self.config.validate_samples, stop, progress)
                 self._keep(result, trainer)
                 self._write("val", result, trainer, log)
                 best = ", the best so far" if self.best_step == step else ""
                 progress.message(f"step {step}: validation {_summary(result)}{best}")
-            if self._final_due(step, done):
+            if self._final_due(trainer):
                 result = self._evaluate(trainer, self.config.validate_final_samples, stop, progress)
                 self.final_step = step
                 self._write("final", result, trainer, log)
@@ -161,16 +162,15 @@ class Validation:
 
     def pending(self, trainer: Trainer) -> bool:
         """Whether `run` would evaluate the model of ``trainer`` now."""
-        step, done = trainer.step, trainer.position >= trainer.total_steps
-        return self._due(step, done) or self._final_due(step, done)
+        return self._due(trainer) or self._final_due(trainer)
 
-    def _due(self, step: int, done: bool) -> bool:
-        return self.interval > 0 and step > self.step and (done or step % self.interval == 0)
+    def _due(self, trainer: Trainer) -> bool:
+        now = self.interval > 0 and (trainer.done or trainer.step % self.interval == 0)
+        return now and trainer.step > self.step
 
-    def _final_due(self, step: int, done: bool) -> bool:
-        return (
-            self.interval > 0 and done and self.config.validate_final_samples > 0 and step > self.final_step
-        )
+    def _final_due(self, trainer: Trainer) -> bool:
+        now = self.interval > 0 and trainer.done and self.config.validate_final_samples > 0
+        return now and trainer.step > self.final_step
 
     def _evaluate(self, trainer: Trainer, samples: int, stop: StopRequest, progress: Progress) -> Evaluation:
         begun = time.perf_counter()
@@ -224,8 +224,10 @@ class Validation:
 def held_out(training: Any, open_part: Callable[[str], Any]) -> Any | None:
     """The images that a run is validated on: the validation part of its data, else the test part; None where there is none.
 
-    training: the training images. open_part: opens the part of that name.
+    training: the training images. open_part: opens the part of that name, of data that have parts of their own.
     """
+    if training.held_out is not None:
+        return validation_part(training)
     if not training.own_split:
         return None
     for part in ("validation", "test"):
