@@ -255,7 +255,9 @@ def _idle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain = pytree.tree_map_only(torch.Tensor, meta, (args, plain))
     try:
         found = func(*plain_args, **plain)
-    except NotImplementedError:  # no meta kernel
+    except NotImplementedError:
+        # PyTorch raises it for an operator that has no kernel for the meta device, which only computes shapes. The operator
+        # is then run on the data itself; any other error is the caller's.
         return func(*args, **kwargs)
     return pytree.tree_map_only(
         torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), found
