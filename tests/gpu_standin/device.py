@@ -61,8 +61,8 @@ class DeviceTensor(torch.Tensor):
         # PyTorch copies the storage, which it would allocate with the CUDA runtime.
         if id(self) not in memo:
             copied = self.detach().clone()
-            known = isinstance(self, torch.nn.Parameter)
-            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if known else copied
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
         return memo[id(self)]
 
     def __repr__(self, **_: Any) -> str:
