@@ -1,14 +1,16 @@
-# Every target but `gpu` and its stages does its own set-up: a virtual environment in .venv, the pinned packages, the C++ extension.
+# Every target but `gpu` and its stages, `matrix` and `clean` does its own set-up: a virtual environment in .venv, the pinned packages, the C++ extension.
 #   make demo     train a small NVAE on real images for about two minutes, leave pictures in runs/demo/
 #   make test     the whole test suite, no GPU needed; a second run has Triton's interpreter
 #   make test-fast  the operators, the model and a training step, in two minutes on two cores
 #   make build    environment and extension only
 #   make bench    benchmarks of this machine -> benchmarks/results/
-#   make lint     ruff, clang-format, mypy
+#   make lint     ruff, clang-format, mypy, and whether the tables of results are up to date
 #   make docs     the pages of docs/ and the reference -> build/docs, warnings are errors
 #   make sanitize the C++ operators' tests and random calls under AddressSanitizer and UBSan
 #   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
 #   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
+#   make matrix   one wheel with the supported versions of Python and PyTorch; takes about an hour
+#   make clean    remove what was built, but no environment and no run
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -36,7 +38,7 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 200
 
 .NOTPARALLEL:
-.PHONY: all build test test-fast demo bench lint docs sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean
+.PHONY: all build test test-fast demo bench lint docs sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean matrix
 
 all: build
 
@@ -75,7 +77,7 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $$(git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 	$(VENV)/bin/mypy
-	$(PY) -m benchmarks.report --readme --page --check
+	$(PY) -m benchmarks.report --readme --page --accelerate --check
 
 $(VENV_DOCS)/.installed: pyproject.toml
 	@test -x $(VENV_DOCS)/bin/python || $(PYTHON) -m venv $(VENV_DOCS)
@@ -158,7 +160,6 @@ gpu-bench:
 clean:
 	rm -rf build dist *.egg-info nvae_fast/_C*.so nvae_fast/_build.json .pytest_cache .mypy_cache .ruff_cache
 
-# Builds and tests for every supported Python and PyTorch (python3.10 to python3.13 on PATH); the table is docs/install.md.
+# Needs python3.10 to python3.13 on PATH; the table is in docs/install.md.
 matrix:
 	$(PYTHON) tests/matrix.py
-.PHONY: matrix

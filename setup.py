@@ -1,4 +1,4 @@
-"""Builds the C++ extension ``nvae_fast._C`` with ninja; everything else about the package stands in
+"""Builds the C++ extension ``nvae_fast._C`` with ninja; everything else about the package is in
 pyproject.toml.
 
 The extension uses PyTorch's stable ABI and CPython's limited API: one binary for many versions of both. It is

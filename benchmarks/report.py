@@ -1,7 +1,9 @@
-"""Results: the document and its JSON file, the console table, and the tables in README.md and docs/benchmarks.md.
+"""Results: the document and its JSON file, the console table, and the tables in README.md, docs/benchmarks.md and
+docs/accelerate.md.
 
-``python -m benchmarks.report --readme --page`` rewrites what is between the markers in README.md (a few rows) and in
-docs/benchmarks.md (all of them) from benchmarks/results/*.json; ``--check`` changes nothing and fails when one is stale.
+``python -m benchmarks.report --readme --page --accelerate`` rewrites what is between the markers in README.md (a few rows) and
+in docs/benchmarks.md (all of them) from benchmarks/results/*.json, and in docs/accelerate.md from the table by which
+nvae_fast.accelerate chooses; ``--check`` changes nothing and fails when one is stale.
 
 A document holds ``schema``, ``machine``, ``versions``, ``commit`` and whether the code was ``modified``
 since, ``date``, ``settings``, ``ceilings`` and ``rows``. A row is one provider in one memory format on one
@@ -16,11 +18,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from nvae_fast.io import atomic_file
+from nvae_fast.patching import wins
 
 SCHEMA = 1
 HEAD = ("machine", "versions", "commit", "modified", "date", "settings", "ceilings")
@@ -28,6 +33,11 @@ ROW = ("case", "module", "workload", "dtype", "provider", "memory_format", "stat
 STATUSES = ("ok", "absent", "failed")
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = {
+    "--readme": ROOT / "README.md",
+    "--page": ROOT / "docs" / "benchmarks.md",
+    "--accelerate": ROOT / "docs" / "accelerate.md",
+}
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 COLUMNS = (
     "op",
@@ -60,6 +70,11 @@ SUMMARY = (
     ("inverted_residual_cell", "B32"),
     ("residual_normal", "B32"),
     ("weight_norm", "Out40"),
+)
+SUMMARY_CASES = [case for case, _ in SUMMARY]
+SUMMARY_HEAD = (
+    "| float32 | fastest route of PyTorch, ms | nvae_fast, ms | speed-up |",
+    "|---|---|---:|---:|",
 )
 
 
@@ -225,23 +240,66 @@ def speedup(rows: list[dict[str, Any]]) -> float | None:
 
 
 def summary_table(documents: list[dict[str, Any]]) -> str:
-    """The rows of README in Markdown."""
-    lines = []
+    """What README shows of each document: where it was measured, a few rows, and the workloads that are slower than PyTorch."""
+    parts = []
     for results in documents:
-        found = groups(results)
-        for case, start in SUMMARY:
-            for (name, workload, dtype), rows in found.items():
-                value = speedup(rows)
-                if name != case or not workload.startswith(start) or dtype != "float32" or value is None:
-                    continue
-                others = fastest(row for row in rows if row["provider"] in PYTORCH)
-                ours = fastest(row for row in rows if row["provider"] == OURS)
-                how = f"{others['provider']}, " if others else ""
-                lines.append(f"| {case} {workload} | {how}{_cell(others)} | {_cell(ours)} | {value:.2f}x |")
-    if not lines:
-        return "No measurements are committed yet: `make bench` makes them."
-    head = "| float32, two CPU threads | fastest route of PyTorch, ms | nvae_fast, ms | speed-up |"
-    return "\n".join([head, "|---|---|---:|---:|", *lines])
+        lines, slower = [], []
+        for (name, workload, dtype), rows in groups(results).items():
+            others = fastest(row for row in rows if row["provider"] in PYTORCH)
+            ours = fastest(row for row in rows if row["provider"] == OURS)
+            value = speedup(rows)
+            if value is None or others is None or dtype != "float32":
+                continue
+            if any(name == case and workload.startswith(start) for case, start in SUMMARY):
+                cells = (
+                    f"{name} {workload}",
+                    f"{others['provider']}, {_cell(others)}",
+                    _cell(ours),
+                    f"{value:.2f}x",
+                )
+                lines.append((SUMMARY_CASES.index(name), f"| {' | '.join(cells)} |"))
+            if value < 1:
+                slower.append(f"{name} {workload} ({value:.2f}x)")
+        if lines:
+            table = [line for _, line in sorted(lines, key=lambda line: line[0])]
+            parts += [_wrapped(f"Measured on {headline(results)}."), "\n".join([*SUMMARY_HEAD, *table])]
+        if lines and slower:
+            parts.append(_wrapped(f"Slower than PyTorch there: {', '.join(slower)}."))
+    return "\n\n".join(parts) or "No measurements are committed yet: `make bench` makes them."
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 128, break_long_words=False, break_on_hyphens=False)
+
+
+def accelerate_table() -> str:
+    """The measurements of nvae_fast/patching/measured.json: for each part the speed-ups over all sizes."""
+    table = json.loads(wins.TABLE.read_text(encoding="utf-8"))
+    found: dict[tuple[str, str, str], dict[tuple[str, str], list[float]]] = {}
+    for device, dtype, part, mode, layout, *_, ratio in table["rows"]:
+        found.setdefault((part, device, dtype), {}).setdefault((mode, layout), []).append(ratio)
+    measured = table["measured_on"]
+    m, v = measured["machine"], measured["versions"]
+    where = f"{m['name']}: {m['processor']}, {measured['threads']} thread; torch {v['torch']}; {measured['date'][:10]}"
+    columns = [
+        (mode, layout) for mode in ("training", "evaluation") for layout in ("contiguous", "channels_last")
+    ]
+    lines = [
+        _wrapped(f"Median and range over sizes. Measured on {where}."),
+        "",
+        f"| part | {' | '.join(f'{mode}, {layout}' for mode, layout in columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
+    for (part, device, dtype), ratios in sorted(found.items()):
+        cells = [
+            f"{statistics.median(ratios[c]):.2f} ({min(ratios[c]):.2f} to {max(ratios[c]):.2f})"
+            if c in ratios
+            else NONE
+            for c in columns
+        ]
+        name = part if (device, dtype) == ("cpu", "float32") else f"{part}, {device} {dtype}"
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def page_table(documents: list[dict[str, Any]]) -> str:
@@ -355,29 +413,34 @@ def with_table(readme: str, table: str, source: str = "README.md") -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit status: 0, 1 for a stale table, 2 for wrong arguments or files."""
     p = argparse.ArgumentParser(prog="python -m benchmarks.report", description="The tables of results.")
-    for option, file in (("--readme", ROOT / "README.md"), ("--page", ROOT / "docs" / "benchmarks.md")):
+    for option, file in PAGES.items():
         text = f"rewrite the table of {file.relative_to(ROOT)}"
         p.add_argument(option, nargs="?", type=Path, const=file, metavar="PATH", help=text)
     p.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the JSON files are")
     p.add_argument("--check", action="store_true", help="change nothing; exit 1 when a table is stale")
     arguments = p.parse_args(argv)
-    pages = {arguments.readme: summary_table, arguments.page: page_table}
-    pages.pop(None, None)
-    if not pages:
-        p.error("give --readme, --page or both")
-    try:
-        documents = [read_json(file) for file in sorted(arguments.results.glob("*.json"))]
-    except (ValueError, OSError) as error:
-        p.error(str(error))
+    tables: dict[Path | None, Callable[[], str]] = {
+        arguments.readme: lambda: summary_table(documents()),
+        arguments.page: lambda: page_table(documents()),
+        arguments.accelerate: accelerate_table,
+    }
+    tables.pop(None, None)
+    if not tables:
+        p.error(f"give at least one of {', '.join(PAGES)}")
+
+    def documents() -> list[dict[str, Any]]:
+        return [read_json(file) for file in sorted(arguments.results.glob("*.json"))]
+
     stale = False
-    for path, table in pages.items():
+    for path, table in tables.items():
+        assert path is not None
         try:
             old = path.read_text(encoding="utf-8")
-            new = with_table(old, table(documents), str(path))
+            new = with_table(old, table(), str(path))
         except (ValueError, OSError) as error:
             p.error(str(error))
         if arguments.check and old != new:
-            print(f"{path}: the results table is stale; run python -m benchmarks.report --readme --page")
+            print(f"{path}: the results table is stale; run python -m benchmarks.report {' '.join(PAGES)}")
             stale = True
         elif old != new:
             write_text(path, new)

@@ -1,4 +1,4 @@
-"""A Griffe extension for mkdocs.yml: what the docstrings of the package use and Markdown does not know.
+"""A Griffe extension for mkdocs.yml: what the docstrings of the package use and Markdown does not have.
 
 Roles such as ``:class:`NVAE` `` become links, the ``::`` before a block of formulas is removed, and the fields of configuration
 classes are documented by their help texts.

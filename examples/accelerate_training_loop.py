@@ -1,11 +1,10 @@
-"""A training loop as people have one, with a model that knows nothing of nvae_fast, and the one line that makes it faster.
+"""A training loop whose model does not use nvae_fast, and the one line that makes it faster.
 
     python examples/accelerate_training_loop.py                # trains on handwritten digits, with the line
     python examples/accelerate_training_loop.py --plain        # without it
 
-The model below stands for yours: plain PyTorch, inverted residual blocks with batch norm and SiLU, as in MobileNet, timm,
-torchvision, NVAE and its relatives. Its class names do not matter where its structure says enough; for what is known by name
-see the documentation of nf.accelerate.
+Replace the model below by yours. It is plain PyTorch: inverted residual blocks with batch norm and SiLU, as in MobileNet, timm,
+torchvision and NVAE. The documentation of nf.accelerate lists which parts are recognised by structure and which by class name.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What benchmarks write: results, the console, charts, and the tables in README.md and docs/benchmarks.md."""
+"""What benchmarks write: results, the console, charts, and the tables in README.md and the pages of docs/."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from benchmark_runs import CPU, tiny_run
 
 from benchmarks import charts, machine, report, run
+from nvae_fast.patching import wins
 
 
 @pytest.fixture(scope="module")
@@ -171,9 +172,12 @@ def test_readme_has_a_few_rows_with_those_that_lose(results: dict, tmp_path: Pat
         timed_row("residual_normal", "B32 Z20 H16", "reference", 1.0),
     ]
     text = report.summary_table([{**results, "rows": rows}])
-    assert text.splitlines()[2:] == [
+    head, table, slower = text.split("\n\n")
+    assert head.replace("\n", " ") == f"Measured on {report.headline(results)}."
+    assert table.splitlines()[2:] == [
         "| weight_norm Out40 In128 K3 | library, 0.500 [0.000] | 1.00 [0.00] | 0.50x |"
     ]
+    assert slower == "Slower than PyTorch there: weight_norm Out40 In128 K3 (0.50x)."
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
     for path in (readme, page):
         path.write_text(f"{report.BEGIN}\n{report.END}\n")
@@ -184,6 +188,37 @@ def test_readme_has_a_few_rows_with_those_that_lose(results: dict, tmp_path: Pat
     assert report.main([*command, "--check"]) == 0
     assert "| elu |" in page.read_text()
     assert "elu" not in readme.read_text()
+
+
+def test_the_page_on_accelerate_shows_the_table_by_which_it_chooses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured_on = {
+        "machine": {"name": "box", "processor": "CPU"},
+        "versions": {"torch": "2"},
+        "threads": 1,
+        "date": "2026-01-02T",
+    }
+    rows = [
+        ["cpu", "float32", "gate", "training", "contiguous", 8, 16, 256, 0.5],
+        ["cpu", "float32", "gate", "training", "contiguous", 8, 16, 64, 1.5],
+        ["cpu", "float32", "gate", "training", "contiguous", 8, 16, 16, 0.75],
+        ["cpu", "bfloat16", "gate", "evaluation", "channels_last", 8, 16, 16, 2.0],
+    ]
+    table = tmp_path / "measured.json"
+    table.write_text(json.dumps({"measured_on": measured_on, "rows": rows}))
+    monkeypatch.setattr(wins, "TABLE", table)
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    assert report.main(["--accelerate", str(page), "--check"]) == 1
+    assert report.main(["--accelerate", str(page)]) == 0
+    assert report.main(["--accelerate", str(page), "--check"]) == 0
+    text = page.read_text()
+    assert "Measured on box: CPU, 1 thread; torch 2; 2026-01-02." in text
+    assert [line for line in text.splitlines() if line.startswith("| gate")] == [
+        f"| gate, cpu bfloat16 | {report.NONE} | {report.NONE} | {report.NONE} | 2.00 (2.00 to 2.00) |",
+        f"| gate | 0.75 (0.50 to 1.50) | {report.NONE} | {report.NONE} | {report.NONE} |",
+    ]
 
 
 def texts_of(monkeypatch: pytest.MonkeyPatch, draw: Callable[[Path], None], path: Path) -> list[str]:

@@ -61,8 +61,8 @@ class DeviceTensor(torch.Tensor):
         # PyTorch copies the storage, which it would allocate with the CUDA runtime.
         if id(self) not in memo:
             copied = self.detach().clone()
-            known = isinstance(self, torch.nn.Parameter)
-            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if known else copied
+            is_parameter = isinstance(self, torch.nn.Parameter)
+            memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
         return memo[id(self)]
 
     def __repr__(self, **_: Any) -> str:
@@ -255,7 +255,9 @@ def _idle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     plain_args, plain = pytree.tree_map_only(torch.Tensor, meta, (args, plain))
     try:
         found = func(*plain_args, **plain)
-    except NotImplementedError:  # no meta kernel
+    except NotImplementedError:
+        # PyTorch raises it for an operator that has no kernel for the meta device, which only computes shapes. The operator
+        # is then run on the data itself; any other error is the caller's.
         return func(*args, **kwargs)
     return pytree.tree_map_only(
         torch.Tensor, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype), found
