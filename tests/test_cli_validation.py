@@ -52,7 +52,7 @@ def parts(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_pictures(monkeypatch):
     """They take longer than the training of these tests."""
-    monkeypatch.setattr("nvae_fast.cli.train._final_pictures", lambda *given: None)
+    monkeypatch.setattr("nvae_fast.cli.train.final_pictures", lambda *given: None)
 
 
 @pytest.mark.usefixtures("no_pictures")
@@ -140,7 +140,7 @@ torch.set_num_threads(1)
 import nvae_fast.cli.train
 from nvae_fast.cli import main
 from nvae_fast.training import checkpoint, validation
-nvae_fast.cli.train._final_pictures = lambda *given: None  # which take longer than the rest
+nvae_fast.cli.train.final_pictures = lambda *given: None  # which take longer than the rest
 ports, folder, words = sys.argv[1].split(), sys.argv[2], sys.argv[3:]
 real, count = validation.evaluate, 0
 def evaluate(model, dataset, **options):

@@ -177,6 +177,10 @@ def test_a_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
         assert not [i.filename for i in archive.infolist() if stat.S_ISLNK(i.external_attr >> 16)]
 
 
+def test_the_citation_names_this_version() -> None:
+    assert f"\nversion: {nf.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
 def metadata(wheel: Path) -> email.message.Message:
     return email.parser.Parser().parsestr(read(wheel, "METADATA"))
 

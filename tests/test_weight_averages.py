@@ -14,7 +14,7 @@ from training_runs import TINY_TRAINING, digits_of, tiny_model, trainer
 
 import nvae_fast as nf
 from nvae_fast.cli import main
-from nvae_fast.cli.train import _final_pictures
+from nvae_fast.cli.train import final_pictures
 from nvae_fast.training import (
     CheckpointError,
     Step,
@@ -271,7 +271,7 @@ def test_pictures_of_a_run_are_of_the_averages(tmp_path, digits, monkeypatch):
     for config in (EMA, TINY_TRAINING):
         made = trainer(tmp_path / f"{config.ema}", digits, config.replace(max_steps=2, sample_every=1))
         made.run()
-        _final_pictures(made, "digits", "digits", {})
+        final_pictures(made, "digits", "digits", {})
         averages = made.step_function.averages
         assert len(seen) == 6
         assert all(model is (made.model if averages is None else averages.module) for model in seen)

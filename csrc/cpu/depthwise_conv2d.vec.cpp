@@ -1,5 +1,5 @@
 // The forward kernel of depthwise_conv2d: activated rows of x in a ring, rows of y out of it.
-#include "depthwise_conv2d_taps.h"
+#include "depthwise_conv2d_phase.h"
 
 namespace nvae {
 namespace NVAE_ISA {
@@ -131,9 +131,8 @@ void forward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) 
         prefetch_row<true, V, T>(a.y, b, c, R * plan.row_phases + e);
         for (int g = 0; g < c.count; ++g)
           for (int f = 0; f < plan.col_phases; ++f)
-            run_phase<V, true, false>(a, plan.phases[e * plan.col_phases + f], R, a.x.height, a.y.width, ring,
-                                      g, taps + g * plan.taps * V::size, nullptr, nullptr,
-                                      out + g * a.y.width * V::size);
+            run_phase<V>(a, plan.phases[e * plan.col_phases + f], R, a.x.height, a.y.width, ring, g,
+                         taps + g * plan.taps * V::size, nullptr, nullptr, out + g * a.y.width * V::size);
         if (a.out_scale) {
           if (a.out_activation == 1)
             finish_row<V, 1>(a, c, out);

@@ -1,6 +1,6 @@
 // The backward kernel of depthwise_conv2d. It reads maps once: rows of dy are kept in a ring, and each pixel of
 // x is combined with the dy that depends on it, for its own gradient and its share of all others.
-#include "depthwise_conv2d_taps.h"
+#include "depthwise_conv2d_phase.h"
 
 namespace nvae {
 namespace NVAE_ISA {
@@ -117,9 +117,6 @@ template <class V, class T>
 void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end) {
   using S = typename V::Scalar;
   const bool data = a.grad_x.data || a.sums, weight = a.tap_gradients;
-  const auto phase = data && weight ? run_phase<V, true, true>
-                     : data         ? run_phase<V, true, false>
-                                    : run_phase<V, false, true>;
   const DepthwisePlan& plan = a.plan;
   const Scratch<S> s = cut_scratch<V>(a, scratch);
   const int64_t rows = (a.x.height + plan.row_phases - 1) / plan.row_phases;
@@ -175,9 +172,10 @@ void backward(const DepthwiseArgs& a, void* scratch, int64_t begin, int64_t end)
             activate_row<V, 0>(a, c, x, s);
           for (int g = 0; g < c.count; ++g)
             for (int f = 0; f < plan.col_phases; ++f)
-              phase(a, plan.phases[e * plan.col_phases + f], R, a.grad.height, a.x.width, s.ring, g,
-                    taps + g * plan.taps * V::size, weight ? gradients + g * plan.taps * V::size : nullptr,
-                    s.h + g * s.vector, s.dh + g * s.vector);
+              run_phase<V>(a, plan.phases[e * plan.col_phases + f], R, a.grad.height, a.x.width, s.ring, g,
+                           taps + g * plan.taps * V::size,
+                           weight ? gradients + g * plan.taps * V::size : nullptr, s.h + g * s.vector,
+                           s.dh + g * s.vector);
           if (!data) return;
           if (!a.grad_x.data) {
             store_row_sum<V>(a, c, x, static_cast<const Row<T>*>(nullptr), s, sums != nullptr);

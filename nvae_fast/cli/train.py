@@ -215,7 +215,7 @@ def _train_in(stack: contextlib.ExitStack, arguments: argparse.Namespace, world:
             f"{folder / checkpoint.NAME}, continue with --resume --out {folder}"
         )
         return 128 + result.signal
-    _final_pictures(trainer, data, kind, how)
+    final_pictures(trainer, data, kind, how)
     world.barrier()
     say(f"trained {result.step} steps in {clock(result.seconds)}{skipped}: {folder}")
     say(f"pictures: {', '.join(str(folder / name) for name in _PICTURES)}")
@@ -407,7 +407,7 @@ def _next_command(folder: Path) -> str:
     return f"next: python -m nvae_fast sample {quoted}, for new images; evaluate {quoted} for the likelihood"
 
 
-def _final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
+def final_pictures(trainer: Trainer, data: str, kind: str | None, how: dict[str, Any]) -> None:
     config, model = trainer.config, trainer.evaluated_model
     samples, reconstructions = (trainer.folder / name for name in _PICTURES)
     own = samples if trainer.world.is_main else None

@@ -351,20 +351,23 @@ MAKERS: dict[type, Callable[..., nn.Module | None]] = {
 }
 
 
+# Functions ``(module, convert)`` that freeze modules of other code bases in place; ``convert`` freezes a child.
+# nvae_fast.patching, which imports this module, adds its own.
+FREEZERS: list[Callable[[nn.Module, Callable[[nn.Module], nn.Module]], None]] = []
+
 WEIGHTED.add(FrozenConv2d)
 
 
 def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
     """Return ``module``, which is a copy already, or its replacement; ``done``: results by identity, for shared parts."""
-    from nvae_fast.patching.freezing import freeze_part  # which imports this module
-
     if id(module) in done:
         return done[id(module)]
     make = MAKERS.get(type(module))
     made = make(module, done) if make is not None and is_plain(module) else None
     if made is None:
         made = module
-        freeze_part(module, lambda child: _converted(child, done))
+        for freeze_part in FREEZERS:
+            freeze_part(module, lambda child: _converted(child, done))
         for name, child in module._modules.items():
             if child is not None:
                 module._modules[name] = _converted(child, done)

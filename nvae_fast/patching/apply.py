@@ -8,12 +8,15 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from nvae_fast.models.frozen import refuse
+from nvae_fast.models.frozen import FREEZERS, refuse
 from nvae_fast.patching import cells, wins
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
+from nvae_fast.patching.freezing import freeze_part
 from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
 from nvae_fast.patching.sample import measure_with
+
+FREEZERS.append(freeze_part)
 
 Model = TypeVar("Model", bound=nn.Module)
 
