@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nvae_fast as nf
-from benchmarks.timing import Clock, CpuClock, ProcessClock, interleave
+from benchmarks.timing import take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import foreign_model as foreign
@@ -236,25 +236,6 @@ def sampling(model: Any, n: int) -> Callable[[], None]:
     return run
 
 
-def medians_of(task: str, runs: dict[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each of ``runs``, which take turns."""
-
-    def timed(run: Callable[[], None]) -> Callable[[Clock], None]:
-        def sample(clock: Clock) -> None:
-            clock.start()
-            run()
-            clock.lap(task)
-
-        return sample
-
-    clock = ProcessClock() if torch.get_num_threads() == 1 else CpuClock()
-    samples = {who: timed(run) for who, run in runs.items()}
-    times, failed = interleave(samples, clock, seconds=0, min_rounds=rounds, warmup=1)
-    if failed:
-        raise RuntimeError(f"{task}: {failed}")
-    return {who: series[task].summary()["median_ms"] for who, series in times.items()}
-
-
 def measure(name: str, layout: str, rounds: int) -> dict[str, dict[str, float]]:
     """Median milliseconds, and how many times faster than the own model: {task: {provider: ...}}."""
     own, ours = make(name, layout), nf.accelerate(make(name, layout), progress=True)
@@ -264,7 +245,9 @@ def measure(name: str, layout: str, rounds: int) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
 
     def compare(task: str, runs: dict[str, Callable[[], None]]) -> None:
-        results[task] = medians_of(task, runs, rounds)
+        results[task] = {
+            who: series.summary()["median_ms"] for who, series in take_turns(runs, rounds).items()
+        }
         shown = ", ".join(
             f"{who} {ms:.0f} ms ({results[task]['own'] / ms:.2f}x)" for who, ms in results[task].items()
         )

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable
@@ -56,7 +57,8 @@ EXPLANATION = f"""\
 Milliseconds of all passes of an op (forward and backward), medians; in brackets half the distance between the
 quartiles. `eager` is the reference, plain PyTorch; `compile` and `library` are torch.compile of it and the
 best route PyTorch offers, in the faster memory format, as is `nvae_fast`; {NONE} means not measured. Speed-up
-is over the fastest of the others. Every number passed the correctness gate first."""
+is over the fastest of the others, with the 95 % interval that the quartiles give. Every number passed the correctness
+gate first."""
 WHOLE_MODELS = """\
 Whole models, each provider in its faster memory format. Peak memory on a CPU is what a step or a sampling pass held
 beyond what was there before, on a GPU model and optimizer too."""
@@ -239,6 +241,28 @@ def speedup(rows: list[dict[str, Any]]) -> float | None:
     return total_ms(others) / total_ms(ours) if ours and others else None
 
 
+def speedup_cell(rows: list[dict[str, Any]]) -> str:
+    """The speed-up and its 95 % interval.
+
+    The standard error of a median is 0.93 interquartile ranges over the root of the number of samples (of normally distributed
+    ones); relative errors of passes and providers add up as independent ones do.
+    """
+    value = speedup(rows)
+    if value is None:
+        return NONE
+    variance = 0.0
+    for providers in ((OURS,), PYTORCH):
+        row = fastest(row for row in rows if row["provider"] in providers)
+        assert row is not None
+        errors = (
+            0.93 * (timed["upper_quartile_ms"] - timed["lower_quartile_ms"]) / math.sqrt(timed["samples"])
+            for timed in row["passes"].values()
+        )
+        variance += sum(error**2 for error in errors) / total_ms(row) ** 2
+    factor = math.exp(1.96 * math.sqrt(variance))
+    return f"{value:.2f}x [{value / factor:.2f} {value * factor:.2f}]"
+
+
 def summary_table(documents: list[dict[str, Any]]) -> str:
     """What README shows of each document: where it was measured, a few rows, and the workloads that are slower than PyTorch."""
     parts = []
@@ -255,7 +279,7 @@ def summary_table(documents: list[dict[str, Any]]) -> str:
                     f"{name} {workload}",
                     f"{others['provider']}, {_cell(others)}",
                     _cell(ours),
-                    f"{value:.2f}x",
+                    speedup_cell(rows),
                 )
                 lines.append((SUMMARY_CASES.index(name), f"| {' | '.join(cells)} |"))
             if value < 1:
@@ -330,13 +354,12 @@ def _markdown(results: dict[str, Any]) -> list[str]:
         compiled = fastest(row for row in timed if row["provider"] == "torch.compile")
         library = fastest(row for row in timed if row["provider"] == "library")
         ours = fastest(row for row in timed if row["provider"] == OURS)
-        value = speedup(timed)
         cells = [
             case,
             workload,
             dtype,
             *map(_cell, (first, second, compiled, library, ours)),
-            NONE if value is None else f"{value:.2f}x",
+            speedup_cell(timed),
             _share(ours),
         ]
         lines.append(f"| {' | '.join(cells)} |")

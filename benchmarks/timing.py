@@ -4,6 +4,7 @@ alike."""
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -118,6 +119,17 @@ class Series:
         }
 
 
+def median_ratio(a: Series, b: Series) -> tuple[float, float, float]:
+    """The median over rounds of the ratio a / b, and its 95 % interval: the order statistics that the sign test gives.
+
+    A slow phase of the machine takes both of a round, and so leaves their ratio.
+    """
+    ratios = sorted(x / y for x, y in zip(a.seconds, b.seconds, strict=True))
+    n = len(ratios)
+    rank = max(int((n - 1.96 * math.sqrt(n)) / 2), 0)
+    return statistics.median(ratios), ratios[rank], ratios[n - 1 - rank]
+
+
 def interleave(
     samples: Mapping[str, Callable[[Clock], None]],
     clock: Clock,
@@ -167,3 +179,22 @@ def interleave(
         if collecting:
             gc.enable()
     return times, failures
+
+
+def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, Series]:
+    """The times of each of ``runs``, which take turns: with one thread of processor time, else of the wall clock."""
+
+    def timed(run: Callable[[], None]) -> Callable[[Clock], None]:
+        def sample(clock: Clock) -> None:
+            clock.start()
+            run()
+            clock.lap("run")
+
+        return sample
+
+    clock = ProcessClock() if torch.get_num_threads() == 1 else CpuClock()
+    samples = {who: timed(run) for who, run in runs.items()}
+    times, failed = interleave(samples, clock, seconds=0, min_rounds=rounds, warmup=1)
+    if failed:
+        raise RuntimeError(str(failed))
+    return {who: series["run"] for who, series in times.items()}

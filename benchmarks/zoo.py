@@ -1,7 +1,7 @@
 """``python -m benchmarks.zoo``: models of timm and torchvision before and after accelerate, which makes none slower.
 
-Both libraries must be installed. Own and accelerated model take turns; ratios are of medians, with one thread
-(OMP_NUM_THREADS=1) of processor time.
+Both libraries must be installed. Own and accelerated model take turns. The ratio is the median of those of all rounds, with
+its 95 % interval; with one thread (OMP_NUM_THREADS=1) of processor time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import nvae_fast as nf
-from benchmarks.family import medians_of
+from benchmarks.timing import median_ratio, take_turns
 
 MODELS = (
     "timm:efficientnet_b0", "timm:mobilenetv3_large_100", "timm:tf_efficientnetv2_s", "timm:regnety_002", "timm:mnasnet_100",
@@ -57,10 +57,11 @@ def measure(name: str, layout: str, batch: int, side: int, rounds: int, sampled:
     replaced = len(nf.acceleration_report(ours).replaced)
     for training in (False, True):
         mode = "training" if training else "evaluation"
-        runs = {"own": _run(own, x, training), "accelerate": _run(ours, x, training)}
-        ms = medians_of(mode, runs, rounds)
+        times = take_turns({"own": _run(own, x, training), "accelerate": _run(ours, x, training)}, rounds)
+        ratio, low, high = median_ratio(times["own"], times["accelerate"])
         print(
-            f"{name} {layout} {mode}: {ms['own']:.0f} ms, {ms['own'] / ms['accelerate']:.3f}x, {replaced} parts",
+            f"{name} {layout} {mode}: {times['own'].summary()['median_ms']:.0f} ms, {ratio:.3f}x [{low:.3f} {high:.3f}], "
+            f"{replaced} parts",
             flush=True,
         )
 
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=int, default=8, help="default: 8")
     parser.add_argument("--side", type=int, default=128, help="of the images; default: 128")
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
+    parser.add_argument("--rounds", type=int, default=21, help="default: 21")
     parser.add_argument("--sample-input", action="store_true", help="measure at accelerate time")
     options = parser.parse_args(arguments)
     for name in options.models:

@@ -1,5 +1,4 @@
 // The transforms of Winograd's F(4x4, 3x3) and their adjoints, compiled once per capability: Lavin and Gray, arXiv 1509.09308.
-// The points are 0, 1, -1, 2, -2 and infinity.
 #include "winograd.h"
 
 #include "plane_loops.h"
@@ -11,54 +10,57 @@ namespace {
 using V = VecF;
 constexpr int kTile = kWinogradTile, kPatch = kWinogradPatch;
 
+// The points P and Q, of which nvae_fast/ops/winograd.py says why, and products of their squares.
+constexpr float kP = 0.625f, kQ = 1.5f, kPP = kP * kP, kQQ = kQ * kQ, kSum = kPP + kQQ, kProduct = kPP * kQQ;
+
 // One dimension of the transforms. T::in and T::out are numbers of values; V in[], out[].
 struct InputTransform {  // B'
   static constexpr int in = 6, out = 6;
   NVAE_INLINE static void run(const V* d, V* t) {
-    const V a = fnma(V(4.0f), d[2], d[4]), b = fnma(V(4.0f), d[1], d[3]);
-    const V c = d[4] - d[2], e = V(2.0f) * (d[3] - d[1]);
-    t[0] = fma(V(4.0f), d[0], fnma(V(5.0f), d[2], d[4]));
-    t[1] = a + b;
-    t[2] = a - b;
-    t[3] = c + e;
-    t[4] = c - e;
-    t[5] = fma(V(4.0f), d[1], fnma(V(5.0f), d[3], d[5]));
+    const V p_even = fnma(V(kQQ), d[2], d[4]), p_odd = V(kP) * fnma(V(kQQ), d[1], d[3]);
+    const V q_even = fnma(V(kPP), d[2], d[4]), q_odd = V(kQ) * fnma(V(kPP), d[1], d[3]);
+    t[0] = fma(V(kProduct), d[0], fnma(V(kSum), d[2], d[4]));
+    t[1] = p_even + p_odd;
+    t[2] = p_even - p_odd;
+    t[3] = q_even + q_odd;
+    t[4] = q_even - q_odd;
+    t[5] = fma(V(kProduct), d[1], fnma(V(kSum), d[3], d[5]));
   }
 };
 struct InputAdjoint {  // B
   static constexpr int in = 6, out = 6;
   NVAE_INLINE static void run(const V* t, V* d) {
-    const V sum12 = t[1] + t[2], difference12 = t[1] - t[2];
-    const V sum34 = t[3] + t[4], difference34 = t[3] - t[4];
-    d[0] = V(4.0f) * t[0];
-    d[1] = fma(V(4.0f), t[5] - difference12, V(-2.0f) * difference34);
-    d[2] = fma(V(-5.0f), t[0], fma(V(-4.0f), sum12, -sum34));
-    d[3] = fma(V(-5.0f), t[5], fma(V(2.0f), difference34, difference12));
-    d[4] = t[0] + sum12 + sum34;
+    const V p_sum = t[1] + t[2], p_difference = V(kP) * (t[1] - t[2]);
+    const V q_sum = t[3] + t[4], q_difference = V(kQ) * (t[3] - t[4]);
+    d[0] = V(kProduct) * t[0];
+    d[1] = fma(V(kProduct), t[5], -fma(V(kQQ), p_difference, V(kPP) * q_difference));
+    d[2] = -fma(V(kSum), t[0], fma(V(kQQ), p_sum, V(kPP) * q_sum));
+    d[3] = fnma(V(kSum), t[5], p_difference + q_difference);
+    d[4] = t[0] + p_sum + q_sum;
     d[5] = t[5];
   }
 };
 struct OutputTransform {  // A'
   static constexpr int in = 6, out = 4;
   NVAE_INLINE static void run(const V* m, V* y) {
-    const V sum12 = m[1] + m[2], difference12 = m[1] - m[2];
-    const V sum34 = m[3] + m[4], difference34 = m[3] - m[4];
-    y[0] = m[0] + sum12 + sum34;
-    y[1] = fma(V(2.0f), difference34, difference12);
-    y[2] = fma(V(4.0f), sum34, sum12);
-    y[3] = fma(V(8.0f), difference34, difference12) + m[5];
+    const V p_sum = m[1] + m[2], p_difference = V(kP) * (m[1] - m[2]);
+    const V q_sum = m[3] + m[4], q_difference = V(kQ) * (m[3] - m[4]);
+    y[0] = m[0] + p_sum + q_sum;
+    y[1] = p_difference + q_difference;
+    y[2] = fma(V(kPP), p_sum, V(kQQ) * q_sum);
+    y[3] = fma(V(kPP), p_difference, fma(V(kQQ), q_difference, m[5]));
   }
 };
 struct OutputAdjoint {  // A
   static constexpr int in = 4, out = 6;
   NVAE_INLINE static void run(const V* y, V* m) {
-    const V even = y[0] + y[2], odd = y[1] + y[3];
-    const V even2 = fma(V(4.0f), y[2], y[0]), odd2 = fma(V(8.0f), y[3], V(2.0f) * y[1]);
+    const V p_even = fma(V(kPP), y[2], y[0]), p_odd = V(kP) * fma(V(kPP), y[3], y[1]);
+    const V q_even = fma(V(kQQ), y[2], y[0]), q_odd = V(kQ) * fma(V(kQQ), y[3], y[1]);
     m[0] = y[0];
-    m[1] = even + odd;
-    m[2] = even - odd;
-    m[3] = even2 + odd2;
-    m[4] = even2 - odd2;
+    m[1] = p_even + p_odd;
+    m[2] = p_even - p_odd;
+    m[3] = q_even + q_odd;
+    m[4] = q_even - q_odd;
     m[5] = y[3];
   }
 };

@@ -161,12 +161,14 @@ class FrozenConv2d(FrozenModule):
         self._check(x, self.weight.shape[1] * self.groups)
         if self.is_matrix and x.is_contiguous(memory_format=torch.channels_last):
             return self._matrix()(x)
+        geometry = wide_conv2d.geometry_of(self)
         if wide_conv2d.convolves(x, self.weight):
             x = x.bfloat16()
-            if wide_conv2d.is_winograd(x, self.weight, wide_conv2d.geometry_of(self)):
+            if winograd.fits(x, self.weight, geometry):
                 with torch.autocast("cpu", enabled=False):
-                    y = winograd.convolve(x, self._transformed(), self.bias)
-                    return wide_conv2d.in_format_of(x, y)
+                    return winograd.convolve(x, self._transformed(), self.bias)
+        elif winograd.computes(x, self.weight, geometry):
+            return winograd.convolve(x, self._transformed(), self.bias)
         return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:

@@ -12,7 +12,7 @@ from nvae_fast import distributed
 from nvae_fast.nn.plain import full
 from nvae_fast.nn.shared_weights import WeightNormed, prepared_layer
 from nvae_fast.nn.state import check_state
-from nvae_fast.ops import _checks, wide_conv2d
+from nvae_fast.ops import _checks, wide_conv2d, winograd
 from nvae_fast.ops.weight_norm import weight_norm
 
 
@@ -40,6 +40,8 @@ def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     geometry = wide_conv2d.geometry_of(conv)
     if wide_conv2d.convolves(x, weight):
         return wide_conv2d.conv2d(x, weight, bias, *geometry)
+    if winograd.computes(x, weight, geometry):
+        return winograd.conv2d(x, weight, bias)
     return F.conv2d(x, weight, bias, *geometry)
 
 

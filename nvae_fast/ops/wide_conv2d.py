@@ -23,8 +23,6 @@ from torch import Tensor
 from nvae_fast.ops import _backend, _extension, winograd
 
 _BYTES = 2**20  # of the float32 copies that a thread works on at a time: half of its second-level cache
-_WINOGRAD_CHANNELS = 16  # and tiles: with fewer, the transforms cost more than they save
-_WINOGRAD_TILES = 32
 
 
 @functools.cache
@@ -103,7 +101,10 @@ def conv2d(
 ) -> Tensor:  # fmt: skip
     """Return the convolution as a bfloat16 map; the arguments are those of torch.nn.functional.conv2d. Differentiable."""
     with torch.autocast("cpu", enabled=False):
-        y: Tensor = _Conv2d.apply(x.bfloat16(), weight, bias, stride, padding, dilation, groups)
+        x = x.bfloat16()
+        if winograd.fits(x, weight, (stride, padding, dilation, groups)):
+            return winograd.conv2d(x, weight, bias)
+        y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups)
         return y
 
 
@@ -122,8 +123,6 @@ class _Conv2d(torch.autograd.Function):
             b, _, h, w = x.shape
             rows = x.permute(0, 2, 3, 1).reshape(b * h * w, -1)
             return product(rows, wide.flatten(1).t(), bias).view(b, h, w, -1).permute(0, 3, 1, 2)
-        if is_winograd(x, weight, ctx.geometry):
-            return in_format_of(x, winograd.convolve(x, winograd.transformed(wide), bias))
         return F.conv2d(x.float(), wide, bias, stride, padding, dilation, groups).bfloat16()
 
     @staticmethod
@@ -146,16 +145,6 @@ class _Conv2d(torch.autograd.Function):
                     )
                 if need_bias:
                     to_bias = rows.sum(0, dtype=torch.float32)
-            elif own and is_winograd(x, weight, ctx.geometry):
-                tiles = winograd.tiles(grad, True)
-                if need_x:
-                    products = torch.bmm(tiles.transpose(0, 1), winograd.transformed(weight.float()))
-                    to_x = in_format_of(x, winograd.map_of(products, None, x, True))
-                if need_weight:
-                    u = torch.bmm(tiles.permute(1, 2, 0), winograd.tiles(x, False).transpose(0, 1))
-                    to_weight = winograd.weight_gradient(u)
-                if need_bias:
-                    to_bias = tiles[:, winograd.SUM].sum(0)
             else:
                 to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
                     grad.float(), x.float(), weight.float(), [weight.shape[0]], *([n] * 2 for n in ctx.geometry[:3]),
@@ -172,23 +161,6 @@ class _Conv2d(torch.autograd.Function):
 def geometry_of(conv: Any) -> tuple[int, int, int, int]:
     """Return stride, padding, dilation and groups of a module that has them as ints."""
     return conv.stride, conv.padding, conv.dilation, conv.groups
-
-
-def is_winograd(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
-    """Return whether Winograd's algorithm computes the convolution: 3x3, with channels enough to pay for its transforms."""
-    return (
-        x.dtype == torch.bfloat16
-        and weight.shape[2:] == (3, 3)
-        and geometry == (1, 1, 1, 1)
-        and min(weight.shape[:2]) >= _WINOGRAD_CHANNELS
-        and x.shape[2] % winograd.TILE == x.shape[3] % winograd.TILE == 0
-        and x.shape[0] * x.shape[2] * x.shape[3] >= _WINOGRAD_TILES * winograd.TILE**2
-    )
-
-
-def in_format_of(x: Tensor, y: Tensor) -> Tensor:
-    """Return ``y``, which is in channels_last, in the memory format of ``x``."""
-    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
 
 
 def _is_product(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""The transforms of Winograd's algorithm for 3x3 convolutions, F(4x4, 3x3), as internal operators.
+"""3x3 convolutions by Winograd's algorithm F(4x4, 3x3) on a CPU, with its transforms as internal operators.
 
 Lavin and Gray, arXiv 1509.09308. A tile of 4x4 outputs of a pair of channels takes 36 multiplications instead of 144. With d a
 6x6 patch of the input, padded by one zero on every side, and g the 3x3 weight::
@@ -8,39 +8,59 @@ Lavin and Gray, arXiv 1509.09308. A tile of 4x4 outputs of a pair of channels ta
     weights          G g G'                                              weight_gradient            G' u G
 
 The convolution is a product over channels for each of the 36 points, its gradients are the adjoints. All of it is float32; the
-maps are float32 or bfloat16. The error is four times that of the direct float32 sum, a thousandth of what rounding the result
-to bfloat16 costs: only bfloat16 maps are convolved this way. A value that is not finite reaches every output of its tiles.
+maps are float32 or bfloat16.
+
+The matrices belong to the points 0, 5/8, -5/8, 3/2, -3/2 and infinity. The usual ones, 0, 1, -1, 2, -2 and infinity, lose twice
+as many digits: the error is 1.8 times that of the direct float32 sum, with them 4 times (docs/benchmarks.md). A value that is
+not finite reaches every output of its tiles.
 """
 
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nvae_fast.ops import _backend, _extension
 from nvae_fast.ops._op import define_kernel
 
 TILE, PATCH = 4, 6
-SUM = 7  # the point of ``winograd_tiles(gradient)`` that holds the sum of a tile
-B = (
-    (4, 0, 0, 0, 0, 0),
-    (0, -4, 4, -2, 2, 4),
-    (-5, -4, -4, -1, -1, 0),
-    (0, 1, -1, 2, -2, -5),
-    (1, 1, 1, 1, 1, 0),
-    (0, 0, 0, 0, 0, 1),
-)
-A = ((1, 0, 0, 0), (1, 1, 1, 1), (1, -1, 1, -1), (1, 2, 4, 8), (1, -2, 4, -8), (0, 0, 0, 1))
-G = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)
+_P, _Q = (
+    5 / 8,
+    3 / 2,
+)  # points, besides their negatives, 0 and infinity; csrc/cpu/winograd.vec.cpp has the same
+_MIN_CHANNELS = 16  # and tiles: with fewer, the transforms cost more than they save
+_MIN_TILES = 32
+
+
+def _matrices() -> tuple[tuple[tuple[float, ...], ...], ...]:
+    """A (6, 4), B (6, 6) and G (6, 3): Lavin and Gray, section 4, for these points."""
+    p, q = _P**2, _Q**2
+    at_p, at_q = 2 * p * (p - q), 2 * q * (q - p)  # products of the differences to the other points
+    a = tuple((1.0, x, x * x, x**3) for x in (0.0, _P, -_P, _Q, -_Q))
+    b = (
+        (p * q, 0.0, 0.0, 0.0, 0.0, 0.0),
+        (0.0, -_P * q, _P * q, -_Q * p, _Q * p, p * q),
+        (-p - q, -q, -q, -p, -p, 0.0),
+        (0.0, _P, -_P, _Q, -_Q, -p - q),
+        (1.0, 1.0, 1.0, 1.0, 1.0, 0.0),
+        (0.0, 0.0, 0.0, 0.0, 0.0, 1.0),
+    )
+    g = (
+        (1 / (p * q), 0.0, 0.0),
+        (1 / at_p, _P / at_p, p / at_p),
+        (1 / at_p, -_P / at_p, p / at_p),
+        (1 / at_q, _Q / at_q, q / at_q),
+        (1 / at_q, -_Q / at_q, q / at_q),
+        (0.0, 0.0, 1.0),
+    )
+    return (*a, (0.0, 0.0, 0.0, 1.0)), b, g
+
+
+A, B, G = _matrices()
 
 
 def _both(matrix: tuple[tuple[float, ...], ...], like: Tensor) -> Tensor:
@@ -109,6 +129,91 @@ def weight_gradient(u: Tensor) -> Tensor:
 
 
 def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
-    """The convolution with transformed ``weights``, in the dtype of x and channels_last. Not differentiable."""
+    """The convolution with transformed ``weights``, in the dtype and memory format of x. Not differentiable."""
     made = torch.bmm(tiles(x, False).transpose(0, 1), weights.transpose(1, 2))
-    return map_of(made, bias, x, False)
+    return _in_format_of(x, map_of(made, bias, x, False))
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
+    """Return whether the convolution is 3x3 and large enough to pay for the transforms.
+
+    geometry: stride, padding, dilation and groups.
+    """
+    return (
+        weight.shape[2:] == (3, 3)
+        and geometry == (1, 1, 1, 1)
+        and min(weight.shape[:2]) >= _MIN_CHANNELS
+        and x.shape[2] % TILE == x.shape[3] % TILE == 0
+        and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_TILES * TILE**2
+    )
+
+
+@functools.cache
+def _fast() -> bool:
+    """Return whether the transforms have vector instructions."""
+    return _extension.info().get("cpu_capability") in ("avx2", "avx512")
+
+
+def computes(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
+    """Return whether the convolution of a float32 map is computed here: in channels_last, on a CPU with vector instructions."""
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and fits(x, weight, geometry)
+        and not torch.compiler.is_compiling()
+        and not torch.compiler.is_exporting()
+        and not torch.is_autocast_enabled("cpu")
+        and not _backend.forced_reference()
+        and not _backend.transforms_active()
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and _fast()
+    )
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return the convolution with padding 1 in the dtype and memory format of x, where :func:`fits`. Differentiable.
+
+    x: (B, C, H, W), float32 or bfloat16; weight: (C_out, C, 3, 3); bias: (C_out) or None. Their gradients are in their dtypes.
+    """
+    y: Tensor = _Conv2d.apply(x, weight, bias)
+    return y
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return convolve(x, transformed(weight.float()), None if bias is None else bias.float())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        to_x = to_weight = to_bias = None
+        with torch.autocast("cpu", enabled=False):
+            # PyTorch's operators compute what is differentiated again (create_graph) or batched (is_grads_batched).
+            if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+                to_x, to_weight, to_bias = torch.ops.aten.convolution_backward(
+                    grad.float(), x.float(), weight.float(), [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, (0, 0), 1,
+                    (need_x, need_weight, need_bias),
+                )  # fmt: skip
+            else:
+                made = tiles(grad, True) if need_x or need_weight else grad
+                if need_x:
+                    products = torch.bmm(made.transpose(0, 1), transformed(weight.float()))
+                    to_x = _in_format_of(x, map_of(products, None, x, True))
+                if need_weight:
+                    u = torch.bmm(made.permute(1, 2, 0), tiles(x, False).transpose(0, 1))
+                    to_weight = weight_gradient(u)
+                if need_bias:
+                    to_bias = grad.sum((0, 2, 3), dtype=torch.float32)
+        return (
+            None if to_x is None else to_x.to(x.dtype),
+            None if to_weight is None else to_weight.to(weight.dtype),
+            None if to_bias is None else to_bias.to(ctx.bias_dtype),
+        )
