@@ -32,7 +32,8 @@ _P, _Q = (
     5 / 8,
     3 / 2,
 )  # points, besides their negatives, 0 and infinity; csrc/cpu/winograd.vec.cpp has the same
-_MIN_CHANNELS = 16  # and tiles: with fewer, the transforms cost more than they save
+# With fewer channels or tiles the transforms cost more than they save. The direct convolution of bfloat16 maps is slower.
+_MIN_CHANNELS = {torch.float32: 24, torch.bfloat16: 16}
 _MIN_TILES = 32
 
 
@@ -146,7 +147,7 @@ def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool
     return (
         weight.shape[2:] == (3, 3)
         and geometry == (1, 1, 1, 1)
-        and min(weight.shape[:2]) >= _MIN_CHANNELS
+        and min(weight.shape[:2]) >= _MIN_CHANNELS[x.dtype]
         and x.shape[2] % TILE == x.shape[3] % TILE == 0
         and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_TILES * TILE**2
     )

@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from nvae_fast import distributed
 from nvae_fast.nn.batch_norm import batch_norm
 from nvae_fast.nn.plain import has_hooks
+from nvae_fast.ops import winograd
 from nvae_fast.ops.depthwise_conv2d import depthwise_conv2d
 from nvae_fast.ops.squeeze_excite import squeeze_excite
 from nvae_fast.ops.weight_norm import weight_norm
@@ -223,7 +224,16 @@ def _convolve(
     if pointwise and steps != (1, 1) and x.device.type == "cpu" and x.dim() == 4:
         # oneDNN's weight gradient of a strided 1x1 convolution in channels_last writes out of bounds (its issue 6035).
         return F.conv2d(x[:, :, :: steps[0], :: steps[1]], weight, bias, groups=conv.groups)
+    if is_map(x) and winograd.computes(x, weight, geometry_of(conv)):
+        return winograd.conv2d(x, weight, bias)
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def geometry_of(conv: Any) -> tuple[int, int, int, int]:
+    """Return stride, padding, dilation and groups, as ints where both directions have the same; else zeros."""
+    pairs = [pair(value) or (0, 0) for value in (conv.stride, conv.padding, conv.dilation)]
+    stride, padding, dilation = (first if first == second else 0 for first, second in pairs)
+    return stride, padding, dilation, conv.groups
 
 
 def _depthwise(module: nn.Conv2d, x: torch.Tensor) -> torch.Tensor:

@@ -37,11 +37,12 @@ class FrozenForeignConv2d(FrozenConv2d):
 
     def __init__(self, conv: Any, weight: torch.Tensor) -> None:
         super(FrozenConv2d, self).__init__()
-        self.stride, self.padding, self.dilation, self.groups = (
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
+        # As ints where they are equal, by which the forward chooses.
+        stride, padding, dilation, self.groups = forwards.geometry_of(conv)
+        self.stride, self.padding, self.dilation = (
+            stride or conv.stride,
+            padding or conv.padding,
+            dilation or conv.dilation,
         )
         plain = forwards.pair(conv.stride) == (1, 1) and forwards.pair(conv.padding) in ((0, 0), None)
         self.is_matrix = weight.shape[2:] == (1, 1) and conv.groups == 1 and plain
