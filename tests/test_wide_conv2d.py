@@ -180,10 +180,9 @@ def test_transforms(size: tuple[int, ...], dtype: torch.dtype, gradient: bool) -
     assert torch.equal(winograd.tiles(x, gradient), made)
     points = torch.randn(36, made.shape[0], 21)
     bias = None if gradient else torch.randn(21)
-    like = x.contiguous(memory_format=LAST)
-    y = winograd.map_of(points, bias, like, gradient)
-    expected = winograd._map(points, bias, like, gradient)
-    assert (y.dtype, y.shape) == (dtype, expected.shape)
+    y, expected = (torch.empty(size[0], 21, *size[2:], dtype=dtype, memory_format=LAST) for _ in range(2))
+    winograd.put_map(points, bias, y, gradient)
+    winograd._map(points, bias, expected, gradient)
     torch.testing.assert_close(y, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=2e-4)
 
 
@@ -201,7 +200,7 @@ def test_transforms_of_weights() -> None:
 
 
 def test_what_the_kernels_refuse() -> None:
-    ops, x = torch.ops.nvae_fast, torch.zeros(2, 3, 4, 8)
+    ops, x = torch.ops.nvae_fast, torch.zeros(2, 3, 4, 8).contiguous(memory_format=LAST)
     for call, message in (
         (
             lambda: ops.winograd_tiles(torch.zeros(3, 4, 4), False),
@@ -217,6 +216,10 @@ def test_what_the_kernels_refuse() -> None:
             r"tiles must have shape \(36, 4, 3\)",
         ),
         (lambda: ops.winograd_map(torch.zeros(36, 4), None, x, False), r"of shape \(36, tiles, C\)"),
+        (
+            lambda: ops.winograd_map(torch.zeros(36, 4, 3), None, x.contiguous(), False),
+            "y must be contiguous in channels_last",
+        ),
         (
             lambda: ops.winograd_map(torch.zeros(36, 4, 3), torch.zeros(2), x, False),
             r"bias must have shape \(3,\)",

@@ -54,8 +54,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize(("channels", "c_out"), [(24, 24), (64, 128), (256, 33)])
 def test_values_and_gradients_lose_little_more_than_those_of_pytorch(channels: int, c_out: int) -> None:
-    """At most 2.5 times the error of the direct sum in float32 (measured: 1.7 to 2.4); a weight gradient, which is a sum over few
-    pixels here, has 6 units in the last place, and the direct one 1.3."""
+    """At most 2.5 times the error of the direct sum in float32 (measured: 1.7 to 2.4). A weight gradient, which is a sum over
+    few pixels here, has 6 units in the last place, and the direct one 1.3."""
     inputs = operands(channels, c_out)
     doubles = [t.detach().double().requires_grad_() for t in inputs]
     expected = direct(*doubles)

@@ -33,15 +33,16 @@ static Tensor winograd_tiles(const Tensor& x, bool gradient) {
   return tiles;
 }
 
-static Tensor winograd_map(const Tensor& tiles, const std::optional<Tensor>& bias, const Tensor& like,
-                           bool gradient) {
+static void winograd_map(const Tensor& tiles, const std::optional<Tensor>& bias, const Tensor& y,
+                         bool gradient) {
   const char* op = "winograd_map";
-  WinogradArgs a = describe(op, "like", like, gradient);
+  WinogradArgs a = describe(op, "y", y, gradient);
   NVAE_CHECK(tiles.dim() == 3 && tiles.scalar_type() == ScalarType::Float, op,
              ": tiles must be float32 of shape (36, tiles, C), got ",
              torch::headeronly::toString(tiles.scalar_type()), " of shape ", shape_text(tiles));
-  a.channels = tiles.size(2);
   check_shape(op, "tiles", tiles, {kWinogradPoints, a.count(), a.channels});
+  NVAE_CHECK(as_contiguous(y, true).const_data_ptr() == y.const_data_ptr(), op,
+             ": y must be contiguous in channels_last");
   std::optional<Tensor> wide;
   if (bias) {
     NVAE_CHECK(!gradient, op, ": bias must be None with gradient");
@@ -51,15 +52,13 @@ static Tensor winograd_map(const Tensor& tiles, const std::optional<Tensor>& bia
   }
   const Tensor dense = as_contiguous(tiles);
   a.tiles = const_cast<float*>(static_cast<const float*>(dense.const_data_ptr()));
-  const Tensor map = allocate({a.batches, a.channels, a.height, a.width}, like.scalar_type(), like, true);
-  a.map = map.mutable_data_ptr();
+  a.map = y.mutable_data_ptr();
   const int64_t scratch = gradient ? kWinogradPatch * (a.width + 2) * kWinogradGroup : 0;
-  if (map.numel() > 0)
+  if (y.numel() > 0)
     parallel_for(0, a.batches * a.groups(), 1, [&](int64_t begin, int64_t end) {
       const auto memory = doubles(scratch / 2 + 1);
       NVAE_CALL(winograd_map, a, reinterpret_cast<float*>(memory.get()), begin, end);
     });
-  return map;
 }
 
 }  // namespace nvae

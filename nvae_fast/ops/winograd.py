@@ -35,6 +35,9 @@ _P, _Q = (
 # With fewer channels or tiles the transforms cost more than they save. The direct convolution of bfloat16 maps is slower.
 _MIN_CHANNELS = {torch.float32: 24, torch.bfloat16: 16}
 _MIN_TILES = 32
+_MAX_BYTES = 10 * 2**20  # of the tiles of one float32 image: beyond that they leave the cache
+_PART_BYTES = 4 * 2**20  # of the tiles that a thread has at a time
+_PART_TILES = 128  # at least, for products that are not slow
 
 
 def _matrices() -> tuple[tuple[tuple[float, ...], ...], ...]:
@@ -79,15 +82,14 @@ def _tiles(x: Tensor, gradient: bool) -> Tensor:
     return matrix @ patches
 
 
-def _map(tiles: Tensor, bias: Tensor | None, like: Tensor, gradient: bool) -> Tensor:
-    b, _, h, w = like.shape
+def _map(tiles: Tensor, bias: Tensor | None, y: Tensor, gradient: bool) -> None:
+    b, _, h, w = y.shape
     size = PATCH if gradient else TILE
     matrix = _both(B, tiles) if gradient else _both(A, tiles).t()
     patches = torch.einsum("pk,ktc->ctp", matrix, tiles)
     patches = patches.reshape(tiles.shape[2], b, h * w // TILE**2, size * size).permute(1, 0, 3, 2)
-    y = F.fold(patches.flatten(1, 2), (h, w), size, padding=1 if gradient else 0, stride=TILE)
-    y = y if bias is None else y + bias.float()[:, None, None]
-    return y.to(like.dtype).contiguous(memory_format=torch.channels_last)
+    made = F.fold(patches.flatten(1, 2), (h, w), size, padding=1 if gradient else 0, stride=TILE)
+    y.copy_(made if bias is None else made + bias.float()[:, None, None])
 
 
 tiles = define_kernel(
@@ -97,16 +99,7 @@ tiles = define_kernel(
         x.shape[0] * x.shape[2] * x.shape[3] // TILE**2, PATCH**2, x.shape[1], dtype=torch.float32
     ),
 )
-map_of = define_kernel(
-    "winograd_map",
-    _map,
-    fake=lambda tiles, bias, like, gradient: torch.empty(
-        (like.shape[0], tiles.shape[2], *like.shape[2:]),
-        dtype=like.dtype,
-        device=like.device,
-        memory_format=torch.channels_last,
-    ),
-)
+put_map = define_kernel("winograd_map", _map, fake=lambda *_: None, mutates=("y",))
 
 
 @functools.cache
@@ -131,12 +124,32 @@ def weight_gradient(u: Tensor) -> Tensor:
 
 def convolve(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
     """The convolution with transformed ``weights``, in the dtype and memory format of x. Not differentiable."""
-    made = torch.bmm(tiles(x, False).transpose(0, 1), weights.transpose(1, 2))
-    return _in_format_of(x, map_of(made, bias, x, False))
+    shape = x.shape[0], weights.shape[1], *x.shape[2:]
+    y = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    size = _images(x, weights)
+    for images, results in zip(x.split(size), y.split(size), strict=True):
+        put_map(
+            torch.bmm(tiles(images, False).transpose(0, 1), weights.transpose(1, 2)), bias, results, False
+        )
+    return _in_format_of(x, y)
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
     return y if x.is_contiguous(memory_format=torch.channels_last) else y.contiguous()
+
+
+def _bytes(x: Tensor, channels: int) -> int:
+    """Bytes of the tiles of one image, for the wider of two maps."""
+    return 4 * PATCH**2 * (x.shape[2] * x.shape[3] // TILE**2) * channels
+
+
+def _images(x: Tensor, weights: Tensor) -> int:
+    """Return how many images to compute at a time, so that their tiles stay in the cache."""
+    per_image = x.shape[2] * x.shape[3] // TILE**2
+    most = _PART_BYTES * torch.get_num_threads() // _bytes(x, max(weights.shape[1:]))
+    most = max(most, -(-_PART_TILES // per_image), 1)
+    parts = -(-x.shape[0] // most)
+    return -(-x.shape[0] // max(parts, 1)) or 1
 
 
 def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
@@ -165,6 +178,7 @@ def computes(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> 
         x.dtype == weight.dtype == torch.float32
         and x.device.type == "cpu"
         and fits(x, weight, geometry)
+        and _bytes(x, max(weight.shape[:2])) <= _MAX_BYTES
         and not torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and not torch.is_autocast_enabled("cpu")
@@ -204,13 +218,7 @@ class _Conv2d(torch.autograd.Function):
                     (need_x, need_weight, need_bias),
                 )  # fmt: skip
             else:
-                made = tiles(grad, True) if need_x or need_weight else grad
-                if need_x:
-                    products = torch.bmm(made.transpose(0, 1), transformed(weight.float()))
-                    to_x = _in_format_of(x, map_of(products, None, x, True))
-                if need_weight:
-                    u = torch.bmm(made.permute(1, 2, 0), tiles(x, False).transpose(0, 1))
-                    to_weight = weight_gradient(u)
+                to_x, to_weight = _gradients(grad, x, weight.float(), need_x, need_weight)
                 if need_bias:
                     to_bias = grad.sum((0, 2, 3), dtype=torch.float32)
         return (
@@ -218,3 +226,26 @@ class _Conv2d(torch.autograd.Function):
             None if to_weight is None else to_weight.to(weight.dtype),
             None if to_bias is None else to_bias.to(ctx.bias_dtype),
         )
+
+
+def _gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, need_x: bool, need_weight: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    if not (need_x or need_weight):
+        return None, None
+    weights = transformed(weight)
+    to_x = torch.empty_like(x, memory_format=torch.channels_last) if need_x else None
+    total = torch.zeros_like(weights) if need_weight else None
+    size = _images(x, weights)
+    for i in range(0, x.shape[0], size):
+        made = tiles(grad[i : i + size], True)
+        if to_x is not None:
+            put_map(torch.bmm(made.transpose(0, 1), weights), None, to_x[i : i + size], True)
+        if total is not None:
+            total.baddbmm_(
+                made.permute(1, 2, 0), tiles(x[i : i + size], False).transpose(0, 1), beta=float(i > 0)
+            )
+    return (
+        None if to_x is None else _in_format_of(x, to_x),
+        None if total is None else weight_gradient(total),
+    )

@@ -311,10 +311,12 @@ def winograd_tiles(d: Draw) -> list[Any]:
 
 
 def winograd_map(d: Draw) -> list[Any]:
-    like, gradient, c = _winograd(d), d.chance(0.5), d.one(*CHANNELS, 63, 65)
-    b, _, h, w = like.shape
+    y, gradient = _winograd(d), d.chance(0.5)
+    if d.chance(0.9):  # others are refused
+        y = y.contiguous(memory_format=torch.channels_last)
+    b, c, h, w = y.shape
     bias = None if gradient else d.maybe(lambda: d.tensor((c,), d.dtype()))
-    return [d.tensor((36, b * h * w // 16, c), torch.float32), bias, like, gradient]
+    return [d.tensor((36, b * h * w // 16, c), torch.float32), bias, y, gradient]
 
 
 def _weight(d: Draw, dtype: torch.dtype) -> list[Any]:
