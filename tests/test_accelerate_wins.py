@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -95,6 +96,29 @@ def test_the_own_forward_runs_where_it_is_faster(training: bool, table: Any, ker
     with torch.no_grad():
         ours(x)  # in training mode the statistics are those of the batch also without gradients
     assert kernels == [BATCH_NORM] * (2 * training)
+
+
+def test_inference_asks_once_for_each_shape(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(
+        (SWISH, "training", "contiguous", 8, 16, 64, 1.5), (SWISH, "evaluation", "contiguous", 8, 16, 64, 0.9)
+    )
+    model = nf.accelerate(SyncBatchNormSwish(16)).eval()
+    bound = bound_module.bound_forward(model)
+    asked: list[torch.Size] = []
+    assert bound is not None
+    monkeypatch.setattr(type(bound), "pays", lambda self, x: bool(asked.append(x.shape)))
+    with torch.no_grad():
+        for side in (8, 8, 4, 8):
+            model(torch.randn(2, 16, side, side))
+        assert asked == [(2, 16, 8, 8), (2, 16, 4, 4)]
+        for side in range(1, 200):
+            model(torch.randn(1, 16, side, 1))
+        assert len(bound.inference) <= 64
+        twin = copy.deepcopy(model)
+        twin(torch.randn(2, 16, 8, 8))
+    copied = bound_module.bound_forward(twin)
+    assert copied is not None
+    assert copied.inference.keys() == {((2, 16, 8, 8), True)}
 
 
 def test_parts_that_never_win_are_left_with_the_reason(table: Any) -> None:

@@ -48,6 +48,8 @@ class BoundForward:
     part: tuple[str, bool] | None = None
     # Mode -> whether the kernel is faster, where accelerate has measured it.
     measured: Mapping[str, bool] = {}
+    # (shape, is contiguous) -> whether the kernel is faster in inference on a CPU in float32.
+    inference: dict[tuple[torch.Size, bool], bool]
 
     def __init__(
         self,
@@ -62,6 +64,7 @@ class BoundForward:
         self.constants = {} if constants is None else constants
         self.parameters = parameters_of(type(module))
         self.always = always
+        self.inference = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -70,6 +73,20 @@ class BoundForward:
             x = self._only_input(args, kwargs)
             if x is MISSING:
                 return original(self.module, *args, **kwargs)
+        # The most frequent case, which shall cost little: some models have hundreds of parts that are faster as they are.
+        if (
+            not self.always
+            and not self.module.training
+            and not torch.is_grad_enabled()
+            and type(x) is torch.Tensor
+            and x.is_cpu
+            and x.dtype is torch.float32
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+            and not self._pays_in_inference(x)
+        ):
+            return type(self.module).forward(self.module, x)
         if torch.compiler.is_exporting() or torch.jit.is_tracing():
             return original(self.module, x)
         if not self.always and not torch.compiler.is_compiling() and not self.pays(x):
@@ -112,6 +129,15 @@ class BoundForward:
         known = self.measured.get(mode)
         return wins.wins(part, mode, x) if known is None else known
 
+    def _pays_in_inference(self, x: torch.Tensor) -> bool:
+        key = x.shape, x.is_contiguous()
+        known = self.inference.get(key)
+        if known is None:
+            if len(self.inference) >= 64:
+                self.inference.clear()
+            known = self.inference[key] = self.pays(x)
+        return known
+
     def _set_constants(self) -> None:
         for path, values in self.constants.items():
             owner = self.module
@@ -121,7 +147,7 @@ class BoundForward:
                 setattr(owner, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "parameters": None}  # defaults are compared by identity
+        return {**self.__dict__, "parameters": None, "inference": {}}  # defaults are compared by identity
 
     # What torch.export and torch.jit.script read of a forward.
 

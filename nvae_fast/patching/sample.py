@@ -37,6 +37,7 @@ def measure_with(model: nn.Module, sample_input: Any, progress: bool | None) -> 
             bound = bound_forward(part)
             if bound is not None:
                 bound.measured = {mode: ratio >= wins.LEAST for mode, ratio in known[key].items()}
+                bound.inference.clear()
 
 
 def _inputs(model: nn.Module, sample_input: Any) -> dict[str, torch.Tensor]:
