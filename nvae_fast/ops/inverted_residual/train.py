@@ -18,8 +18,8 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
 - 1x1 convolutions and BN commute with nearest upsampling: the expansion runs at low resolution, the depthwise kernel indexes by
   half. Statistics are equal but for the running variance's n / (n - 1), which counts upsampled pixels.
 - Backward, BN1 is linear in (du, a): da = scale du + beta a + const, hence da W = du (scale W) + xhat (W' beta W) + const and
-  da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW). Small maps of many
-  channels do take the pass: there the products with the Gram matrix are the dearer (``_gram_pays``).
+  da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW). For small maps of
+  many channels the pass costs less than the products with the Gram matrix, and is used instead (``_gram_pays``).
 """
 
 from __future__ import annotations
