@@ -1,7 +1,8 @@
-"""``python -m benchmarks.growth``: how the time of a training step grows with batch, resolution, groups, depth, width.
+"""``python -m benchmarks.growth``: growth of a training step with batch, resolution, groups, depth, width and threads.
 
-From one small model each axis is varied alone, reference and this package's path in turns. The slope is that of a
-line through the points in logarithmic scales: 1 is proportional growth, less means a part that does not grow.
+Time and memory. From one small model each axis is varied alone: the reference, torch.compile of it with --compile, and this
+package's path, in turns. The slope is that of a line through the points in logarithmic scales: 1 is proportional growth, less
+means a part that does not grow. Memory is what a step held beyond what was there before.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,13 +22,13 @@ import nvae_fast as nf
 from benchmarks import machine, measure
 from benchmarks.charts import COLOURS
 from benchmarks.model import Bench, Contender, TrainingRun, Workload
-from benchmarks.providers import OURS
+from benchmarks.providers import OURS, time_limit
 from benchmarks.report import headline, write_text
 from benchmarks.timing import Clock, WallClock, interleave
 from nvae_fast.io import atomic_file
 from nvae_fast.training.graph import WARM_UP
 
-PROVIDERS = ("reference", OURS)
+PROVIDERS = ("reference", "torch.compile", OURS)
 # The model that every axis starts from, on a CPU; a GPU has room for a wider one.
 BASE: dict[str, Any] = {
     "dataset": "photos",
@@ -49,6 +51,7 @@ AXES: dict[str, tuple[str, tuple[int, ...]]] = {
     "groups": ("latent groups at the finest scale", (1, 2, 4, 8)),
     "depth": ("cells a group in either tower", (1, 2, 3, 4)),
     "channels": ("channels at full resolution", (1, 2, 4)),
+    "threads": ("CPU threads", (1, 2, 4, 8, 16, 32, 64)),  # as many as there are cores
 }
 
 
@@ -62,6 +65,8 @@ def workload(axis: str, value: int, device: torch.device) -> tuple[int, Workload
         changes["image_size"] = value
     elif axis == "groups":
         changes["num_groups_per_scale"] = value
+    elif axis == "threads":
+        pass  # the setting is the base
     elif axis == "depth":
         changes |= {"num_cell_per_cond_enc": value, "num_cell_per_cond_dec": value}
     else:
@@ -71,16 +76,46 @@ def workload(axis: str, value: int, device: torch.device) -> tuple[int, Workload
     return value, Workload("photos", nf.NVAEConfig(**options), batch, precision)
 
 
-def measure_point(setting: Workload, device: torch.device, seconds: float, rounds: int) -> dict[str, Any]:
-    """{provider: median and quartiles of a step in milliseconds, images a second}."""
+def values_of(axis: str, device: torch.device) -> tuple[int, ...]:
+    """The values of an axis on this machine; none of threads on a GPU."""
+    values = AXES[axis][1]
+    if axis != "threads":
+        return values
+    return tuple(v for v in values if device.type == "cpu" and v <= (os.cpu_count() or 1))
+
+
+def measure_point(
+    setting: Workload, device: torch.device, seconds: float, rounds: int, compile_seconds: float
+) -> dict[str, Any]:
+    """{provider: median and quartiles of a step in milliseconds, images a second, peak memory in bytes}.
+
+    torch.compile is left out where it takes longer than ``compile_seconds``.
+    """
     bench = Bench(setting, device)
     samples: dict[str, Callable[[Clock], None]] = {}
+    peaks: dict[str, int | None] = {}
     for provider in PROVIDERS:
-        contender = Contender(provider, "channels_last", backend="auto" if provider == OURS else "reference")
+        compiled = provider == "torch.compile"
+        if compiled and compile_seconds <= 0:
+            continue
+        backend = "auto" if provider == OURS else "reference"
+        contender = Contender(
+            provider, "channels_last", backend=backend, plain_noise=compiled, compiled=compiled
+        )
+        try:
+            with (
+                contender.context(device),
+                time_limit(compile_seconds if compiled else 0, "compilation"),
+            ):
+                step = TrainingRun(bench, contender, given_noise=False)
+                for _ in range(WARM_UP + 2 if device.type == "cuda" else 1):
+                    step()
+        except Exception:
+            if not compiled:
+                raise
+            continue
         with contender.context(device):
-            step = TrainingRun(bench, contender, given_noise=False)
-            for _ in range(WARM_UP + 2 if device.type == "cuda" else 1):
-                step()
+            peaks[provider] = measure.peak_bytes(step, device)
 
         def sample(clock: Clock, step: TrainingRun = step, contender: Contender = contender) -> None:
             with contender.context(device):
@@ -95,7 +130,8 @@ def measure_point(setting: Workload, device: torch.device, seconds: float, round
     found = {}
     for provider, laps in times.items():
         summary = laps["step"].summary()
-        found[provider] = {**summary, "images_per_s": 1e3 * setting.batch / summary["median_ms"]}
+        rate = 1e3 * setting.batch / summary["median_ms"]
+        found[provider] = {**summary, "images_per_s": rate, "peak_bytes": peaks[provider]}
     return found
 
 
@@ -116,31 +152,48 @@ def run(
     seconds: float = 1.0,
     rounds: int = 3,
     points: int | None = None,
+    compile_seconds: float = 0.0,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """All axes as a document. points: only the first so many of each, for tests."""
+    """All axes as a document. points: only the first so many of each, for tests; compile_seconds: for each point."""
     document = machine.describe(device)
     measure.settle_allocator(device)
-    document["settings"] = {"seconds": seconds, "base": BASE, "tf32": False}
+    document["settings"] = {
+        "seconds": seconds,
+        "compile_seconds": compile_seconds,
+        "base": BASE,
+        "tf32": False,
+    }
     document["axes"] = {}
+    threads = torch.get_num_threads()
     for axis in axes:
-        unit, values = AXES[axis]
         rows = []
-        for factor in values[:points]:
+        for factor in values_of(axis, device)[:points]:
             value, setting = workload(axis, factor, device)
-            timed = measure_point(setting, device, seconds, rounds)
+            if axis == "threads":
+                torch.set_num_threads(value)
+            try:
+                timed = measure_point(setting, device, seconds, rounds, compile_seconds)
+            finally:
+                torch.set_num_threads(threads)
             rows.append({"value": value, "workload": setting.label, "providers": timed})
             say(
                 f"{axis} {value}: "
                 + ", ".join(f"{name} {entry['median_ms']:.1f} ms" for name, entry in timed.items())
             )
         slopes = {
-            provider: slope([(row["value"], row["providers"][provider]["median_ms"]) for row in rows])
-            for provider in PROVIDERS
+            what: {provider: slope(_points(rows, provider, what)) for provider in PROVIDERS}
+            for what in ("median_ms", "peak_bytes")
         }
-        say(f"{axis}: slope " + ", ".join(f"{name} {_shown(value)}" for name, value in slopes.items()))
-        document["axes"][axis] = {"unit": unit, "points": rows, "slopes": slopes}
+        for what, found in slopes.items():
+            say(f"{axis}: slope of {what} {', '.join(f'{name} {_shown(s)}' for name, s in found.items())}")
+        document["axes"][axis] = {"unit": AXES[axis][0], "points": rows, "slopes": slopes}
     return document
+
+
+def _points(rows: list[dict[str, Any]], provider: str, what: str) -> list[tuple[float, float]]:
+    found = ((row["value"], row["providers"].get(provider, {}).get(what)) for row in rows)
+    return [(x, y) for x, y in found if y]
 
 
 def _shown(value: float | None) -> str:
@@ -148,40 +201,49 @@ def _shown(value: float | None) -> str:
 
 
 def plot(document: dict[str, Any], path: Path) -> None:
-    """A panel for each axis, both scales logarithmic, quartiles as whiskers."""
+    """Time above memory, a column for each axis, both scales logarithmic, quartiles as whiskers."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    axes = document["axes"]
-    figure = Figure(figsize=(4.2 * len(axes), 3.6), layout="constrained")
+    axes = {name: entry for name, entry in document["axes"].items() if entry["points"]}
+    figure = Figure(figsize=(3.4 * len(axes), 6.4), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (name, entry) in enumerate(axes.items()):
-        panel = figure.add_subplot(1, len(axes), index + 1)
-        for provider in PROVIDERS:
-            rows = [(row["value"], row["providers"][provider]) for row in entry["points"]]
-            medians = [timed["median_ms"] for _, timed in rows]
-            whiskers = [
-                [timed["median_ms"] - timed["lower_quartile_ms"] for _, timed in rows],
-                [timed["upper_quartile_ms"] - timed["median_ms"] for _, timed in rows],
-            ]
-            label = f"{provider}, slope {_shown(entry['slopes'][provider])}"
-            panel.errorbar(
-                [value for value, _ in rows],
-                medians,
-                yerr=whiskers,
-                marker="o",
-                capsize=3,
-                label=label,
-                color=COLOURS[provider],
-            )
-        panel.set_xscale("log", base=2)
-        panel.set_yscale("log")
-        panel.set_title(name, fontsize=10)
-        panel.set_xlabel(entry["unit"], fontsize=8)
-        panel.set_ylabel("training step, ms", fontsize=8)
-        panel.tick_params(labelsize=7)
-        panel.legend(fontsize=7)
-    figure.suptitle(headline(document), fontsize=9)
+    for column, (name, entry) in enumerate(axes.items()):
+        for row, (what, unit, scale) in enumerate(
+            (("median_ms", "training step, ms", 1), ("peak_bytes", "peak memory, MiB", 2**20))
+        ):
+            panel = figure.add_subplot(2, len(axes), row * len(axes) + column + 1)
+            for provider in PROVIDERS:
+                points = _points(entry["points"], provider, what)
+                if not points:
+                    continue
+                timed = [p["providers"][provider] for p in entry["points"] if provider in p["providers"]]
+                whiskers = None
+                if what == "median_ms":
+                    whiskers = [
+                        [t["median_ms"] - t["lower_quartile_ms"] for t in timed],
+                        [t["upper_quartile_ms"] - t["median_ms"] for t in timed],
+                    ]
+                panel.errorbar(
+                    [x for x, _ in points],
+                    [y / scale for _, y in points],
+                    yerr=whiskers,
+                    marker="o",
+                    capsize=3,
+                    label=f"{provider}, slope {_shown(entry['slopes'][what][provider])}",
+                    color=COLOURS[provider],
+                )
+            panel.set_xscale("log", base=2)
+            panel.set_yscale("log")
+            values = [point["value"] for point in entry["points"]]
+            panel.set_xticks(values, [str(value) for value in values])
+            panel.set_title(name if row == 0 else "", fontsize=11)
+            panel.set_xlabel(entry["unit"], fontsize=9)
+            if column == 0:
+                panel.set_ylabel(unit, fontsize=9)
+            panel.tick_params(labelsize=8)
+            panel.legend(fontsize=7)
+    figure.suptitle(headline(document), fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         figure.savefig(file, dpi=110, format=path.suffix.removeprefix(".") or None)
@@ -196,6 +258,13 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument(
         "--seconds", type=float, default=1.0, help="measuring time of a point, seconds (default 1)"
     )
+    p.add_argument(
+        "--compile",
+        type=float,
+        default=0.0,
+        metavar="SECONDS",
+        help="measure torch.compile too, at points where it compiles within that time (default 0: not)",
+    )
     p.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     p.add_argument("--plot", type=Path, metavar="PATH", help="draw the curves there (.png, .svg or .pdf)")
     arguments = p.parse_args(argv)
@@ -208,6 +277,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"--threads must be at least 1, got {arguments.threads}")
         if arguments.seconds < 0:
             raise ValueError(f"--seconds must not be negative, got {arguments.seconds:g}")
+        if arguments.compile < 0:
+            raise ValueError(f"--compile must not be negative, got {arguments.compile:g}")
         if arguments.plot is not None:
             if arguments.plot.suffix not in (".png", ".svg", ".pdf"):
                 raise ValueError(f"--plot {arguments.plot}: expected a .png, .svg or .pdf file")
@@ -224,6 +295,7 @@ def main(argv: list[str] | None = None) -> int:
         axes,
         device,
         seconds=arguments.seconds,
+        compile_seconds=arguments.compile,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if arguments.json is not None:

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def test_an_axis_changes_one_thing(axis: str):
     settings = [growth.workload(axis, value, CPU) for value in growth.AXES[axis][1]]
     values = [value for value, _ in settings]
-    assert values == sorted(set(values))
+    assert axis == "threads" or values == sorted(set(values))
     flat = [{"batch": w.batch, **dataclasses.asdict(w.config)} for _, w in settings]
     changed = {key for key in flat[0] if len({entry[key] for entry in flat}) > 1}
     pairs = {
@@ -30,6 +30,7 @@ def test_an_axis_changes_one_thing(axis: str):
         "groups": {"num_groups_per_scale"},
         "depth": {"num_cell_per_cond_enc", "num_cell_per_cond_dec"},
         "channels": {"num_channels_enc", "num_channels_dec"},
+        "threads": set(),
     }
     assert changed == pairs[axis]
 
@@ -46,12 +47,30 @@ def test_growth_is_measured_and_drawn(tmp_path: Path):
     for row in entry["points"]:
         assert set(row["providers"]) == {"reference", "nvae_fast"}
         assert all(timed["images_per_s"] > 0 for timed in row["providers"].values())
+        assert all(timed["peak_bytes"] > 0 for timed in row["providers"].values())
+    assert entry["slopes"]["peak_bytes"]["nvae_fast"] == pytest.approx(1, abs=0.3)
     pytest.importorskip("matplotlib")
     growth.plot(document, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").read_bytes()[:4] == b"\x89PNG"
 
 
-@pytest.mark.parametrize("arguments", [["age"], ["--threads", "0"], ["--plot", "a.doc"], ["--seconds", "-1"]])
+def test_threads_are_set_and_put_back(monkeypatch: pytest.MonkeyPatch):
+    seen = []
+    monkeypatch.setattr(
+        growth,
+        "measure_point",
+        lambda *_: seen.append(torch.get_num_threads()) or {"nvae_fast": {"median_ms": 1.0}},
+    )
+    monkeypatch.setattr(growth.os, "cpu_count", lambda: 3)
+    document = growth.run(["threads"], CPU, say=lambda line: None)
+    assert seen == [row["value"] for row in document["axes"]["threads"]["points"]] == [1, 2]
+    assert torch.get_num_threads() == 1
+    assert growth.values_of("threads", torch.device("cuda")) == ()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["age"], ["--compile", "-1"], ["--threads", "0"], ["--plot", "a.doc"], ["--seconds", "-1"]]
+)
 def test_wrong_arguments_are_refused(arguments: list[str]):
     with pytest.raises(SystemExit) as stop:
         growth.main(arguments)
