@@ -28,10 +28,8 @@ from nvae_fast.ops import _backend, _extension
 from nvae_fast.ops._op import define_kernel
 
 TILE, PATCH = 4, 6
-_P, _Q = (
-    5 / 8,
-    3 / 2,
-)  # points, besides their negatives, 0 and infinity; csrc/cpu/winograd.vec.cpp has the same
+# The points, besides their negatives, 0 and infinity. csrc/cpu/winograd.vec.cpp has the same.
+_P, _Q = 5 / 8, 3 / 2
 # With fewer channels or tiles the transforms cost more than they save. The direct convolution of bfloat16 maps is slower.
 _MIN_CHANNELS = {torch.float32: 24, torch.bfloat16: 16}
 _MIN_TILES = 32
