@@ -1,4 +1,4 @@
-"""Whole training steps (forward, loss, regularisers, backward, Adamax) and sampling, of the published
+"""Whole training steps (forward, loss, regularisers, backward, Adamax), sampling and evaluation, of the published
 settings.
 
 On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast. On a CPU they are scaled down
@@ -37,6 +37,7 @@ from nvae_fast.training.graph import WARM_UP
 CASES = {
     "training_step": "forward, loss, regularisers, backward and Adamax",
     "sampling": "images from the prior",
+    "evaluation": "the bound of images without gradients",
 }
 MODULE = "model"
 SEED, TEMPERATURE, COEFFICIENT, REGULARIZER = 5, 0.7, 0.5, 1e-2
@@ -243,6 +244,11 @@ class Bench:
                 model = RandnNoise(model)
         return model
 
+    def images_for(self, contender: Contender | None) -> torch.Tensor:
+        if contender is None:
+            return self.images.double()
+        return self.images.contiguous(memory_format=MEMORY_FORMATS[contender.memory_format])
+
     def step(self, model: nn.Module, *, double: bool = False, graph: bool = False) -> Step:
         autocast = "bf16" if self.workload.precision == "bfloat16" and not double else None
         config = TrainingConfig(
@@ -261,10 +267,7 @@ class TrainingRun:
             _give_noise(self, bench, contender, double)
         self.model.train()
         self.step = bench.step(self.model, double=double, graph=contender is not None and contender.captured)
-        layout = MEMORY_FORMATS[contender.memory_format] if contender else torch.contiguous_format
-        self.images = bench.images.to(torch.float64 if double else torch.float32).contiguous(
-            memory_format=layout
-        )
+        self.images = bench.images_for(contender)
 
     def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
         """(loss, all gradients as one vector)."""
@@ -314,6 +317,34 @@ class SamplingRun:
         self.model.likelihood(self.logits()).sample(temperature=TEMPERATURE, seed=SEED)
 
 
+class EvaluationRun:
+    """The negative bound of an image batch with one contender (None: the float64 truth), this package's model frozen."""
+
+    def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
+        double = contender is None
+        self.model = bench.build(contender, double=double).eval()
+        if given_noise:
+            _give_noise(self, bench, contender, double)
+        elif contender is not None and contender.provider == OURS:
+            self.model = nf.freeze(self.model)
+        self.device = bench.device
+        self.autocast = bench.workload.precision == "bfloat16" and not double
+        self.images = bench.images_for(contender)
+
+    @torch.no_grad()
+    def __call__(self) -> torch.Tensor:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.autocast):
+            out = self.model(self.images, seed=SEED)
+        logits = out.logits if out.logits.dtype == torch.float64 else out.logits.float()
+        loss: torch.Tensor = self.model.reconstruction_loss(logits, self.images) + out.kl.sum(1)
+        return loss
+
+    def gate(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss of every image, nothing)."""
+        loss = self()
+        return loss, loss.new_zeros(1)
+
+
 def _give_noise(run: Any, bench: Bench, contender: Contender | None, double: bool) -> None:
     """The same noise for the truth and for a contender with a generator of its own."""
     if not isinstance(run.model, RandnNoise):
@@ -321,7 +352,8 @@ def _give_noise(run: Any, bench: Bench, contender: Contender | None, double: boo
     run.model.given = [eps.double() if double else eps for eps in bench.noise]
 
 
-_RUNS = {"training_step": TrainingRun, "sampling": SamplingRun}
+_RUNS = {"training_step": TrainingRun, "sampling": SamplingRun, "evaluation": EvaluationRun}
+_LAPS = {"training_step": "step", "sampling": "sample", "evaluation": "pass"}
 
 
 class Budget(Protocol):
@@ -432,9 +464,7 @@ def _judge(actual: Any, expected: Any, precision: str) -> dict[str, Any]:
     }
 
 
-def _costs(
-    run: Callable[[], None], contender: Contender, device: torch.device, before: int
-) -> dict[str, Any]:
+def _costs(run: Callable[[], Any], contender: Contender, device: torch.device, before: int) -> dict[str, Any]:
     """Peak memory, operator calls or kernels and launches. before: bytes held on the GPU before ``run`` was built.
 
     On the GPU the peak holds model and optimizer too, and what a capture keeps: a replay alone allocates nothing.
@@ -456,15 +486,13 @@ def _costs(
 
 
 def _sampler(
-    run: Callable[[], None], contender: Contender, device: torch.device, case: str
+    run: Callable[[], Any], contender: Contender, device: torch.device, case: str
 ) -> Callable[[Clock], None]:
-    lap = {"training_step": "step", "sampling": "sample"}[case]
-
     def sample(clock: Clock) -> None:
         with contender.context(device):
             clock.start()
             run()
-            clock.lap(lap)
+            clock.lap(_LAPS[case])
 
     return sample
 

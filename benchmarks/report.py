@@ -64,11 +64,12 @@ Whole models, each provider in its faster memory format. Peak memory on a CPU is
 beyond what was there before, on a GPU model and optimizer too."""
 OURS = "nvae_fast"
 PYTORCH = ("reference", "torch.compile", "library")
-MODELS = ("training_step", "sampling")
+MODELS = ("training_step", "sampling", "evaluation")
 # The rows of README: (case, how the workload begins). The last one is slower than PyTorch.
 SUMMARY = (
     ("training_step", "cifar10"),
     ("sampling", "cifar10"),
+    ("evaluation", "cifar10"),
     ("inverted_residual_cell", "B32"),
     ("residual_normal", "B32"),
     ("weight_norm", "Out40"),

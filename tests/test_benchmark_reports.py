@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -155,11 +156,20 @@ def test_the_table_comes_from_the_results(folder: Path, results: dict):
 
 
 def timed_row(case: str, workload: str, provider: str, ms: float) -> dict:
-    timed = {"median_ms": ms, "lower_quartile_ms": ms, "upper_quartile_ms": ms}
+    timed = {"median_ms": ms, "lower_quartile_ms": ms, "upper_quartile_ms": ms, "samples": 9}
     return dict(
         case=case, module="", workload=workload, dtype="float32", provider=provider, memory_format="NCHW", status="ok",
         reason="", passes={"forward": timed},
     )  # fmt: skip
+
+
+def test_the_interval_of_a_speedup() -> None:
+    rows = [timed_row("elu", "B32", "reference", 3.0), timed_row("elu", "B32", "nvae_fast", 2.0)]
+    (timed,) = (row["passes"]["forward"] for row in rows[1:])
+    timed |= {"lower_quartile_ms": 1.9, "upper_quartile_ms": 2.1, "samples": 25}
+    half = 1.96 * 0.93 * 0.2 / 5 / 2.0  # relative
+    assert report.speedup_cell(rows) == f"1.50x [{1.5 * math.exp(-half):.2f} {1.5 * math.exp(half):.2f}]"
+    assert report.speedup_cell(rows[:1]) == report.NONE
 
 
 def test_readme_has_a_few_rows_with_those_that_lose(results: dict, tmp_path: Path) -> None:
@@ -175,7 +185,7 @@ def test_readme_has_a_few_rows_with_those_that_lose(results: dict, tmp_path: Pat
     head, table, slower = text.split("\n\n")
     assert head.replace("\n", " ") == f"Measured on {report.headline(results)}."
     assert table.splitlines()[2:] == [
-        "| weight_norm Out40 In128 K3 | library, 0.500 [0.000] | 1.00 [0.00] | 0.50x |"
+        "| weight_norm Out40 In128 K3 | library, 0.500 [0.000] | 1.00 [0.00] | 0.50x [0.50 0.50] |"
     ]
     assert slower == "Slower than PyTorch there: weight_norm Out40 In128 K3 (0.50x)."
     readme, page = tmp_path / "README.md", tmp_path / "page.md"
@@ -279,7 +289,13 @@ def test_the_command_for_the_chart(results: dict, tmp_path: Path, capsys: pytest
 
 def test_whole_models_have_a_table_of_their_own(results: dict):
     def row(provider: str, layout: str, ms: float, **more: object) -> dict:
-        timed = {"median_ms": ms, "lower_quartile_ms": ms, "upper_quartile_ms": ms, "images_per_s": 8e3 / ms}
+        timed = {
+            "median_ms": ms,
+            "lower_quartile_ms": ms,
+            "upper_quartile_ms": ms,
+            "samples": 9,
+            "images_per_s": 8e3 / ms,
+        }
         return {
             **dict(
                 case="training_step",

@@ -15,7 +15,7 @@ import nvae_fast as nf
 from benchmarks import model, run
 from benchmarks.case import modules, select
 from benchmarks.providers import Random, candidates, time_limit
-from benchmarks.timing import CpuClock, Series, interleave
+from benchmarks.timing import CpuClock, Series, interleave, median_ratio, take_turns
 
 OPS_FOLDER = Path(nf.__file__).parent / "ops"
 
@@ -107,6 +107,24 @@ def test_summary_of_a_series():
     assert Series([0.002]).summary()["upper_quartile_ms"] == pytest.approx(2)
 
 
+def test_ratios_of_rounds():
+    """A slow phase takes both of a round; the interval is that of the sign test."""
+    slow = [1.0] * 20 + [3.0] * 5
+    ratios = [1.5 + 0.01 * (i - 12) for i in range(25)]
+    found = median_ratio(Series([x * r for x, r in zip(slow, ratios, strict=True)]), Series(slow))
+    assert found == pytest.approx((1.5, ratios[7], ratios[17]))
+    assert median_ratio(Series([3.0]), Series([2.0])) == (1.5, 1.5, 1.5)
+
+
+def test_runs_take_turns():
+    order: list[str] = []
+    times = take_turns({name: lambda name=name: order.append(name) for name in "ab"}, 3)
+    assert order == ["a", "b"] * 4  # the first round warms up
+    assert [len(times[name].seconds) for name in "ab"] == [3, 3]
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        take_turns({"a": lambda: 1 / 0}, 1)
+
+
 @pytest.mark.skipif(
     threading.current_thread() is not threading.main_thread(), reason="signals arrive in the main thread"
 )
@@ -132,10 +150,10 @@ def test_a_time_limit_interrupts_even_what_wraps_errors():
 
 def test_whole_steps_and_sampling_pass_their_gate(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(model, "MEMORY_FORMATS", {"contiguous": torch.contiguous_format})
-    rows = tiny_run(["training_step", "sampling"])["rows"]
+    rows = tiny_run(list(model.CASES))["rows"]
     assert not [row["reason"] for row in rows if row["status"] == "failed"]
     timed = {(row["case"], row["provider"]) for row in rows if row["status"] == "ok"}
-    for case, lap in (("training_step", "step"), ("sampling", "sample")):
+    for case, lap in model._LAPS.items():
         assert {(case, "reference"), (case, "library")} <= timed
         row = next(row for row in rows if row["case"] == case and row["provider"] == "reference")
         assert row["passes"][lap]["images_per_s"] > 0

@@ -117,4 +117,4 @@ def test_the_models_module_runs_its_cases(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_module("benchmarks.model", run_name="__main__")
     assert end.value.code == 0
-    assert seen == [["--quick", "training_step", "sampling"]]
+    assert seen == [["--quick", *model.CASES]]
