@@ -224,25 +224,23 @@ class Bench:
         self.images = images.to(device)
         self.noise = [torch.randn(workload.batch, *shape).to(device) for shape in c.z_shapes]
 
-    def build(self, contender: Contender | None = None, *, double: bool = False) -> nn.Module:
-        """A copy of the model, as the contender has it."""
+    def build(self, contender: Contender | None) -> nn.Module:
+        """A copy of the model, as the contender has it; in float64 without one."""
         model: nn.Module = copy.deepcopy(self.model)
-        if double:
+        if contender is None:
             model = model.double()
             # The spectral estimate is a float32 power iteration whatever the weights are.
             model.spectral.float().register_forward_pre_hook(
                 lambda _, args: ({name: weight.float() for name, weight in args[0].items()},)
             )
-        if contender is not None:
-            model = model.to(memory_format=MEMORY_FORMATS[contender.memory_format])
-            if contender.compiled:
-                # Cell by cell: cells of one kind share a graph, where the whole model is too large a one.
-                for part in model.modules():
-                    if isinstance(part, (ResidualCell, FlowCell)):
-                        part.compile(dynamic=False)
-            if contender.plain_noise:
-                model = RandnNoise(model)
-        return model
+            return model
+        model = model.to(memory_format=MEMORY_FORMATS[contender.memory_format])
+        if contender.compiled:
+            # Cell by cell: cells of one kind share a graph, where the whole model is too large a one.
+            for part in model.modules():
+                if isinstance(part, (ResidualCell, FlowCell)):
+                    part.compile(dynamic=False)
+        return RandnNoise(model) if contender.plain_noise else model
 
     def images_for(self, contender: Contender | None) -> torch.Tensor:
         if contender is None:
@@ -262,9 +260,9 @@ class TrainingRun:
 
     def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
         double = contender is None
-        self.model = bench.build(contender, double=double)
+        self.model = bench.build(contender)
         if given_noise:
-            _give_noise(self, bench, contender, double)
+            _give_noise(self, bench, double)
         self.model.train()
         self.step = bench.step(self.model, double=double, graph=contender is not None and contender.captured)
         self.images = bench.images_for(contender)
@@ -288,9 +286,9 @@ class SamplingRun:
 
     def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
         double = contender is None
-        self.model = bench.build(contender, double=double).eval()
+        self.model = bench.build(contender).eval()
         if given_noise:
-            _give_noise(self, bench, contender, double)
+            _give_noise(self, bench, double)
         self.batch, self.device = bench.workload.batch, bench.device
         self.autocast = bench.workload.precision == "bfloat16" and not double
         self.sampler = None
@@ -322,9 +320,9 @@ class EvaluationRun:
 
     def __init__(self, bench: Bench, contender: Contender | None, *, given_noise: bool) -> None:
         double = contender is None
-        self.model = bench.build(contender, double=double).eval()
+        self.model = bench.build(contender).eval()
         if given_noise:
-            _give_noise(self, bench, contender, double)
+            _give_noise(self, bench, double)
         elif contender is not None and contender.provider == OURS:
             self.model = nf.freeze(self.model)
         self.device = bench.device
@@ -345,7 +343,7 @@ class EvaluationRun:
         return loss, loss.new_zeros(1)
 
 
-def _give_noise(run: Any, bench: Bench, contender: Contender | None, double: bool) -> None:
+def _give_noise(run: Any, bench: Bench, double: bool) -> None:
     """The same noise for the truth and for a contender with a generator of its own."""
     if not isinstance(run.model, RandnNoise):
         run.model = RandnNoise(run.model)
