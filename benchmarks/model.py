@@ -1,5 +1,4 @@
-"""Whole training steps (forward, loss, regularisers, backward, Adamax), sampling and evaluation, of the published
-settings.
+"""Training steps (forward, loss, regularisers, backward, Adamax), sampling and evaluation of the published settings.
 
 On a GPU they are the settings themselves at their batch per GPU, in bfloat16 autocast. On a CPU they are scaled down
 by one rule (`scaled`) so that a step takes about half a second, in float32, and those of `BFLOAT16` in bfloat16 autocast
