@@ -54,9 +54,10 @@ def composed() -> None:
     plane_affine(x, torch.ones(2, 4, requires_grad=True)).sum().backward()
     # Called between processes and on a GPU; on a CPU alone C++ calls its body.
     channels = [torch.rand(4) for _ in range(5)]
-    # Convolutions of bfloat16 maps, on processors that multiply such numbers slowly.
-    weight = winograd.transformed(torch.randn(3, 4, 3, 3))
-    winograd.convolve(torch.randn(2, 4, 8, 8).bfloat16(), weight, torch.randn(3))
+    # 3x3 convolutions of more channels than the model has.
+    x = torch.randn(2, 4, 8, 8, requires_grad=True)
+    winograd.conv2d(x, torch.randn(3, 4, 3, 3, requires_grad=True), torch.randn(3)).sum().backward()
+    winograd.weights(torch.randn(3, 4, 3, 3))
     for layout in (torch.contiguous_format, torch.channels_last):
         maps = [torch.randn(2, 4, 3, 3).contiguous(memory_format=layout) for _ in range(2)]
         torch.ops.nvae_fast.affine_activation_grad(*maps, *channels, "swish")

@@ -32,13 +32,14 @@ PASSES = {
     "affine_activation", "affine_activation_reduce", "affine_activation_grad", "plane_dots",
     "plane_affine_gradients", "squeeze_excite_gradients",
     "batch_norm_coefficients", "batch_norm_corrections", "merge_planes", "gate_coefficients", "gate_gradients",
-    "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine", "adamax", "winograd_tiles", "winograd_map",
+    "spectral_lengths", "spectral_gradients", "depthwise_conv2d_affine", "adamax", "winograd_weights", "winograd_conv2d",
+    "winograd_conv2d_backward",
 }  # fmt: skip
 COMPOSED = {"inverted_residual_cell"}  # a function over other operators, no operator itself
 # Modules whose operators are kernels that public functions call, with the tests of those functions.
 INTERNAL = {
     "adamax": "adamax", "affine_activation": "batch_norm_swish", "spectral_norm": "regularization",
-    "sync_batch_norm_swish": "nn_processes", "wide_conv2d": "wide_conv2d", "winograd": "wide_conv2d",
+    "sync_batch_norm_swish": "nn_processes", "wide_conv2d": "wide_conv2d", "winograd": "winograd",
 }  # fmt: skip
 
 

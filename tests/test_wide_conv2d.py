@@ -80,13 +80,16 @@ def test_products_in_parts(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("channels", "side"), [(16, 16), (48, 12)])
 def test_winograd_runs_where_it_should(channels: int, side: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[bool] = []
-    tiles = winograd.tiles
-    monkeypatch.setattr(winograd, "tiles", lambda x, gradient: calls.append(gradient) or tiles(x, gradient))
+    calls: list[str] = []
+    for name in ("convolve", "_backward"):
+        operator = getattr(winograd, name)
+        monkeypatch.setattr(
+            winograd, name, lambda *args, name=name, operator=operator: calls.append(name) or operator(*args)
+        )
     x, weight, bias = operands((4, channels, side, side), channels, 3, 1, LAST)
     y = wide_conv2d.conv2d(x, weight, bias, 1, 1)
     torch.autograd.grad(y, (x, weight, bias), torch.ones_like(y))
-    assert calls == [False, True, False]
+    assert calls == ["convolve", "_backward"]
 
 
 def test_second_derivatives() -> None:
@@ -163,71 +166,3 @@ def test_only_bfloat16_on_a_slow_processor(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.func.vmap(lambda t: t * wide_conv2d.computes(torch.bfloat16, cpu))(torch.ones(1)).item() == 0
     monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: True)
     assert not wide_conv2d.computes(torch.bfloat16, cpu)
-
-
-# The transforms
-
-
-@pytest.mark.parametrize("gradient", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [(2, 37, 8, 12), (1, 64, 4, 4), (2, 130, 4, 8), (3, 1, 16, 4), (0, 5, 4, 4)])
-def test_transforms(size: tuple[int, ...], dtype: torch.dtype, gradient: bool) -> None:
-    """The kernels and the formulas, which are written with matrices."""
-    torch.manual_seed(4)
-    x = torch.randn(size).to(dtype)
-    made = winograd.tiles(x.contiguous(memory_format=LAST), gradient)
-    torch.testing.assert_close(made, winograd._tiles(x, gradient), rtol=1e-5, atol=1e-4)
-    assert torch.equal(winograd.tiles(x, gradient), made)
-    points = torch.randn(36, made.shape[0], 21)
-    bias = None if gradient else torch.randn(21)
-    y, expected = (torch.empty(size[0], 21, *size[2:], dtype=dtype, memory_format=LAST) for _ in range(2))
-    winograd.put_map(points, bias, y, gradient)
-    winograd._map(points, bias, expected, gradient)
-    torch.testing.assert_close(y, expected, rtol=1e-5 if dtype == torch.float32 else 8e-3, atol=2e-4)
-
-
-def test_transforms_of_weights() -> None:
-    """F(4x4, 3x3) is exact: the products of one tile in float64."""
-    torch.manual_seed(5)
-    weight = torch.randn(3, 2, 3, 3)
-    u = winograd.transformed(weight)
-    matrix = torch.tensor(winograd.G, dtype=torch.float64)
-    expected = torch.einsum("ik,ockl,jl->ijoc", matrix, weight.double(), matrix).reshape(36, 3, 2)
-    assert_close(u, expected, 1e-6)
-    other = torch.randn(36, 3, 2)
-    inner = (winograd.weight_gradient(other) * weight).sum(), (other * u).sum()
-    torch.testing.assert_close(*inner)
-
-
-def test_what_the_kernels_refuse() -> None:
-    ops, x = torch.ops.nvae_fast, torch.zeros(2, 3, 4, 8).contiguous(memory_format=LAST)
-    for call, message in (
-        (
-            lambda: ops.winograd_tiles(torch.zeros(3, 4, 4), False),
-            r"winograd_tiles: x must have shape \(B, C, H, W\)",
-        ),
-        (
-            lambda: ops.winograd_tiles(x[..., :7], False),
-            "x must have a height and a width that are multiples of 4",
-        ),
-        (lambda: ops.winograd_tiles(x.double(), True), "x must be float32 or bfloat16, got Double"),
-        (
-            lambda: ops.winograd_map(torch.zeros(36, 3, 3), None, x, False),
-            r"tiles must have shape \(36, 4, 3\)",
-        ),
-        (lambda: ops.winograd_map(torch.zeros(36, 4), None, x, False), r"of shape \(36, tiles, C\)"),
-        (
-            lambda: ops.winograd_map(torch.zeros(36, 4, 3), None, x.contiguous(), False),
-            "y must be contiguous in channels_last",
-        ),
-        (
-            lambda: ops.winograd_map(torch.zeros(36, 4, 3), torch.zeros(2), x, False),
-            r"bias must have shape \(3,\)",
-        ),
-        (
-            lambda: ops.winograd_map(torch.zeros(36, 4, 3), torch.zeros(3), x, True),
-            "bias must be None with gradient",
-        ),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            call()

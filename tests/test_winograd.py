@@ -27,11 +27,14 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """``gradient`` of every transform of a map."""
-    found: list[bool] = []
-    tiles = winograd.tiles
-    monkeypatch.setattr(winograd, "tiles", lambda x, gradient: found.append(gradient) or tiles(x, gradient))
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The operators that were called."""
+    found: list[str] = []
+    for name in ("convolve", "_backward", "weights"):
+        operator = getattr(winograd, name)
+        monkeypatch.setattr(
+            winograd, name, lambda *args, name=name, operator=operator: found.append(name) or operator(*args)
+        )
     return found
 
 
@@ -72,14 +75,14 @@ def test_values_and_gradients_lose_little_more_than_those_of_pytorch(channels: i
         assert found < max(2.5 * of_pytorch, 8 * torch.finfo(torch.float32).eps)
 
 
-def test_gradients_that_are_not_wanted_are_not_computed(calls: list[bool]) -> None:
+def test_gradients_that_are_not_wanted_are_not_computed(calls: list[str]) -> None:
     x, weight, bias = operands()
-    for wanted, transforms in ((x, [True]), (weight, [True, False]), (bias, [])):
+    for wanted, made in ((x, ["_backward"]), (weight, ["_backward"]), (bias, [])):
         y = winograd.conv2d(*(t if t is wanted else t.detach() for t in (x, weight, bias)))
         calls.clear()
         (found,) = torch.autograd.grad(y.sum(), wanted)
         assert found.shape == wanted.shape
-        assert calls == transforms
+        assert calls == made
 
 
 def test_without_bias() -> None:
@@ -142,22 +145,23 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_modules(frozen: bool, calls: list[bool]) -> None:
+def test_modules(frozen: bool, calls: list[str]) -> None:
     torch.manual_seed(8)
     conv: Any = WeightNormConv2d(32, 40, 3)
     conv = nf.freeze(conv) if frozen else conv
     x, _, _ = operands()
     x = x.detach()
     y = conv(x)
-    assert calls == [False]
+    assert calls == (["weights", "convolve"] if frozen else ["convolve"])
+    calls.clear()
     with nf.use_backend("reference"):
         expected = conv(x)
-    assert calls == [False]
+    assert not calls
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
     assert y.stride() == expected.stride()
 
 
-def test_functional_transforms_use_pytorch(calls: list[bool]) -> None:
+def test_functional_transforms_use_pytorch(calls: list[str]) -> None:
     conv, (x, _, _) = WeightNormConv2d(32, 40, 3), operands()
     x = x.detach()
     torch.func.jvp(conv, (x,), (torch.ones_like(x),))
@@ -167,7 +171,7 @@ def test_functional_transforms_use_pytorch(calls: list[bool]) -> None:
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_models_built_elsewhere(frozen: bool, calls: list[bool]) -> None:
+def test_models_built_elsewhere(frozen: bool, calls: list[str]) -> None:
     torch.manual_seed(9)
     conv, (x, _, _) = foreign.Conv2D(32, 40, 3, padding=1, weight_norm=True), operands()
     x = x.detach()
@@ -177,5 +181,97 @@ def test_models_built_elsewhere(frozen: bool, calls: list[bool]) -> None:
     model = nf.freeze(model) if frozen else model
     calls.clear()
     y = model(x)
-    assert calls == [False]
+    assert calls == (["weights", "convolve"] if frozen else ["convolve"])
     torch.testing.assert_close(y, own, rtol=1e-4, atol=1e-5)
+
+
+# The kernels, and the formulas, which are written with matrices.
+
+SIZES = [(2, 37, 8, 12), (1, 64, 4, 4), (2, 130, 4, 8), (3, 1, 16, 4), (0, 5, 4, 4), (40, 17, 8, 8)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=["last", "first"])
+@pytest.mark.parametrize("size", SIZES)
+def test_kernels(size: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype) -> None:
+    torch.manual_seed(4)
+    x = torch.randn(size).to(dtype).contiguous(memory_format=memory_format)
+    weight, bias = torch.randn(21, size[1], 3, 3) / (9 * size[1]) ** 0.5, torch.randn(21)
+    close = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=8e-3, atol=8e-3)
+    made = winograd.weights(weight)
+    torch.testing.assert_close(made, winograd._weights(weight), rtol=1e-5, atol=1e-6)
+    for given, added in ((weight, bias), (weight, None), (made, bias)):
+        y, expected = winograd.convolve(x, given, added), winograd._conv2d(x, given, added)
+        assert y.dtype == dtype
+        last = x.is_contiguous(memory_format=LAST)  # one channel: it is in both
+        assert y.numel() == 0 or y.is_contiguous(memory_format=LAST if last else torch.contiguous_format)
+        torch.testing.assert_close(y, expected, **close)
+    torch.testing.assert_close(y.float(), direct(x.float(), weight, bias), rtol=1e-2, atol=2e-2)
+    grad = torch.randn(y.shape).to(dtype)
+    for needs in ((True, True, True), (True, False, False), (False, True, False), (False, True, True)):
+        found = winograd._backward(grad, x, weight, *needs)
+        expected = winograd._gradients(grad, x, weight, *needs)
+        for a, e, tolerance in zip(found, expected, (close, None, None), strict=True):
+            scale = max(1.0, e.abs().max().item()) if e.numel() else 1.0
+            torch.testing.assert_close(a, e, **(tolerance or dict(rtol=1e-5, atol=1e-5 * scale)))
+
+
+def test_weights_of_any_layout_and_dtype() -> None:
+    torch.manual_seed(5)
+    weight = torch.randn(19, 35, 3, 3)
+    expected = winograd._weights(weight)
+    wide = torch.randn(19, 35, 3, 6)
+    wide[..., ::2] = weight
+    for given in (
+        weight.contiguous(memory_format=LAST),
+        weight.transpose(0, 1).contiguous().transpose(0, 1),
+        weight.transpose(2, 3).contiguous().transpose(2, 3),
+        wide[..., ::2],
+        weight.double(),
+    ):
+        torch.testing.assert_close(winograd.weights(given), expected, rtol=1e-5, atol=1e-6)
+    x, grad = torch.randn(2, 35, 8, 8), torch.randn(2, 19, 8, 8)
+    torch.testing.assert_close(
+        winograd._backward(grad, x, weight.contiguous(memory_format=LAST), False, True, False)[1],
+        winograd._backward(grad, x, weight, False, True, False)[1],
+    )
+
+
+def test_the_matrices_are_exact() -> None:
+    """F(4x4, 3x3) of one tile in float64."""
+    a, b, g = (torch.tensor(m, dtype=torch.float64) for m in (winograd.A, winograd.B, winograd.G))
+    d, w = torch.randn(6, 6, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)
+    y = a.t() @ ((g @ w @ g.t()) * (b.t() @ d @ b)) @ a
+    torch.testing.assert_close(y, F.conv2d(d[None, None], w[None, None])[0, 0], rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_kernels_refuse() -> None:
+    ops, x = torch.ops.nvae_fast, torch.zeros(2, 3, 4, 8)
+    weight, grad, needs = torch.zeros(5, 3, 3, 3), torch.zeros(2, 5, 4, 8), (True, True, True)
+    for call, message in (
+        (lambda: ops.winograd_conv2d(x[0], weight, None), r"x must have shape \(B, C, H, W\)"),
+        (
+            lambda: ops.winograd_conv2d(x[..., :7], weight, None),
+            "x must have a height and a width that are multiples of 4",
+        ),
+        (lambda: ops.winograd_conv2d(x.double(), weight, None), "x must be float32 or bfloat16, got Double"),
+        (lambda: ops.winograd_conv2d(x[:, :0], weight, None), "x must have channels"),
+        (
+            lambda: ops.winograd_conv2d(x, weight[..., :2], None),
+            r"winograd_conv2d: weight must have shape \(C_out, C_in, 3, 3\)",
+        ),
+        (lambda: ops.winograd_conv2d(x, weight[:, :2], None), r"weight must have shape \(36, 5, 3\)"),
+        (lambda: ops.winograd_conv2d(x, weight, torch.zeros(2)), r"bias must have shape \(5,\)"),
+        (lambda: ops.winograd_conv2d(x, torch.zeros(36, 5, 3).double(), None), "must be float32, got Double"),
+        (lambda: ops.winograd_weights(weight.int()), "weight"),
+        (
+            lambda: ops.winograd_conv2d_backward(grad[:1], x, weight, *needs),
+            r"grad must have shape \(2, 5, 4, 8\)",
+        ),
+        (
+            lambda: ops.winograd_conv2d_backward(grad, x, weight[:, :2], *needs),
+            r"weight must have shape \(5, 3, 3, 3\)",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()

@@ -1,4 +1,5 @@
-// The transforms of Winograd's F(4x4, 3x3) and their adjoints, compiled once per capability: Lavin and Gray, arXiv 1509.09308.
+// The transforms of Winograd's F(4x4, 3x3) and their adjoints, compiled once per capability: Lavin and Gray, arXiv 1509.09308,
+// section 4. Their matrices are written out in nvae_fast/ops/winograd.py.
 #include "winograd.h"
 
 #include "plane_loops.h"
@@ -65,6 +66,32 @@ struct OutputAdjoint {  // A
   }
 };
 
+constexpr float kAtZero = 1 / kProduct, kAtP = 1 / (2 * kPP * (kPP - kQQ)),
+                kAtQ = 1 / (2 * kQQ * (kQQ - kPP));
+struct WeightTransform {  // G
+  static constexpr int in = 3, out = 6;
+  NVAE_INLINE static void run(const V* g, V* t) {
+    const V p_even = V(kAtP) * fma(V(kPP), g[2], g[0]), p_odd = V(kAtP * kP) * g[1];
+    const V q_even = V(kAtQ) * fma(V(kQQ), g[2], g[0]), q_odd = V(kAtQ * kQ) * g[1];
+    t[0] = V(kAtZero) * g[0];
+    t[1] = p_even + p_odd;
+    t[2] = p_even - p_odd;
+    t[3] = q_even + q_odd;
+    t[4] = q_even - q_odd;
+    t[5] = g[2];
+  }
+};
+struct WeightAdjoint {  // G'
+  static constexpr int in = 6, out = 3;
+  NVAE_INLINE static void run(const V* t, V* g) {
+    const V p_sum = V(kAtP) * (t[1] + t[2]), p_difference = t[1] - t[2];
+    const V q_sum = V(kAtQ) * (t[3] + t[4]), q_difference = t[3] - t[4];
+    g[0] = fma(V(kAtZero), t[0], p_sum + q_sum);
+    g[1] = fma(V(kAtP * kP), p_difference, V(kAtQ * kQ) * q_difference);
+    g[2] = fma(V(kPP), p_sum, fma(V(kQQ), q_sum, t[5]));
+  }
+};
+
 // Both dimensions: load(row, column) and store(row, column, value).
 template <class T, class Load, class Store>
 NVAE_INLINE void transform(Load load, Store store) {
@@ -98,9 +125,17 @@ void tiles_of(const WinogradArgs& a, int64_t begin, int64_t end) {
           pixel[i][j] = inside ? map + ((b * a.height + y) * a.width + x) * a.channels : nullptr;
         }
       float* const tile = a.tiles + (task * a.tile_columns() + t) * kWinogradPoints * a.channels;
+      float* const sums = a.sums ? a.sums + task * a.channels : nullptr;
       each_vector<V>(a.channels, [&](int64_t c, int n) {
-        transform<T>([&](int i, int j) { return pixel[i][j] ? load_n<V>(pixel[i][j] + c, n) : V(0.0f); },
-                     [&](int i, int j, V v) { store_n(v, tile + (i * kPatch + j) * a.channels + c, n); });
+        V sum(0.0f);
+        transform<T>(
+            [&](int i, int j) {
+              const V v = pixel[i][j] ? load_n<V>(pixel[i][j] + c, n) : V(0.0f);
+              if (T::in == kTile) sum = sum + v;
+              return v;
+            },
+            [&](int i, int j, V v) { store_n(v, tile + (i * kPatch + j) * a.channels + c, n); });
+        if (sums) store_n(t == 0 ? sum : sum + load_n<V>(sums + c, n), sums + c, n);
       });
     }
   }
@@ -170,6 +205,35 @@ void input_gradients(const WinogradArgs& a, float* scratch, int64_t begin, int64
   }
 }
 
+// The taps of neighbouring columns: adjacent in memory where the weight is in channels_last, else gathered.
+template <bool gradient>
+void weights_of(const WinogradWeights& a, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row)
+    each_vector<V>(a.columns, [&](int64_t c, int n) {
+      float* const taps = a.weight + row * a.row + c * a.column;
+      float* const points = a.points + row * a.columns + c;
+      const int64_t step = a.rows * a.columns;
+      const auto point = [&](int i, int j) { return points + (i * kPatch + j) * step; };
+      const auto tap = [&](int i, int j) { return taps + (i * 3 + j) * a.tap; };
+      float lanes[V::size] = {};
+      if constexpr (gradient)
+        transform<WeightAdjoint>([&](int i, int j) { return load_n<V>(point(i, j), n); },
+                                 [&](int i, int j, V v) {
+                                   if (a.column == 1) return store_n(v, tap(i, j), n);
+                                   v.store(lanes);
+                                   for (int k = 0; k < n; ++k) tap(i, j)[k * a.column] = lanes[k];
+                                 });
+      else
+        transform<WeightTransform>(
+            [&](int i, int j) {
+              if (a.column == 1) return load_n<V>(tap(i, j), n);
+              for (int k = 0; k < n; ++k) lanes[k] = tap(i, j)[k * a.column];
+              return V::load(lanes);
+            },
+            [&](int i, int j, V v) { store_n(v, point(i, j), n); });
+    });
+}
+
 }  // namespace
 
 void winograd_tiles(const WinogradArgs& a, int64_t begin, int64_t end) {
@@ -187,6 +251,10 @@ void winograd_map(const WinogradArgs& a, float* scratch, int64_t begin, int64_t 
     return half ? input_gradients<bf16>(a, scratch, begin, end)
                 : input_gradients<float>(a, scratch, begin, end);
   return half ? outputs<bf16>(a, begin, end) : outputs<float>(a, begin, end);
+}
+
+void winograd_weights(const WinogradWeights& a, bool gradient, int64_t begin, int64_t end) {
+  gradient ? weights_of<true>(a, begin, end) : weights_of<false>(a, begin, end);
 }
 
 }  // namespace NVAE_ISA

@@ -184,7 +184,7 @@ class FrozenConv2d(FrozenModule):
         found: torch.Tensor | None = self._derived.get("winograd")
         if found is None:
             with torch.inference_mode(False):
-                found = self._derived["winograd"] = winograd.transformed(self.weight.float())
+                found = self._derived["winograd"] = winograd.weights(self.weight)
         return found
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:

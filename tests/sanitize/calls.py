@@ -306,17 +306,28 @@ def _winograd(d: Draw) -> Tensor:
     return d.tensor((d.one(*BATCHES), d.one(*CHANNELS, 63, 65), *sides), d.one(torch.float32, torch.bfloat16))
 
 
-def winograd_tiles(d: Draw) -> list[Any]:
-    return [_winograd(d), d.chance(0.5)]
+def _winograd_weight(d: Draw, x: Tensor) -> Tensor:
+    return d.tensor((d.one(*CHANNELS, 63, 65), x.shape[1], 3, 3), d.dtype())
 
 
-def winograd_map(d: Draw) -> list[Any]:
-    y, gradient = _winograd(d), d.chance(0.5)
-    if d.chance(0.9):  # others are refused
-        y = y.contiguous(memory_format=torch.channels_last)
-    b, c, h, w = y.shape
-    bias = None if gradient else d.maybe(lambda: d.tensor((c,), d.dtype()))
-    return [d.tensor((36, b * h * w // 16, c), torch.float32), bias, y, gradient]
+def winograd_weights(d: Draw) -> list[Any]:
+    return [_winograd_weight(d, _winograd(d))]
+
+
+def winograd_conv2d(d: Draw) -> list[Any]:
+    x = _winograd(d)
+    weight = _winograd_weight(d, x)
+    bias = d.maybe(lambda: d.tensor(weight.shape[:1], d.dtype()))
+    if d.chance(0.4):
+        weight = d.tensor((36, *weight.shape[:2]), torch.float32)
+    return [x, weight, bias]
+
+
+def winograd_conv2d_backward(d: Draw) -> list[Any]:
+    x = _winograd(d)
+    weight = _winograd_weight(d, x)
+    grad = d.tensor((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype if d.chance(0.8) else torch.float32)
+    return [grad, x, weight, *d.flags(3)]
 
 
 def _weight(d: Draw, dtype: torch.dtype) -> list[Any]:
