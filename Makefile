@@ -94,7 +94,7 @@ SANITIZE := build/sanitize
 CASES ?= 5000
 CAPABILITIES ?= baseline avx2 avx512
 SANITIZED_TESTS := residual_normal normal_sample normal_log_prob mixture_logistic_kernels depthwise_conv2d batch_norm_swish \
-	squeeze_excite weight_norm weight_norm_many philox channel_statistics plane_affine elu adamax operator_fuzz
+	squeeze_excite weight_norm weight_norm_many philox channel_statistics plane_affine elu adamax winograd operator_fuzz
 CXX_FILE = $$($${CXX:-g++} -print-file-name=$(1))
 sanitize: build
 	NVAE_FAST_SANITIZE=address,undefined NVAE_FAST_NO_CUDA=1 NVAE_FAST_REQUIRE_EXTENSION=1 \
