@@ -63,7 +63,7 @@ Tensor transformed(const char* op, const Tensor& weight) {
 Tensor product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   try {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
   } catch (const std::exception&) {
     fail_to_allocate(static_cast<double>(a.size(0) * a.size(1) * b.size(2)), ScalarType::Float, "cpu");
   }
