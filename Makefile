@@ -8,7 +8,7 @@
 #   make docs     the pages of docs/ and the reference -> build/docs, warnings are errors
 #   make sanitize the C++ operators' tests and random calls under AddressSanitizer and UBSan
 #   make gpu-dry  everything about the GPU that can be proven without one, with a CUDA build of PyTorch in .venv-cuda
-#   make wheel    a wheel for the CPU in dist/, tagged and checked by auditwheel; make wheel-cuda: with CUDA kernels in dist/cuda/
+#   make wheel    a wheel for the CPU in dist/, checked by auditwheel; make wheel-cuda: with CUDA kernels in dist/cuda/
 #   make gpu      on a machine with a GPU: build for it, smoke test, tests, sanitizer, benchmarks
 #   make matrix   one wheel with the supported versions of Python and PyTorch; takes about an hour
 #   make clean    remove what was built, but no environment and no run

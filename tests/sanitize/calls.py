@@ -306,27 +306,25 @@ def _winograd(d: Draw) -> Tensor:
     return d.tensor((d.one(*BATCHES), d.one(*CHANNELS, 63, 65), *sides), d.one(torch.float32, torch.bfloat16))
 
 
-def _winograd_weight(d: Draw, x: Tensor) -> Tensor:
-    return d.tensor((d.one(*CHANNELS, 63, 65), x.shape[1], 3, 3), d.dtype())
+def _winograd_weight(d: Draw, c_in: int) -> Tensor:
+    return d.tensor((d.one(*CHANNELS, 63, 65), c_in, 3, 3), d.dtype())
 
 
 def winograd_weights(d: Draw) -> list[Any]:
-    return [_winograd_weight(d, _winograd(d))]
+    return [_winograd_weight(d, d.one(*CHANNELS))]
 
 
 def winograd_conv2d(d: Draw) -> list[Any]:
     x = _winograd(d)
-    weight = _winograd_weight(d, x)
-    bias = d.maybe(lambda: d.tensor(weight.shape[:1], d.dtype()))
-    if d.chance(0.4):
-        weight = d.tensor((36, *weight.shape[:2]), torch.float32)
-    return [x, weight, bias]
+    weight = _winograd_weight(d, x.shape[1])
+    points = d.tensor((36, *weight.shape[:2]), torch.float32)
+    return [x, d.one(weight, points), d.maybe(lambda: d.tensor(weight.shape[:1], d.dtype()))]
 
 
 def winograd_conv2d_backward(d: Draw) -> list[Any]:
     x = _winograd(d)
-    weight = _winograd_weight(d, x)
-    grad = d.tensor((x.shape[0], weight.shape[0], *x.shape[2:]), x.dtype if d.chance(0.8) else torch.float32)
+    weight = _winograd_weight(d, x.shape[1])
+    grad = d.tensor((x.shape[0], weight.shape[0], *x.shape[2:]), d.one(x.dtype, torch.float32))
     return [grad, x, weight, *d.flags(3)]
 
 

@@ -19,7 +19,7 @@ input, expansion, depthwise and projection output) where eager keeps about 6 E +
   half. Statistics are equal but for the running variance's n / (n - 1), which counts upsampled pixels.
 - Backward, BN1 is linear in (du, a): da = scale du + beta a + const, hence da W = du (scale W) + xhat (W' beta W) + const and
   da' xhat = scale du' xhat + beta W Gram: no pass over the expanded map. BN0's reduction is rowdot(W, dW). For small maps of
-  many channels the pass costs less than the products with the Gram matrix, and is used instead (``_gram_pays``).
+  many channels a pass over it costs less than the products with the Gram matrix, and is used instead (``_gram_pays``).
 """
 
 from __future__ import annotations
