@@ -199,10 +199,8 @@ static Gradients squeeze_excite_gradients(const Tensor& grad, const Tensor& x, c
   check_floating(op, "pooled", pooled, {x.size(0), x.size(1)});
   dtype_of(op, "x", x);
   const ScalarType sums = accumulation_type(dtype_of(op, "grad", grad));
-  NVAE_CHECK(pooled.scalar_type() == sums, op, ": pooled must be ", torch::headeronly::toString(sums),
-             ", the dtype of sums of grad, got ", torch::headeronly::toString(pooled.scalar_type()));
   const auto run = sums == ScalarType::Double ? backward<double> : backward<float>;
-  return run(grad, x, pooled, w1, b1, w2, b2, residual_scale);
+  return run(grad, x, to_dtype(pooled, sums), w1, b1, w2, b2, residual_scale);
 }
 
 }  // namespace nvae
