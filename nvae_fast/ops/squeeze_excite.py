@@ -144,6 +144,11 @@ def _launch(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return ops.plane_affine(x, factor, skip, None, None), pooled
 
 
+def _sums_dtype(grad: Tensor) -> torch.dtype:
+    """The dtype of sums over ``grad``. A float64 skip gives a gradient wider than the pooled values of a narrower x."""
+    return torch.promote_types(grad.dtype, torch.float32)
+
+
 def _gradients(
     grad: Tensor, x: Tensor, pooled: Tensor, reduce_weight: Tensor, reduce_bias: Tensor, expand_weight: Tensor,
     expand_bias: Tensor, residual_scale: float,
@@ -151,6 +156,7 @@ def _gradients(
     """Of x and of the two layers. Two passes: the sums ``sum_p grad x`` reach the gate, and
     ``dx = residual_scale gate grad + (what reaches the pooled value) / HW``."""
     ops = torch.ops.nvae_fast
+    pooled = pooled.to(_sums_dtype(grad))
     w1, b1, w2, b2 = _layers(pooled, reduce_weight, reduce_bias, expand_weight, expand_bias)
     _, hidden, gate, _, _ = gate_coefficients(pooled, None, None, w1, b1, w2, b2, residual_scale)
     sum_x, sum_xp = ops.plane_dots(grad, x, None)
@@ -166,7 +172,7 @@ _gradients_kernel = define_kernel(
     "squeeze_excite_gradients",
     _gradients,
     fake=lambda grad, x, pooled, w1, b1, w2, b2, _: (
-        empty_map(grad, grad.shape[1]), *(torch.empty_like(t, dtype=pooled.dtype) for t in (w1, b1, w2, b2)),
+        empty_map(grad, grad.shape[1]), *(torch.empty_like(t, dtype=_sums_dtype(grad)) for t in (w1, b1, w2, b2)),
     ),
 )  # fmt: skip
 
