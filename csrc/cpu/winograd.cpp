@@ -147,8 +147,6 @@ Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const std::optiona
           tiles_of(part(a, const_cast<void*>(dense.const_data_ptr()), first, count), x, false, nullptr);
       put_map(part(b, y.mutable_data_ptr(), first, count), product(transposed(tiles), right), added, false);
     });
-  else if (y.numel() > 0)
-    torch::stable::zero_(const_cast<Tensor&>(y));
   return keeps(x, dense) ? y : as_contiguous(y);
 }
 
