@@ -1,7 +1,7 @@
 """``python -m benchmarks.parts``: how much faster each part that nvae_fast.accelerate replaces is than its own forward.
 
 The parts are those of tests/foreign_model.py and of PyTorch, each in the fastest form that models have it in. The result is
-the table by which accelerate chooses: nvae_fast/patching/measured.json. Run it with OMP_NUM_THREADS=1.
+the table of this machine, in nvae_fast/patching/measured, by which accelerate chooses. Run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -140,22 +140,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=0.15, help="for each part, size, layout and mode; default: 0.15"
     )
-    parser.add_argument(
-        "--out", type=Path, default=wins.TABLE, help="default: the table that accelerate reads"
-    )
+    parser.add_argument("--out", type=Path, help="default: the table of this machine, which accelerate reads")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     keep_freed_memory()
+    described = machine.describe(device)
+    out = options.out or wins.FOLDER / f"{described['machine']['name']}.json"
     found = rows(device, options.dtypes, options.seconds)
     kept = []
-    if options.out.exists():  # of other devices and dtypes
+    if out.exists():  # of other devices and dtypes
         done = {(device.type, dtype) for dtype in options.dtypes}
-        kept = [row for row in json.loads(options.out.read_text())["rows"] if tuple(row[:2]) not in done]
+        kept = [row for row in json.loads(out.read_text())["rows"] if tuple(row[:2]) not in done]
     lines = ",\n  ".join(json.dumps(row) for row in [*kept, *found])
-    described = machine.describe(device)
     facts = {key: described[key] for key in ("machine", "versions", "date")}
     head = json.dumps({**facts, "threads": torch.get_num_threads()})
-    with atomic_file(options.out) as file:
+    with atomic_file(out) as file:
         file.write(f'{{"measured_on": {head},\n "rows": [\n  {lines}\n ]}}\n'.encode())
     return 0
 

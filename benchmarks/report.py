@@ -21,7 +21,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -298,33 +298,39 @@ def _wrapped(text: str) -> str:
 
 
 def accelerate_table() -> str:
-    """The measurements of nvae_fast/patching/measured.json: for each part the speed-ups over all sizes."""
-    table = json.loads(wins.TABLE.read_text(encoding="utf-8"))
-    found: dict[tuple[str, str, str], dict[tuple[str, str], list[float]]] = {}
+    """The measurements in nvae_fast/patching/measured: for each machine, dtype and part the speed-ups over all sizes."""
+    tables = (json.loads(path.read_text(encoding="utf-8")) for path in sorted(wins.FOLDER.glob("*.json")))
+    return "\n\n".join(text for table in tables for text in _parts_tables(table))
+
+
+def _parts_tables(table: dict[str, Any]) -> Iterator[str]:
+    """A table in Markdown for each device and dtype of one machine."""
+    found: dict[tuple[str, str], dict[str, dict[tuple[str, str], list[float]]]] = {}
     for device, dtype, part, mode, layout, *_, ratio in table["rows"]:
-        found.setdefault((part, device, dtype), {}).setdefault((mode, layout), []).append(ratio)
+        of_part = found.setdefault((device, dtype), {}).setdefault(part, {})
+        of_part.setdefault((mode, layout), []).append(ratio)
     measured = table["measured_on"]
     m, v = measured["machine"], measured["versions"]
     where = f"{m['name']}: {m['processor']}, {measured['threads']} thread; torch {v['torch']}; {measured['date'][:10]}"
     columns = [
         (mode, layout) for mode in ("training", "evaluation") for layout in ("contiguous", "channels_last")
     ]
-    lines = [
-        _wrapped(f"Median and range over sizes. Measured on {where}."),
-        "",
-        f"| part | {' | '.join(f'{mode}, {layout}' for mode, layout in columns)} |",
-        f"|---|{'---:|' * len(columns)}",
-    ]
-    for (part, device, dtype), ratios in sorted(found.items()):
-        cells = [
-            f"{statistics.median(ratios[c]):.2f} ({min(ratios[c]):.2f} to {max(ratios[c]):.2f})"
-            if c in ratios
-            else NONE
-            for c in columns
+    for (_, dtype), parts in found.items():
+        lines = [
+            _wrapped(f"{dtype}, median and range over sizes. Measured on {where}."),
+            "",
+            f"| part | {' | '.join(f'{mode}, {layout}' for mode, layout in columns)} |",
+            f"|---|{'---:|' * len(columns)}",
         ]
-        name = part if (device, dtype) == ("cpu", "float32") else f"{part}, {device} {dtype}"
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for part, ratios in sorted(parts.items()):
+            cells = [
+                f"{statistics.median(ratios[c]):.2f} ({min(ratios[c]):.2f} to {max(ratios[c]):.2f})"
+                if c in ratios
+                else NONE
+                for c in columns
+            ]
+            lines.append(f"| {part} | {' | '.join(cells)} |")
+        yield "\n".join(lines)
 
 
 def page_table(documents: list[dict[str, Any]]) -> str:

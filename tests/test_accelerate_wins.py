@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,14 +28,11 @@ SWISH = "batch norm + swish"
 
 @pytest.fixture
 def table(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sets the rows of the table: (part, mode, layout, batch, channels, pixels, ratio)."""
+    """Sets the rows of the table: (part, mode, layout, batch, channels, pixels, ratio); ``others``: of a second machine."""
 
-    def use(*rows: tuple[Any, ...]) -> None:
-        found: dict[Any, Any] = {}
-        for part, mode, layout, b, c, p, ratio in rows:
-            key = wins.Key("cpu", "float32", part, mode, layout)
-            found.setdefault(key, []).append((wins._sizes(b, c, p), ratio))
-        monkeypatch.setattr(wins, "_rows", lambda: found)
+    def use(*rows: tuple[Any, ...], others: tuple[tuple[Any, ...], ...] = ()) -> None:
+        machines = [[("cpu", "float32", *row) for row in machine] for machine in (rows, others) if machine]
+        monkeypatch.setattr(wins, "_tables", lambda: [wins._table(machine) for machine in machines])
         for function in (wins._measured, wins._wins):
             function.cache_clear()
 
@@ -262,20 +260,42 @@ def test_progress_and_threads(capsys: pytest.CaptureFixture[str], monkeypatch: p
 # The committed table
 
 
-def test_the_committed_table() -> None:
-    content = json.loads(wins.TABLE.read_text())
+@pytest.mark.parametrize("path", sorted(wins.FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_the_committed_tables(path: Path) -> None:
+    content = json.loads(path.read_text())
     assert content["measured_on"]["threads"] == 1
     assert {"machine", "versions", "date"} < content["measured_on"].keys()
+    assert content["measured_on"]["machine"]["name"] == path.stem
     names = {replace(make(16), everywhere=True).forward.part[0] for make in PARTS_MEASURED}
     assert {row[2] for row in content["rows"]} == names, "a part is not measured, or not found by its name"
     assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < names
     assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < names
     for device, dtype, _, mode, layout, batch, channels, pixels, ratio in content["rows"]:
-        assert (device, dtype) == ("cpu", "float32")
+        assert device == "cpu"
+        assert dtype in ("float32", "bfloat16")
         assert mode in ("training", "evaluation")
         assert layout in ("contiguous", "channels_last")
         assert min(batch, channels, pixels, ratio) > 0
+
+
+def test_what_the_committed_tables_decide() -> None:
+    assert len(list(wins.FOLDER.glob("*.json"))) >= 2
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.empty(8, 64, 16, 16).to(memory_format=layout)
         assert wins.wins(f"{WHOLE}, stride 1", "training", x)
+        assert wins.wins(f"{WHOLE}, stride 1", "training", x.bfloat16())
         assert not wins.wins("batch norm", "evaluation", x)
+
+
+def test_every_machine_must_win(table: Any) -> None:
+    x = torch.empty(8, 64, 16, 16)
+    row, small = (SWISH, "training", "contiguous", 8, 64, 256), (SWISH, "training", "contiguous", 1, 8, 4)
+    table((*row, 1.5), others=((*row, 1.3),))
+    assert wins.wins(SWISH, "training", x)
+    assert wins.ever(SWISH, "cpu", torch.float32)
+    table((*row, 1.5), (*small, 0.9), others=((*row, 1.0), (*small, 1.5)))
+    assert not wins.wins(SWISH, "training", x)
+    assert not wins.ever(SWISH, "cpu", torch.float32)
+    table((*row, 1.5), others=(("other", *row[1:], 1.5),))  # the second machine did not measure this part
+    assert not wins.wins(SWISH, "training", x)
+    assert wins.wins(SWISH, "training", x.bfloat16())  # of that dtype nothing is known

@@ -1,10 +1,10 @@
-"""Where the kernels of accelerate are known to be faster than PyTorch: a table of measurements, made by
-``python -m benchmarks.parts`` and kept in ``measured.json`` beside this file.
+"""Where the kernels of accelerate are known to be faster than PyTorch: tables of measurements, made by
+``python -m benchmarks.parts`` and kept in the folder ``measured`` beside this file, one for each machine.
 
 A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on small
 inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those the ones
-whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`. On a device or in a dtype
-that has no rows nothing is known, and the kernel runs.
+whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`, on every machine that was
+measured with such a device and dtype. Where no machine was, nothing is known, and the kernel runs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 
 from nvae_fast.ops import _backend
 
-LEAST = 1.1  # of a ratio: measurements on a busy machine are wrong by a few hundredths
-TABLE = Path(__file__).with_name("measured.json")
+LEAST = 1.05  # of a ratio: measurements on a busy machine are wrong by a few hundredths
+FOLDER = Path(__file__).with_name("measured")
 
 FEWER = 1.25  # rows may have that many times the elements of the input
 
@@ -37,18 +37,27 @@ class Key(NamedTuple):
     layout: str  # "contiguous" or "channels_last"
 
 
+Table = dict[Key, list[tuple[Sizes, float]]]
+
+
 @cache
-def _rows() -> dict[Key, list[tuple[Sizes, float]]]:
-    found: dict[Key, list[tuple[Sizes, float]]] = {}
-    for row in json.loads(TABLE.read_text())["rows"]:
+def _tables() -> list[Table]:
+    """One for each machine."""
+    return [_table(json.loads(path.read_text())["rows"]) for path in sorted(FOLDER.glob("*.json"))]
+
+
+def _table(rows: list[list[Any]]) -> Table:
+    found: Table = {}
+    for row in rows:
         *key, batch, channels, pixels, ratio = row
         found.setdefault(Key(*key), []).append((_sizes(batch, channels, pixels), ratio))
     return found
 
 
 @cache
-def _measured() -> set[tuple[str, str]]:
-    return {(key.device, key.dtype) for key in _rows()}
+def _measured(device: str, dtype: str) -> list[Table]:
+    """The tables with rows for that device and dtype."""
+    return [table for table in _tables() if any(key[:2] == (device, dtype) for key in table)]
 
 
 def _sizes(batch: int, channels: int, pixels: int) -> Sizes:
@@ -82,13 +91,13 @@ def wins(part: str, mode: str, x: torch.Tensor) -> bool:
 @lru_cache(maxsize=1 << 14)
 def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, shape: torch.Size) -> bool:
     name = _name(dtype)
-    if (device, name) not in _measured():
-        return True
-    rows = _rows().get(Key(device, name, part, mode, layout))
-    if not rows:
-        return False
+    key = Key(device, name, part, mode, layout)
     batch, channels, height, width = shape
     size = _sizes(batch, channels, height * width)
+    return all(_wins_by(table.get(key, []), size) for table in _measured(device, name))
+
+
+def _wins_by(rows: list[tuple[Sizes, float]], size: Sizes) -> bool:
     distances = [
         (sum(abs(a - s) for a, s in zip(at, size, strict=True)), ratio)
         for at, ratio in rows
@@ -103,14 +112,17 @@ def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, sh
 def ever(part: str, device: str, dtype: torch.dtype) -> bool:
     """Return whether the kernel of ``part`` runs for any mode, layout and size."""
     name = _name(dtype)
-    if not part or (device, name) not in _measured():
+    tables = _measured(device, name)
+    if not part or not tables:
         return True
-    return any(
-        ratio >= LEAST
-        for key, rows in _rows().items()
-        if key[:3] == (device, name, part)
-        for _, ratio in rows
-    )
+    # A size that was measured on several machines must win on all of them.
+    worst: dict[Any, float] = {}
+    for table in tables:
+        for key, rows in table.items():
+            if key[:3] == (device, name, part):
+                for size, ratio in rows:
+                    worst[key, size] = min(worst.get((key, size), math.inf), ratio)
+    return any(ratio >= LEAST for ratio in worst.values())
 
 
 def mode_of(module: Any, x: torch.Tensor, normalises: bool) -> str:
