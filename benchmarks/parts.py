@@ -67,6 +67,26 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return self.act(super().forward(x))
 
 
+class _MBConv(nn.Module):
+    """A block of MobileNetV2, or with ``gate`` of EfficientNet."""
+
+    def __init__(self, channels: int, kernel: int, gate: bool) -> None:
+        super().__init__()
+        wide, act = 6 * channels, nn.SiLU if gate else nn.ReLU6
+        depthwise = nn.Conv2d(wide, wide, kernel, 1, kernel // 2, groups=wide, bias=False)
+        self.block = nn.Sequential(
+            *(nn.Conv2d(channels, wide, 1, bias=False), nn.BatchNorm2d(wide), act(inplace=True)),
+            *(depthwise, nn.BatchNorm2d(wide), act(inplace=True)),
+            *((SqueezeExcitation(wide, nn.SiLU(inplace=True), nn.Sigmoid()),) if gate else ()),
+            *(nn.Conv2d(wide, channels, 1, bias=False), nn.BatchNorm2d(channels)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.block(x)
+        y += x
+        return y
+
+
 def _cell(stride: int, gate: bool) -> Make:
     def make(c: int) -> nn.Module:
         out = {1: c, 2: 2 * c, -1: c // 2}[stride]
@@ -96,6 +116,7 @@ PARTS_MEASURED: tuple[Make, ...] = (
     lambda c: foreign.Conv2D(c, c, 1, bias=True),
     lambda c: foreign.Conv2D(c, c, 3, padding=1, bias=True),
     _cell(1, True), _cell(2, True), _cell(-1, True),
+    lambda c: _MBConv(c, 3, False), lambda c: _MBConv(c, 5, True),
 )  # fmt: skip
 
 
@@ -106,7 +127,7 @@ def rows(device: torch.device, dtypes: list[str], seconds: float, sizes: Any = S
         for b, c, side in sizes:
             torch.manual_seed(0)
             own = make(c)
-            slow = isinstance(own, (foreign.Cell, foreign.Conv2D)) and not isinstance(
+            slow = isinstance(own, (foreign.Cell, foreign.Conv2D, _MBConv)) and not isinstance(
                 own, foreign.MaskedConv2d
             )
             if slow and b * c * side**2 > LARGE:

@@ -116,6 +116,7 @@ def compare(theirs: nn.Module, training: bool = True) -> dict[str, str]:
 def test_torchvision_style(training: bool) -> None:
     found = compare(scrambled(MBConv(8, nn.ReLU)), training)
     assert found == {
+        "": "MBConv block in evaluation",
         "block.0": "batch norm + SiLU in a Sequential",
         "block.1": "batch norm + SiLU in a Sequential",
         "block.1.0": "depthwise convolution",
@@ -127,7 +128,12 @@ def test_torchvision_style(training: bool) -> None:
 def test_timm_style(training: bool) -> None:
     found = compare(scrambled(TimmInvertedResidual(8, nn.ReLU(inplace=True))), training)
     norms = {"bn1": "batch norm + swish", "bn2": "batch norm + swish", "bn3": "batch norm"}
-    assert found == {**norms, "conv_dw": "depthwise convolution", "se": "squeeze and excitation"}
+    parts = {
+        "": "MBConv block in evaluation",
+        "conv_dw": "depthwise convolution",
+        "se": "squeeze and excitation",
+    }
+    assert found == {**norms, **parts}
 
 
 class Offset(SqueezeExcitation):

@@ -267,7 +267,7 @@ def test_the_committed_tables(path: Path) -> None:
     assert {"machine", "versions", "date"} < content["measured_on"].keys()
     assert content["measured_on"]["machine"]["name"] == path.stem
     names = {replace(make(16), everywhere=True).forward.part[0] for make in PARTS_MEASURED}
-    assert {row[2] for row in content["rows"]} == names, "a part is not measured, or not found by its name"
+    assert {row[2] for row in content["rows"]} <= names, "a part is not found by its name"
     assert {f"{WHOLE}, stride {stride}" for stride in (1, 2, -1)} < names
     assert {SWISH, SEQUENTIAL, f"{SQUEEZE_EXCITE}: relu, sigmoid", "depthwise 5x5, stride 1"} < names
     for device, dtype, _, mode, layout, batch, channels, pixels, ratio in content["rows"]:
@@ -279,7 +279,10 @@ def test_the_committed_tables(path: Path) -> None:
 
 
 def test_what_the_committed_tables_decide() -> None:
-    assert len(list(wins.FOLDER.glob("*.json"))) >= 2
+    tables = [json.loads(path.read_text())["rows"] for path in wins.FOLDER.glob("*.json")]
+    assert len(tables) >= 2
+    measured = {row[2] for rows in tables for row in rows}
+    assert measured == {replace(make(16), everywhere=True).forward.part[0] for make in PARTS_MEASURED}
     for layout in (torch.contiguous_format, torch.channels_last):
         x = torch.empty(8, 64, 16, 16).to(memory_format=layout)
         assert wins.wins(f"{WHOLE}, stride 1", "training", x)
@@ -297,5 +300,6 @@ def test_every_machine_must_win(table: Any) -> None:
     assert not wins.wins(SWISH, "training", x)
     assert not wins.ever(SWISH, "cpu", torch.float32)
     table((*row, 1.5), others=(("other", *row[1:], 1.5),))  # the second machine did not measure this part
-    assert not wins.wins(SWISH, "training", x)
+    assert wins.wins(SWISH, "training", x)
+    assert not wins.wins("of no machine", "training", x)
     assert wins.wins(SWISH, "training", x.bfloat16())  # of that dtype nothing is known

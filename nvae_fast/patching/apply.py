@@ -62,7 +62,9 @@ def accelerate(
     with ``log_weight_norm`` (masked ones too; on the CPU, taps that the mask leaves in no channel are not computed), and
     residual cells ``skip(x) + 0.1 * [se](ops(x))``. A cell, by whatever class name, whose layers are BN, 1x1, BN + swish,
     depthwise, BN + swish, 1x1, BN, with or without nearest upsampling before the depthwise convolution, runs in one call
-    (:mod:`nvae_fast.ops.inverted_residual.train`). Of timm- and torchvision-style inverted residuals the parts are replaced.
+    (:mod:`nvae_fast.ops.inverted_residual.train`). A block of an
+    EfficientNet or MobileNet (MBConv: 1x1, depthwise, gate, 1x1, each convolution with batch norm and ReLU, ReLU6, SiLU or
+    hard swish) runs in one call in evaluation on a CPU (:mod:`nvae_fast.patching.mbconv`); in training its parts are replaced.
 
     Each part is first compared with its own forward on copies, in evaluation and training mode, on one thread, in float32
     (whole cells: in float64 on the CPU): output, gradients, buffers, attributes. Equal parts are compared once. Where they

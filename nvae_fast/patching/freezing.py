@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenResidualCell, refuse
+from nvae_fast.models.frozen import FrozenBatchNorm, FrozenConv2d, FrozenModule, FrozenResidualCell, refuse
 from nvae_fast.nn.plain import has_hooks
 from nvae_fast.ops.inverted_residual.train import CellParameters
 from nvae_fast.ops.weight_norm import weight_norm
-from nvae_fast.patching import cells, forwards
+from nvae_fast.patching import cells, forwards, mbconv
 from nvae_fast.patching.bound import MISSING, BoundForward, bound_forward, remove
 from nvae_fast.patching.plan import inside
 
@@ -33,9 +33,9 @@ class FrozenForward(BoundForward):
 
 
 class FrozenForeignConv2d(FrozenConv2d):
-    """A weight-normed convolution of another code base with its normalised weight; its padding is its own."""
+    """A convolution of another code base with a weight made of parameters alone; its padding is its own."""
 
-    def __init__(self, conv: Any, weight: torch.Tensor) -> None:
+    def __init__(self, conv: Any, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super(FrozenConv2d, self).__init__()
         # As ints where they are equal, by which the forward chooses.
         stride, padding, dilation, self.groups = forwards.geometry_of(conv)
@@ -46,7 +46,30 @@ class FrozenForeignConv2d(FrozenConv2d):
         )
         plain = forwards.pair(conv.stride) == (1, 1) and forwards.pair(conv.padding) in ((0, 0), None)
         self.is_matrix = weight.shape[2:] == (1, 1) and conv.groups == 1 and plain
-        self._keep(weight=weight, bias=conv.bias)
+        self._keep(weight=weight, bias=bias)
+
+
+class FrozenMBConv(FrozenModule):
+    """A block of :mod:`nvae_fast.patching.mbconv` with its batch norms in the convolutions."""
+
+    NAME = "MBConv"
+
+    def __init__(
+        self, layers: list[nn.Module], activations: list[str | None], convolves: list[bool], residual: bool
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.activations, self.convolves, self.residual = activations, convolves, residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            refuse(f"{self.NAME}: x requires gradients")
+        y = x
+        for layer, activation, convolves in zip(self.layers, self.activations, self.convolves, strict=True):
+            y = layer(y)
+            if convolves and activation is not None:
+                y = mbconv.ACTIVATIONS[activation](y)
+        return y + x if self.residual else y
 
 
 def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
@@ -104,7 +127,21 @@ def _convolution(part: Any, bound: BoundForward, convert: Any) -> nn.Module | No
     if log_norm is None:
         return None
     mask = mask.to(part.weight.dtype).expand_as(part.weight) if isinstance(mask, torch.Tensor) else None
-    return FrozenForeignConv2d(part, weight_norm(part.weight, log_norm, mask))
+    return FrozenForeignConv2d(part, weight_norm(part.weight, log_norm, mask), part.bias)
+
+
+def _mbconv(part: Any, bound: BoundForward, convert: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
+    chain, modules = bound.settings["chain"], mbconv.inside(part)
+    if mbconv.obstacle(part, modules, chain) is not None:
+        return None
+    layers = [
+        convert(modules[step.place])
+        if step.norm is None
+        else FrozenForeignConv2d(modules[step.place], *mbconv.folded(modules[step.place], modules[step.norm]))
+        for step in chain.steps
+    ]
+    activations = [step.activation for step in chain.steps]
+    return FrozenMBConv(layers, activations, [step.norm is not None for step in chain.steps], chain.residual)
 
 
 _MAKERS: dict[str, Callable[..., nn.Module | None]] = {
@@ -113,4 +150,5 @@ _MAKERS: dict[str, Callable[..., nn.Module | None]] = {
     forwards.BATCH_NORM_ONLY: _norm,
     forwards.WEIGHT_NORM: _convolution,
     forwards.DEPTHWISE_NORM: _convolution,
+    mbconv.MBCONV: _mbconv,
 }

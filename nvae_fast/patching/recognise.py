@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nvae_fast.nn.fused_cell import RESIDUAL_SCALE
-from nvae_fast.patching import cells, forwards
+from nvae_fast.patching import cells, forwards, mbconv
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward
 from nvae_fast.patching.clone import clone
 from nvae_fast.patching.plan import Layout, layout_of, read
@@ -365,9 +365,23 @@ def _judge_depthwise(module: Any, repair: bool) -> Verdict:
     return _confirmed(module, forwards.DEPTHWISE, {}, [module.in_channels])
 
 
+def _judge_mbconv(module: Any, repair: bool) -> Verdict:
+    chain = mbconv.read(module)
+    if isinstance(chain, str):
+        return chain
+    channels = [mbconv.input_channels(module, chain)]
+    found: Verdict = None
+    for variant in mbconv.variants(module, chain):
+        found = _confirmed(module, mbconv.MBCONV, {"chain": variant}, channels, gradients=False, exact=True)
+        if isinstance(found, BoundForward):
+            break
+    return found
+
+
 _KINDS = (
     (_fits_batch_norm, _judge_batch_norm),
     (_fits_sequential, _judge_sequential),
+    (mbconv.fits, _judge_mbconv),
     (_fits_attribute_pair, _judge_attribute_pair),
     (_fits_gate, _judge_gate),
     (_fits_cell, _judge_cell),

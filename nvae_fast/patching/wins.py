@@ -1,10 +1,10 @@
 """Where the kernels of accelerate are known to be faster than PyTorch: tables of measurements, made by
 ``python -m benchmarks.parts`` and kept in the folder ``measured`` beside this file, one for each machine.
 
-A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on small
-inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those the ones
-whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`, on every machine that was
-measured with such a device and dtype. Where no machine was, nothing is known, and the kernel runs.
+A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on
+small inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those
+the ones whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`, in every table
+that has the part with such a device and dtype. Where no table has these two, nothing is known, and the kernel runs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, sh
     key = Key(device, name, part, mode, layout)
     batch, channels, height, width = shape
     size = _sizes(batch, channels, height * width)
-    return all(_wins_by(table.get(key, []), size) for table in _measured(device, name))
+    tables = _measured(device, name)
+    voting = [table for table in tables if any(k[:3] == key[:3] for k in table)]
+    return not tables or (bool(voting) and all(_wins_by(table.get(key, []), size) for table in voting))
 
 
 def _wins_by(rows: list[tuple[Sizes, float]], size: Sizes) -> bool:
