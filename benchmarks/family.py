@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import nvae_fast as nf
-from benchmarks.timing import take_turns
+from benchmarks.timing import median_ratio, take_turns
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import foreign_model as foreign
@@ -245,11 +245,12 @@ def measure(name: str, layout: str, rounds: int) -> dict[str, dict[str, float]]:
     results: dict[str, dict[str, float]] = {}
 
     def compare(task: str, runs: dict[str, Callable[[], None]]) -> None:
-        results[task] = {
-            who: series.summary()["median_ms"] for who, series in take_turns(runs, rounds).items()
-        }
+        times = take_turns(runs, rounds)
+        results[task] = {who: series.summary()["median_ms"] for who, series in times.items()}
+        ratios = {who: median_ratio(times["own"], series) for who, series in times.items()}
         shown = ", ".join(
-            f"{who} {ms:.0f} ms ({results[task]['own'] / ms:.2f}x)" for who, ms in results[task].items()
+            f"{who} {results[task][who]:.0f} ms ({ratio:.2f}x [{low:.2f} {high:.2f}])"
+            for who, (ratio, low, high) in ratios.items()
         )
         print(f"{name} {layout} {task}: {shown}", flush=True)
 

@@ -306,7 +306,7 @@ def accelerate_table() -> str:
 def _parts_tables(table: dict[str, Any]) -> Iterator[str]:
     """A table in Markdown for each device and dtype of one machine."""
     found: dict[tuple[str, str], dict[str, dict[tuple[str, str], list[float]]]] = {}
-    for device, dtype, part, mode, layout, *_, ratio in table["rows"]:
+    for device, dtype, part, mode, layout, _, _, _, ratio, *_ in table["rows"]:
         of_part = found.setdefault((device, dtype), {}).setdefault(part, {})
         of_part.setdefault((mode, layout), []).append(ratio)
     measured = table["measured_on"]

@@ -199,11 +199,18 @@ def interleave(
     return times, failures
 
 
-def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, Series]:
-    """The times of each of ``runs``, which take turns: with one thread of processor time, else of the wall clock."""
+def take_turns(
+    runs: Mapping[str, Callable[[], None]], rounds: int, before: Callable[[str], None] | None = None
+) -> dict[str, Series]:
+    """The times of each of ``runs``, which take turns: with one thread of processor time, else of the wall clock.
 
-    def timed(run: Callable[[], None]) -> Callable[[Clock], None]:
+    ``before`` is called with the name of each run before it; it is not timed.
+    """
+
+    def timed(name: str, run: Callable[[], None]) -> Callable[[Clock], None]:
         def sample(clock: Clock) -> None:
+            if before is not None:
+                before(name)
             clock.start()
             run()
             clock.lap("run")
@@ -211,7 +218,7 @@ def take_turns(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str,
         return sample
 
     clock = ProcessClock() if torch.get_num_threads() == 1 else CpuClock()
-    samples = {who: timed(run) for who, run in runs.items()}
+    samples = {who: timed(who, run) for who, run in runs.items()}
     times, failed = interleave(samples, clock, seconds=0, min_rounds=rounds, warmup=1)
     if failed:
         raise RuntimeError(str(failed))

@@ -1,15 +1,15 @@
 """``python -m benchmarks.zoo``: models of timm and torchvision before and after accelerate, which makes none slower.
 
-Both libraries must be installed. Own and accelerated model take turns. The ratio is the median of those of all rounds, with
+Both libraries must be installed. Own and accelerated forwards take turns in one model: of two copies in other places of the
+memory either may be a few hundredths slower. The ratio is the median of those of all rounds, with
 its 95 % interval; with one thread (OMP_NUM_THREADS=1) of processor time.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import nn
 
 import nvae_fast as nf
 from benchmarks.timing import median_ratio, take_turns
+from nvae_fast.patching.bound import bound_forward, remove
 
 MODELS = (
     "timm:efficientnet_b0", "timm:mobilenetv3_large_100", "timm:tf_efficientnetv2_s", "timm:regnety_002", "timm:mnasnet_100",
@@ -37,31 +38,35 @@ def make(name: str) -> nn.Module:
     return found
 
 
-def _run(model: nn.Module, x: torch.Tensor, training: bool) -> Callable[[], None]:
-    def run() -> None:
-        model.train(training)
+def measure(name: str, layout: str, batch: int, side: int, rounds: int, sampled: bool) -> None:
+    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
+    model = make(name).to(memory_format=form)
+    x = torch.randn(batch, 3, side, side).to(memory_format=form)
+    nf.accelerate(model, sample_input=x if sampled else None)
+    bound = [found for found in map(bound_forward, model.modules()) if found is not None]
+
+    def switch(provider: str) -> None:
+        model.zero_grad()
+        for forward in bound:
+            if provider == "accelerate":
+                forward.install()
+            else:
+                remove(forward.module)
+
+    def run(training: bool) -> None:
         with torch.set_grad_enabled(training):
             y: Any = model(x)
         if training:
-            model.zero_grad()
             y.square().mean().backward()
 
-    return run
-
-
-def measure(name: str, layout: str, batch: int, side: int, rounds: int, sampled: bool) -> None:
-    form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
-    own = make(name).to(memory_format=form)
-    x = torch.randn(batch, 3, side, side).to(memory_format=form)
-    ours = nf.accelerate(copy.deepcopy(own), sample_input=x if sampled else None)
-    replaced = len(nf.acceleration_report(ours).replaced)
     for training in (False, True):
-        mode = "training" if training else "evaluation"
-        times = take_turns({"own": _run(own, x, training), "accelerate": _run(ours, x, training)}, rounds)
+        model.train(training)
+        runs = dict.fromkeys(("own", "accelerate"), partial(run, training))
+        times = take_turns(runs, rounds, switch)
         ratio, low, high = median_ratio(times["own"], times["accelerate"])
         print(
-            f"{name} {layout} {mode}: {times['own'].summary()['median_ms']:.0f} ms, {ratio:.3f}x [{low:.3f} {high:.3f}], "
-            f"{replaced} parts",
+            f"{name} {layout} {'training' if training else 'evaluation'}: {times['own'].summary()['median_ms']:.0f} ms, "
+            f"{ratio:.3f}x [{low:.3f} {high:.3f}], {len(bound)} parts",
             flush=True,
         )
 

@@ -91,7 +91,7 @@ def _kernels_for_every_size(request: pytest.FixtureRequest, monkeypatch: pytest.
     """Accelerated models run the kernels also where they are slower, as with the small inputs of tests."""
     if request.node.get_closest_marker("measured_wins") is None:
         monkeypatch.setattr(nf.patching.wins, "wins", lambda *_: True)
-        monkeypatch.setattr(nf.patching.wins, "ever", lambda *_: True)
+        monkeypatch.setattr(nf.patching.wins, "often", lambda *_: True)
 
 
 @pytest.fixture

@@ -48,8 +48,9 @@ class BoundForward:
     part: tuple[str, bool] | None = None
     # Mode -> whether the kernel is faster, where accelerate has measured it.
     measured: Mapping[str, bool] = {}
-    # (shape, is contiguous) -> whether the kernel is faster in inference on a CPU in float32.
-    inference: dict[tuple[torch.Size, bool], bool]
+    # (shape, whether contiguous, training mode, gradients, those of the input) -> whether the kernel is faster in float32 on
+    # a CPU.
+    decided: dict[tuple[torch.Size, bool, bool, bool, bool], bool]
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class BoundForward:
         self.constants = {} if constants is None else constants
         self.parameters = parameters_of(type(module))
         self.always = always
-        self.inference = {}
+        self.decided = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
@@ -76,20 +77,20 @@ class BoundForward:
         # The most frequent case, which shall cost little: some models have hundreds of parts that are faster as they are.
         if (
             not self.always
-            and not self.module.training
-            and not torch.is_grad_enabled()
             and type(x) is torch.Tensor
             and x.is_cpu
             and x.dtype is torch.float32
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
-            and not self._pays_in_inference(x)
         ):
-            return type(self.module).forward(self.module, x)
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():
-            return original(self.module, x)
-        if not self.always and not torch.compiler.is_compiling() and not self.pays(x):
+            if not self._pays_as_known(x):
+                return type(self.module).forward(self.module, x)
+        elif (
+            torch.compiler.is_exporting()
+            or torch.jit.is_tracing()
+            or not (self.always or torch.compiler.is_compiling() or self.pays(x))
+        ):
             return original(self.module, x)
         if self.constants:
             self._set_constants()
@@ -129,13 +130,19 @@ class BoundForward:
         known = self.measured.get(mode)
         return wins.wins(part, mode, x) if known is None else known
 
-    def _pays_in_inference(self, x: torch.Tensor) -> bool:
-        key = x.shape, x.is_contiguous()
-        known = self.inference.get(key)
+    def _pays_as_known(self, x: torch.Tensor) -> bool:
+        """:meth:`pays` for a float32 map on a CPU outside autocast, by a look-up."""
+        training, gradients = self.module.training, torch.is_grad_enabled()
+        key = x.shape, x.is_contiguous(), training, gradients, gradients and x.requires_grad
+        known = self.decided.get(key)
         if known is None:
-            if len(self.inference) >= 64:
-                self.inference.clear()
-            known = self.inference[key] = self.pays(x)
+            known = self.pays(x)
+            if not training or (
+                self.part is not None and not self.part[1]
+            ):  # else it depends on the processes
+                if len(self.decided) >= 64:
+                    self.decided.clear()
+                self.decided[key] = known
         return known
 
     def _set_constants(self) -> None:
@@ -147,7 +154,7 @@ class BoundForward:
                 setattr(owner, name, value)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "parameters": None, "inference": {}}  # defaults are compared by identity
+        return {**self.__dict__, "parameters": None, "decided": {}}  # defaults are compared by identity
 
     # What torch.export and torch.jit.script read of a forward.
 

@@ -15,12 +15,13 @@ from torch import nn
 from nvae_fast.patching.bound import bound_forward, remove
 from nvae_fast.patching.clone import clone
 from nvae_fast.patching.verify import communicates, restored
+from nvae_fast.patching.wins import Speedup
 
 MODES = ("evaluation", "training")
 ROUNDS = 7
 
 
-def speedups(part: nn.Module, x: torch.Tensor, seconds: float) -> dict[str, float]:
+def speedups(part: nn.Module, x: torch.Tensor, seconds: float) -> dict[str, Speedup]:
     """Return for each mode how much faster than its own forward an accelerated ``part`` computes ``x`` with its kernel.
 
     Both run on copies, in turns, for ``seconds`` a mode and at least :data:`ROUNDS` times, under the autocast and the flags in
@@ -34,13 +35,13 @@ def speedups(part: nn.Module, x: torch.Tensor, seconds: float) -> dict[str, floa
     if bound is None:
         raise ValueError(f"{type(part).__name__} is not accelerated")
     bound.always = True
-    found: dict[str, float] = {}
+    found: dict[str, Speedup] = {}
     with restored(x.device):
         for mode in MODES[:1] if communicates(part) else MODES:
             training = mode == "training"
             runs = [_run(module.train(training), x, training) for module in (own, ours)]
             mine, kernel = _quartiles(runs, seconds, x.device)
-            found[mode] = mine / kernel
+            found[mode] = Speedup(mine / kernel, 1e6 * mine)
     return found
 
 

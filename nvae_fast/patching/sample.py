@@ -26,7 +26,7 @@ def measure_with(model: nn.Module, sample_input: Any, progress: bool | None) -> 
     part then uses its kernel in the modes in which it was faster than its own forward.
     """
     inputs = _inputs(model, sample_input)
-    known: dict[Any, dict[str, float]] = {}
+    known: dict[Any, dict[str, wins.Speedup]] = {}
     parts = [(part, inputs[name]) for name, part in model.named_modules() if name in inputs]
     with Progress("accelerate: measuring parts", len(parts), progress) as line:
         for part, x in parts:
@@ -36,8 +36,8 @@ def measure_with(model: nn.Module, sample_input: Any, progress: bool | None) -> 
                 known[key] = speedups(part, x, SECONDS)
             bound = bound_forward(part)
             if bound is not None:
-                bound.measured = {mode: ratio >= wins.LEAST for mode, ratio in known[key].items()}
-                bound.inference.clear()
+                bound.measured = {mode: found.is_enough() for mode, found in known[key].items()}
+                bound.decided.clear()
 
 
 def _inputs(model: nn.Module, sample_input: Any) -> dict[str, torch.Tensor]:

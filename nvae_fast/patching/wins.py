@@ -3,8 +3,8 @@
 
 A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on
 small inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those
-the ones whose channels and pixels are nearest: the kernel runs where all of them say at least :data:`LEAST`, in every table
-that has the part with such a device and dtype. Where no table has these two, nothing is known, and the kernel runs.
+the ones whose channels and pixels are nearest: the kernel runs where all of them say that it is faster by enough, in every
+table that has the part with such a device and dtype. Where no table has these two, nothing is known, and the kernel runs.
 """
 
 from __future__ import annotations
@@ -19,12 +19,27 @@ import torch
 
 from nvae_fast.ops import _backend
 
-LEAST = 1.05  # of a ratio: measurements on a busy machine are wrong by a few hundredths
+LEAST = 1.05  # of a speed-up: measurements on a busy machine are wrong by a few hundredths
+# Microseconds: in a model, the interpreter's part of a call costs more than in the loop that measures it, since other kernels
+# evict its data from the caches.
+SAVED = 15.0
+OFTEN = 0.25
 FOLDER = Path(__file__).with_name("measured")
 
 FEWER = 1.25  # rows may have that many times the elements of the input
 
 Sizes = tuple[float, float, float]  # logarithms to base 2 of elements, channels and pixels
+
+
+class Speedup(NamedTuple):
+    """What was measured of a part."""
+
+    ratio: float  # the time of its own forward over that of the kernel
+    microseconds: float = math.inf  # of its own forward; some tables do not say
+
+    def is_enough(self) -> bool:
+        """Return whether the kernel shall run."""
+        return self.ratio >= LEAST and self.microseconds * (1 - 1 / self.ratio) >= SAVED
 
 
 class Key(NamedTuple):
@@ -37,7 +52,7 @@ class Key(NamedTuple):
     layout: str  # "contiguous" or "channels_last"
 
 
-Table = dict[Key, list[tuple[Sizes, float]]]
+Table = dict[Key, list[tuple[Sizes, bool]]]  # at each size, whether the kernel is faster
 
 
 @cache
@@ -49,8 +64,8 @@ def _tables() -> list[Table]:
 def _table(rows: list[list[Any]]) -> Table:
     found: Table = {}
     for row in rows:
-        *key, batch, channels, pixels, ratio = row
-        found.setdefault(Key(*key), []).append((_sizes(batch, channels, pixels), ratio))
+        key, (batch, channels, pixels), measured = row[:5], row[5:8], Speedup(*row[8:])
+        found.setdefault(Key(*key), []).append((_sizes(batch, channels, pixels), measured.is_enough()))
     return found
 
 
@@ -99,32 +114,36 @@ def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, sh
     return not tables or (bool(voting) and all(_wins_by(table.get(key, []), size) for table in voting))
 
 
-def _wins_by(rows: list[tuple[Sizes, float]], size: Sizes) -> bool:
+def _wins_by(rows: list[tuple[Sizes, bool]], size: Sizes) -> bool:
     distances = [
-        (sum(abs(a - s) for a, s in zip(at, size, strict=True)), ratio)
-        for at, ratio in rows
+        (sum(abs(a - s) for a, s in zip(at, size, strict=True)), is_faster)
+        for at, is_faster in rows
         if at[0] <= size[0] + math.log2(FEWER)
     ]
     if not distances:
         return False
     nearest = min(distance for distance, _ in distances)
-    return all(ratio >= LEAST for distance, ratio in distances if distance <= nearest + 1)
+    return all(is_faster for distance, is_faster in distances if distance <= nearest + 1)
 
 
-def ever(part: str, device: str, dtype: torch.dtype) -> bool:
-    """Return whether the kernel of ``part`` runs for any mode, layout and size."""
+def often(part: str, device: str, dtype: torch.dtype) -> bool:
+    """Return whether the kernel of ``part`` runs, in some mode and layout, for at least :data:`OFTEN` of the sizes measured.
+
+    Otherwise nothing is gained that would make up for asking in every call.
+    """
     name = _name(dtype)
     tables = _measured(device, name)
     if not part or not tables:
         return True
     # A size that was measured on several machines must win on all of them.
-    worst: dict[Any, float] = {}
+    found: dict[Key, dict[Sizes, bool]] = {}
     for table in tables:
         for key, rows in table.items():
             if key[:3] == (device, name, part):
-                for size, ratio in rows:
-                    worst[key, size] = min(worst.get((key, size), math.inf), ratio)
-    return any(ratio >= LEAST for ratio in worst.values())
+                sizes = found.setdefault(key, {})
+                for size, is_faster in rows:
+                    sizes[size] = is_faster and sizes.get(size, True)
+    return any(sum(sizes.values()) >= OFTEN * len(sizes) for sizes in found.values())
 
 
 def mode_of(module: Any, x: torch.Tensor, normalises: bool) -> str:
