@@ -38,7 +38,10 @@ def make(name: str) -> nn.Module:
     return found
 
 
-def measure(name: str, layout: str, batch: int, side: int, rounds: int, sampled: bool) -> None:
+def measure(
+    name: str, layout: str, batch: int, side: int, rounds: int, sampled: bool
+) -> dict[tuple[str, str], str]:
+    """Return, for (mode, layout), how many times faster the accelerated model is, with the interval."""
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     model = make(name).to(memory_format=form)
     x = torch.randn(batch, 3, side, side).to(memory_format=form)
@@ -59,16 +62,17 @@ def measure(name: str, layout: str, batch: int, side: int, rounds: int, sampled:
         if training:
             y.square().mean().backward()
 
+    found: dict[tuple[str, str], str] = {}
     for training in (False, True):
         model.train(training)
+        mode = "training" if training else "evaluation"
         runs = dict.fromkeys(("own", "accelerate"), partial(run, training))
         times = take_turns(runs, rounds, switch)
         ratio, low, high = median_ratio(times["own"], times["accelerate"])
-        print(
-            f"{name} {layout} {'training' if training else 'evaluation'}: {times['own'].summary()['median_ms']:.0f} ms, "
-            f"{ratio:.3f}x [{low:.3f} {high:.3f}], {len(bound)} parts",
-            flush=True,
-        )
+        found[mode, layout] = f"{ratio:.3f} [{low:.3f} {high:.3f}]"
+        own = times["own"].summary()["median_ms"]
+        print(f"{name} {layout} {mode}: {own:.0f} ms, {found[mode, layout]}, {len(bound)} parts", flush=True)
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -87,9 +91,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="default: 21")
     parser.add_argument("--sample-input", action="store_true", help="measure at accelerate time")
     options = parser.parse_args(arguments)
+    columns = [(mode, layout) for mode in ("training", "evaluation") for layout in options.layouts]
+    lines = [
+        f"| model | {' | '.join(f'{mode}, {layout}' for mode, layout in columns)} |",
+        f"|---|{'---:|' * len(columns)}",
+    ]
     for name in options.models:
+        found: dict[tuple[str, str], str] = {}
         for layout in options.layouts:
-            measure(name, layout, options.batch, options.side, options.rounds, options.sample_input)
+            found |= measure(name, layout, options.batch, options.side, options.rounds, options.sample_input)
+        lines.append(f"| {name.replace(':', ' ')} | {' | '.join(found[column] for column in columns)} |")
+    print("\n".join(["", *lines]))
     return 0
 
 
