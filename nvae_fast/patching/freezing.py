@@ -50,7 +50,10 @@ class FrozenForeignConv2d(FrozenConv2d):
 
 
 class FrozenMBConv(FrozenModule):
-    """A block of :mod:`nvae_fast.patching.mbconv` with its batch norms in the convolutions."""
+    """A block of :mod:`nvae_fast.patching.mbconv` with its batch norms in the convolutions.
+
+    On a CPU it computes in channels_last, in which oneDNN is faster by more than the two conversions of the narrow maps cost.
+    """
 
     NAME = "MBConv"
 
@@ -64,11 +67,13 @@ class FrozenMBConv(FrozenModule):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.requires_grad and torch.is_grad_enabled():
             refuse(f"{self.NAME}: x requires gradients")
-        y = x
+        y = x.contiguous(memory_format=torch.channels_last) if x.is_cpu and x.dim() == 4 else x
         for layer, activation, convolves in zip(self.layers, self.activations, self.convolves, strict=True):
             y = layer(y)
             if convolves and activation is not None:
                 y = mbconv.ACTIVATIONS[activation](y)
+        if x.is_cpu and x.is_contiguous():
+            y = y.contiguous()
         return y + x if self.residual else y
 
 
@@ -128,6 +133,11 @@ def _convolution(part: Any, bound: BoundForward, convert: Any) -> nn.Module | No
         return None
     mask = mask.to(part.weight.dtype).expand_as(part.weight) if isinstance(mask, torch.Tensor) else None
     return FrozenForeignConv2d(part, weight_norm(part.weight, log_norm, mask), part.bias)
+
+
+def _folded(conv: Any, norm: Any) -> FrozenForeignConv2d:
+    weight, bias = mbconv.folded(conv, norm)
+    return FrozenForeignConv2d(conv, weight.contiguous(memory_format=torch.channels_last), bias)
 
 
 def _mbconv(part: Any, bound: BoundForward, convert: Callable[[nn.Module], nn.Module]) -> nn.Module | None:
