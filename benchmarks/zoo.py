@@ -1,4 +1,4 @@
-"""``python -m benchmarks.zoo``: models of timm and torchvision before and after accelerate, which makes none slower.
+"""``python -m benchmarks.zoo``: models of timm and torchvision before accelerate, after it, and frozen.
 
 Both libraries must be installed. Own and accelerated forwards take turns in one model: of two copies in other places of the
 memory either may be a few hundredths slower. The ratio is the median of those of all rounds, with
@@ -41,12 +41,16 @@ def make(name: str) -> nn.Module:
 def measure(
     name: str, layout: str, batch: int, side: int, rounds: int, sampled: bool
 ) -> dict[tuple[str, str], str]:
-    """Return, for (mode, layout), how many times faster the accelerated model is, with the interval."""
+    """Return, for (mode, layout), how many times faster accelerate makes the model, with the interval.
+
+    "frozen": of a frozen copy, in evaluation.
+    """
     form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
     model = make(name).to(memory_format=form)
     x = torch.randn(batch, 3, side, side).to(memory_format=form)
     nf.accelerate(model, sample_input=x if sampled else None)
     bound = [found for found in map(bound_forward, model.modules()) if found is not None]
+    frozen = nf.freeze(model)
 
     def switch(provider: str) -> None:
         model.zero_grad()
@@ -56,22 +60,28 @@ def measure(
             else:
                 remove(forward.module)
 
-    def run(training: bool) -> None:
+    def run(training: bool, model: nn.Module = model) -> None:
         with torch.set_grad_enabled(training):
             y: Any = model(x)
         if training:
             y.square().mean().backward()
 
     found: dict[tuple[str, str], str] = {}
-    for training in (False, True):
+    for mode in ("training", "evaluation"):
+        training = mode == "training"
         model.train(training)
-        mode = "training" if training else "evaluation"
         runs = dict.fromkeys(("own", "accelerate"), partial(run, training))
+        if not training:
+            runs["frozen"] = partial(run, training, frozen)
         times = take_turns(runs, rounds, switch)
-        ratio, low, high = median_ratio(times["own"], times["accelerate"])
-        found[mode, layout] = f"{ratio:.3f} [{low:.3f} {high:.3f}]"
-        own = times["own"].summary()["median_ms"]
-        print(f"{name} {layout} {mode}: {own:.0f} ms, {found[mode, layout]}, {len(bound)} parts", flush=True)
+        for provider in ("accelerate", "frozen")[: len(runs) - 1]:
+            ratio, low, high = median_ratio(times["own"], times[provider])
+            what = mode if provider == "accelerate" else provider
+            found[what, layout] = f"{ratio:.3f} [{low:.3f} {high:.3f}]"
+            own = times["own"].summary()["median_ms"]
+            print(
+                f"{name} {layout} {what}: {own:.0f} ms, {found[what, layout]}, {len(bound)} parts", flush=True
+            )
     return found
 
 
@@ -91,7 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=21, help="default: 21")
     parser.add_argument("--sample-input", action="store_true", help="measure at accelerate time")
     options = parser.parse_args(arguments)
-    columns = [(mode, layout) for mode in ("training", "evaluation") for layout in options.layouts]
+    columns = [(mode, layout) for mode in ("training", "evaluation", "frozen") for layout in options.layouts]
     lines = [
         f"| model | {' | '.join(f'{mode}, {layout}' for mode, layout in columns)} |",
         f"|---|{'---:|' * len(columns)}",

@@ -30,15 +30,17 @@ SWISH = "batch norm + swish"
 def table(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Sets the rows of the table: (part, mode, layout, batch, channels, pixels, ratio); ``others``: of a second machine."""
 
-    def use(*rows: tuple[Any, ...], others: tuple[tuple[Any, ...], ...] = ()) -> None:
-        machines = [[("cpu", "float32", *row) for row in machine] for machine in (rows, others) if machine]
+    def use(*rows: Any, others: tuple[Any, ...] = (), dtypes: tuple[str, ...] = ("float32",)) -> None:
+        machines = [
+            [("cpu", d, *row) for d in dtypes for row in machine] for machine in (rows, others) if machine
+        ]
         monkeypatch.setattr(wins, "_tables", lambda: [wins._table(machine) for machine in machines])
-        for function in (wins._measured, wins._wins):
+        for function in (wins._measured, wins._wins, wins.often):
             function.cache_clear()
 
     yield use
     monkeypatch.undo()
-    for function in (wins._measured, wins._wins):
+    for function in (wins._measured, wins._wins, wins.often):
         function.cache_clear()
 
 
@@ -85,14 +87,14 @@ def test_a_few_microseconds_are_not_enough(table: Any) -> None:
     for microseconds, expected in ((29.0, False), (31.0, True)):  # half of it is saved
         table((SWISH, "training", "contiguous", 8, 64, 256, 2.0, microseconds))
         assert wins.wins(SWISH, "training", x) is expected
-        assert wins.often(SWISH, "cpu", torch.float32) is expected
+        assert wins.often(SWISH, "cpu", torch.float32, "training") is expected
 
 
 def test_parts_that_hardly_ever_win(table: Any) -> None:
     sizes = [(SWISH, "training", "contiguous", 8, 64, 4**i) for i in range(8)]
-    for faster in range(4):
+    for faster in range(6):
         table(*((*row, 1.5 if i < faster else 0.9) for i, row in enumerate(sizes)))
-        assert wins.often(SWISH, "cpu", torch.float32) is (faster >= 2)
+        assert wins.often(SWISH, "cpu", torch.float32, "training") is (faster >= 4)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -112,9 +114,8 @@ def test_the_own_forward_runs_where_it_is_faster(training: bool, table: Any, ker
 
 
 def test_inference_asks_once_for_each_shape(table: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    table(
-        (SWISH, "training", "contiguous", 8, 16, 64, 1.5), (SWISH, "evaluation", "contiguous", 8, 16, 64, 0.9)
-    )
+    rows = [(SWISH, mode, "contiguous", 8) for mode in ("training", "evaluation")]
+    table((*rows[0], 16, 64, 1.5), (*rows[1], 16, 64, 0.9), (*rows[1], 512, 64, 1.5))
     model = nf.accelerate(SyncBatchNormSwish(16)).eval()
     bound = bound_module.bound_forward(model)
     asked: list[torch.Size] = []
@@ -146,9 +147,8 @@ def test_training_asks_once_where_no_statistics_are_taken(
 ) -> None:
     """And in each combination of modes: with gradients of parameters, of the input, without."""
     part = "depthwise 5x5, stride 1"
-    table(
-        (part, "training", "contiguous", 8, 16, 64, 1.5), (part, "evaluation", "contiguous", 8, 16, 64, 0.9)
-    )
+    rows = [(part, mode, "contiguous", 8) for mode in ("training", "evaluation")]
+    table((*rows[0], 16, 64, 1.5), (*rows[1], 16, 64, 0.9), (*rows[1], 512, 64, 1.5))
     model = nf.accelerate(nn.Conv2d(16, 16, 5, padding=2, groups=16))
     seen: list[bool] = []
     bound = bound_module.bound_forward(model)
@@ -166,16 +166,57 @@ def test_training_asks_once_where_no_statistics_are_taken(
 
 
 def test_parts_that_never_win_are_left_with_the_reason(table: Any) -> None:
-    table(
-        (SWISH, "training", "contiguous", 8, 64, 256, 0.8),
-        (SEQUENTIAL, "training", "contiguous", 8, 64, 256, 1.2),
-    )
-    model = nf.accelerate(nn.ModuleList([SyncBatchNormSwish(4), nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())]))
+    part = "depthwise 5x5, stride 1"
+    row = ("training", "contiguous", 8, 64, 256)
+    table((part, *row, 0.8), (SEQUENTIAL, *row, 1.2), dtypes=("float32", "bfloat16"))
+    depthwise = nn.Conv2d(4, 4, 5, padding=2, groups=4)
+    model = nf.accelerate(nn.ModuleList([depthwise, nn.Sequential(nn.BatchNorm2d(4), nn.SiLU())]))
     report = nf.acceleration_report(model)
     assert report.replaced == [("1", SEQUENTIAL)]
     ((name, reason),) = report.left
     assert name == "0"
-    assert "PyTorch's own was measured to be faster for batch norm + swish" in reason
+    assert f"PyTorch's own was measured to be faster for {part}" in reason
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_where_a_kernel_hardly_ever_wins_nothing_is_asked(
+    training: bool, table: Any, kernels: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mode, other = ("training", "evaluation") if training else ("evaluation", "training")
+    table((SWISH, mode, "contiguous", 8, 64, 256, 0.9), (SWISH, other, "contiguous", 1, 1, 1, 1.5))
+    theirs, ours = SyncBatchNormSwish(4).train(training), nf.accelerate(SyncBatchNormSwish(4)).train(training)
+    asked: list[bool] = []
+    monkeypatch.setattr(bound_module.BoundForward, "pays", lambda self, x: asked.append(True) or True)
+    kernels.clear()
+    x = torch.randn(2, 4, 5, 5)
+    with torch.set_grad_enabled(training):
+        assert torch.equal(ours(x), theirs(x))
+        assert not asked
+        with torch.autocast("cpu", torch.bfloat16):  # of bfloat16 nothing is known
+            ours(x)
+        ours.train(not training)(x)
+    assert kernels == [BATCH_NORM] * 2
+    assert dict(nf.acceleration_report(ours).notes) == {}
+
+
+def test_what_rests_can_be_frozen(table: Any) -> None:
+    """Freezing folds what its kernel does not compute faster."""
+    rows = [
+        (SWISH, "evaluation", "contiguous", 8, 64, 256, 0.9),
+        (SWISH, "training", "contiguous", 8, 64, 256, 0.9),
+    ]
+    table(*rows)
+    ours = nf.accelerate(SyncBatchNormSwish(4))
+    assert nf.acceleration_report(ours).replaced == [("", SWISH)]
+    x = torch.randn(2, 4, 5, 5)
+    with torch.no_grad():
+        assert_close(nf.freeze(ours)(x), ours.eval()(x), 2e-5)
+    assert [type(part).__name__ for part in nf.freeze(ours).children()] == ["FrozenBatchNorm"]
+    ours.forward.measured = {"evaluation": False, "training": True}
+    ours.forward.find_rests()
+    assert dict(nf.acceleration_report(ours).notes) == {
+        "": "its own forward in evaluation, which was measured to be faster"
+    }
 
 
 def test_processes_that_merge_statistics_decide_alike(
@@ -342,10 +383,10 @@ def test_every_machine_must_win(table: Any) -> None:
     row, small = (SWISH, "training", "contiguous", 8, 64, 256), (SWISH, "training", "contiguous", 1, 8, 4)
     table((*row, 1.5), others=((*row, 1.3),))
     assert wins.wins(SWISH, "training", x)
-    assert wins.often(SWISH, "cpu", torch.float32)
+    assert wins.often(SWISH, "cpu", torch.float32, "training")
     table((*row, 1.5), (*small, 0.9), others=((*row, 1.0), (*small, 1.5)))
     assert not wins.wins(SWISH, "training", x)
-    assert not wins.often(SWISH, "cpu", torch.float32)
+    assert not wins.often(SWISH, "cpu", torch.float32, "training")
     table((*row, 1.5), others=(("other", *row[1:], 1.5),))  # the second machine did not measure this part
     assert wins.wins(SWISH, "training", x)
     assert not wins.wins("of no machine", "training", x)

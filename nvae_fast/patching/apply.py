@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 from torch import nn
 
 from nvae_fast.models.frozen import FREEZERS, refuse
-from nvae_fast.patching import cells, wins
+from nvae_fast.patching import cells
 from nvae_fast.patching.bound import PARTS, BoundForward, bound_forward, remove
-from nvae_fast.patching.freezing import freeze_part
+from nvae_fast.patching.freezing import freeze_part, freezes
 from nvae_fast.patching.progress import Progress, one_thread
 from nvae_fast.patching.recognise import Comparisons
 from nvae_fast.patching.sample import measure_with
@@ -76,7 +76,7 @@ def accelerate(
     pass may follow; or, with ``sample_input``, by measuring each part of ``model`` now. It also runs where nothing is known: on
     devices and in dtypes without measurements, under torch.compile, and, for parts that take batch statistics, while several
     processes train. Without ``sample_input`` a part is left if its kernel is hardly ever faster in the dtype of its
-    parameters: asking costs microseconds in every call.
+    parameters, unless :func:`freeze` makes something of it.
 
     A part uses its own forward for inputs that are not (B, C, H, W) or empty, where an argument beside the input is not its
     default, and while a submodule that the kernel would not call has hooks; a whole cell uses its parts then, and while its
@@ -128,13 +128,11 @@ def replace(
 
 
 def _slower(bound: BoundForward) -> str | None:
-    """Return why ``bound`` would not run: on its device and in its dtype the kernel is hardly ever faster."""
-    tensor = next(iter((*bound.module.parameters(), *bound.module.buffers())), None)
-    if tensor is None:
+    """Return why ``bound`` would never run: its kernel is hardly ever faster, and there is nothing to freeze."""
+    bound.find_rests()
+    if not bound.rests.issuperset((False, True)) or freezes(bound.kind):
         return None
     part, _ = bound.part or PARTS[bound.kind](bound.module, bound.settings)
-    if wins.often(part, tensor.device.type, tensor.dtype):
-        return None
     return f"{bound.kind}: PyTorch's own was measured to be faster for {part}; accelerate(model, sample_input=x) measures here"
 
 
@@ -169,7 +167,11 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
                     within |= {id(inner): name for inner in cells.inside(part, bound.settings["plan"].layout)}
             elif id(part) in within:
                 note = f"within {within[id(part)] or '(model)'}"
-            slow = [mode for mode, wins_here in bound.measured.items() if not wins_here]
+            slow = [
+                mode
+                for mode, training in (("evaluation", False), ("training", True))
+                if training in bound.rests
+            ]
             if slow:
                 note = f"{note}; " if note else ""
                 note += f"its own forward in {' and '.join(slow)}, which was measured to be faster"

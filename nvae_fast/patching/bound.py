@@ -48,6 +48,10 @@ class BoundForward:
     part: tuple[str, bool] | None = None
     # Mode -> whether the kernel is faster, where accelerate has measured it.
     measured: Mapping[str, bool] = {}
+    # The values of ``training`` in which the own forward always runs, and those in which it does outside autocast: the kernel
+    # is hardly ever faster, so that asking would cost more (in a model some ten microseconds a call).
+    rests: frozenset[bool] = frozenset()
+    rests_in_float32: frozenset[bool] = frozenset()
     # (shape, whether contiguous, training mode, gradients, those of the input) -> whether the kernel is faster in float32 on
     # a CPU.
     decided: dict[tuple[torch.Size, bool, bool, bool, bool], bool]
@@ -68,13 +72,19 @@ class BoundForward:
         self.decided = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.always:
+            training = self.module.training
+            if training in self.rests or (
+                training in self.rests_in_float32 and not torch.is_autocast_enabled("cpu")
+            ):
+                return type(self.module).forward(self.module, *args, **kwargs)
         if len(args) == 1 and not kwargs:
             x = args[0]
         else:
             x = self._only_input(args, kwargs)
             if x is MISSING:
                 return original(self.module, *args, **kwargs)
-        # The most frequent case, which shall cost little: some models have hundreds of parts that are faster as they are.
+        # A frequent case, which shall cost little: some models have hundreds of parts that are faster as they are.
         if (
             not self.always
             and type(x) is torch.Tensor
@@ -130,6 +140,27 @@ class BoundForward:
         known = self.measured.get(mode)
         return wins.wins(part, mode, x) if known is None else known
 
+    def find_rests(self) -> None:
+        """Set when the own forward runs without asking, by the tables or by what accelerate has measured."""
+        part, normalises = self.part or PARTS[self.kind](self.module, self.settings)
+        tensor = next(iter((*self.module.parameters(), *self.module.buffers())), None)
+        if not part or tensor is None:
+            return
+
+        def hardly(dtype: torch.dtype) -> frozenset[bool]:
+            return frozenset(
+                training
+                for training, mode in ((False, "evaluation"), (True, "training"))
+                if not self.measured.get(mode, wins.often(part, tensor.device.type, dtype, mode))
+            )
+
+        self.rests = hardly(tensor.dtype)
+        if normalises and self.measured:
+            self.rests -= {True}  # processes that merge statistics must decide alike
+        if tensor.dtype == torch.float32 and tensor.is_cpu:
+            self.rests_in_float32 = self.rests
+            self.rests &= hardly(torch.bfloat16)  # as under autocast
+
     def _pays_as_known(self, x: torch.Tensor) -> bool:
         """:meth:`pays` for a float32 map on a CPU outside autocast, by a look-up."""
         training, gradients = self.module.training, torch.is_grad_enabled()
@@ -175,6 +206,8 @@ class BoundForward:
         )
 
     def install(self) -> None:
+        if self.removable:
+            self.find_rests()
         self.module.__dict__["forward"] = self
         self.module.__dict__[_REPLICATE] = _Replicate(self.module)
 

@@ -77,6 +77,11 @@ class FrozenMBConv(FrozenModule):
         return y + x if self.residual else y
 
 
+def freezes(kind: str) -> bool:
+    """Return whether :func:`freeze_part` makes something of parts of that kind."""
+    return kind in _MAKERS
+
+
 def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
     """Freeze ``part``, which is a copy already, in place where it is accelerated; ``convert`` freezes a child.
 

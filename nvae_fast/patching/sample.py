@@ -38,6 +38,7 @@ def measure_with(model: nn.Module, sample_input: Any, progress: bool | None) -> 
             if bound is not None:
                 bound.measured = {mode: found.is_enough() for mode, found in known[key].items()}
                 bound.decided.clear()
+                bound.find_rests()
 
 
 def _inputs(model: nn.Module, sample_input: Any) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ LEAST = 1.05  # of a speed-up: measurements on a busy machine are wrong by a few
 # Microseconds: in a model, the interpreter's part of a call costs more than in the loop that measures it, since other kernels
 # evict its data from the caches.
 SAVED = 15.0
-OFTEN = 0.25
+OFTEN = 0.5
 FOLDER = Path(__file__).with_name("measured")
 
 FEWER = 1.25  # rows may have that many times the elements of the input
@@ -126,8 +126,9 @@ def _wins_by(rows: list[tuple[Sizes, bool]], size: Sizes) -> bool:
     return all(is_faster for distance, is_faster in distances if distance <= nearest + 1)
 
 
-def often(part: str, device: str, dtype: torch.dtype) -> bool:
-    """Return whether the kernel of ``part`` runs, in some mode and layout, for at least :data:`OFTEN` of the sizes measured.
+@cache
+def often(part: str, device: str, dtype: torch.dtype, mode: str) -> bool:
+    """Return whether the kernel of ``part`` runs for at least :data:`OFTEN` of the sizes measured in one of the layouts.
 
     Otherwise nothing is gained that would make up for asking in every call.
     """
@@ -139,7 +140,7 @@ def often(part: str, device: str, dtype: torch.dtype) -> bool:
     found: dict[Key, dict[Sizes, bool]] = {}
     for table in tables:
         for key, rows in table.items():
-            if key[:3] == (device, name, part):
+            if key[:4] == (device, name, part, mode):
                 sizes = found.setdefault(key, {})
                 for size, is_faster in rows:
                     sizes[size] = is_faster and sizes.get(size, True)
