@@ -20,9 +20,9 @@ import torch
 from nvae_fast.ops import _backend
 
 LEAST = 1.05  # of a speed-up: measurements on a busy machine are wrong by a few hundredths
-# Microseconds: in a model, the interpreter's part of a call costs more than in the loop that measures it, since other kernels
-# evict its data from the caches.
-SAVED = 15.0
+# Microseconds. In a model the interpreter's part of a call costs tens of microseconds more than in the loop that measures it:
+# other kernels evict its data from the caches. What remains of a smaller gain is nothing, or less.
+SAVED = 50.0
 OFTEN = 0.5
 FOLDER = Path(__file__).with_name("measured")
 
