@@ -168,7 +168,7 @@ class FrozenConv2d(FrozenModule):
                 with torch.autocast("cpu", enabled=False):
                     return winograd.convolve(x, self._transformed(), self.bias)
         elif winograd.computes(x, self.weight, geometry):
-            return winograd.convolve(x, self._transformed(), self.bias)
+            return winograd.conv2d_of_transformed(x, self.weight, self._transformed(), self.bias)
         return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:
