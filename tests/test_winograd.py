@@ -23,8 +23,9 @@ FAST: Any = winograd._fast.__wrapped__  # type: ignore[attr-defined]  # of funct
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the tests run with another capability, or on a processor with AMX."""
+    """Also where the tests run with another capability, or on another processor."""
     monkeypatch.setattr(winograd, "_fast", lambda dtype: True)
+    monkeypatch.setattr(winograd, "_library_products", lambda: False)
 
 
 @pytest.fixture
@@ -168,10 +169,16 @@ def test_processors(facts: dict[str, Any], single: bool, half: bool, monkeypatch
 
 
 @pytest.mark.parametrize("library", [False, True])
-def test_least_channels(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd._extension, "info", lambda: {"fast_library_products": library})
-    assert winograd._least_channels.__wrapped__(torch.float32) == (24 if library else 16)
-    assert winograd._least_channels.__wrapped__(torch.bfloat16) == 16
+def test_least_sizes(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_library_products", lambda: library)
+    x, weight = torch.zeros(8, 16, 4, 4).contiguous(memory_format=LAST), torch.zeros(16, 16, 3, 3)
+    many = torch.zeros(32, 16, 4, 4).contiguous(memory_format=LAST)
+    assert not winograd.computes(x, weight, SAME)
+    assert winograd.computes(x, weight, SAME, transformed=True) != library
+    assert not winograd.computes(x[:7], weight, SAME, transformed=True)
+    assert winograd.computes(many, weight, SAME) != library
+    assert winograd.computes(many.bfloat16(), weight.bfloat16(), SAME)
+    assert not winograd.computes(x.bfloat16(), weight.bfloat16(), SAME, transformed=True)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -249,7 +256,9 @@ def test_kernels(size: tuple[int, ...], memory_format: torch.memory_format, dtyp
     close = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=8e-3, atol=8e-3)
     made = winograd.weights(weight)
     torch.testing.assert_close(made, winograd._weights(weight), rtol=1e-5, atol=1e-6)
-    for given, added in ((weight, bias), (weight, None), (made, bias)):
+    columns = made.transpose(1, 2).contiguous().transpose(1, 2)
+    apart = made.repeat_interleave(2, dim=2)[:, :, ::2]
+    for given, added in ((weight, bias), (weight, None), (made, bias), (columns, bias), (apart, bias)):
         y, expected = winograd.convolve(x, given, added), winograd._conv2d(x, given, added)
         assert y.dtype == dtype
         last = x.is_contiguous(memory_format=LAST)  # one channel: it is in both

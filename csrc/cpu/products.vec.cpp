@@ -11,6 +11,7 @@ namespace {
 using V = VecF;
 // Of a block: with the vectors of one row of the right matrix and a factor they are 29 of 32 registers, or 15 of 16.
 constexpr int kRows = 6, kVectors = NVAE_CAPABILITY == 2 ? 4 : 2;
+constexpr int64_t kRowsInPlace = 4 * kRows;  // up to so many rows, a copy costs more than it saves
 constexpr int64_t kDepth = 128;  // of a part, a multiple of V::size: the copy stays in the innermost cache
 
 // Up to kVectors vectors of neighbouring columns from `column` on, and kDepth rows from `k` on.
@@ -41,8 +42,10 @@ NVAE_INLINE void copy_columns(const ProductArgs& a, const float* right, Part par
   }
 }
 
+// `step` is the distance of the rows of `panel`.
 template <int R, int N>
-NVAE_INLINE void block(const ProductArgs& a, const float* left, const float* panel, Part part, float* out) {
+NVAE_INLINE void block(const ProductArgs& a, const float* left, const float* panel, int64_t step, Part part,
+                       float* out) {
   const int last = static_cast<int>(part.width - (N - 1) * V::size);  // lanes of the last vector
   V sums[R][N];
 #pragma GCC unroll 8
@@ -54,7 +57,7 @@ NVAE_INLINE void block(const ProductArgs& a, const float* left, const float* pan
   for (int64_t k = 0; k < part.depth; ++k) {
     V row[N];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) row[j] = V::load(panel + (k * N + j) * V::size);
+    for (int j = 0; j < N; ++j) row[j] = V::load(panel + k * step + j * V::size);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
       const V factor(left[r * a.left_row + k * a.left_depth]);
@@ -72,32 +75,40 @@ NVAE_INLINE void block(const ProductArgs& a, const float* left, const float* pan
 template <int N>
 void columns_of(const ProductArgs& a, int64_t matrix, Part part) {
   alignas(64) float panel[kDepth * N * V::size];
-  const float* const left = a.left + matrix * a.left_matrix;
+  const float *const left = a.left + matrix * a.left_matrix, *const right = a.right + matrix * a.right_matrix;
+  const bool in_place = a.right_column == 1 && a.rows <= kRowsInPlace && part.width == N * V::size;
   float* const out = a.out + matrix * a.rows * a.columns + part.column;
   for (part.k = 0; part.k < a.depth; part.k += kDepth) {
     part.depth = a.depth - part.k < kDepth ? a.depth - part.k : kDepth;
-    copy_columns<N>(a, a.right + matrix * a.right_matrix, part, panel);
+    const float* from = panel;
+    int64_t step = N * V::size;
+    if (in_place) {
+      from = right + part.k * a.right_depth + part.column;
+      step = a.right_depth;
+    } else {
+      copy_columns<N>(a, right, part, panel);
+    }
     for (int64_t m = 0; m < a.rows; m += kRows) {
       const float* const rows = left + m * a.left_row + part.k * a.left_depth;
       float* const to = out + m * a.columns;
       switch (a.rows - m) {
         case 1:
-          block<1, N>(a, rows, panel, part, to);
+          block<1, N>(a, rows, from, step, part, to);
           break;
         case 2:
-          block<2, N>(a, rows, panel, part, to);
+          block<2, N>(a, rows, from, step, part, to);
           break;
         case 3:
-          block<3, N>(a, rows, panel, part, to);
+          block<3, N>(a, rows, from, step, part, to);
           break;
         case 4:
-          block<4, N>(a, rows, panel, part, to);
+          block<4, N>(a, rows, from, step, part, to);
           break;
         case 5:
-          block<5, N>(a, rows, panel, part, to);
+          block<5, N>(a, rows, from, step, part, to);
           break;
         default:
-          block<kRows, N>(a, rows, panel, part, to);
+          block<kRows, N>(a, rows, from, step, part, to);
       }
     }
   }

@@ -149,7 +149,8 @@ Tensor winograd_weights(const Tensor& weight) { return transformed("winograd_wei
 Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "winograd_conv2d";
   const WinogradArgs a = describe(op, "x", x);
-  const Tensor points = weight.dim() == 3 ? as_contiguous(weight) : transformed(op, weight);
+  Tensor points = weight.dim() == 3 ? weight : transformed(op, weight);
+  if (points.stride(1) != 1 && points.stride(2) != 1) points = as_contiguous(points);
   NVAE_CHECK(points.scalar_type() == ScalarType::Float, op, ": a transformed weight must be float32, got ",
              torch::headeronly::toString(points.scalar_type()));
   WinogradArgs b = a;

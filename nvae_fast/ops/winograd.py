@@ -33,6 +33,8 @@ _P, _Q = 5 / 8, 3 / 2
 # of bfloat16 maps, whose direct convolution is slower there.
 _MIN_CHANNELS, _MIN_CHANNELS_LIBRARY = 16, 24
 _MIN_TILES = 32
+# Of float32 maps where the weight is transformed already and the products are not PyTorch's.
+_MIN_TILES_TRANSFORMED = 8
 _MAX_BYTES = 10 * 2**20  # of the tiles of one float32 image: beyond that they leave the cache
 
 
@@ -147,24 +149,28 @@ convolve = define_kernel(
 _backward = define_kernel("winograd_conv2d_backward", _gradients, fake=_fake_gradients)
 
 
-def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
+def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int], *, tiles: int = _MIN_TILES) -> bool:
     """Return whether the convolution is 3x3 and large enough to pay for the transforms.
 
-    geometry: stride, padding, dilation and groups.
+    geometry: stride, padding, dilation and groups; tiles: the least number of them.
     """
     return (
         weight.shape[2:] == (3, 3)
         and geometry == (1, 1, 1, 1)
         and min(weight.shape[:2]) >= _least_channels(map_dtype(x, weight) or x.dtype)
         and x.shape[2] % TILE == x.shape[3] % TILE == 0
-        and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_TILES * TILE**2
+        and x.shape[0] * x.shape[2] * x.shape[3] >= tiles * TILE**2
     )
 
 
 @functools.cache
+def _library_products() -> bool:
+    """Return whether PyTorch multiplies the matrices."""
+    return bool(_extension.info().get("fast_library_products", False))
+
+
 def _least_channels(dtype: torch.dtype) -> int:
-    library = _extension.info().get("fast_library_products", False) and dtype != torch.bfloat16
-    return _MIN_CHANNELS_LIBRARY if library else _MIN_CHANNELS
+    return _MIN_CHANNELS_LIBRARY if _library_products() and dtype != torch.bfloat16 else _MIN_CHANNELS
 
 
 @functools.cache
@@ -183,19 +189,22 @@ def map_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
     return x.dtype if x.dtype == weight.dtype else None
 
 
-def computes(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
+def computes(
+    x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int], *, transformed: bool = False
+) -> bool:
     """Return whether the convolution of a map is computed here: in channels_last, on a CPU with vector instructions.
 
     Maps are float32, or bfloat16 where there is no AMX. Processors with slow bfloat16 products compute more maps than these:
-    :mod:`nvae_fast.ops.wide_conv2d`.
+    :mod:`nvae_fast.ops.wide_conv2d`. transformed: whether the weight need not be transformed any more.
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
         return False
     dtype = map_dtype(x, weight)
+    few = transformed and dtype == torch.float32 and not _library_products()
     return (
         dtype in (torch.float32, torch.bfloat16)
         and x.device.type == "cpu"
-        and fits(x, weight, geometry)
+        and fits(x, weight, geometry, tiles=_MIN_TILES_TRANSFORMED if few else _MIN_TILES)
         and 9 * x.shape[2] * x.shape[3] * max(weight.shape[:2]) <= _MAX_BYTES
         and not _backend.forced_reference()
         and not _backend.transforms_active()
