@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from benchmarks import machine
-from benchmarks.timing import keep_freed_memory
 from nvae_fast.io import atomic_file
 from nvae_fast.patching import wins
 from nvae_fast.patching.apply import replace
 from nvae_fast.patching.bound import bound_forward
 from nvae_fast.patching.measure import speedups
+from nvae_fast.training.memory import keep_freed_memory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 import foreign_model as foreign

@@ -3,10 +3,8 @@ alike."""
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +13,8 @@ from typing import Protocol
 
 import torch
 
-# Options of glibc's mallopt: freed memory above this size is given back to the system, larger blocks are mapped by themselves.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 2**30
+from nvae_fast.training.memory import keep_freed_memory
+
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's second-level cache
 
 
@@ -133,18 +130,6 @@ def median_ratio(a: Series, b: Series) -> tuple[float, float, float]:
     n = len(ratios)
     rank = max(int((n - 1.96 * math.sqrt(n)) / 2), 0)
     return statistics.median(ratios), ratios[rank], ratios[n - 1 - rank]
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep the memory that tensors on the CPU free, where it is glibc.
-
-    By default it gives large blocks back to the system and then pays page faults for the next ones: of two equal models that
-    take turns either may be up to 15 % slower, by the order in which they run.
-    """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
-    if set_option is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            set_option(option, KEPT_BYTES)
 
 
 def interleave(

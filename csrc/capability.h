@@ -14,6 +14,11 @@ const char* capability_name(Capability c);
 
 // Whether the processor multiplies bfloat16 numbers at a higher rate than float32 ones.
 bool fast_bfloat16();
+// Whether it has AMX, whose rate of bfloat16 numbers is about eight times that.
+bool has_amx();
+
+// Whether PyTorch's float32 matrix products reach the processor's rate. MKL, which computes them, is made for Intel's.
+bool fast_library_products();
 
 }  // namespace nvae
 

@@ -52,6 +52,8 @@ static PyObject* info(PyObject*, PyObject*) {
       put(dict, "cpu_capability", PyUnicode_FromString(capability_name(nvae::capability()))) ||
       put(dict, "cpu_capabilities", split(compiled)) ||
       put(dict, "fast_bfloat16", PyBool_FromLong(nvae::fast_bfloat16())) ||
+      put(dict, "amx", PyBool_FromLong(nvae::has_amx())) ||
+      put(dict, "fast_library_products", PyBool_FromLong(nvae::fast_library_products())) ||
       put(dict, "schemas", PyUnicode_FromString(schemas + sizeof NVAE_SCHEMAS_MARK - 1)) ||
       put(dict, "torch_target", PyUnicode_FromString(NVAE_TORCH_TARGET))) {
     Py_DECREF(dict);

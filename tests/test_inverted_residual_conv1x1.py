@@ -51,6 +51,11 @@ def test_an_empty_batch() -> None:
     assert not weight_gradient(torch.randn_like(y), x).any()
 
 
+def convolution(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    return F.conv2d(x.double(), weight.double()[:, :, None, None], bias.double())
+
+
 @pytest.mark.parametrize("channels", [(3, 7), (32, 96)])
 def test_packed_matrix_is_the_convolution(channels: tuple[int, int]) -> None:
     """Whatever batches follow one another; layouts kept are few."""
@@ -61,14 +66,23 @@ def test_packed_matrix_is_the_convolution(channels: tuple[int, int]) -> None:
         for b, h, w in ((2, 4, 4), (1, 4, 4), (2, 4, 4), (5, 1, 1), (1, 1, 3), (0, 4, 4), (2, 4, 4)):
             x = torch.randn(b, channels[0], h, w).contiguous(memory_format=torch.channels_last)
             y = conv(x)
-            expected = F.conv2d(x.double(), weight.double()[:, :, None, None], bias.double())
+            expected = convolution(x, weight, bias)
             assert y.shape == expected.shape
             assert b == 0 or y.is_contiguous(memory_format=torch.channels_last)
             assert_close(y, expected, 2e-6, f"{b}x{h}x{w}")
         assert len(conv._packed) <= 2
-        for dtype in (torch.float64, torch.bfloat16):
+        for dtype in (torch.float64, torch.bfloat16, torch.float16):
             x = torch.randn(2, channels[0], 4, 4, dtype=dtype)
             assert conv(x).dtype == dtype
+            assert_close(conv(x), convolution(x, weight, bias), max(TOLERANCE[dtype], 2e-6))
+        x = torch.randn(2, channels[0], 4, 4)
+        with torch.autocast("cpu", torch.bfloat16):
+            y = conv(x)
+            assert conv(x.double()).dtype == torch.float64
+        assert y.dtype == torch.bfloat16
+        assert y.is_contiguous(memory_format=torch.channels_last)
+        assert_close(y, convolution(x, weight, bias), TOLERANCE[torch.bfloat16])
+        assert len(conv._packed) <= 2
         with torch.inference_mode():
             assert conv(torch.randn(3, channels[0], 2, 2)).shape == (3, channels[1], 2, 2)
         assert conv(torch.randn(3, channels[0], 2, 2)).shape == (3, channels[1], 2, 2)

@@ -1,4 +1,4 @@
-"""3x3 convolutions of float32 maps by Winograd's algorithm: numbers, gradients, and where it runs."""
+"""3x3 convolutions by Winograd's algorithm: numbers, gradients, and where it runs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 import nvae_fast as nf
 from nvae_fast.nn.conv import WeightNormConv2d
-from nvae_fast.ops import winograd
+from nvae_fast.ops import wide_conv2d, winograd
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 LAST = torch.channels_last
 SAME = (1, 1, 1, 1)  # stride, padding, dilation, groups
+FAST: Any = winograd._fast.__wrapped__  # type: ignore[attr-defined]  # of functools.cache
 
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where the tests run with another capability."""
-    monkeypatch.setattr(winograd, "_fast", lambda: True)
+    """Also where the tests run with another capability, or on another processor."""
+    monkeypatch.setattr(winograd, "_fast", lambda dtype: True)
+    monkeypatch.setattr(winograd, "_library_products", lambda: False)
 
 
 @pytest.fixture
@@ -117,18 +119,20 @@ def test_batched_gradients() -> None:
 def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight, _ = (t.detach() for t in operands())
     assert winograd.computes(x, weight, SAME)
+    assert winograd.computes(x.bfloat16(), weight.bfloat16(), SAME)
     refused = {
         "NCHW": (x.contiguous(), weight, SAME),
         "float64": (x.double(), weight.double(), SAME),
-        "bfloat16": (x.bfloat16(), weight.bfloat16(), SAME),
+        "float16": (x.half(), weight.half(), SAME),
         "two dtypes": (x, weight.double(), SAME),
+        "a wider weight": (x.bfloat16(), weight, SAME),
         "stride": (x, weight, (2, 1, 1, 1)),
         "padding": (x, weight, (1, 0, 1, 1)),
         "dilation": (x, weight, (1, 1, 2, 1)),
         "groups": (x, weight, (1, 1, 1, 2)),
         "5x5": (x, torch.zeros(40, 32, 5, 5), SAME),
-        "few channels": (x[:, :16].contiguous(memory_format=LAST), weight[:, :16], SAME),
-        "few results": (x, weight[:16], SAME),
+        "few channels": (x[:, :15].contiguous(memory_format=LAST), weight[:, :15], SAME),
+        "few results": (x, weight[:15], SAME),
         "height": (x[:, :, :14], weight, SAME),
         "few tiles": (x[:1], weight, SAME),
         "nothing": (x[:0], weight, SAME),
@@ -137,11 +141,63 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, given in refused.items():
         assert not winograd.computes(*given), name
     with torch.autocast("cpu", torch.bfloat16):
+        assert winograd.computes(x, weight, SAME)
+        assert winograd.computes(x.bfloat16(), weight, SAME)
+        assert not winograd.computes(x.double(), weight.double(), SAME)
+    with torch.autocast("cpu", torch.float16):
         assert not winograd.computes(x, weight, SAME)
     with nf.use_backend("reference"):
         assert not winograd.computes(x, weight, SAME)
-    monkeypatch.setattr(winograd, "_fast", lambda: False)
+    monkeypatch.setattr(winograd, "_fast", lambda dtype: False)
     assert not winograd.computes(x, weight, SAME)
+
+
+@pytest.mark.parametrize(
+    ("facts", "single", "half"),
+    [
+        ({"cpu_capability": "avx2", "amx": False}, True, True),
+        ({"cpu_capability": "avx512", "amx": True}, True, False),
+        ({"cpu_capability": "baseline", "amx": False}, False, False),
+        ({}, False, False),
+    ],
+)
+def test_processors(facts: dict[str, Any], single: bool, half: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AMX multiplies bfloat16 numbers faster than the transforms save products."""
+    monkeypatch.setattr(winograd._extension, "info", lambda: facts)
+    assert FAST(torch.float32) == single
+    assert FAST(torch.bfloat16) == half
+
+
+@pytest.mark.parametrize("library", [False, True])
+def test_least_sizes(library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(winograd, "_library_products", lambda: library)
+    x, weight = torch.zeros(8, 16, 4, 4).contiguous(memory_format=LAST), torch.zeros(16, 16, 3, 3)
+    many = torch.zeros(32, 16, 4, 4).contiguous(memory_format=LAST)
+    assert not winograd.computes(x, weight, SAME)
+    assert winograd.computes(x, weight, SAME, transformed=True) != library
+    assert not winograd.computes(x[:7], weight, SAME, transformed=True)
+    assert winograd.computes(many, weight, SAME) != library
+    assert winograd.computes(many.bfloat16(), weight.bfloat16(), SAME)
+    assert not winograd.computes(x.bfloat16(), weight.bfloat16(), SAME, transformed=True)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast(frozen: bool, calls: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A float32 map becomes a bfloat16 one, as in PyTorch's convolution, whose error is larger."""
+    torch.manual_seed(8)
+    monkeypatch.setattr(wide_conv2d, "fast_bfloat16", lambda: True)
+    conv: Any = WeightNormConv2d(32, 40, 3)
+    x = operands()[0].detach()
+    expected = conv.double()(x.double()).detach()
+    conv = nf.freeze(conv.float()) if frozen else conv.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = conv(x)
+        assert calls == (["weights", "convolve"] if frozen else ["convolve"])
+        monkeypatch.setattr(winograd, "_fast", lambda dtype: False)
+        of_pytorch = conv(x)
+    assert y.dtype == of_pytorch.dtype == torch.bfloat16
+    assert y.stride() == of_pytorch.stride()
+    assert error(y.detach(), expected) < error(of_pytorch.detach(), expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -200,7 +256,9 @@ def test_kernels(size: tuple[int, ...], memory_format: torch.memory_format, dtyp
     close = dict(rtol=1e-5, atol=2e-5) if dtype == torch.float32 else dict(rtol=8e-3, atol=8e-3)
     made = winograd.weights(weight)
     torch.testing.assert_close(made, winograd._weights(weight), rtol=1e-5, atol=1e-6)
-    for given, added in ((weight, bias), (weight, None), (made, bias)):
+    columns = made.transpose(1, 2).contiguous().transpose(1, 2)
+    apart = made.repeat_interleave(2, dim=2)[:, :, ::2]
+    for given, added in ((weight, bias), (weight, None), (made, bias), (columns, bias), (apart, bias)):
         y, expected = winograd.convolve(x, given, added), winograd._conv2d(x, given, added)
         assert y.dtype == dtype
         last = x.is_contiguous(memory_format=LAST)  # one channel: it is in both

@@ -37,9 +37,25 @@ bool fast_bfloat16() {
 #ifdef NVAE_HAVE_X86
   // Bits of leaf 7. Intel's AVX512_BF16 is slower than float32 (on Emerald Rapids half the rate), AMD's twice as fast.
   unsigned a = 0, b = 0, c = 0, d = 0;
-  const bool amx = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
   const bool avx512_bf16 = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);
-  return amx || (avx512_bf16 && __builtin_cpu_is("amd"));
+  return has_amx() || (avx512_bf16 && __builtin_cpu_is("amd"));
+#else
+  return true;
+#endif
+}
+
+bool has_amx() {
+#ifdef NVAE_HAVE_X86
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 22 & 1);
+#else
+  return false;
+#endif
+}
+
+bool fast_library_products() {
+#ifdef NVAE_HAVE_X86
+  return __builtin_cpu_is("intel");
 #else
   return true;
 #endif

@@ -13,17 +13,15 @@ template <class V, int activation, class T>
 void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x, int64_t row,
                   const Ring<typename V::Scalar>& ring, const typename V::Scalar* constants) {
   using S = typename V::Scalar;
-  S* to = ring.at(0, row);
-  const int64_t vector = ring.vector();
-  for (int64_t s = 0; s < a.x.width; ++s, to += V::size) {
-    const T* from = x.p + s * x.pixel;
-    for (int g = 0; g < c.count; ++g) {
-      const V raw = load<V>(from + g * V::size, lanes<V>(c, g));
-      const V u = fma(V::load(constants + 2 * g * V::size), raw, V::load(constants + (2 * g + 1) * V::size));
+  each_group_vector<V>(c, [&](int g, int n) {
+    const V scale = V::load(constants + 2 * g * V::size), shift = V::load(constants + (2 * g + 1) * V::size);
+    const T* from = x.p + g * V::size;
+    S* to = ring.at(g, row);
+    for (int64_t s = 0; s < a.x.width; ++s, from += x.pixel, to += V::size) {
       V derivative;
-      activate<activation, false>(u, derivative).store(to + g * vector);
+      activate<activation, false>(fma(scale, load<V>(from, n), shift), derivative).store(to);
     }
-  }
+  });
 }
 
 // act(scale y + shift) of a row of y in scratch memory.
@@ -44,11 +42,13 @@ void store_row_sum(const DepthwiseArgs& a, const Group& c, int64_t b, int64_t ro
                    double* sums, bool start) {
   using S = typename V::Scalar;
   const int64_t width = a.y.width, vector = width * V::size;
+  T* const to = place<T>(a.y, b, c.first, row);
   if (a.y.channels_last) {
-    T* to = place<T>(a.y, b, c.first, row);
-    for (int64_t s = 0; s < width; ++s)
-      for (int g = 0; g < c.count; ++g)
-        store(V::load(out + g * vector + s * V::size), to + s * a.y.pixel + g * V::size, lanes<V>(c, g));
+    each_group_vector<V>(c, [&](int g, int n) {
+      const S* from = out + g * vector;
+      T* at = to + g * V::size;
+      for (int64_t s = 0; s < width; ++s, from += V::size, at += a.y.pixel) store(V::load(from), at, n);
+    });
   } else {
     scatter_row<V, T>(a.y, b, c, row, out);
   }
@@ -58,23 +58,24 @@ void store_row_sum(const DepthwiseArgs& a, const Group& c, int64_t b, int64_t ro
     double* total = sums + 3 * g * V::size;
     S lane[V::size], square[V::size];
     T rounded[V::size];  // statistics are of y as it is stored
-    if (start)
+    const auto value = [&](int64_t s) {
+      if (sizeof(T) == sizeof(S)) return V::load(from + s * V::size);
+      if (a.y.channels_last) return load<V>(to + s * a.y.pixel + g * V::size, lanes<V>(c, g));
+      V::load(from + s * V::size).store(rounded);
+      return V::load(rounded);
+    };
+    if (start) {
+      value(0).store(lane);
       for (int j = 0; j < V::size; ++j) {
         total[j] = total[V::size + j] = 0;
-        V::load(from).store(rounded);
-        V::load(rounded).store(lane);
         total[2 * V::size + j] = lane[j];
       }
+    }
     for (int j = 0; j < V::size; ++j) lane[j] = static_cast<S>(total[2 * V::size + j]);
     const V pivot = V::load(lane);
     V sum(S(0)), squares(S(0));
     for (int64_t s = 0; s < width; ++s) {
-      V v = V::load(from + s * V::size);
-      if (sizeof(T) < sizeof(S)) {
-        v.store(rounded);
-        v = V::load(rounded);
-      }
-      v = v - pivot;
+      const V v = value(s) - pivot;
       sum = sum + v;
       squares = fma(v, v, squares);
     }

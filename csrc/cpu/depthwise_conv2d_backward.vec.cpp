@@ -46,19 +46,19 @@ template <class V, class T>
 void upstream_row(const DepthwiseArgs& a, const Group& c, Row<const T> grad, const Row<const T>* out,
                   int64_t row, const Scratch<typename V::Scalar>& s) {
   using S = typename V::Scalar;
-  S* to = s.ring.at(0, row);
-  const int64_t vector = s.ring.vector();
-  for (int64_t i = 0; i < a.grad.width; ++i, to += V::size)
-    for (int g = 0; g < c.count; ++g) {
-      V dy = load<V>(grad.p + i * grad.pixel + g * V::size, lanes<V>(c, g));
-      if (out) {
-        const S* constants = s.constants + g * kConstants * V::size;
-        const V y = load<V>(out->p + i * out->pixel + g * V::size, lanes<V>(c, g));
-        dy = fma(V::load(constants + kAlpha * V::size), dy,
-                 fma(V::load(constants + kBeta * V::size), y, V::load(constants + kGamma * V::size)));
-      }
-      dy.store(to + g * vector);
-    }
+  each_group_vector<V>(c, [&](int g, int n) {
+    const S* const constants = s.constants + g * kConstants * V::size;
+    const V alpha = V::load(constants + kAlpha * V::size), beta = V::load(constants + kBeta * V::size),
+            gamma = V::load(constants + kGamma * V::size);
+    const T *from = grad.p + g * V::size, *y = out ? out->p + g * V::size : nullptr;
+    S* to = s.ring.at(g, row);
+    if (!out)
+      for (int64_t i = 0; i < a.grad.width; ++i, from += grad.pixel, to += V::size)
+        load<V>(from, n).store(to);
+    else
+      for (int64_t i = 0; i < a.grad.width; ++i, from += grad.pixel, y += out->pixel, to += V::size)
+        fma(alpha, load<V>(from, n), fma(beta, load<V>(y, n), gamma)).store(to);
+  });
 }
 
 // h and act' of one row of x.
@@ -66,17 +66,17 @@ template <class V, int activation, class T>
 void activate_row(const DepthwiseArgs& a, const Group& c, Row<const T> x,
                   const Scratch<typename V::Scalar>& s) {
   using S = typename V::Scalar;
-  for (int64_t i = 0; i < a.x.width; ++i)
-    for (int g = 0; g < c.count; ++g) {
-      const S* constants = s.constants + g * kConstants * V::size;
-      const int64_t at = g * s.vector + i * V::size;
-      const V raw = load<V>(x.p + i * x.pixel + g * V::size, lanes<V>(c, g));
+  each_group_vector<V>(c, [&](int g, int n) {
+    const S* const constants = s.constants + g * kConstants * V::size;
+    const V scale = V::load(constants + kScale * V::size), shift = V::load(constants + kShift * V::size);
+    const T* from = x.p + g * V::size;
+    int64_t at = g * s.vector;
+    for (int64_t i = 0; i < a.x.width; ++i, from += x.pixel, at += V::size) {
       V derivative;
-      activate<activation, true>(
-          fma(V::load(constants + kScale * V::size), raw, V::load(constants + kShift * V::size)), derivative)
-          .store(s.h + at);
+      activate<activation, true>(fma(scale, load<V>(from, n), shift), derivative).store(s.h + at);
       if constexpr (activation != 0) derivative.store(s.derivative + at);
     }
+  });
 }
 
 // du = dh act', its sums, and grad_x = scale du into `to`.
@@ -84,22 +84,24 @@ template <class V, class T, class U>
 void store_row_sum(const DepthwiseArgs& a, const Group& c, Row<const T> x, const Row<U>* to,
                    const Scratch<typename V::Scalar>& s, bool affine) {
   using S = typename V::Scalar;
-  for (int64_t i = 0; i < a.x.width; ++i)
-    for (int g = 0; g < c.count; ++g) {
-      S* constants = s.constants + g * kConstants * V::size;
+  each_group_vector<V>(c, [&](int g, int n) {
+    S* const constants = s.constants + g * kConstants * V::size;
+    const V scale = V::load(constants + kScale * V::size), pivot = V::load(constants + kPivot * V::size);
+    V scale_sum = V::load(constants + kScaleSum * V::size),
+      shift_sum = V::load(constants + kShiftSum * V::size);
+    for (int64_t i = 0; i < a.x.width; ++i) {
       const int64_t at = g * s.vector + i * V::size;
       V du = V::load(s.dh + at);
       if (a.activation != 0) du = du * V::load(s.derivative + at);
-      if (to)
-        store(du * V::load(constants + kScale * V::size), to->p + i * to->pixel + g * V::size,
-              lanes<V>(c, g));
+      if (to) store(du * scale, to->p + i * to->pixel + g * V::size, n);
       if (affine) {
-        const V raw = load<V>(x.p + i * x.pixel + g * V::size, lanes<V>(c, g));
-        const V away = raw - V::load(constants + kPivot * V::size);
-        fma(du, away, V::load(constants + kScaleSum * V::size)).store(constants + kScaleSum * V::size);
-        (du + V::load(constants + kShiftSum * V::size)).store(constants + kShiftSum * V::size);
+        scale_sum = fma(du, load<V>(x.p + i * x.pixel + g * V::size, n) - pivot, scale_sum);
+        shift_sum = du + shift_sum;
       }
     }
+    scale_sum.store(constants + kScaleSum * V::size);
+    shift_sum.store(constants + kShiftSum * V::size);
+  });
 }
 
 template <class V>

@@ -70,6 +70,14 @@ NVAE_INLINE int lanes(const Group& c, int g) {
   return g < c.full ? V::size : c.tail;
 }
 
+// Calls run(g, n) for every vector g of a group, which has n lanes. Vectors are in the outer loop and pixels in the inner one, so
+// that what belongs to channels stays in registers.
+template <class V, class F>
+NVAE_INLINE void each_group_vector(const Group& c, F run) {
+  for (int g = 0; g < c.full; ++g) run(g, V::size);
+  if (c.full < c.count) run(c.full, c.tail);
+}
+
 // Per-channel constants, null: `missing`.
 template <class V>
 NVAE_INLINE V constant(const void* p, const Group& c, int g, double missing) {

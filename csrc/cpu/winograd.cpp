@@ -1,11 +1,12 @@
-// nvae_fast::winograd_weights, winograd_conv2d and its backward on the CPU: checks, layouts and the products over channels, which
-// are PyTorch's. The transforms are in winograd.vec.cpp.
+// nvae_fast::winograd_weights, winograd_conv2d and its backward on the CPU: checks, layouts and the products over channels. The
+// transforms are in winograd.vec.cpp.
 #include "winograd.h"
 
 #include <algorithm>
 #include <array>
 
 #include "planes.h"
+#include "products.h"
 
 namespace nvae {
 namespace {
@@ -60,7 +61,7 @@ Tensor transformed(const char* op, const Tensor& weight) {
   return points;
 }
 
-Tensor product(const Tensor& a, const Tensor& b) {
+Tensor library_product(const Tensor& a, const Tensor& b) {
   std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
   try {
     TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::bmm", "", stack.data(), TORCH_ABI_VERSION));
@@ -68,6 +69,29 @@ Tensor product(const Tensor& a, const Tensor& b) {
     fail_to_allocate(static_cast<double>(a.size(0) * a.size(1) * b.size(2)), ScalarType::Float, "cpu");
   }
   return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// a b for every point; one of the last two strides of b is 1.
+Tensor product(const Tensor& a, const Tensor& b) {
+  if (fast_library_products()) return library_product(a, b);
+  const Tensor made = allocate({a.size(0), a.size(1), b.size(2)}, ScalarType::Float, a);
+  ProductArgs p;
+  p.left = static_cast<const float*>(a.const_data_ptr());
+  p.right = static_cast<const float*>(b.const_data_ptr());
+  p.out = static_cast<float*>(made.mutable_data_ptr());
+  p.matrices = a.size(0);
+  p.rows = a.size(1);
+  p.columns = b.size(2);
+  p.depth = a.size(2);
+  p.left_matrix = a.stride(0);
+  p.left_row = a.stride(1);
+  p.left_depth = a.stride(2);
+  p.right_matrix = b.stride(0);
+  p.right_depth = b.stride(1);
+  p.right_column = b.stride(2);
+  parallel_for(0, p.matrices * p.panels(), 1,
+               [&](int64_t begin, int64_t end) { NVAE_CALL(products, p, begin, end); });
+  return made;
 }
 Tensor transposed(const Tensor& t, int64_t first = 0) {
   return torch::stable::transpose(t, first, first + 1);
@@ -125,7 +149,8 @@ Tensor winograd_weights(const Tensor& weight) { return transformed("winograd_wei
 Tensor winograd_conv2d(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const char* op = "winograd_conv2d";
   const WinogradArgs a = describe(op, "x", x);
-  const Tensor points = weight.dim() == 3 ? weight : transformed(op, weight);
+  Tensor points = weight.dim() == 3 ? weight : transformed(op, weight);
+  if (points.stride(1) != 1 && points.stride(2) != 1) points = as_contiguous(points);
   NVAE_CHECK(points.scalar_type() == ScalarType::Float, op, ": a transformed weight must be float32, got ",
              torch::headeronly::toString(points.scalar_type()));
   WinogradArgs b = a;

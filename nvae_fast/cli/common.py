@@ -24,6 +24,7 @@ from nvae_fast.models.nvae import NVAE
 from nvae_fast.ops import _extension as extension
 from nvae_fast.training import checkpoint, distributed, pictures
 from nvae_fast.training.config import check_bounds
+from nvae_fast.training.memory import keep_freed_memory
 from nvae_fast.training.progress import Progress
 from nvae_fast.training.signals import watch_interrupts
 from nvae_fast.version import __version__
@@ -56,6 +57,8 @@ def run_on_processes(
     started with other options or versions."""
     with watch_interrupts():
         world = distributed.start_world(arguments.device)
+        if world.device.type == "cpu":
+            keep_freed_memory()
         with world.report_lost_process(lambda: advice):
             world.agree({"the command": arguments.command})
             world.agree(

@@ -167,8 +167,8 @@ class FrozenConv2d(FrozenModule):
             if winograd.fits(x, self.weight, geometry):
                 with torch.autocast("cpu", enabled=False):
                     return winograd.convolve(x, self._transformed(), self.bias)
-        elif winograd.computes(x, self.weight, geometry):
-            return winograd.convolve(x, self._transformed(), self.bias)
+        elif winograd.computes(x, self.weight, geometry, transformed=True):
+            return winograd.conv2d_of_transformed(x, self.weight, self._transformed(), self.bias)
         return convolution(x, self._weight_for(x), self.bias, self)
 
     def _matrix(self) -> PackedMatrix:
@@ -180,11 +180,12 @@ class FrozenConv2d(FrozenModule):
         return found
 
     def _transformed(self) -> torch.Tensor:
-        """The weight as Winograd's algorithm takes it."""
+        """The weight as Winograd's algorithm takes it, neighbouring results of a point side by side."""
         found: torch.Tensor | None = self._derived.get("winograd")
         if found is None:
             with torch.inference_mode(False):
-                found = self._derived["winograd"] = winograd.weights(self.weight)
+                found = winograd.weights(self.weight).transpose(1, 2).contiguous().transpose(1, 2)
+                self._derived["winograd"] = found
         return found
 
     def _weight_for(self, x: torch.Tensor) -> torch.Tensor:

@@ -125,9 +125,10 @@ def info() -> dict[str, Any]:
 
     Returns a dict with ``loaded``, ``reason`` (None when loaded) and, when loaded: ``path``,
     ``cpu_capability`` (in use), ``cpu_capabilities`` (compiled in), ``fast_bfloat16`` (bool: the processor multiplies bfloat16
-    numbers faster than float32 ones), ``cuda`` (bool: CUDA sources compiled in), ``cuda_archs`` (list: ``sm_80`` is machine
-    code, ``compute_100`` PTX), ``torch_target`` (the oldest PyTorch the binary is made for) and, with CUDA sources and a
-    visible GPU, ``cuda_device`` (whether the binary holds code for the current GPU; asking initialises CUDA).
+    numbers faster than float32 ones), ``amx`` (bool), ``fast_library_products`` (bool: PyTorch's float32 matrix products reach
+    the processor's rate, as MKL's do on Intel's processors), ``cuda`` (bool: CUDA sources compiled in), ``cuda_archs`` (list:
+    ``sm_80`` is machine code, ``compute_100`` PTX), ``torch_target`` (the oldest PyTorch the binary is made for) and, with CUDA
+    sources and a visible GPU, ``cuda_device`` (whether the binary holds code for the current GPU; asking initialises CUDA).
     """
     if not load() or _module is None:
         return {"loaded": False, "reason": _reason}

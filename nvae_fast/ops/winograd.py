@@ -6,7 +6,8 @@ Lavin and Gray, arXiv 1509.09308. A tile of 4x4 outputs of a pair of channels ta
     A' (sum over channels of (G g G') * (B' d B)) A + bias
 
 The sum is a product of matrices for each of the 36 points. Gradients are the adjoints, with A y A' of every tile of the
-gradient. All of it is float32; the maps are float32 or bfloat16.
+gradient. All of it is float32; the maps are float32 or bfloat16. Products of bfloat16 numbers at twice the rate of float32 ones
+(AVX512_BF16) save less than this does, those of AMX more.
 
 The matrices belong to the points 0, 5/8, -5/8, 3/2, -3/2 and infinity. The usual ones, 0, 1, -1, 2, -2 and infinity, lose twice
 as many digits: the error is 1.8 times that of the direct float32 sum, with them 4 times (docs/benchmarks.md). A value that is
@@ -28,9 +29,12 @@ from nvae_fast.ops._op import define_kernel
 TILE, PATCH = 4, 6
 # The points, besides their negatives, 0 and infinity. csrc/cpu/winograd.vec.cpp has the same.
 _P, _Q = 5 / 8, 3 / 2
-# With fewer channels or tiles the transforms cost more than they save. The direct convolution of bfloat16 maps is slower.
-_MIN_CHANNELS = {torch.float32: 24, torch.bfloat16: 16}
+# With fewer channels or tiles the transforms cost more than they save. With more where PyTorch multiplies the matrices, except
+# of bfloat16 maps, whose direct convolution is slower there.
+_MIN_CHANNELS, _MIN_CHANNELS_LIBRARY = 16, 24
 _MIN_TILES = 32
+# Of float32 maps where the weight is transformed already and the products are not PyTorch's.
+_MIN_TILES_TRANSFORMED = 8
 _MAX_BYTES = 10 * 2**20  # of the tiles of one float32 image: beyond that they leave the cache
 
 
@@ -145,49 +149,82 @@ convolve = define_kernel(
 _backward = define_kernel("winograd_conv2d_backward", _gradients, fake=_fake_gradients)
 
 
-def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
+def fits(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int], *, tiles: int = _MIN_TILES) -> bool:
     """Return whether the convolution is 3x3 and large enough to pay for the transforms.
 
-    geometry: stride, padding, dilation and groups.
+    geometry: stride, padding, dilation and groups; tiles: the least number of them.
     """
     return (
         weight.shape[2:] == (3, 3)
         and geometry == (1, 1, 1, 1)
-        and min(weight.shape[:2]) >= _MIN_CHANNELS[x.dtype]
+        and min(weight.shape[:2]) >= _least_channels(map_dtype(x, weight) or x.dtype)
         and x.shape[2] % TILE == x.shape[3] % TILE == 0
-        and x.shape[0] * x.shape[2] * x.shape[3] >= _MIN_TILES * TILE**2
+        and x.shape[0] * x.shape[2] * x.shape[3] >= tiles * TILE**2
     )
 
 
 @functools.cache
-def _fast() -> bool:
-    """Return whether the transforms have vector instructions."""
-    return _extension.info().get("cpu_capability") in ("avx2", "avx512")
+def _library_products() -> bool:
+    """Return whether PyTorch multiplies the matrices."""
+    return bool(_extension.info().get("fast_library_products", False))
 
 
-def computes(x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int]) -> bool:
-    """Return whether the convolution of a float32 map is computed here: in channels_last, on a CPU with vector instructions."""
+def _least_channels(dtype: torch.dtype) -> int:
+    return _MIN_CHANNELS_LIBRARY if _library_products() and dtype != torch.bfloat16 else _MIN_CHANNELS
+
+
+@functools.cache
+def _fast(dtype: torch.dtype | None) -> bool:
+    """Return whether the transforms have vector instructions, and no faster ones are there for the direct sum."""
+    info = _extension.info()
+    if dtype == torch.bfloat16 and info.get("amx", True):
+        return False
+    return info.get("cpu_capability") in ("avx2", "avx512")
+
+
+def map_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
+    """Return the dtype of maps in a convolution on the CPU, that of autocast where it is on. None: the dtypes do not fit."""
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype if x.dtype == weight.dtype else None
+
+
+def computes(
+    x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int], *, transformed: bool = False
+) -> bool:
+    """Return whether the convolution of a map is computed here: in channels_last, on a CPU with vector instructions.
+
+    Maps are float32, or bfloat16 where there is no AMX. Processors with slow bfloat16 products compute more maps than these:
+    :mod:`nvae_fast.ops.wide_conv2d`. transformed: whether the weight need not be transformed any more.
+    """
+    if torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    dtype = map_dtype(x, weight)
+    few = transformed and dtype == torch.float32 and not _library_products()
     return (
-        x.dtype == weight.dtype == torch.float32
+        dtype in (torch.float32, torch.bfloat16)
         and x.device.type == "cpu"
-        and fits(x, weight, geometry)
+        and fits(x, weight, geometry, tiles=_MIN_TILES_TRANSFORMED if few else _MIN_TILES)
         and 9 * x.shape[2] * x.shape[3] * max(weight.shape[:2]) <= _MAX_BYTES
-        and not torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
-        and not torch.is_autocast_enabled("cpu")
         and not _backend.forced_reference()
         and not _backend.transforms_active()
         and x.is_contiguous(memory_format=torch.channels_last)
-        and _fast()
+        and _fast(dtype)
     )
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Return the convolution with padding 1 in the dtype and memory format of x, where :func:`fits`. Differentiable.
+    """Return the convolution with padding 1, where :func:`fits`, in :func:`map_dtype` and the memory format of x.
 
     x: (B, C, H, W), float32 or bfloat16; weight: (C_out, C, 3, 3); bias: (C_out) or None. Their gradients are in their dtypes.
     """
-    y: Tensor = _Conv2d.apply(x, weight, bias)
+    y: Tensor = _Conv2d.apply(x.to(map_dtype(x, weight) or x.dtype), weight, bias)
+    return y
+
+
+def conv2d_of_transformed(x: Tensor, weight: Tensor, points: Tensor, bias: Tensor | None) -> Tensor:
+    """Return :func:`conv2d` with the transform ``points`` of ``weight``. Not differentiable."""
+    y: Tensor = convolve(x.to(map_dtype(x, weight) or x.dtype), points, bias)
     return y
 
 
