@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 
-# Options of glibc's mallopt: freed memory above this size is given back to the system, larger blocks are mapped by themselves.
+# Options of glibc's mallopt: how much freed memory is kept (-1: all), and the size from which on a block is mapped by itself.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-KEPT_BYTES = 2**30
+OPTIONS = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 2**30}
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
@@ -22,5 +22,5 @@ def keep_freed_memory() -> None:
         return
     set_option = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
     if set_option is not None:
-        for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD):
-            set_option(option, KEPT_BYTES)
+        for option, value in OPTIONS.items():
+            set_option(option, value)
