@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 
-# Options of glibc's mallopt: how much freed memory is kept (-1: all), and the size from which on blocks are mapped by themselves.
+# Options of glibc's mallopt: how much freed memory is kept (-1: all), and the size from which on a block is mapped by itself.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 OPTIONS = {M_TRIM_THRESHOLD: -1, M_MMAP_THRESHOLD: 2**30}
 _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
