@@ -120,7 +120,9 @@ PARTS_MEASURED: tuple[Make, ...] = (
 )  # fmt: skip
 
 
-def rows(device: torch.device, dtypes: list[str], seconds: float, sizes: Any = SIZES) -> list[list[Any]]:
+def rows(
+    device: torch.device, dtypes: list[str], seconds: float, sizes: Any = SIZES, only: str = ""
+) -> list[list[Any]]:
     """The table, a list for each row: device, dtype, part, mode, layout, batch, channels, pixels, ratio, and the
     microseconds of the part's own forward."""
     found: list[list[Any]] = []
@@ -138,6 +140,8 @@ def rows(device: torch.device, dtypes: list[str], seconds: float, sizes: Any = S
             if bound is None or bound.part is None:
                 raise RuntimeError(f"accelerate leaves {type(part).__name__}")
             name = bound.part[0]
+            if only not in name:
+                continue
             for layout in ("contiguous", "channels_last"):
                 form = torch.channels_last if layout == "channels_last" else torch.contiguous_format
                 part.to(memory_format=form)
@@ -176,16 +180,23 @@ def main(arguments: list[str] | None = None) -> int:
         "--seconds", type=float, default=0.15, help="for each part, size, layout and mode; default: 0.15"
     )
     parser.add_argument("--out", type=Path, help="default: the table of this machine, which accelerate reads")
+    parser.add_argument(
+        "--parts", default="", help="only those with this text in their names; the others' rows stay"
+    )
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     keep_freed_memory()
     described = machine.describe(device)
     out = options.out or wins.FOLDER / f"{described['machine']['name']}.json"
-    found = rows(device, options.dtypes, options.seconds)
+    found = rows(device, options.dtypes, options.seconds, only=options.parts)
     kept = []
-    if out.exists():  # of other devices and dtypes
+    if out.exists():  # of other devices, dtypes and parts
         done = {(device.type, dtype) for dtype in options.dtypes}
-        kept = [row for row in json.loads(out.read_text())["rows"] if tuple(row[:2]) not in done]
+        kept = [
+            row
+            for row in json.loads(out.read_text())["rows"]
+            if tuple(row[:2]) not in done or options.parts not in row[2]
+        ]
     lines = ",\n  ".join(json.dumps(row) for row in [*kept, *found])
     facts = {key: described[key] for key in ("machine", "versions", "date")}
     head = json.dumps({**facts, "threads": torch.get_num_threads()})

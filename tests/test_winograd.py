@@ -152,6 +152,27 @@ def test_where_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not winograd.computes(x, weight, SAME)
 
 
+@pytest.mark.parametrize("of_library", [False, True])
+def test_contiguous_maps_of_many_channels(of_library: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are converted where that pays, and stay contiguous."""
+    monkeypatch.setattr(winograd, "_library_products", lambda: of_library)
+    wide = [t.detach().contiguous() for t in operands(64, 64)]
+    assert winograd.computes(*wide[:2], SAME) is not of_library
+    assert not winograd.computes(*(t.detach().contiguous() for t in operands(64, 40)[:2]), SAME)
+    assert not winograd.computes(wide[0].bfloat16(), wide[1].bfloat16(), SAME)
+    assert not winograd.computes(wide[0].transpose(2, 3), wide[1], SAME)
+    inputs = [t.requires_grad_() for t in wide]
+    y, expected = winograd.conv2d(*inputs), direct(*(t.double() for t in inputs))
+    assert y.is_contiguous()
+    grad = torch.randn(y.shape)
+    made = torch.autograd.grad(y, inputs, grad)
+    for a, e in zip(
+        (y, *made), (expected, *torch.autograd.grad(expected, inputs, grad.double())), strict=True
+    ):
+        assert a.is_contiguous()
+        assert error(a, e.double()) < 3e-6
+
+
 @pytest.mark.parametrize(
     ("facts", "single", "half"),
     [

@@ -32,6 +32,8 @@ _P, _Q = 5 / 8, 3 / 2
 # With fewer channels or tiles the transforms cost more than they save. With more where PyTorch multiplies the matrices, except
 # of bfloat16 maps, whose direct convolution is slower there.
 _MIN_CHANNELS, _MIN_CHANNELS_LIBRARY = 16, 24
+# Of contiguous float32 maps, which are converted to channels_last and back.
+_MIN_CHANNELS_CONVERTED = 64
 _MIN_TILES = 32
 # Of float32 maps where the weight is transformed already and the products are not PyTorch's.
 _MIN_TILES_TRANSFORMED = 8
@@ -192,9 +194,10 @@ def map_dtype(x: Tensor, weight: Tensor) -> torch.dtype | None:
 def computes(
     x: Tensor, weight: Tensor, geometry: tuple[int, int, int, int], *, transformed: bool = False
 ) -> bool:
-    """Return whether the convolution of a map is computed here: in channels_last, on a CPU with vector instructions.
+    """Return whether the convolution of a map is computed here: on a CPU with vector instructions, in channels_last.
 
-    Maps are float32, or bfloat16 where there is no AMX. Processors with slow bfloat16 products compute more maps than these:
+    Contiguous float32 maps of many channels are converted where the products are not PyTorch's. Maps are float32, or bfloat16
+    where there is no AMX. Processors with slow bfloat16 products compute more maps than these:
     :mod:`nvae_fast.ops.wide_conv2d`. transformed: whether the weight need not be transformed any more.
     """
     if torch.compiler.is_compiling() or torch.compiler.is_exporting():
@@ -208,9 +211,14 @@ def computes(
         and 9 * x.shape[2] * x.shape[3] * max(weight.shape[:2]) <= _MAX_BYTES
         and not _backend.forced_reference()
         and not _backend.transforms_active()
-        and x.is_contiguous(memory_format=torch.channels_last)
+        and (x.is_contiguous(memory_format=torch.channels_last) or _pays_converted(x, weight, dtype))
         and _fast(dtype)
     )
+
+
+def _pays_converted(x: Tensor, weight: Tensor, dtype: torch.dtype | None) -> bool:
+    enough = min(weight.shape[:2]) >= _MIN_CHANNELS_CONVERTED
+    return dtype == torch.float32 and enough and x.is_contiguous() and not _library_products()
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -231,9 +239,11 @@ def conv2d_of_transformed(x: Tensor, weight: Tensor, points: Tensor, bias: Tenso
 class _Conv2d(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        last = x.contiguous(memory_format=torch.channels_last)  # once for both passes
+        ctx.save_for_backward(last, weight)
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return convolve(x, weight, bias)
+        ctx.contiguous = last is not x
+        return _in_format_of(x, convolve(last, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -249,6 +259,8 @@ class _Conv2d(torch.autograd.Function):
                 )  # fmt: skip
             else:
                 found = _backward(grad, x, weight, *needs)
+        if ctx.contiguous and needs[0]:
+            found = found[0].contiguous(), *found[1:]
         dtypes = x.dtype, weight.dtype, ctx.bias_dtype
         return tuple(
             made.to(dtype) if need else None for made, dtype, need in zip(found, dtypes, needs, strict=True)

@@ -110,8 +110,8 @@ def _wins(part: str, mode: str, device: str, dtype: torch.dtype, layout: str, sh
     batch, channels, height, width = shape
     size = _sizes(batch, channels, height * width)
     tables = _measured(device, name)
-    voting = [table for table in tables if any(k[:3] == key[:3] for k in table)]
-    return not tables or (bool(voting) and all(_wins_by(table.get(key, []), size) for table in voting))
+    voting = [table[key] for table in tables if key in table]
+    return not tables or (bool(voting) and all(_wins_by(rows, size) for rows in voting))
 
 
 def _wins_by(rows: list[tuple[Sizes, bool]], size: Sizes) -> bool:
