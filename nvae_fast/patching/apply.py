@@ -165,14 +165,14 @@ def acceleration_report(model: nn.Module) -> AccelerationReport:
                 note = "" if obstacle is None else f"for now part by part: {obstacle}"
                 if obstacle is None:
                     within |= {id(inner): name for inner in cells.inside(part, bound.settings["plan"].layout)}
-            elif id(part) in within:
-                note = f"within {within[id(part)] or '(model)'}"
             slow = [
                 mode
                 for mode, training in (("evaluation", False), ("training", True))
                 if training in bound.rests
             ]
-            if slow:
+            if id(part) in within and bound.kind != cells.WHOLE_CELL:
+                note = f"within {within[id(part)] or '(model)'}"
+            elif slow:
                 note = f"{note}; " if note else ""
                 note += f"its own forward in {' and '.join(slow)}, which was measured to be faster"
             if note:

@@ -78,8 +78,8 @@ class FrozenMBConv(FrozenModule):
 
 
 def freezes(kind: str) -> bool:
-    """Return whether :func:`freeze_part` makes something of parts of that kind."""
-    return kind in _MAKERS
+    """Return whether :func:`freeze_part` makes something faster of parts of that kind."""
+    return kind in _MAKERS and kind != forwards.BATCH_NORM_ONLY
 
 
 def freeze_part(part: nn.Module, convert: Callable[[nn.Module], nn.Module]) -> None:
