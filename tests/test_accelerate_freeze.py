@@ -85,15 +85,18 @@ def test_parts_with_hooks_are_copied_as_they_are() -> None:
 
 
 def test_own_models_freeze_with_accelerated_parts_inside() -> None:
-    model = nn.Sequential(
-        nf.nn.InvertedResidualCell(12, 12, 3, 3), Cell([InvertedResidual(12, 12, 1)], nn.Identity(), 12, True)
-    )
-    x = torch.randn(2, 12, 8, 6)
-    with torch.no_grad():
-        expected = model.eval()(x)
-        frozen = nf.freeze(nf.accelerate(model))
-        assert_close(frozen(x), expected, 2e-5)
-    assert [type(part).__name__ for part in frozen.modules()].count("FrozenResidualCell") == 2
+    """Many times: a part that is made may take the place in memory of one that was replaced."""
+    for _ in range(40):
+        model = nn.Sequential(
+            nf.nn.InvertedResidualCell(12, 12, 3, 3),
+            Cell([InvertedResidual(12, 12, 1)], nn.Identity(), 12, True),
+        )
+        x = torch.randn(2, 12, 8, 6)
+        with torch.no_grad():
+            expected = model.eval()(x)
+            frozen = nf.freeze(nf.accelerate(model))
+            assert_close(frozen(x), expected, 2e-5)
+        assert [type(part).__name__ for part in frozen.modules()].count("FrozenResidualCell") == 2
 
 
 def test_frozen_parts_have_no_other_forward() -> None:

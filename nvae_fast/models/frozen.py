@@ -328,7 +328,11 @@ class FrozenResidualCell(FrozenModule):
         return squeeze_excite(s, *gate, skip=skip, residual_scale=self.residual_scale)
 
 
-def _frozen_cell(cell: ResidualCell, done: dict[int, nn.Module]) -> nn.Module | None:
+# Results by identity, for shared parts. A module that was replaced is kept: else a new one could get its identity.
+Done = dict[int, tuple[nn.Module, nn.Module]]
+
+
+def _frozen_cell(cell: ResidualCell, done: Done) -> nn.Module | None:
     """The cell as one call, or None where its parts are frozen one by one."""
     op = cell.ops[0] if len(cell.ops) == 1 else None
     if not isinstance(op, InvertedResidual) or not op.is_fusable(cell.se):
@@ -361,10 +365,10 @@ FREEZERS: list[Callable[[nn.Module, Callable[[nn.Module], nn.Module]], None]] = 
 WEIGHTED.add(FrozenConv2d)
 
 
-def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
-    """Return ``module``, which is a copy already, or its replacement; ``done``: results by identity, for shared parts."""
+def _converted(module: nn.Module, done: Done) -> nn.Module:
+    """Return ``module``, which is a copy already, or its replacement."""
     if id(module) in done:
-        return done[id(module)]
+        return done[id(module)][1]
     make = MAKERS.get(type(module))
     made = make(module, done) if make is not None and is_plain(module) else None
     if made is None:
@@ -378,5 +382,5 @@ def _converted(module: nn.Module, done: dict[int, nn.Module]) -> nn.Module:
             del module._parameters[name]
             module.register_buffer(name, None if parameter is None else parameter.detach())
         made.training = False
-    done[id(module)] = made
+    done[id(module)] = module, made
     return made
