@@ -152,7 +152,7 @@ def _mbconv(part: Any, bound: BoundForward, convert: Callable[[nn.Module], nn.Mo
     layers = [
         convert(modules[step.place])
         if step.norm is None
-        else FrozenForeignConv2d(modules[step.place], *mbconv.folded(modules[step.place], modules[step.norm]))
+        else _folded(modules[step.place], modules[step.norm])
         for step in chain.steps
     ]
     activations = [step.activation for step in chain.steps]

@@ -111,12 +111,7 @@ def read(block: nn.Module) -> Chain | str:
         if type(module) is nn.Conv2d:
             steps.append(Step(place))
         elif _is_norm(module):
-            if (
-                last is None
-                or last.norm is not None
-                or last.place >= place
-                or not _is_plain(modules[last.place])
-            ):
+            if last is None or last.norm is not None or not _is_plain(modules[last.place]):
                 return f"{type(module).__name__} does not follow a convolution"
             if _has_activation(module):
                 within |= {place + i for i in range(1, len(inside(module)) + 1)}

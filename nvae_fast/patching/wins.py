@@ -4,7 +4,8 @@
 A row says how much faster a part was than its own forward, for one device, mode, dtype, layout and size. Kernels lose on
 small inputs, where calls take the time. So only rows with about as many elements as the input or fewer count, and of those
 the ones whose channels and pixels are nearest: the kernel runs where all of them say that it is faster by enough, in every
-table that has the part with such a device and dtype. Where no table has these two, nothing is known, and the kernel runs.
+table that has rows of the part for that device, dtype, mode and layout. Where no table has the device and dtype, nothing is
+known, and the kernel runs.
 """
 
 from __future__ import annotations
